@@ -1,0 +1,106 @@
+"""What this project changes in MinkowskiEngine's published sources, and why.
+
+Whatever can be mended from outside lives in `compat/` instead, so that this list stays short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdist import VERSION, BuildError
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """Replaces `old` by `new` in `file`, where `old` has to occur exactly `count` times.
+
+    `cuda_only` edits concern CUDA sources and are left out of a CPU-only build.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    reason: str
+    count: int = 1
+    cuda_only: bool = False
+
+
+def _sequence_import(file: str, *others: str) -> Edit:
+    return Edit(
+        name=f"abstract base classes in {Path(file).name}",
+        file=file,
+        old=f"from collections import {', '.join(('Sequence', *others))}\n",
+        new="from collections.abc import Sequence\n"
+        + (f"from collections import {', '.join(others)}\n" if others else ""),
+        reason="collections.Sequence left for collections.abc in Python 3.10",
+    )
+
+
+EDITS: tuple[Edit, ...] = (
+    _sequence_import("MinkowskiEngine/MinkowskiCommon.py"),
+    _sequence_import("MinkowskiEngine/MinkowskiCoordinateManager.py"),
+    _sequence_import("MinkowskiEngine/MinkowskiKernelGenerator.py", "namedtuple"),
+    _sequence_import("MinkowskiEngine/MinkowskiTensorField.py"),
+    _sequence_import("MinkowskiEngine/utils/quantization.py"),
+    Edit(
+        name="threads are the user's choice",
+        file="MinkowskiEngine/__init__.py",
+        old='if os.cpu_count() > 16 and "OMP_NUM_THREADS" not in os.environ:\n',
+        new="if False:\n",
+        reason="on more than 16 cores the import warned and held the whole process, torch included, to 16 threads",
+    ),
+    Edit(
+        name="no warning about a CPU-only build",
+        file="MinkowskiEngine/__init__.py",
+        old="if not is_cuda_available():\n",
+        new="if False:\n",
+        reason="it came with every import; sparkme says so where it matters, when a GPU is asked for",
+    ),
+    Edit(
+        name="no uninstall during the build",
+        file="setup.py",
+        old='run_command("pip", "uninstall", "MinkowskiEngine", "-y")\n',
+        new="",
+        reason="it removes a working MinkowskiEngine from whichever environment the `pip` on PATH belongs to, and fails"
+        " where there is none",
+    ),
+    Edit(
+        name="unique_ptr to shared_ptr in coordinate_map_gpu.cuh",
+        file="src/coordinate_map_gpu.cuh",
+        old="""      m_map = map_type::create(
+          compute_hash_table_size(size, m_hashtable_occupancy),
+          m_unused_element, m_unused_key, m_hasher, m_equal, m_map_allocator);
+""",
+        new="""      auto created = map_type::create(
+          compute_hash_table_size(size, m_hashtable_occupancy),
+          m_unused_element, m_unused_key, m_hasher, m_equal, m_map_allocator);
+      auto deleter = created.get_deleter();
+      m_map.reset(created.release(), deleter);
+""",
+        reason="the conversion inside the assignment makes std::__to_address ambiguous with CUDA 13's headers",
+        cuda_only=True,
+    ),
+)
+
+
+def apply_edits(source: Path, edits: Sequence[Edit]) -> None:
+    """Applies `edits` to the unpacked sources in `source`.
+
+    Raises:
+        BuildError: naming the edit, if its file is missing or holds the expected text not as often as expected.
+    """
+    for edit in edits:
+        path = source / edit.file
+        if not path.is_file():
+            raise BuildError(f"edit '{edit.name}' for MinkowskiEngine {VERSION}: there is no {edit.file}.")
+        text = path.read_text()
+        found = text.count(edit.old)
+        if found != edit.count:
+            raise BuildError(
+                f"edit '{edit.name}' for MinkowskiEngine {VERSION} does not fit: {edit.file} holds the text to replace"
+                f" {found} times, expected {edit.count}."
+            )
+        path.write_text(text.replace(edit.old, edit.new))
