@@ -1,0 +1,98 @@
+# make demo    pretrains a small network on photographs and exports torchvision weights
+# make test    runs all tests
+# Both set the project up first, once: a virtual environment in .venv, torch, MinkowskiEngine, sparkme. `make help` lists the rest.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The first Python on PATH that the project supports; `make demo PYTHON=/path/to/python3.12` takes another.
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
+
+DEMO_DIR := runs/demo
+DEMO_FLAGS ?= --model resnet18 --input-size 64
+TEST_FLAGS ?=
+
+NEEDED_GIB := 12
+BUILDER := $(wildcard cuda_ext/minkowski/*.py cuda_ext/minkowski/compat/*)
+
+# step NUMBER, NAME, COMMAND, ADVICE: runs a quiet command and prints its name and time; when it fails, also the end of its output and the advice.
+define step
+@printf '[%s/4] %s ...' '$(1)' '$(2)'; \
+log=$$(mktemp); start=$$SECONDS; \
+if { $(3); } >"$$log" 2>&1; then printf ' %d s\n' $$((SECONDS - start)); rm -f "$$log"; else \
+  printf ' failed after %d s\n\n' $$((SECONDS - start)); tail -n 15 "$$log"; rm -f "$$log"; printf '\nWhat to do: %s\n' '$(4)'; exit 1; fi
+endef
+
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INDEX_ADVICE := see the lines above. If the package index could not be reached, check the network and `pip config list`; if the disk is full, \
+make room (about $(NEEDED_GIB) GB are needed; TMPDIR and PIP_CACHE_DIR may point to another disk). Then run make again, it goes on from here.
+
+.PHONY: help setup demo test lint format clean distclean
+
+help:
+	@echo 'make demo     set up, pretrain on photographs, export: the result is in $(DEMO_DIR)'
+	@echo 'make test     set up, run the tests (make test TEST_FLAGS="-m '"'not slow'"'" for the fast ones)'
+	@echo 'make setup    only set up: $(VENV) with torch, MinkowskiEngine and sparkme'
+	@echo 'make lint     ruff and mypy          make format   rewrite the sources with ruff'
+	@echo 'make clean    remove what builds and tests left; make distclean also removes $(VENV)'
+	@echo
+	@echo 'PYTHON=... chooses the interpreter for $(VENV) (now: $(or $(PYTHON),none found)).'
+
+setup: $(VENV)/.sparkme-done
+
+demo: setup
+	$(RUN) -m sparkme.pretrain --output $(DEMO_DIR) $(DEMO_FLAGS)
+	$(RUN) -m sparkme.export $(DEMO_DIR)/checkpoints/last.pt --to torchvision --output $(DEMO_DIR)/resnet18.safetensors
+
+test: setup
+	$(RUN) -m pytest $(TEST_FLAGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# What is missing is found before the first gigabyte is loaded.
+$(VENV)/.venv-done:
+	@$(if $(PYTHON),true,echo 'Python 3.11 or later was not found. Install it (3.11 or 3.12) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1)
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo '$(PYTHON) does not run or is older than Python 3.11: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo '$(PYTHON) cannot make virtual environments: install its venv module (apt-get install python3-venv)'; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || \
+	  { echo 'A C++ compiler is missing: install g++ (apt-get install g++, dnf install gcc-c++) or set CXX'; exit 1; }
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$$free" -ge $(NEEDED_GIB) ] || [ -d $(VENV)/lib ] || \
+	  { echo "This disk has $$free GB free, and torch with its CUDA libraries needs $(NEEDED_GIB): make room, or clone to another disk"; exit 1; }
+	$(call step,1,virtual environment in $(VENV) ($(PYTHON)),'$(PYTHON)' -m venv $(VENV),see the lines above)
+	@touch $@
+
+$(VENV)/.torch-done: $(VENV)/.venv-done constraints.txt
+	$(call step,2,$(shell sed -n 's/^torch==/torch /p' constraints.txt) and torchvision from the package index,\
+	  $(PIP) torch torchvision setuptools wheel ninja,$(INDEX_ADVICE))
+	@touch $@
+
+$(VENV)/.minkowski-done: $(VENV)/.torch-done $(BUILDER)
+	@echo '[3/4] MinkowskiEngine'
+	@start=$$SECONDS; $(RUN) cuda_ext/minkowski/build.py --install --install-nvcc || \
+	  { printf '\nWhat to do: see the line above, then run make again; it goes on from here.\n'; exit 1; }; \
+	printf '[3/4] MinkowskiEngine ... %d s\n' $$((SECONDS - start))
+	@touch $@
+
+$(VENV)/.sparkme-done: $(VENV)/.minkowski-done pyproject.toml setup.py constraints.txt
+	$(call step,4,sparkme and the tools for demo and tests,$(PIP) --no-build-isolation --editable '.[demo,dev]',$(INDEX_ADVICE))
+	@touch $@
