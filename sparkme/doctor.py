@@ -1,0 +1,227 @@
+"""What is installed, what each engine can do on this machine and, for what is missing, the command that mends it.
+
+    python -m sparkme.doctor
+
+The exit status is 0 where pretraining can run, else 1. Nothing is imported before it is asked for, so the command works
+where half of the requirements are missing; that is what it is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+BUILD = "python cuda_ext/minkowski/build.py --install"
+INSTALL = "pip install --no-build-isolation ."
+TOLERANCE = 1e-4  # a GPU may compute a convolution in TF32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    `mend` is what to do where something is missing; `fatal` says that pretraining cannot run without it.
+    """
+
+    name: str
+    text: str
+    mend: str = ""
+    fatal: bool = False
+
+
+def first_line(*command: str) -> str:
+    """The first line that a program prints, or "" if it does not run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (result.stdout.strip().splitlines() or [""])[0] if result.returncode == 0 else ""
+
+
+def check_python() -> Finding:
+    return Finding("python", f"{platform.python_version()}, {sys.executable}")
+
+
+def check_package(name: str, mend: str, *, fatal: bool = True) -> Finding:
+    """Says which version of a package is installed. It is not imported."""
+    try:
+        return Finding(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "not installed", mend, fatal)
+
+
+def check_torch() -> Finding:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding(
+            "torch", f"cannot be imported: {error}", "pip install 'torch>=2.11' 'torchvision>=0.26'", fatal=True
+        )
+    return Finding(
+        "torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
+    )
+
+
+def check_minkowski() -> Finding:
+    """Imports MinkowskiEngine: one that was built against another torch is installed and does not load."""
+    try:
+        import MinkowskiEngine as ME
+        import torch
+    except (ImportError, OSError) as error:
+        try:
+            found = f"{metadata.version('MinkowskiEngine')}, but it cannot be imported: {error}"
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        return Finding("MinkowskiEngine", found, f"in sparkme's source folder: {BUILD}", fatal=True)
+    if ME.is_cuda_available():
+        return Finding("MinkowskiEngine", f"{ME.__version__}, CPU and CUDA")
+    mend = f"to run the engine minkowski on the GPU, in sparkme's source folder: {BUILD}"
+    return Finding("MinkowskiEngine", f"{ME.__version__}, CPU only", mend if torch.cuda.is_available() else "")
+
+
+def check_gpu() -> Finding:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return Finding("GPU", "unknown without torch")
+    if not torch.cuda.is_available():
+        seen = first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+        if seen:
+            mend = "update the NVIDIA driver, or install a torch that was built for its CUDA version"
+            return Finding("GPU", f"{seen}, but torch cannot use it", mend)
+        return Finding("GPU", "none; everything runs on the CPU")
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Finding(
+        "GPU", ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})" for p in properties)
+    )
+
+
+def check_nvcc() -> Finding:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes += [str(path) for path in Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*")]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes]
+    found = next((path for path in [*candidates, shutil.which("nvcc")] if path and Path(path).is_file()), None)
+    if found is None:
+        return Finding("nvcc", "none; only needed to build MinkowskiEngine for a GPU, and installed then")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    release = version.partition("release ")[2].partition(",")[0]
+    return Finding("nvcc", f"{release or 'of unknown version'}, {found}")
+
+
+def check_compiler() -> Finding:
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
+    version = first_line(compiler, "--version")
+    if version:
+        return Finding("C++ compiler", version)
+    return Finding("C++ compiler", f"{compiler} does not run; only needed to build MinkowskiEngine")
+
+
+def check_cores() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        import torch
+    except (ImportError, OSError):
+        return Finding("CPU cores", str(cores))
+    return Finding("CPU cores", f"{cores}, torch uses {torch.get_num_threads()} threads")
+
+
+def engine_error(name: str, device: str) -> float:
+    """Runs a small network on fully visible images; returns how far its output is from the dense network's."""
+    import torch
+
+    import sparkme
+
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for channels_in, channels_out in ((3, 8), (8, 8), (8, 8), (8, 8)):
+        layers += [torch.nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1), torch.nn.ReLU()]
+    dense = torch.nn.Sequential(*layers)
+    images = torch.randn(2, 3, 32, 32)
+    active = torch.ones(2, 1, 2, 2, dtype=torch.bool)
+    with torch.no_grad():
+        expected = dense(images)
+        encoder = sparkme.sparsify(dense).to(device).set_engine(name)
+        got = encoder(images.to(device), active.to(device))[-1].dense().cpu()
+    return float((got - expected).norm() / expected.norm())
+
+
+def check_engine(name: str, device: str) -> Finding:
+    try:
+        error = engine_error(name, device)
+    except Exception as problem:  # whatever it is, the report has to go on
+        return Finding(name, f"{device}: cannot run, {type(problem).__name__}: {problem}", fatal=device == "cpu")
+    if not error <= TOLERANCE:
+        mend = f"in sparkme's source folder: {BUILD} --force"
+        return Finding(name, f"{device}: WRONG, relative error {error:.0e} to the dense network", mend, fatal=True)
+    return Finding(name, f"{device}: works, relative error {error:.0e} to the dense network")
+
+
+def check_engines() -> Iterator[Finding]:
+    """Runs every engine that this version has on every kind of device."""
+    try:
+        import torch
+
+        from sparkme.sparse.engines import ENGINES
+    except (ImportError, OSError) as error:
+        yield Finding("engines", f"cannot be loaded: {error}", fatal=True)
+        return
+    for name in ENGINES:
+        for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+            yield check_engine(name, device)
+
+
+def check_installed() -> Iterator[Finding]:
+    yield check_python()
+    yield check_torch()
+    yield check_package("torchvision", "pip install 'torchvision>=0.26'")
+    yield check_minkowski()
+    for name in ("timm", "safetensors", "pillow", "tqdm", "matplotlib", "tensorboard"):
+        yield check_package(name, INSTALL)
+    mend = "for the demo's photographs: pip install scikit-image"
+    yield check_package("scikit-image", mend, fatal=False)
+
+
+def check_machine() -> Iterator[Finding]:
+    yield from (check_gpu(), check_cores(), check_compiler(), check_nvcc())
+
+
+SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    ("Installed", check_installed),
+    ("Machine", check_machine),
+    ("Engines", check_engines),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparkme.doctor",
+        description="Prints what is installed, what each engine can do here and, for what is missing, what mends it."
+        " The exit status is 0 where pretraining can run, else 1.",
+    )
+    parser.parse_args(argv)
+    findings: list[Finding] = []
+    for title, check in SECTIONS:
+        print(title)
+        for finding in check():
+            print(f"  {finding.name:<16} {finding.text}", flush=True)
+            findings.append(finding)
+    to_mend = [finding for finding in findings if finding.mend]
+    if to_mend:
+        print("To mend")
+        for finding in to_mend:
+            print(f"  {finding.name:<16} {finding.mend}")
+    fatal = [finding.name for finding in findings if finding.fatal]
+    print(f"Pretraining cannot run here: {', '.join(dict.fromkeys(fatal))}." if fatal else "Pretraining can run here.")
+    return 1 if fatal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
