@@ -17,6 +17,8 @@ DEMO_FLAGS ?= --model resnet18 --input-size 64
 TEST_FLAGS ?=
 
 NEEDED_GIB := 12
+# In a variable, since a comma in the call of `step` would end an argument.
+PROJECT := .[demo,dev]
 BUILDER := $(wildcard cuda_ext/minkowski/*.py cuda_ext/minkowski/compat/*)
 
 # step NUMBER, NAME, COMMAND, ADVICE: runs a quiet command and prints its name and time; when it fails, also the end of its output and the advice.
@@ -74,7 +76,7 @@ $(VENV)/.venv-done:
 	  { echo '$(PYTHON) does not run or is older than Python 3.11: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo '$(PYTHON) cannot make virtual environments: install its venv module (apt-get install python3-venv)'; exit 1; }
-	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || \
+	@command -v $${CXX:-g++} >/dev/null || \
 	  { echo 'A C++ compiler is missing: install g++ (apt-get install g++, dnf install gcc-c++) or set CXX'; exit 1; }
 	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$$free" -ge $(NEEDED_GIB) ] || [ -d $(VENV)/lib ] || \
 	  { echo "This disk has $$free GB free, and torch with its CUDA libraries needs $(NEEDED_GIB): make room, or clone to another disk"; exit 1; }
@@ -94,5 +96,5 @@ $(VENV)/.minkowski-done: $(VENV)/.torch-done $(BUILDER)
 	@touch $@
 
 $(VENV)/.sparkme-done: $(VENV)/.minkowski-done pyproject.toml setup.py constraints.txt
-	$(call step,4,sparkme and the tools for demo and tests,$(PIP) --no-build-isolation --editable '.[demo,dev]',$(INDEX_ADVICE))
+	$(call step,4,sparkme and the tools for demo and tests,$(PIP) --no-build-isolation --editable '$(PROJECT)',$(INDEX_ADVICE))
 	@touch $@
