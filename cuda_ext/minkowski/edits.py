@@ -39,12 +39,32 @@ def _sequence_import(file: str, *others: str) -> Edit:
     )
 
 
+def _functions_as_classes(file: str, count: int) -> Edit:
+    return Edit(
+        name=f"autograd functions in {Path(file).name}",
+        file=file,
+        old="Function()",
+        new="Function",
+        count=count,
+        reason="torch warns about instances of autograd functions and announces that they will be an error",
+    )
+
+
 EDITS: tuple[Edit, ...] = (
     _sequence_import("MinkowskiEngine/MinkowskiCommon.py"),
     _sequence_import("MinkowskiEngine/MinkowskiCoordinateManager.py"),
     _sequence_import("MinkowskiEngine/MinkowskiKernelGenerator.py", "namedtuple"),
     _sequence_import("MinkowskiEngine/MinkowskiTensorField.py"),
     _sequence_import("MinkowskiEngine/utils/quantization.py"),
+    _functions_as_classes("MinkowskiEngine/MinkowskiBroadcast.py", 1),
+    _functions_as_classes("MinkowskiEngine/MinkowskiConvolution.py", 2),
+    _functions_as_classes("MinkowskiEngine/MinkowskiInterpolation.py", 1),
+    _functions_as_classes("MinkowskiEngine/MinkowskiNormalization.py", 1),
+    _functions_as_classes("MinkowskiEngine/MinkowskiPooling.py", 3),
+    _functions_as_classes("MinkowskiEngine/MinkowskiPruning.py", 1),
+    _functions_as_classes("MinkowskiEngine/MinkowskiSparseTensor.py", 4),
+    _functions_as_classes("MinkowskiEngine/MinkowskiTensorField.py", 4),
+    _functions_as_classes("MinkowskiEngine/MinkowskiUnion.py", 1),
     Edit(
         name="threads are the user's choice",
         file="MinkowskiEngine/__init__.py",

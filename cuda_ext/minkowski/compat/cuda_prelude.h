@@ -1,5 +1,5 @@
-// Included before every file that nvcc compiles: what MinkowskiEngine's sources of 2021 expect from CUDA, Thrust and PyTorch and today's no longer
-// give without asking. Every part is guarded, so that older toolkits are not disturbed.
+// Included before every file that nvcc compiles: what MinkowskiEngine's sources of 2021 expect from CUDA, Thrust and
+// PyTorch and today's no longer give without asking. Every part is guarded, so that older toolkits are not disturbed.
 #ifndef SPARKME_MINKOWSKI_CUDA_PRELUDE_H
 #define SPARKME_MINKOWSKI_CUDA_PRELUDE_H
 
