@@ -8,9 +8,9 @@ SHELL := bash
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# The first Python on PATH that the project supports; `make demo PYTHON=/path/to/python3.12` takes another.
-PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python; do \
-	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; break; }; done)
+# The first Python on PATH that the project is tested with (3.11, 3.12), else a later one; `make demo PYTHON=/path/to/python3.12` takes another.
+PYTHON ?= $(shell for below in 13 99; do for name in python3 python3.12 python3.11 python; do \
+	"$$name" -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$below))" 2>/dev/null && { echo "$$name"; exit; }; done; done)
 
 DEMO_DIR := runs/demo
 DEMO_FLAGS ?= --model resnet18 --input-size 64
