@@ -1,0 +1,175 @@
+"""Crops of images, the order they come in, and batches of them.
+
+All of it is a pure function of (seed, epoch, image): which images a step gets and how they are cropped depends on neither
+the number of workers nor on what ran before, so a resumed run sees what a straight one would have seen.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from sparkme.data.images import load_rgb
+from sparkme.training.random import derived_seed
+
+# ImageNet's channel means and deviations, of values in [0, 1].
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 3, H, W) uint8 to the numbers the network sees. Done on the device, so that bytes travel and not floats."""
+    mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.to(dtype) / 255 - mean) / std
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The inverse: values in [0, 1], clipped."""
+    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+class Sample(NamedTuple):
+    """One crop, (3, H, W) uint8, or None if no image could be read; and the images that could not."""
+
+    image: Tensor | None
+    unreadable: tuple[str, ...]
+
+
+class Batch(NamedTuple):
+    """(B, 3, H, W) uint8, or None if too many images in a row could not be read; and those that could not."""
+
+    images: Tensor | None
+    unreadable: tuple[str, ...]
+
+
+class CropDataset(Dataset[Sample]):
+    """Random crops of images (utils/imagenet.py:66 of the official code), indexed by (epoch, draw).
+
+    Args:
+        paths: the images.
+        size: height and width of a crop.
+        min_scale: smallest share of the image's area that a crop covers.
+        seed: of the run.
+
+    An image that cannot be read is replaced by the next that can, and reported.
+    """
+
+    TRIES = 16
+
+    def __init__(self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int) -> None:
+        self.paths = paths
+        self.seed = seed
+        self.crop = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: tuple[int, int]) -> Sample:  # type: ignore[override]
+        epoch, draw = index
+        unreadable: list[str] = []
+        for attempt in range(min(self.TRIES, len(self.paths))):
+            path = self.paths[(draw + attempt) % len(self.paths)]
+            try:
+                image = load_rgb(path)
+            except OSError as error:
+                unreadable.append(str(error))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))
+                return Sample(self.crop(image), tuple(unreadable))
+        return Sample(None, tuple(unreadable))
+
+
+@dataclass(frozen=True)
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """The draws of every step of one process: lists of (epoch, draw), where draw modulo `num_images` is the image.
+
+    An epoch goes through shuffled copies of the images until it has `samples_per_epoch`; an incomplete last batch is
+    left out. Step k of a run is the same whether or not the run was interrupted before it.
+    """
+
+    num_images: int
+    samples_per_epoch: int
+    batch_size: int
+    seed: int
+    steps: range
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples_per_epoch // self.batch_size
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order: Tensor | None = None
+        for step in self.steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if order is None or position == 0:
+                order = self._order(epoch)
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield [(epoch, draw) for draw in batch[self.rank :: self.world].tolist()]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+        rounds = -(-self.samples_per_epoch // self.num_images)
+        order = [torch.randperm(self.num_images, generator=generator) + r * self.num_images for r in range(rounds)]
+        return torch.cat(order)[: self.samples_per_epoch]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    images = [sample.image for sample in samples if sample.image is not None]
+    unreadable = tuple(path for sample in samples for path in sample.unreadable)
+    return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable)
+
+
+def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """Batches in the sampler's order; workers leave signals to the main process, which saves before it stops."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def preview_images(paths: list[Path], size: tuple[int, int], count: int) -> Tensor:
+    """Centre crops of `count` images spread over the list, (B, 3, H, W) uint8; unreadable ones are passed over."""
+    transform = v2.Compose(
+        [v2.Resize(min(size), antialias=True), v2.Resize(max(size)) if size[0] != size[1] else v2.Identity(),
+         v2.CenterCrop(size), v2.PILToTensor()]
+    )  # fmt: skip
+    step = max(1, len(paths) // count)
+    crops = []
+    for path in paths[::step] + paths:
+        try:
+            crops.append(transform(load_rgb(path)))
+        except OSError:
+            continue
+        if len(crops) == count:
+            break
+    return torch.stack(crops) if crops else torch.empty(0, 3, *size, dtype=torch.uint8)

@@ -1,0 +1,71 @@
+"""Where training images come from: any folder of images, or the photographs that scikit-image ships."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from sparkme.errors import UserError
+
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+# The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+                "retina.jpg", "rocket.jpg")  # fmt: skip
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All images below a folder, sorted, whatever its structure; follows links, each directory once.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data {folder} is not a folder")
+    found: list[Path] = []
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(root, name) for name in files if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    if not found:
+        raise UserError(f"--data {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
+    return sorted(found)
+
+
+def demo_photographs() -> list[Path]:
+    """The colour photographs in scikit-image's wheel.
+
+    Raises:
+        UserError: scikit-image is not installed, or ships none of them any more.
+    """
+    spec = find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "without --data, training runs on scikit-image's photographs, and scikit-image is not installed; "
+            "pass --data FOLDER or install the extra: pip install 'sparkme[demo]'"
+        )
+    folder = Path(spec.submodule_search_locations[0], "data")
+    found = [folder / name for name in _PHOTOGRAPHS if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"scikit-image ships none of its photographs in {folder}; pass --data FOLDER")
+    return found
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """Decodes an image to RGB.
+
+    Raises:
+        OSError: it cannot be read, whatever Pillow's own reason.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: {error}") from error

@@ -1,0 +1,76 @@
+"""The light UNet decoder, an ordinary dense network (decoder.py:17-74 of the official code).
+
+Parameter names equal the official ones (`dec.<i>.up_sample`, `dec.<i>.conv.<j>`, `proj`), so its weights load as they are.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class UNetBlock(nn.Module):
+    """Doubles the resolution: (B, in, H, W) -> (B, out, 2 H, 2 W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.up_sample = nn.ConvTranspose2d(in_channels, in_channels, kernel_size=4, stride=2, padding=1)
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.up_sample(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """From densified maps, deepest first, to an image.
+
+    Args:
+        stride: total stride of the encoder, a power of two; there are log2(stride) blocks.
+        width: channels of the deepest densified map, halved by every block.
+        out_channels: channels of the image.
+
+    Raises:
+        ValueError: the stride is no power of two, or the width cannot be halved that often.
+    """
+
+    def __init__(self, stride: int, width: int, out_channels: int = 3) -> None:
+        super().__init__()
+        num_blocks = int(math.log2(stride))
+        if 2**num_blocks != stride:
+            raise ValueError(f"the decoder doubles the resolution, so stride {stride} must be a power of two")
+        if width <= 0 or width % stride:
+            raise ValueError(f"decoder width {width} is not a multiple of {stride}, and is halved {num_blocks} times")
+        widths = [width >> i for i in range(num_blocks + 1)]
+        self.dec = nn.ModuleList(UNetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.proj = nn.Conv2d(widths[-1], out_channels, kernel_size=1)
+        self.apply(_initialise)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Takes maps (B, width / 2^i, f_h 2^i, f_w 2^i) for i = 0, 1, ...; returns (B, out_channels, H, W)."""
+        x = maps[0]
+        for i, block in enumerate(self.dec):
+            if 0 < i < len(maps):
+                x = x + maps[i]
+            x = block(x)
+        image: Tensor = self.proj(x)
+        return image
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    """Initial values of the official decoder (decoder.py, `initialize`); norms already start at one and zero."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.ConvTranspose2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

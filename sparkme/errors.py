@@ -1,0 +1,31 @@
+"""Mistakes of the user end a command with one line and exit code 2, never with a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message says what was got and what to change."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a ValueError raised while a command sets itself up into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command's body and returns its exit code; a `UserError` becomes one line and the code 2."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

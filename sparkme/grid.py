@@ -1,0 +1,129 @@
+"""The sites of a batch: which pixels are visible, in which order, and where their neighbours are.
+
+A `Grid` is made once per batch from the mask and is handed along with the features, so no layer needs global state.
+Whatever follows from the mask (coordinates, dense masks, MinkowskiEngine's coordinate maps) is built on first use and
+kept on the grid.
+
+Rows are patch-major at every stride: sorted by (sample, visible patch in row-major order, y, x). A map at stride s has
+p = patch / s pixels along a patch, and `rows.view(B, keep, p, p, C)` is always valid.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Grid:
+    """The visible sites of one batch.
+
+    Args:
+        active: (B, 1, f_h, f_w) bool, True = visible; the same number of visible patches in every image.
+        patch: side of a patch in input pixels.
+        keep: visible patches per image, where the caller knows it. Without it the mask is read back from the device
+            once, to count and check it.
+
+    Raises:
+        ValueError: the mask has another shape or type, or its images differ in how many patches are visible.
+    """
+
+    def __init__(self, active: Tensor, patch: int, keep: int | None = None) -> None:
+        if active.ndim != 4 or active.shape[1] != 1 or active.dtype != torch.bool:
+            raise ValueError(f"active must be (B, 1, f_h, f_w) bool, got {tuple(active.shape)} {active.dtype}")
+        if keep is None:
+            counts = active.flatten(1).sum(1).unique().tolist()
+            if len(counts) != 1 or counts[0] == 0:
+                raise ValueError(f"every image needs the same number of visible patches, at least one; got {counts}")
+            keep = int(counts[0])
+        self.active = active
+        self.patch = patch
+        self.keep = keep
+        self.batch, _, self.f_h, self.f_w = active.shape
+        self._cache: dict[Any, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.active.device
+
+    def size(self, stride: int) -> tuple[int, int]:
+        """Height and width of a dense map at `stride`."""
+        p = self.pixels(stride)
+        return self.f_h * p, self.f_w * p
+
+    def pixels(self, stride: int) -> int:
+        """Pixels along one side of a patch at `stride`."""
+        if self.patch % stride:
+            raise ValueError(f"stride {stride} does not divide the patch of {self.patch} pixels")
+        return self.patch // stride
+
+    def num_rows(self, stride: int) -> int:
+        return self.batch * self.keep * self.pixels(stride) ** 2
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(B, f_h * f_w) int64: the patches of each image, visible ones first, each part in row-major order."""
+        return self.active.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+
+    @property
+    def visible(self) -> Tensor:
+        """(B, keep) int64: row-major numbers of the visible patches, ascending."""
+        return self.order[:, : self.keep]
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, f_h * f_w - keep) int64: row-major numbers of the hidden patches, ascending."""
+        return self.order[:, self.keep :]
+
+    def mask(self, stride: int, dtype: torch.dtype) -> Tensor:
+        """(B, 1, H / stride, W / stride): 1 at visible pixels, 0 at hidden ones."""
+        key = "mask", stride, dtype
+        if key not in self._cache:
+            p = self.pixels(stride)
+            self._cache[key] = self.active.repeat_interleave(p, 2).repeat_interleave(p, 3).to(dtype)
+        return self._cache[key]
+
+    def coordinates(self, stride: int) -> Tensor:
+        """(N, 3) int32 contiguous: (sample, y, x) of every row, in input pixels (multiples of `stride`)."""
+        p = self.pixels(stride)
+        sample = torch.arange(self.batch, device=self.device).view(-1, 1, 1, 1)
+        corner = self.visible.view(self.batch, self.keep, 1, 1)
+        step = torch.arange(p, device=self.device) * stride
+        y = corner // self.f_w * self.patch + step.view(p, 1)
+        x = corner % self.f_w * self.patch + step.view(1, p)
+        return torch.stack(torch.broadcast_tensors(sample, y, x), dim=-1).view(-1, 3).int()
+
+    def to_rows(self, dense: Tensor, stride: int) -> Tensor:
+        """Copies the visible patches of a (B, C, H / stride, W / stride) map to (N, C) rows."""
+        patches = patchify(dense, self.pixels(stride))
+        return take_patches(patches, self.visible).reshape(self.num_rows(stride), dense.shape[1])
+
+    def to_dense(self, rows: Tensor, stride: int, fill: Tensor | None = None) -> Tensor:
+        """Copies (N, C) rows to a (B, C, H / stride, W / stride) map; hidden pixels get `fill`, (C,), or zero."""
+        p, channels = self.pixels(stride), rows.shape[1]
+        row_shape = (self.batch, self.f_h * self.f_w, p * p, channels)
+        background = rows.new_zeros(()) if fill is None else fill.to(rows.dtype)
+        index = self.visible.view(self.batch, self.keep, 1, 1).expand(-1, -1, p * p, channels)
+        patches = background.expand(row_shape).scatter(1, index, rows.view(self.batch, self.keep, p * p, channels))
+        return unpatchify(patches, (self.f_h, self.f_w))
+
+
+def patchify(dense: Tensor, p: int) -> Tensor:
+    """Cuts a (B, C, H, W) map into patches of p x p pixels: (B, H / p * W / p, p * p, C), all orders row-major."""
+    b, c, h, w = dense.shape
+    return dense.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, h // p * (w // p), p * p, c)
+
+
+def unpatchify(patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """Puts (B, f_h * f_w, p * p, C) patches together again: (B, C, f_h * p, f_w * p) in channels_last memory."""
+    b, _, area, c = patches.shape
+    f_h, f_w = size
+    p = round(area**0.5)
+    image = patches.view(b, f_h, f_w, p, p, c).permute(0, 1, 3, 2, 4, 5).reshape(b, f_h * p, f_w * p, c)
+    return image.permute(0, 3, 1, 2)
+
+
+def take_patches(patches: Tensor, index: Tensor) -> Tensor:
+    """Selects patches by number: (B, L, A, C) and (B, K) int64 give (B, K, A, C)."""
+    sample = torch.arange(len(patches), device=patches.device).view(-1, 1)
+    return patches[sample, index]

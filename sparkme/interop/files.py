@@ -1,0 +1,61 @@
+"""State dicts on disk: `.safetensors`, and torch's own `.pth` / `.pt`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sparkme.errors import UserError
+
+TORCH_SUFFIXES = (".pth", ".pt")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict, also one kept under `model`, `state_dict` or `module`, without running code from the file.
+
+    Raises:
+        UserError: no such file, or no state dict in it.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    for key in ("model", "state_dict", "module"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict")
+    return state
+
+
+def write_state_dict(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a state dict beside and renames it, in the format of the file's suffix.
+
+    A `.safetensors` file keeps the metadata in its header; a `.pth` file is the bare state dict, which is what
+    `load_state_dict` takes, and its metadata goes to a `.json` file beside it by the caller.
+
+    Raises:
+        UserError: the suffix is unknown, or the file cannot be written.
+    """
+    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise UserError(f"--output {path}: the suffix must be .safetensors or .pth")
+    temporary = path.with_name(path.name + ".writing")
+    state = {name: value.contiguous().clone() for name, value in state.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(state, temporary, metadata)
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,163 @@
+"""SparK: mask, encode sparsely, densify, decode, compare (Tian et al., ICLR 2023, figure 2)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sparkme.decoder import Decoder
+from sparkme.grid import Grid, patchify, unpatchify
+from sparkme.loss import hidden_patch_loss, patch_statistics
+from sparkme.masking import num_visible, random_active
+from sparkme.sparse.encoder import SparseEncoder
+from sparkme.sparse.map import SparseMap
+
+
+class SparK(nn.Module):
+    """The network that is pretrained.
+
+    Args:
+        encoder: from `sparkme.sparsify`.
+        input_size: side of the images, or (height, width), in pixels.
+        mask_ratio: share of patches to hide.
+        decoder_width: channels of the decoder's input, halved at every block.
+        densify_norm: norm of the encoder's maps before mask tokens join them: `bn` (ResNet), `ln` (ConvNeXt), `none`, or
+            `auto` for what the encoder uses itself.
+        patch: side of a patch in pixels; the encoder's total stride if None.
+
+    Raises:
+        ValueError: sizes, ratio or width do not fit together.
+    """
+
+    def __init__(
+        self,
+        encoder: SparseEncoder,
+        *,
+        input_size: int | tuple[int, int] = 224,
+        mask_ratio: float = 0.6,
+        decoder_width: int = 768,
+        densify_norm: str = "auto",
+        patch: int | None = None,
+    ) -> None:
+        super().__init__()
+        stride = encoder.strides[-1]
+        self.patch = patch or stride
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.mask_ratio = mask_ratio
+        if self.patch % stride:
+            raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {stride}")
+        if min(self.input_size) < self.patch or any(side % self.patch for side in self.input_size):
+            nearest = [max(1, round(side / self.patch)) * self.patch for side in self.input_size]
+            raise ValueError(
+                f"input size {'x'.join(map(str, self.input_size))} is not a multiple of the patch of {self.patch}; "
+                f"use {'x'.join(map(str, nearest)) if nearest[0] != nearest[1] else nearest[0]}"
+            )
+        self.num_patches = (self.input_size[0] // self.patch, self.input_size[1] // self.patch)
+        total = self.num_patches[0] * self.num_patches[1]
+        self.keep = num_visible(total, mask_ratio)
+        if self.keep == total:
+            raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")
+        self.encoder = encoder
+        self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
+        self.mask_tokens = nn.ParameterList()
+        norm = encoder.norm if densify_norm == "auto" else densify_norm
+        if norm not in DENSIFY_NORMS:
+            raise ValueError(f"unknown densify norm {densify_norm!r}; choose one of auto, {', '.join(DENSIFY_NORMS)}")
+        for i, channels in enumerate(reversed(encoder.channels)):  # deepest first, as the decoder takes them
+            token = torch.empty(1, channels, 1, 1)
+            self.mask_tokens.append(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
+            self.densify_norms.append(DENSIFY_NORMS[norm](channels))
+            self.densify_projs.append(_projection(channels, decoder_width >> i, deepest=i == 0))
+        self.decoder = Decoder(stride, decoder_width, encoder.in_channels)
+
+    def forward(self, images: Tensor, active: Tensor | None = None) -> Tensor:
+        """Reconstruction loss of a batch.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
+
+        Returns:
+            Scalar: mean squared error on hidden patches, each normalised.
+        """
+        grid = self.grid(images, active)
+        maps = self.encoder.encode(images, grid)
+        prediction = self.decoder(self.densify(maps))
+        return hidden_patch_loss(prediction, images, grid)
+
+    def grid(self, images: Tensor, active: Tensor | None = None) -> Grid:
+        """The sites of a batch, for a given or a random mask."""
+        if images.shape[1:] != (self.encoder.in_channels, *self.input_size):
+            expected = ", ".join(map(str, (self.encoder.in_channels, *self.input_size)))
+            raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
+        if active is None:
+            drawn = random_active(len(images), self.num_patches, self.mask_ratio, device=images.device)
+            return Grid(drawn, self.patch, self.keep)
+        if active.shape != (len(images), 1, *self.num_patches):
+            raise ValueError(f"active must be {(len(images), 1, *self.num_patches)}, got {tuple(active.shape)}")
+        return Grid(active, self.patch)
+
+    def densify(self, maps: list[SparseMap]) -> list[Tensor]:
+        """Normalises visible pixels, puts a mask token at hidden ones, and projects to the decoder's widths.
+
+        Args:
+            maps: the encoder's maps, shallow to deep.
+
+        Returns:
+            Dense maps (B, decoder_width / 2^i, H / s, W / s), deepest first.
+        """
+        dense = []
+        for x, norm, token, projection in zip(
+            reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
+        ):
+            filled = x.grid.to_dense(norm(x.rows), x.stride, fill=token.flatten())
+            dense.append(projection(filled))
+        return dense
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the network sees and what it makes of it; in the module's current mode, so call `eval()` first.
+
+        Returns:
+            (masked, reconstruction), both (B, C, H, W): the image with hidden pixels at zero, and the image with hidden
+            patches painted by the network, scaled back by each patch's own mean and deviation.
+        """
+        grid = self.grid(images, active)
+        prediction = self.decoder(self.densify(self.encoder.encode(images, grid))).to(images.dtype)
+        mean, deviation = patch_statistics(patchify(images, self.patch))
+        painted = unpatchify(patchify(prediction, self.patch) * deviation + mean, self.num_patches)
+        visible = grid.mask(1, torch.bool)
+        return images * visible, torch.where(visible, images, painted)
+
+    def load_official_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes weights under the official SparK names: a whole network, or an encoder alone.
+
+        Raises:
+            ValueError: names are missing, unknown, or have another shape.
+        """
+        from sparkme.interop.official import split_official_state
+
+        encoder, rest = split_official_state(state)
+        self.encoder.load_dense_state_dict(encoder)
+        if rest:
+            try:
+                missing, unexpected = self.load_state_dict(rest, strict=False)
+            except RuntimeError as error:
+                raise ValueError(f"weights of another network: {error}") from None
+            missing = [name for name in missing if not name.startswith("encoder.")]
+            if missing or unexpected:
+                raise ValueError(f"weights of another network: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+
+# Over (N, C) rows of visible pixels; LayerNorm with ConvNeXt's epsilon.
+DENSIFY_NORMS = {"bn": nn.BatchNorm1d, "ln": partial(nn.LayerNorm, eps=1e-6), "none": nn.Identity}
+
+
+def _projection(channels: int, width: int, *, deepest: bool) -> nn.Module:
+    """1x1 at the deepest scale (nothing where the widths are equal), 3x3 elsewhere (spark.py:63-70)."""
+    if deepest and channels == width:
+        return nn.Identity()
+    kernel_size = 1 if deepest else 3
+    return nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)

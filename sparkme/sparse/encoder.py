@@ -1,0 +1,151 @@
+"""The sparse encoder: a dense network's module tree with sparse layers, run on the visible pixels of a batch."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from sparkme.grid import Grid
+from sparkme.sparse.engines import Engine, create_engine
+from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
+from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer
+from sparkme.sparse.map import SparseMap
+
+
+class SparseEncoder(nn.Module):
+    """A hierarchical sparse encoder; made by `sparkme.sparsify`.
+
+    Args:
+        network: the module tree with sparse layers.
+        hierarchy: where the maps come out.
+    """
+
+    def __init__(self, network: nn.Module, hierarchy: Hierarchy) -> None:
+        super().__init__()
+        self.network = network
+        self.hierarchy = hierarchy
+        self.engine, self.engine_reason = create_engine("minkowski")
+        attach(network, hierarchy.taps, _store)
+
+    @property
+    def in_channels(self) -> int:
+        return self.hierarchy.in_channels
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels per pixel of each map, shallow to deep."""
+        return tuple(tap.stride for tap in self.hierarchy.taps)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width of each map, shallow to deep."""
+        return tuple(tap.channels for tap in self.hierarchy.taps)
+
+    @property
+    def norm(self) -> str:
+        """The network's kind of normalisation, `bn` or `ln`; densify uses the same."""
+        return "bn" if any(isinstance(m, SparseBatchNorm2d) for m in self.modules()) else "ln"
+
+    def set_engine(self, name: str) -> SparseEncoder:
+        """Chooses the kernels: `minkowski`, `masked-dense` or `auto`. The weights stay.
+
+        Raises:
+            ValueError: no such engine, or it cannot run on the encoder's device.
+        """
+        self.engine, self.engine_reason = create_engine(name, next(self.parameters()).device)
+        return self
+
+    def forward(self, images: Tensor, active: Tensor, keep: int | None = None) -> list[SparseMap]:
+        """Encodes the visible patches.
+
+        Args:
+            images: (B, C, H, W). Hidden pixels are never read.
+            active: (B, 1, f_h, f_w) bool, True = visible, the same number in every image. A patch has H / f_h pixels.
+            keep: that number, where known; it saves reading the mask back from the device.
+
+        Returns:
+            Maps at `strides`, shallow to deep.
+
+        Raises:
+            ValueError: the sizes do not fit, or images differ in how many patches are visible.
+        """
+        return self.encode(images, Grid(active, self._patch(images, active), keep))
+
+    def encode(self, images: Tensor, grid: Grid) -> list[SparseMap]:
+        """`forward` on a grid that the caller made."""
+        taps: dict[int, SparseMap] = {}
+        device_type = images.device.type
+        with self.engine.precision(device_type):
+            if not torch.is_autocast_enabled(device_type):
+                images = images.to(next(self.parameters()).dtype)
+            pixels = self.engine.from_rows(grid.to_rows(images, 1), grid, 1)
+            with suppress(ReachedDeepest):
+                self.network(SparseMap(pixels, grid, 1, self.engine, taps))
+        return [taps[i] for i in range(len(self.strides))]
+
+    def _patch(self, images: Tensor, active: Tensor) -> int:
+        total = self.strides[-1]
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"images must be (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
+        if active.ndim != 4 or len(active) != len(images):
+            raise ValueError(f"active must be ({len(images)}, 1, f_h, f_w), got {tuple(active.shape)}")
+        (h, w), (f_h, f_w) = images.shape[2:], active.shape[2:]
+        patch = h // f_h
+        if (f_h * patch, f_w * patch) != (h, w) or patch % total:
+            raise ValueError(
+                f"images of {h}x{w} pixels and a mask of {f_h}x{f_w} patches: a patch must be square and a multiple of "
+                f"the encoder's total stride {total}"
+            )
+        return patch
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names and in the layout of the dense model it came from, without its head.
+
+        Tensors are copies where the layout differs and share memory where it does not.
+        """
+        state: dict[str, Tensor] = {}
+        for prefix, module in self.network.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            if isinstance(module, SparseLayer):
+                state.update({dot + name: value for name, value in module.dense_state().items()})
+            elif not _inside_sparse_layer(self.network, prefix):
+                state.update({dot + n: p.detach() for n, p in module.named_parameters(recurse=False)})
+                state.update({dot + n: b for n, b in module.named_buffers(recurse=False)})
+        return state
+
+    @torch.no_grad()
+    def load_dense_state_dict(self, state: dict[str, Tensor]) -> list[str]:
+        """Takes the dense model's weights. Returns the names it did not use, which should be the head's.
+
+        Raises:
+            ValueError: a name is missing or has another shape.
+        """
+        own = self.dense_state_dict()
+        missing = [name for name in own if name not in state]
+        wrong = [f"{n}: {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in own
+                 if n in state and state[n].shape != own[n].shape]  # fmt: skip
+        if missing or wrong:
+            problems = [f"missing {', '.join(missing[:5])}"] if missing else []
+            problems += [f"wrong shape {', '.join(wrong[:5])}"] if wrong else []
+            raise ValueError(f"weights of another model: {'; '.join(problems)} ({len(missing) + len(wrong)} in all)")
+        for prefix, module in self.network.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            if isinstance(module, SparseLayer):
+                module.load_dense_state({name: state[dot + name] for name in module.dense_state()})
+            elif not _inside_sparse_layer(self.network, prefix):
+                for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                    value.copy_(state[dot + name])
+        return [name for name in state if name not in own]
+
+
+def _store(i: int, value: SparseMap) -> None:
+    if value.taps is not None:
+        value.taps[i] = value
+
+
+def _inside_sparse_layer(network: nn.Module, prefix: str) -> bool:
+    """Whether a module is a part of a sparse layer, such as the `bn` of a MinkowskiBatchNorm."""
+    parts = prefix.split(".")
+    return any(isinstance(network.get_submodule(".".join(parts[:i])), SparseLayer) for i in range(len(parts)))

@@ -1,0 +1,61 @@
+"""What an engine does: the kernels behind the sparse layers. All engines give the same numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sparkme.grid import Grid
+from sparkme.sparse.map import SparseMap
+
+if TYPE_CHECKING:
+    from sparkme.sparse.layers import SparseLinear, SparseMaxPool2d, _SparseConvolution
+
+
+class Engine(ABC):
+    """The kernels behind the layers, and the form in which they keep features.
+
+    `dense` says which: (B, C, H, W) with hidden pixels at zero, or (B, L, C) patch-major rows.
+    """
+
+    name: str
+    dense: bool
+
+    @abstractmethod
+    def precision(self, device_type: str) -> AbstractContextManager[None]:
+        """The context in which the encoder runs: an engine that cannot compute in bf16 leaves autocast here."""
+
+    @abstractmethod
+    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap: ...
+
+    @abstractmethod
+    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap: ...
+
+    @abstractmethod
+    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap: ...
+
+    @abstractmethod
+    def to_rows(self, x: SparseMap) -> Tensor:
+        """(N, C) patch-major rows of the map."""
+
+    @abstractmethod
+    def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
+        """(N, C) rows in the form that the engine computes on."""
+
+
+class RowEngine(Engine):
+    """An engine that computes on rows: linear layers and norms need nothing else."""
+
+    dense = False
+
+    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
+        return x.replace(layer.linear(x.data))
+
+    def to_rows(self, x: SparseMap) -> Tensor:
+        return x.data.flatten(0, 1)
+
+    def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
+        return rows.view(grid.batch, -1, rows.shape[-1])

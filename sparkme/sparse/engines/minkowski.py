@@ -1,0 +1,159 @@
+"""The reference engine: MinkowskiEngine's own coordinate maps and kernels, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NamedTuple
+
+import MinkowskiEngine as ME
+import torch
+from torch import Tensor
+
+from sparkme.grid import Grid
+from sparkme.sparse.engines.base import RowEngine
+from sparkme.sparse.layout import block_diagonal
+from sparkme.sparse.map import SparseMap
+
+if TYPE_CHECKING:
+    from sparkme.sparse.layers import SparseMaxPool2d, _SparseConvolution
+
+
+class Sites(NamedTuple):
+    """MinkowskiEngine's coordinate map of one stride.
+
+    `to_engine` and `from_engine` are permutations between this project's row order and the map's, or None where both
+    are the same. MinkowskiEngine keeps the order of inserted coordinates on the CPU; its GPU map is another
+    implementation that promises nothing, so the order is looked at and not assumed.
+    """
+
+    key: ME.CoordinateMapKey
+    to_engine: Tensor | None
+    from_engine: Tensor | None
+
+
+def manager_of(grid: Grid) -> ME.CoordinateManager:
+    """The coordinate manager of a batch, made once and kept on its grid."""
+    if "manager" not in grid._cache:
+        on_gpu = grid.device.type == "cuda"
+        if on_gpu and not ME.is_cuda_available():
+            raise RuntimeError(
+                "MinkowskiEngine was built without CUDA here: rebuild it with "
+                "`python cuda_ext/minkowski/build.py --cuda --install`, or take the engine masked-dense"
+            )
+        kind = ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU
+        grid._cache["manager"] = ME.CoordinateManager(D=2, coordinate_map_type=kind)
+    return grid._cache["manager"]
+
+
+def sites_of(grid: Grid, stride: int) -> Sites:
+    """The coordinate map of one stride, inserted in patch-major order."""
+    cache_key = "sites", stride
+    if cache_key not in grid._cache:
+        coordinates = grid.coordinates(stride)
+        key, (unique, _) = manager_of(grid).insert_and_map(coordinates, [stride, stride], "patch")
+        unique = unique.long()
+        if len(unique) in (0, len(coordinates)) and not _is_permuted(unique):
+            sites = Sites(key, None, None)
+        else:
+            sites = Sites(key, unique, unique.argsort())
+        grid._cache[cache_key] = sites
+    return grid._cache[cache_key]
+
+
+def _is_permuted(index: Tensor) -> bool:
+    return not torch.equal(index, torch.arange(len(index), device=index.device))
+
+
+def to_minkowski(x: SparseMap) -> ME.SparseTensor:
+    """(N, C) rows on MinkowskiEngine's coordinate map, in that map's order."""
+    sites = sites_of(x.grid, x.stride)
+    rows = x.rows if sites.to_engine is None else x.rows[sites.to_engine]
+    return ME.SparseTensor(rows, coordinate_map_key=sites.key, coordinate_manager=manager_of(x.grid))
+
+
+def from_minkowski(features: Tensor, x: SparseMap, stride: int) -> SparseMap:
+    """Features on the map of `stride`, in that map's order, as a map like `x`."""
+    sites = sites_of(x.grid, stride)
+    rows = features if sites.from_engine is None else features[sites.from_engine]
+    return x.replace(rows.view(x.grid.batch, -1, rows.shape[1]), stride)
+
+
+class MinkowskiEngine(RowEngine):
+    """Stock MinkowskiEngine layers on given output coordinates; float32 and float64 only."""
+
+    name = "minkowski"
+
+    def precision(self, device_type: str) -> AbstractContextManager[None]:
+        # Under autocast a 1x1 convolution would come out in bf16, and the next 3x3 would refuse it.
+        return torch.autocast(device_type, enabled=False)
+
+    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
+        if isinstance(layer, ME.MinkowskiChannelwiseConvolution):
+            return self._depthwise(layer, x)
+        stride = x.stride * layer.stride
+        source, key = to_minkowski(x), sites_of(x.grid, stride).key
+        if layer.groups == 1:
+            out = ME.MinkowskiConvolution.forward(layer, source, coordinates=key).F
+        else:
+            out = ME.MinkowskiConvolutionFunction.apply(
+                source.F,
+                block_diagonal(layer.kernel, layer.groups),
+                layer.kernel_generator,
+                layer.convolution_mode,
+                source.coordinate_map_key,
+                key,
+                source.coordinate_manager,
+            )
+            out = out if layer.bias is None else out + layer.bias
+        return from_minkowski(out, x, stride)
+
+    def _depthwise(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
+        """One multiply-add per kernel offset over MinkowskiEngine's kernel map.
+
+        MinkowskiEngine's own layer is this loop too, but lets the coordinate manager choose the output sites.
+        """
+        stride = x.stride * layer.stride
+        source, key = to_minkowski(x), sites_of(x.grid, stride).key
+        generator = layer.kernel_generator
+        pairs = source.coordinate_manager.kernel_map(
+            source.coordinate_map_key,
+            key,
+            generator.kernel_stride,
+            generator.kernel_size,
+            generator.kernel_dilation,
+        )
+        out = ChannelwiseConvolution.apply(source.F, layer.kernel, pairs, x.grid.num_rows(stride))
+        return from_minkowski(out if layer.bias is None else out + layer.bias, x, stride)
+
+    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap:
+        stride = x.stride * layer.stride
+        out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(x), coordinates=sites_of(x.grid, stride).key)
+        return from_minkowski(out.F, x, stride)
+
+
+class ChannelwiseConvolution(torch.autograd.Function):
+    """Depthwise convolution over a kernel map, offset by offset, saving nothing but its two operands.
+
+    Left to autograd, the loop would keep a gathered copy of the rows for each of the kernel's offsets: 49 of them for a
+    7x7 kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, kernel: Tensor, pairs: dict[int, Tensor], num_rows: int) -> Tensor:  # type: ignore[no-untyped-def]
+        """(N, C) rows, (K, C) kernel, and per offset the int (2, M) pairs (input row, output row)."""
+        ctx.save_for_backward(rows, kernel)
+        ctx.pairs = {k: pair.long().to(rows.device) for k, pair in pairs.items()}
+        out = rows.new_zeros(num_rows, rows.shape[1])
+        for k, (source, target) in ctx.pairs.items():
+            out.index_add_(0, target, rows[source] * kernel[k])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        rows, kernel = ctx.saved_tensors
+        grad_rows, grad_kernel = torch.zeros_like(rows), torch.zeros_like(kernel)
+        for k, (source, target) in ctx.pairs.items():
+            grad = grad_out[target]
+            grad_rows.index_add_(0, source, grad * kernel[k])
+            grad_kernel[k] = (grad * rows[source]).sum(0)
+        return grad_rows, grad_kernel, None, None

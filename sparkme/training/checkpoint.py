@@ -1,0 +1,94 @@
+"""Checkpoints: written beside and renamed, so that a crash or a full disk never costs the last good one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparkme.errors import UserError
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of a run: `step_<n>.pt`, the newest few, and `last.pt`, a link to the newest.
+
+    Args:
+        folder: where they are.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        """Writes a checkpoint, points `last.pt` at it and removes the oldest.
+
+        Raises:
+            UserError: it could not be written; earlier checkpoints are untouched.
+        """
+        path = self.folder / f"step_{step:08d}.pt"
+        temporary = path.with_suffix(".pt.writing")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save({"format": FORMAT, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            self._point_at(path)
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.anchor).free / 2**30
+            resume = f"{self.last} is intact" if self.last.exists() else "there is no earlier one"
+            raise UserError(
+                f"cannot write the checkpoint {path} ({_first_line(error)}; {free:.1f} GiB free); make room or change "
+                f"--output, then start again; {resume}"
+            ) from error
+        for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def _point_at(self, path: Path) -> None:
+        link = self.folder / "last.pt.writing"
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(path.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, link)
+        os.replace(link, self.last)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint that `Checkpoints.save` wrote, on the CPU, with `weights_only=True`.
+
+    Raises:
+        UserError: no such file, or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
+        hint = f"; earlier ones beside it: {', '.join(others)}" if others else ""
+        raise UserError(f"{path} cannot be read as a checkpoint ({_first_line(error)}){hint}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
+        raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,76 @@
+"""One process or several, started by torchrun: who am I, and what do we agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sparkme.errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the `world` of those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; waits for all of them."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the processes."""
+        if self.world == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / self.world
+
+
+def start_process(device: str) -> Process:
+    """Joins the processes that torchrun started, if it did, and takes a device.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    has_gpu = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if has_gpu else "cpu"
+    if device.startswith("cuda") and not has_gpu:
+        raise UserError("--device cuda, but torch sees no GPU; use --device cpu, or see `python -m sparkme.doctor`")
+    try:
+        chosen = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda":
+        if chosen.index >= torch.cuda.device_count():
+            raise UserError(f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs; start fewer processes")
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Process(rank, world, chosen)
+
+
+def stop_process() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

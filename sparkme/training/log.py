@@ -1,0 +1,133 @@
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, loss.png, and lines on the screen."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes a run's metrics; on a resumed run, drops the lines of steps that will be done again.
+
+    Args:
+        folder: the run folder.
+        first_step: the step training (re)starts at.
+        total_steps: of the whole run.
+        bar: whether to draw a progress bar; plain lines otherwise.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, total_steps: int, bar: bool) -> None:
+        self.folder = folder
+        self.total_steps = total_steps
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in _records(self.path) if line["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a", buffering=1)
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step if first_step else None)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if bar else None
+
+    def step(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def metrics(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Records metrics after `step` steps; needs `loss`, `learning_rate`, `images_per_s` and `seconds_left`."""
+        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        left = duration(values["seconds_left"])
+        shown = f"loss {values['loss']:.4f} | lr {values['learning_rate']:.2e} | {values['images_per_s']:.1f} images/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+        else:
+            share = 100 * step / self.total_steps
+            print(f"step {step}/{self.total_steps} ({share:.0f} %) | {shown} | {left} left", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        if self.bar is not None:
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """Adds a (3, H, W) image to the TensorBoard events."""
+        self.events.add_image(name, image, step)
+
+    def plot_loss(self) -> None:
+        """Draws loss.png: the loss and the learning rate over epochs."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        records = _records(self.path)
+        if not records:
+            return
+        epochs = [record["epoch"] for record in records]
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.plot(epochs, [record["loss"] for record in records], color="tab:blue", linewidth=1.2)
+        axes.set(xlabel="epoch", ylabel="loss (mean squared error, normalised hidden patches)")
+        axes.grid(alpha=0.3)
+        rate_axes = axes.twinx()
+        rate_axes.plot(epochs, [r["learning_rate"] for r in records], color="tab:orange", linewidth=0.8, alpha=0.7)
+        rate_axes.set_ylabel("learning rate", color="tab:orange")
+        figure.savefig(self.folder / "loss.png", dpi=120)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.events.close()
+        self.file.close()
+
+
+class Throughput:
+    """Images per second since the last report, and the time left at that rate."""
+
+    def __init__(self, images_per_step: int, total_steps: int) -> None:
+        self.images_per_step = images_per_step
+        self.total_steps = total_steps
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Counts from here; called after what is not training, such as pictures and checkpoints."""
+        self.since, self.step = time.perf_counter(), step
+
+    def report(self, step: int) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        per_step = seconds / max(1, step - self.step)
+        self.restart(step)
+        return {
+            "images_per_s": self.images_per_step / per_step,
+            "step_ms": 1e3 * per_step,
+            "seconds_left": per_step * (self.total_steps - step),
+        }
+
+
+def duration(seconds: float) -> str:
+    """2 d 3 h, 4 h 05 min, 6 min 07 s or 8 s."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
+    if h:
+        return f"{h} h {m:02d} min"
+    return f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line torn by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

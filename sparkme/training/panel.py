@@ -1,0 +1,31 @@
+"""Pictures of what the network makes of hidden patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from sparkme.data.dataset import denormalise
+from sparkme.spark import SparK
+
+
+def reconstruction_panel(model: SparK, images: Tensor, active: Tensor) -> Tensor:
+    """Draws original, masked and reconstructed images side by side, one row per image.
+
+    Args:
+        model: put into eval mode for the pictures and back into its own afterwards.
+        images: (B, 3, H, W), normalised.
+        active: (B, 1, f_h, f_w) bool, True = visible.
+
+    Returns:
+        (3, height, width) float32 in [0, 1], on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    _, painted = model.reconstruct(images, active)
+    model.train(was_training)
+    visible = model.grid(images, active).mask(1, torch.float32).cpu()
+    original, reconstruction = (denormalise(x.float()).cpu() for x in (images, painted))
+    masked = original * visible + 0.5 * (1 - visible)
+    return make_grid(torch.stack((original, masked, reconstruction), dim=1).flatten(0, 1), nrow=3, padding=4, pad_value=1.0)

@@ -1,0 +1,23 @@
+"""Randomness that survives an interruption: every draw is a function of the run's seed and of where it is used."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derived_seed(seed: int, purpose: str, *where: int) -> int:
+    """A 63-bit seed for one purpose at one place of a run."""
+    text = ":".join((str(seed), purpose, *map(str, where)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+def seed_step(seed: int, rank: int, step: int, device: torch.device) -> torch.Generator:
+    """Makes a step's randomness independent of what ran before it.
+
+    Seeds torch's default generators (drop path) and returns the generator of the step's masks, on `device`. Nothing
+    waits for the device.
+    """
+    torch.manual_seed(derived_seed(seed, "step", rank, step))
+    return torch.Generator(device).manual_seed(derived_seed(seed, "mask", rank, step))
