@@ -4,6 +4,7 @@ Parameter names equal the official ones (`dec.<i>.up_sample`, `dec.<i>.conv.<j>`
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Decoder(nn.Module):
         if width <= 0 or width % stride:
             raise ValueError(f"decoder width {width} is not a multiple of {stride}, and is halved {num_blocks} times")
         widths = [width >> i for i in range(num_blocks + 1)]
-        self.dec = nn.ModuleList(UNetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.dec = nn.ModuleList(UNetBlock(a, b) for a, b in pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], out_channels, kernel_size=1)
         self.apply(_initialise)
 

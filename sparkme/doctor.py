@@ -62,12 +62,8 @@ def check_torch() -> Finding:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Finding(
-            "torch", f"cannot be imported: {error}", "pip install 'torch>=2.11' 'torchvision>=0.26'", fatal=True
-        )
-    return Finding(
-        "torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
-    )
+        return Finding("torch", f"cannot be imported: {error}", "pip install 'torch>=2.11' 'torchvision>=0.26'", fatal=True)
+    return Finding("torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"))
 
 
 def check_minkowski() -> Finding:
@@ -99,9 +95,7 @@ def check_gpu() -> Finding:
             return Finding("GPU", f"{seen}, but torch cannot use it", mend)
         return Finding("GPU", "none; everything runs on the CPU")
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return Finding(
-        "GPU", ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})" for p in properties)
-    )
+    return Finding("GPU", ", ".join(f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})" for p in properties))
 
 
 def check_nvcc() -> Finding:

@@ -31,12 +31,21 @@ def create_parser() -> argparse.ArgumentParser:
         description="Export the encoder of a checkpoint as weights of the ordinary dense network, verified.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt")
-    parser.add_argument("--to", choices=("torchvision",), default="torchvision",
-                        help="whose model the weights are for (%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE",
-                        help=".safetensors or .pth (MODEL.safetensors beside the checkpoint's run)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                        help="compare every stage of the dense model with the sparse encoder before writing (%(default)s)")
+    parser.add_argument(
+        "--to", choices=("torchvision",), default="torchvision", help="whose model the weights are for (%(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors or .pth (MODEL.safetensors beside the checkpoint's run)",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare every stage of the dense model with the sparse encoder before writing (%(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser  # fmt: skip
 

@@ -58,12 +58,9 @@ def create_encoder(name: str, *, drop_path: float | None = None) -> SparseEncode
     if not 0 <= rate < 1:
         raise ValueError(f"drop path {rate} is outside [0, 1)")
     if name.startswith("convnext"):
-        dense = create_dense(name, stochastic_depth_prob=rate)
-    else:
-        dense = create_dense(name)
-    encoder = sparsify(dense)
-    if not name.startswith("convnext"):
-        add_drop_path(encoder, rate)
+        return sparsify(create_dense(name, stochastic_depth_prob=rate))
+    encoder = sparsify(create_dense(name))
+    add_drop_path(encoder, rate)
     return encoder
 
 

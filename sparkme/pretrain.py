@@ -12,92 +12,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, run_command, user_errors
+from sparkme.training.config import FIXED, as_text, create_parser, resolve_config
+from sparkme.training.distributed import Process, start_process, stop_process
 
-PAPER_EPOCHS, PAPER_BATCH, PAPER_WARMUP = 1600, 4096, 40
-
-
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparkme.pretrain",
-        description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023).",
-        epilog="Defaults are the paper's recipe. The same command again resumes an interrupted run.",
-    )
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", type=Path, metavar="DIR",
-                       help="folder of images, nested or flat, labels not needed; scikit-image's photographs if left out")
-    group.add_argument("--crop-scale", type=float, metavar="S",
-                       help="smallest share of an image's area in a crop (0.67; 0.1 for the photographs)")
-    group.add_argument("--samples-per-epoch", type=int, metavar="N",
-                       help="crops in an epoch (the number of images; 512 for the photographs)")
-    group.add_argument("--max-unreadable", type=int, metavar="N",
-                       help="stop when more images than this cannot be read (10, or 1%% of the images if that is more)")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
-
-    group = parser.add_argument_group("network")
-    group.add_argument("--model", default="resnet50", help="torchvision ResNet or ConvNeXt (%(default)s)")
-    group.add_argument("--init", type=Path, metavar="FILE",
-                       help="start from weights of the same torchvision model, .pth or .safetensors")
-    group.add_argument("--input-size", type=int, nargs="+", default=[224], metavar="PIXELS",
-                       help="side of the crops, or height and width (224)")
-    group.add_argument("--patch", type=int, metavar="PIXELS", help="side of a patch (the network's total stride, 32)")
-    group.add_argument("--mask-ratio", type=float, default=0.6, help="share of patches to hide (%(default)s)")
-    group.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (%(default)s)")
-    group.add_argument("--densify-norm", choices=("auto", "bn", "ln", "none"), default="auto",
-                       help="norm before mask tokens are filled in (the network's own kind)")
-    group.add_argument("--drop-path", type=float, metavar="P",
-                       help="drop path of the deepest block (the paper's for this model, else 0)")
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=PAPER_EPOCHS, help="(%(default)s)")
-    group.add_argument("--warmup-epochs", type=float, help=f"linear warm-up ({PAPER_WARMUP}, at most a tenth of --epochs)")
-    group.add_argument("--batch-size", type=int, metavar="N",
-                       help="GLOBAL batch, over all processes and accumulation steps (128 per GPU or 32 per CPU process, "
-                            f"up to the paper's {PAPER_BATCH} and the number of samples)")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N",
-                       help="split each process's batch into N forward passes, to save memory (%(default)s)")
-    group.add_argument("--base-lr", type=float, default=2e-4, help="peak learning rate per 256 images (%(default)s)")
-    group.add_argument("--weight-decay", type=float, default=0.04, help="at the start (%(default)s)")
-    group.add_argument("--weight-decay-end", type=float, default=0.2, help="at the end, by a cosine (%(default)s)")
-    group.add_argument("--clip-grad", type=float, default=5.0, help="largest gradient norm; 0 for no limit (%(default)s)")
-    group.add_argument("--optimizer", choices=("lamb", "adamw"), default="lamb", help="(%(default)s)")
-    group.add_argument("--beta2", type=float, help="second moment's decay (0.95 with batch norm, 0.999 with layer norm)")
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    group.add_argument("--engine", choices=("auto", "minkowski", "masked-dense"), default="auto",
-                       help="kernels of the encoder (%(default)s: the fastest that this machine has)")
-    group.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto",
-                       help="autocast to bf16 where the engine can (auto: on GPUs that have it)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="run folder (runs/MODEL-SIZE)")
-    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                       help="continue the run in --output; --no-resume starts it anew (%(default)s)")
-    group.add_argument("--checkpoint-minutes", type=float, default=10.0, metavar="M",
-                       help="save at the end of an epoch when the last save is older; 0 saves every epoch (%(default)s)")
-    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="(%(default)s)")
-    group.add_argument("--panel-epochs", type=int, metavar="N",
-                       help="draw reconstructions every N epochs; 0 never (ten times in a run)")
-    group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
-    return parser  # fmt: skip
+if TYPE_CHECKING:
+    from sparkme.sparse.encoder import SparseEncoder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
-    from sparkme.training.distributed import start_process, stop_process
-
     process = start_process(args.device)
     try:
         with user_errors():
@@ -119,12 +50,11 @@ def pretrain(args: argparse.Namespace) -> int:
         stop_process()
 
 
-@dataclass
 class StopRequest:
     """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second one ends it at once."""
 
-    signal: int = 0
-    _previous: dict[int, Any] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.signal = 0
 
     @contextmanager
     def listen(self) -> Iterator[None]:
@@ -142,10 +72,18 @@ class StopRequest:
 
 
 class Run:
-    """One pretraining run: its configuration resolved, its data, network, optimiser and log set up, its state resumed."""
+    """One pretraining run.
 
-    def __init__(self, args: argparse.Namespace, process: Any) -> None:
-        from sparkme.data.dataset import CropDataset, EpochSampler
+    Args:
+        args: the command line.
+        process: this process.
+
+    Raises:
+        UserError, ValueError: what was asked for cannot be done; says what to change.
+    """
+
+    def __init__(self, args: argparse.Namespace, process: Process) -> None:
+        from sparkme.data.dataset import CropDataset
         from sparkme.data.images import demo_photographs, find_images
         from sparkme.training.build import build_network
         from sparkme.training.checkpoint import Checkpoints
@@ -157,173 +95,184 @@ class Run:
         self.folder = Path(config["output"])
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config["keep_checkpoints"])
         saved = self._saved_run() if args.resume else None
-        self._make_folder(anew=not args.resume)
 
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
         if args.init and saved is None:
-            load_initial_weights(self.network, args.init)
+            load_initial_weights(self.network.encoder, args.init)
         self.network.to(process.device)
         self.network.encoder.set_engine(config["engine"])
-        self.autocast = config["precision"] == "bf16"
-
+        self.optimizer = create_optimizer(
+            config["optimizer"], self.network, beta2=config["beta2"], clip_grad=config["clip_grad"] or None
+        )
         self.steps_per_epoch = config["samples_per_epoch"] // config["batch_size"]
         self.total_steps = config["epochs"] * self.steps_per_epoch
-        self.images_per_process = config["batch_size"] // process.world
-        beta2 = config["beta2"]
-        self.optimizer = create_optimizer(
-            config["optimizer"], self.network, beta2=beta2, clip_grad=config["clip_grad"] or None
-        )
         self.step = 0
         if saved is not None:
-            self._restore(saved)
+            self.network.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
 
         if process.world > 1 and process.device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.model: nn.Module = DistributedDataParallel(self.network) if process.world > 1 else self.network
-        self.dataset = CropDataset(
-            paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"]
-        )
-        self.sampler = EpochSampler(
-            len(paths), config["samples_per_epoch"], config["batch_size"], config["seed"],
-            range(self.step, self.total_steps), process.rank, process.world,
-        )  # fmt: skip
+        self.dataset = CropDataset(paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"])
         self.unreadable: set[str] = set()
         if process.is_main:
-            self._introduce(len(paths), resumed=saved is not None)
+            self._make_folder(anew=not args.resume)
+            self._introduce(saved)
 
     def train(self) -> int:
         """Steps, logs, draws and saves to the end, or until asked to stop. Returns the exit code."""
-        from sparkme.data.dataset import create_loader
+        from sparkme.data.dataset import EpochSampler, create_loader
         from sparkme.training.log import RunLog, Throughput
 
+        config, process = self.config, self.process
         if self.step >= self.total_steps:
-            self._say(f"nothing left to do: {self.folder} is trained for {self.config['epochs']} epochs")
+            if process.is_main:
+                print(f"nothing left to do: {self.folder} is trained for {config['epochs']} epochs", flush=True)
             return 0
+        remaining = range(self.step, self.total_steps)
+        sampler = EpochSampler(
+            len(self.dataset), config["samples_per_epoch"], config["batch_size"], config["seed"],
+            remaining, process.rank, process.world,
+        )  # fmt: skip
+        on_gpu = process.device.type == "cuda"
+        loader = create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=on_gpu)
         log = None
-        if self.process.is_main:
+        if process.is_main:
             log = RunLog(self.folder, first_step=self.step, total_steps=self.total_steps, bar=sys.stderr.isatty())
-        loader = create_loader(
-            self.dataset, self.sampler, workers=self.config["workers"], pin_memory=self.process.device.type == "cuda"
-        )
-        log_steps = self.config["log_steps"]
-        losses = torch.zeros(log_steps, device=self.process.device)
-        pending = 0  # losses of steps that have not been logged yet
-        speed = Throughput(self.config["batch_size"], self.total_steps)
-        speed.restart(self.step)
+        speed = Throughput(config["batch_size"], self.total_steps)
+        losses: list[Tensor] = []  # of the steps since the last log line, still on the device
         last_save = time.monotonic()
         self.model.train()
+        speed.restart(self.step)
         try:
             for batch in loader:
-                images = self._take(batch)
-                losses[pending] = self._train_step(images)
-                pending += 1
+                losses.append(self._train_step(self._take(batch)))
                 self.step += 1
-                epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
-                done, epoch_ends = self.step == self.total_steps, in_epoch == 0
                 if log:
                     log.step()
-                if pending == log_steps or done or self.stop.signal or epoch_ends:
-                    mean_loss = self._check_finite(losses[:pending])
-                    if log and (pending == log_steps or done):
-                        log.metrics(self.step, self.step / self.steps_per_epoch, {
-                            "loss": mean_loss, **self._rates(self.step - 1), **speed.report(self.step)})  # fmt: skip
-                    pending = 0 if pending == log_steps or done else pending
-                    if self.process.any(bool(self.stop.signal)):
-                        return self._leave(log)
-                if epoch_ends:
-                    overdue = time.monotonic() - last_save >= 60 * self.config["checkpoint_minutes"]
-                    if self._panel_is_due(epoch) and log:
-                        self._draw_panel(log, epoch)
-                    if self.process.any(overdue) or done:
-                        if log:
-                            self._save()
-                            log.plot_loss()
-                        last_save = time.monotonic()
+                epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
+                epoch_ends, done = in_epoch == 0, self.step == self.total_steps
+                stopping = self._asked_to_stop(at_epoch_end=epoch_ends)
+                draw = epoch_ends and self._panel_is_due(epoch)
+                save = stopping or done or (epoch_ends and self._save_is_due(last_save))
+                if draw or save or self.step % config["log_steps"] == 0:
+                    mean_loss = self._check_finite(losses)
+                    losses.clear()
+                    if log:
+                        rates = self._rates(self.step - 1)
+                        values = {"loss": mean_loss, **rates, **speed.report(self.step)}
+                        log.metrics(self.step, self.step / self.steps_per_epoch, values)
+                if save and process.is_main:
+                    self._save()
+                if draw and log:
+                    self._draw_panel(log, epoch)
+                if (save or draw) and log:
+                    log.plot_loss()
+                if save:
+                    last_save = time.monotonic()
+                if stopping:
+                    return self._leave(log)
+                if save or draw:
                     speed.restart(self.step)
             if log:
-                log.plot_loss()
-                log.say(f"done: weights in {self.checkpoints.last}; export them with\n"
-                        f"  python -m sparkme.export {self.checkpoints.last} --to torchvision "
-                        f"--output {self.config['model']}.safetensors")  # fmt: skip
+                last = self.checkpoints.last
+                log.say(f"done: {last}; export it with\n  python -m sparkme.export {last} --to torchvision")
             return 0
         finally:
             if log:
                 log.close()
 
     def _train_step(self, images: Tensor) -> Tensor:
-        """One update of the weights. Returns the mean loss, on the device; nothing waits for it."""
+        """One update of the weights on (B, 3, H, W) uint8 images.
+
+        Returns:
+            The mean loss, scalar, on the device; nothing waits for it.
+        """
         from sparkme.data.dataset import normalise
-        from sparkme.masking import random_active
         from sparkme.training.optimizer import update_schedule
         from sparkme.training.random import seed_step
 
-        config, device = self.config, self.process.device
-        rates = self._rates(self.step)
-        update_schedule(self.optimizer, rates["learning_rate"], rates["weight_decay"])
-        generator = seed_step(config["seed"], self.process.rank, self.step, device)
-        parts = images.to(device, non_blocking=True).chunk(config["accumulate"])
-        total = torch.zeros((), device=device)
+        config, process = self.config, self.process
+        update_schedule(self.optimizer, **self._rates(self.step))
+        generator = seed_step(config["seed"], process.rank, self.step, process.device)
+        parts = images.to(process.device, non_blocking=True).chunk(config["accumulate"])
+        total = torch.zeros((), device=process.device)
         for i, part in enumerate(parts):
-            is_last = i == len(parts) - 1
-            sync = nullcontext() if is_last or self.process.world == 1 else self.model.no_sync()  # type: ignore[operator]
-            active = random_active(len(part), self.network.num_patches, config["mask_ratio"], generator=generator)
-            with sync:
+            with self._gradients_stay_here(until=len(parts) - 1, part=i):
                 with self._precision():
-                    loss = self.model(normalise(part), active) / len(parts)
+                    loss = self.model(normalise(part), generator=generator) / len(parts)
                 loss.backward()
             total += loss.detach()
-        if config["optimizer"] == "adamw" and config["clip_grad"]:
+        if config["optimizer"] == "adamw" and config["clip_grad"]:  # LAMB clips by itself
             nn.utils.clip_grad_norm_(self.network.parameters(), config["clip_grad"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
+    def _gradients_stay_here(self, *, until: int, part: int) -> AbstractContextManager[None]:
+        """Processes exchange gradients at the last accumulation step only."""
+        if isinstance(self.model, DistributedDataParallel) and part < until:
+            return self.model.no_sync()
+        return nullcontext()
+
     def _precision(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.process.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        bf16 = self.config["precision"] == "bf16"
+        return torch.autocast(self.process.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def _rates(self, step: int) -> dict[str, float]:
+        """Learning rate and weight decay of a step."""
         from sparkme.training.optimizer import learning_rate, weight_decay
 
-        config = self.config
+        config, total = self.config, self.total_steps
         peak = config["base_lr"] * config["batch_size"] / 256
         warmup = round(config["warmup_epochs"] * self.steps_per_epoch)
+        decay, decay_end = config["weight_decay"], config["weight_decay_end"]
         return {
-            "learning_rate": learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=self.total_steps),
-            "weight_decay": weight_decay(
-                step, start=config["weight_decay"], end=config["weight_decay_end"], total_steps=self.total_steps
-            ),
+            "learning_rate": learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
+            "weight_decay": weight_decay(step, start=decay, end=decay_end, total_steps=total),
         }
 
     def _take(self, batch: Any) -> Tensor:
-        """The images of a batch; counts those that could not be read, and stops when they are too many."""
-        new = [problem for problem in dict.fromkeys(batch.unreadable) if problem not in self.unreadable]
-        for problem in new:
-            self.unreadable.add(problem)
-            print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
-        if len(self.unreadable) > self.config["max_unreadable"] or batch.images is None:
-            self._save_before_leaving()
+        """The images of a batch; reports those that could not be read, and stops when they are too many."""
+        for problem in batch.unreadable:
+            if problem not in self.unreadable:
+                self.unreadable.add(problem)
+                print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
+        if batch.images is None or len(self.unreadable) > self.config["max_unreadable"]:
+            if self.process.is_main and self.step:
+                print(f"saved {self._save()}", flush=True)
             listed = "\n  ".join(sorted(self.unreadable))
             raise UserError(
                 f"{len(self.unreadable)} images cannot be read; mend or remove them, or raise --max-unreadable "
-                f"({self.config['max_unreadable']}):\n  {listed}"
+                f"(now {self.config['max_unreadable']}):\n  {listed}"
             )
         images: Tensor = batch.images
         return images
 
-    def _check_finite(self, losses: Tensor) -> float:
-        """Mean of the losses since the last log line. Reads them from the device, which waits for it."""
-        values = self.process.mean(losses).tolist()
+    def _check_finite(self, losses: list[Tensor]) -> float:
+        """Mean of the losses since the last log line. Reads them, which waits for the device."""
+        values = self.process.mean(torch.stack(losses)).tolist()
         for i, value in enumerate(values):
             if not math.isfinite(value):
-                step = self.step - len(values) + i + 1
-                last = self.checkpoints.last.resolve() if self.checkpoints.last.exists() else None
-                good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+                last = self.checkpoints.last
+                good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "there is no checkpoint yet"
                 raise UserError(
-                    f"the loss of step {step} is {value}; {good}; lower --base-lr or --clip-grad, or use "
-                    "--precision float32"
+                    f"the loss of step {self.step - len(values) + i + 1} is {value}; {good}; lower --base-lr or "
+                    "--clip-grad, or use --precision float32"
                 )
         return sum(values) / len(values)
+
+    def _asked_to_stop(self, *, at_epoch_end: bool) -> bool:
+        """Whether a signal came. Several processes ask each other, but not at every step."""
+        if self.process.world > 1 and not at_epoch_end and self.step % self.config["log_steps"]:
+            return False
+        return self.process.any(bool(self.stop.signal))
+
+    def _save_is_due(self, last_save: float) -> bool:
+        return self.process.any(time.monotonic() - last_save >= 60 * self.config["checkpoint_minutes"])
 
     def _panel_is_due(self, epoch: int) -> bool:
         every = self.config["panel_epochs"]
@@ -352,16 +301,12 @@ class Run:
         state = {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config}
         return self.checkpoints.save(state, self.step)
 
-    def _save_before_leaving(self) -> None:
-        if self.process.is_main and self.step:
-            self._say(f"saved {self._save()}")
-
     def _leave(self, log: Any) -> int:
-        name = signal.Signals(self.stop.signal).name if self.stop.signal else "a signal to another process"
+        number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
         if log:
-            log.say(f"{name}: saved {self._save()} after step {self.step}; the same command continues from here")
-            log.plot_loss()
-        return 128 + (self.stop.signal or signal.SIGTERM)
+            log.say(f"{signal.Signals(number).name}: saved {self.checkpoints.last} after step {self.step}; "
+                    "the same command continues from here")  # fmt: skip
+        return 128 + number
 
     def _saved_run(self) -> dict[str, Any] | None:
         """The state to continue from, if the run folder has one; refuses that of another run."""
@@ -370,127 +315,53 @@ class Run:
         if not self.checkpoints.last.exists():
             return None
         saved = load_checkpoint(self.checkpoints.last)
-        for name in _FIXED:
-            if saved["config"].get(name) != self.config[name]:
+        for name in FIXED:
+            before, now = saved["config"].get(name), self.config[name]
+            if before != now:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{self.checkpoints.last} was trained with {flag} {_text(saved['config'].get(name))}, now "
-                    f"{_text(self.config[name])}; use that, another --output, or --no-resume"
+                    f"{self.checkpoints.last} was trained with {flag} {as_text(before)}, now it is {as_text(now)}; use "
+                    "the same, another --output, or --no-resume to start anew"
                 )
         return saved
 
     def _make_folder(self, *, anew: bool) -> None:
         try:
-            if self.process.is_main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if anew:
-                    for old in (self.folder / "checkpoints").glob("*.pt"):
-                        old.unlink()
-                    (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-                (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if anew:
+                for old in [*(self.folder / "checkpoints").glob("*.pt"), self.folder / "metrics.jsonl"]:
+                    old.unlink(missing_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to --output {self.folder}: {error}") from error
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        self.network.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
-        self._introduced_changes = {
-            name: (value, self.config[name])
-            for name, value in saved["config"].items()
-            if name in self.config and self.config[name] != value
-        }
-
-    def _introduce(self, num_images: int, *, resumed: bool) -> None:
-        config, encoder, process = self.config, self.network.encoder, self.process
-        visible, total = self.network.keep, math.prod(self.network.num_patches)
+    def _introduce(self, saved: dict[str, Any] | None) -> None:
+        """Prints what will be done, and why where something was chosen."""
+        config, network, process = self.config, self.network, self.process
+        encoder, total = network.encoder, math.prod(network.num_patches)
         rate = config["base_lr"] * config["batch_size"] / 256
-        source = config["data"] or "scikit-image's photographs"
-        threads = f" ({torch.get_num_threads()} threads)" if process.device.type == "cpu" else ""
-        print(f"data      {num_images} images in {source}, {config['samples_per_epoch']} crops an epoch")
-        print(f"network   {config['model']}, maps of {encoder.channels} channels at strides {encoder.strides}; "
-              f"{visible} of {total} patches of {self.network.patch} pixels visible")
-        print(f"training  {config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, "
-              f"peak learning rate {rate:.2g}")
-        print(f"machine   {process.world} x {process.device.type}{threads}, {config['precision']}, "
-              f"engine {encoder.engine.name} ({encoder.engine_reason})")
-        print(f"output    {self.folder}" + (f", resumed after step {self.step}" if resumed else ""))
-        for name, (before, now) in getattr(self, "_introduced_changes", {}).items():
-            print(f"          --{name.replace('_', '-')} changed from {_text(before)} to {_text(now)}")
-        sys.stdout.flush()  # fmt: skip
-
-    def _say(self, text: str) -> None:
-        if self.process.is_main:
-            print(text, flush=True)
-
-
-# What a resumed run must share with its checkpoint: the network, and what a step is.
-_FIXED = ("model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "batch_size",
-          "samples_per_epoch", "seed")  # fmt: skip
+        threads = f" with {torch.get_num_threads()} threads" if process.device.type == "cpu" else ""
+        lines = {
+            "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
+            f"{config['samples_per_epoch']} crops an epoch",
+            "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
+            f"{total} patches of {network.patch} pixels visible",
+            "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
+            f"learning rate {rate:.2g}",
+            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
+            "engine": f"{encoder.engine.name}: {encoder.engine_reason}",
+            "output": f"{self.folder}" + (f", resumed after step {self.step}" if saved else ""),
+        }
+        for name, text in lines.items():
+            print(f"{name:9s} {text}")
+        for name, before in saved["config"].items() if saved else ():
+            if config.get(name) != before:
+                flag = "--" + name.replace("_", "-")
+                print(f"{'changed':9s} {flag} from {as_text(before)} to {as_text(config.get(name))}")
+        sys.stdout.flush()
 
 
-def resolve_config(args: argparse.Namespace, num_images: int, process: Any) -> dict[str, Any]:
-    """The configuration with every default filled in, as config.json and the checkpoints keep it.
-
-    Raises:
-        UserError: values that do not fit together; names the flag.
-    """
-    from sparkme.models import PAPER_DROP_PATH
-
-    config = {name: value for name, value in vars(args).items() if name not in ("resume", "init")}
-    on_gpu = process.device.type == "cuda"
-    if len(args.input_size) > 2:
-        raise UserError(f"--input-size takes a side, or height and width; got {len(args.input_size)} numbers")
-    config["input_size"] = [args.input_size[0], args.input_size[-1]]
-    for name in ("epochs", "accumulate", "log_steps", "keep_checkpoints", "batch_size", "samples_per_epoch", "patch"):
-        if config[name] is not None and config[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} {config[name]} must be at least 1")
-    if config["crop_scale"] is None:
-        config["crop_scale"] = 0.67 if args.data else 0.1
-    if not 0 < config["crop_scale"] <= 1:
-        raise UserError(f"--crop-scale {config['crop_scale']} is outside (0, 1]")
-    if config["samples_per_epoch"] is None:
-        config["samples_per_epoch"] = num_images if args.data else 512
-    samples = config["samples_per_epoch"]
-    share = process.world * args.accumulate  # the global batch is a multiple of it
-    if config["batch_size"] is None:
-        wanted = min(PAPER_BATCH, (128 if on_gpu else 32) * process.world, samples)
-        config["batch_size"] = max(wanted // share, 1) * share
-    if config["batch_size"] % share:
-        raise UserError(
-            f"--batch-size {config['batch_size']} is not a multiple of {process.world} processes x --accumulate "
-            f"{args.accumulate}; use {max(1, round(config['batch_size'] / share)) * share}"
-        )
-    if config["batch_size"] > samples:
-        raise UserError(
-            f"--batch-size {config['batch_size']} is more than the {samples} crops of an epoch; lower it, or raise "
-            f"--samples-per-epoch to at least {config['batch_size']}"
-        )
-    if config["warmup_epochs"] is None:
-        config["warmup_epochs"] = min(PAPER_WARMUP, args.epochs / 10)
-    if not 0 <= config["warmup_epochs"] < args.epochs:
-        raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be at least 0 and less than --epochs {args.epochs}")
-    if config["drop_path"] is None:
-        config["drop_path"] = PAPER_DROP_PATH.get(args.model, 0.0)
-    if config["beta2"] is None:
-        config["beta2"] = 0.999 if args.model.startswith("convnext") else 0.95
-    if config["precision"] == "auto":
-        config["precision"] = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
-    if config["workers"] is None:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        config["workers"] = min(8, max(1, (os.cpu_count() or 1) // local_world))
-    if config["max_unreadable"] is None:
-        config["max_unreadable"] = max(10, num_images // 100)
-    if config["panel_epochs"] is None:
-        config["panel_epochs"] = max(1, args.epochs // 10)
-    if config["output"] is None:
-        config["output"] = Path("runs", f"{args.model}-{'x'.join(map(str, args.input_size))}")
-    config["data"] = str(args.data) if args.data else None
-    config["output"] = str(config["output"])
-    return config
-
-
-def load_initial_weights(network: Any, path: Path) -> None:
+def load_initial_weights(encoder: SparseEncoder, path: Path) -> None:
     """Starts the encoder from a torchvision state dict.
 
     Raises:
@@ -499,13 +370,9 @@ def load_initial_weights(network: Any, path: Path) -> None:
     from sparkme.interop.files import read_state_dict
 
     try:
-        network.encoder.load_dense_state_dict(read_state_dict(path))
+        encoder.load_dense_state_dict(read_state_dict(path))
     except ValueError as error:
         raise UserError(f"--init {path}: {error}") from error
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

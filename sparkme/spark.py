@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -72,28 +73,29 @@ class SparK(nn.Module):
             self.densify_projs.append(_projection(channels, decoder_width >> i, deepest=i == 0))
         self.decoder = Decoder(stride, decoder_width, encoder.in_channels)
 
-    def forward(self, images: Tensor, active: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, active: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Reconstruction loss of a batch.
 
         Args:
             images: (B, C, H, W), normalised.
             active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
+            generator: for drawing it, on the images' device.
 
         Returns:
             Scalar: mean squared error on hidden patches, each normalised.
         """
-        grid = self.grid(images, active)
+        grid = self.grid(images, active, generator)
         maps = self.encoder.encode(images, grid)
         prediction = self.decoder(self.densify(maps))
         return hidden_patch_loss(prediction, images, grid)
 
-    def grid(self, images: Tensor, active: Tensor | None = None) -> Grid:
+    def grid(self, images: Tensor, active: Tensor | None = None, generator: torch.Generator | None = None) -> Grid:
         """The sites of a batch, for a given or a random mask."""
         if images.shape[1:] != (self.encoder.in_channels, *self.input_size):
             expected = ", ".join(map(str, (self.encoder.in_channels, *self.input_size)))
             raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
         if active is None:
-            drawn = random_active(len(images), self.num_patches, self.mask_ratio, device=images.device)
+            drawn = random_active(len(images), self.num_patches, self.mask_ratio, generator=generator, device=images.device)
             return Grid(drawn, self.patch, self.keep)
         if active.shape != (len(images), 1, *self.num_patches):
             raise ValueError(f"active must be {(len(images), 1, *self.num_patches)}, got {tuple(active.shape)}")
@@ -152,7 +154,11 @@ class SparK(nn.Module):
 
 
 # Over (N, C) rows of visible pixels; LayerNorm with ConvNeXt's epsilon.
-DENSIFY_NORMS = {"bn": nn.BatchNorm1d, "ln": partial(nn.LayerNorm, eps=1e-6), "none": nn.Identity}
+DENSIFY_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm1d,
+    "ln": partial(nn.LayerNorm, eps=1e-6),
+    "none": nn.Identity,
+}
 
 
 def _projection(channels: int, width: int, *, deepest: bool) -> nn.Module:

@@ -357,9 +357,7 @@ class OracleSparK:
         ValueError: if the model does not match the state dict, or the input does not divide into patches.
     """
 
-    def __init__(
-        self, state: Mapping[str, Tensor], model: str, input_size: int | tuple[int, int], *, patch: int = 32
-    ) -> None:
+    def __init__(self, state: Mapping[str, Tensor], model: str, input_size: int | tuple[int, int], *, patch: int = 32) -> None:
         marker = {"resn": "conv1.weight", "conv": "downsample_layers.0.0.weight"}.get(model[:4])
         if marker is None or ENCODER_PREFIX + marker not in state:
             raise ValueError(f"model {model!r} does not match the state dict: {ENCODER_PREFIX}{marker} is not in it")
@@ -374,9 +372,7 @@ class OracleSparK:
     def features(self, images: Tensor, active: Tensor, training: bool = False) -> list[Tensor]:
         """Encoder maps at strides 4, 8, 16 and 32, zero where hidden."""
         self._check(images, active)
-        return encoder_features(
-            self.state, images, active, training=training, prefix=ENCODER_PREFIX, updates=self.updates
-        )
+        return encoder_features(self.state, images, active, training=training, prefix=ENCODER_PREFIX, updates=self.updates)
 
     def densify(self, features: list[Tensor], active: Tensor, training: bool = False) -> list[Tensor]:
         """Maps for the decoder, DEEPEST FIRST: norm at visible sites, mask token at hidden ones, projection."""

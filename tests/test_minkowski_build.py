@@ -172,9 +172,7 @@ def test_recipe_depends_on_edits_and_headers_of_its_target_only(build: ModuleTyp
         assert cpu_after == before[0] and cuda_after != before[1]
 
 
-def test_forced_cuda_without_a_device_asks_for_the_architectures(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forced_cuda_without_a_device_asks_for_the_architectures(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -188,9 +186,7 @@ def test_forced_cuda_without_a_device_asks_for_the_architectures(
     assert build.choose_target().kind == "cpu"
 
 
-def test_missing_nvcc_is_named_with_the_packages_that_bring_it(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_nvcc_is_named_with_the_packages_that_bring_it(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_nvcc", lambda cuda: (None, ["/old/nvcc is version 11.8"]))
     with pytest.raises(build.BuildError, match=r"/old/nvcc is version 11\.8.*nvidia-cuda-nvcc==13\.0\.\*"):
         build.require_cuda_home("13.0")

@@ -164,9 +164,7 @@ def test_batch_norm_with_everything_visible_is_torch_s(training):
     layer = _batch_norm(torch.nn.BatchNorm2d(4), training)
     x = _normal(3, 4, 6, 6)
 
-    y, mean, var = masked_batch_norm(
-        x, _all_visible(3, 3), layer.weight, layer.bias, *_running_statistics(layer), training
-    )
+    y, mean, var = masked_batch_norm(x, _all_visible(3, 3), layer.weight, layer.bias, *_running_statistics(layer), training)
 
     assert relative_error(y, layer(x)) <= EXACT
     assert relative_error(mean, layer.running_mean) <= EXACT  # after torch has updated them

@@ -45,9 +45,7 @@ def test_every_direct_requirement_is_pinned_within_its_range() -> None:
     ranges = requirements_of_pyproject()
     assert set(pins()) == set(ranges)
     outside = {
-        name: version
-        for name, version in pins().items()
-        if not Requirement(name + ranges[name]).specifier.contains(version)
+        name: version for name, version in pins().items() if not Requirement(name + ranges[name]).specifier.contains(version)
     }
     assert not outside
 

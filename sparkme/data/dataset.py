@@ -9,8 +9,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, 3, H, W) uint8 to the numbers the network sees. Done on the device, so that bytes travel and not floats."""
-    mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = _statistics(images.device, dtype)
     return (images.to(dtype) / 255 - mean) / std
 
 
 def denormalise(images: Tensor) -> Tensor:
     """The inverse: values in [0, 1], clipped."""
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = _statistics(images.device, images.dtype)
     return (images * std + mean).clamp(0, 1)
+
+
+@lru_cache
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (3, 1, 1); kept, so that a step copies nothing small to the device."""
+    mean, std = (torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return mean, std
 
 
 class Sample(NamedTuple):
@@ -78,7 +86,7 @@ class CropDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: tuple[int, int]) -> Sample:  # type: ignore[override]
+    def __getitem__(self, index: tuple[int, int]) -> Sample:
         epoch, draw = index
         unreadable: list[str] = []
         for attempt in range(min(self.TRIES, len(self.paths))):
@@ -139,7 +147,7 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable)
 
 
-def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> DataLoader[Batch]:
+def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
     """Batches in the sampler's order; workers leave signals to the main process, which saves before it stops."""
     return DataLoader(
         dataset,

@@ -7,8 +7,8 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparkme.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.grid import Grid
-from sparkme.sparse.engines import Engine, create_engine
+from sparkme.sparse.engines import create_engine
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
 from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer
 from sparkme.sparse.map import SparseMap

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _PROBE_CELLS = (2, 3)
 
 
-class ReachedDeepest(Exception):  # noqa: N818  (control flow, caught by whoever runs the network)
+class ReachedDeepest(Exception):
     """Raised by the last tap: the head of the network is not run."""
 
 
@@ -84,8 +84,7 @@ def find_hierarchy(model: nn.Module, num_scales: int = 4) -> Hierarchy:
     called: set[str] = set()
     probe = torch.zeros(1, in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
     handles = [
-        module.register_forward_pre_hook(lambda _m, _a, name=name: called.add(name))
-        for name, module in model.named_modules()
+        module.register_forward_pre_hook(lambda _m, _a, name=name: called.add(name)) for name, module in model.named_modules()
     ]
     try:
         dense_features(model, tuple(taps), probe)

@@ -6,7 +6,7 @@ Each class is built from the dense layer it replaces, keeps MinkowskiEngine's pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import MinkowskiEngine as ME
 import torch
@@ -52,6 +52,7 @@ class _SparseConvolution(SparseLayer):
     dilation: int
     padding: tuple[int, int]
     groups: int
+    kernel_generator: Any
 
     def _take(self, conv: nn.Conv2d) -> None:
         self.kernel_size = (conv.kernel_size[0], conv.kernel_size[1])
@@ -83,8 +84,8 @@ class _SparseConvolution(SparseLayer):
         if self.bias is not None:
             expected["bias"] = self.bias.flatten().shape
         if {k: v.shape for k, v in state.items()} != expected:
-            got = {k: tuple(v.shape) for k, v in state.items()}
-            raise RuntimeError(f"expected {({k: tuple(v) for k, v in expected.items()})}, got {got}")
+            got = {name: tuple(value.shape) for name, value in state.items()}
+            raise RuntimeError(f"expected {dict(expected)}, got {got}")
         self.kernel.copy_(self._to_kernel(state["weight"]))
         if self.bias is not None:
             self.bias.copy_(state["bias"].view_as(self.bias))
@@ -158,7 +159,7 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
     def __init__(self, pool: nn.MaxPool2d) -> None:
         if pool.ceil_mode or pool.return_indices:
             raise ValueError("ceil_mode and return_indices have no sparse form")
-        window = nn.Conv2d(1, 1, pool.kernel_size, pool.stride, pool.padding, pool.dilation)  # type: ignore[arg-type]
+        window = nn.Conv2d(1, 1, pool.kernel_size, pool.stride, pool.padding, pool.dilation)
         check_geometry(window)
         ME.MinkowskiMaxPooling.__init__(
             self,
@@ -178,11 +179,10 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
     """Batch normalisation with statistics over the visible pixels of the batch."""
 
     inner = "bn"
+    bn: nn.Module
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
-        ME.MinkowskiBatchNorm.__init__(
-            self, norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-        )
+        ME.MinkowskiBatchNorm.__init__(self, norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         take_state(self.bn, norm)
 
     def forward(self, x: SparseMap) -> SparseMap:
@@ -198,7 +198,7 @@ class SparseLayerNorm(SparseLayer, nn.LayerNorm):
         nn.LayerNorm.__init__(self, norm.normalized_shape, norm.eps, norm.elementwise_affine, norm.bias is not None)
         take_state(self, norm)
 
-    def forward(self, x: SparseMap) -> SparseMap:
+    def forward(self, x: SparseMap) -> SparseMap:  # type: ignore[override]
         return x.with_rows(F.layer_norm(x.rows, self.normalized_shape, self.weight, self.bias, self.eps))
 
 
@@ -206,6 +206,7 @@ class SparseLinear(SparseLayer, ME.MinkowskiLinear):
     """Linear layer along the channels of a channels-last map."""
 
     inner = "linear"
+    linear: nn.Linear
 
     def __init__(self, linear: nn.Linear) -> None:
         ME.MinkowskiLinear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None)

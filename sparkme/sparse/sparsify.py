@@ -99,8 +99,8 @@ def _sparse_form(name: str, leaf: nn.Module) -> nn.Module:
         )
     if make is None:
         raise UnsupportedLayerError(
-            f"layer {name!r} ({type(leaf).__name__}) has no sparse form; replace it in the dense model, or add an entry "
-            f"for {type(leaf).__name__} to sparkme.sparse.sparsify.SPARSE_FORMS"
+            f"layer {name!r} ({type(leaf).__name__}) has no sparse form; replace it in the dense model, or add "
+            f"an entry for {type(leaf).__name__} to sparkme.sparse.sparsify.SPARSE_FORMS"
         )
     try:
         return make(leaf)

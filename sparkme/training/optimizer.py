@@ -12,8 +12,9 @@ OPTIMIZERS = ("lamb", "adamw")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two groups: decayed, and not: vectors (biases, norms, mask tokens, layer scale), whatever their number of axes."""
-    decayed, free = [], []
+    """Two groups: decayed, and not: vectors (biases, norms, mask tokens, layer scale), of however many axes."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_vector = sum(side > 1 for side in parameter.shape) <= 1
@@ -49,11 +50,11 @@ def weight_decay(step: int, *, start: float, end: float, total_steps: int) -> fl
     return end + (start - end) * _cosine(step / max(1, total_steps - 1))
 
 
-def update_schedule(optimizer: torch.optim.Optimizer, rate: float, decay: float) -> None:
+def update_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate
         if group["decay"]:
-            group["weight_decay"] = decay
+            group["weight_decay"] = weight_decay
 
 
 def _cosine(progress: float) -> float:

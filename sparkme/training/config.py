@@ -1,0 +1,217 @@
+"""The command line of `sparkme.pretrain`, and the configuration it means with every default filled in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparkme.errors import UserError
+from sparkme.training.distributed import Process
+
+PAPER_EPOCHS, PAPER_BATCH, PAPER_WARMUP = 1600, 4096, 40
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparkme.pretrain",
+        description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023).",
+        epilog="Defaults are the paper's recipe. The same command again resumes an interrupted run.",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of images, nested or flat, labels not needed; scikit-image's photographs if left out",
+    )
+    group.add_argument(
+        "--crop-scale",
+        type=float,
+        metavar="S",
+        help="smallest share of an image's area in a crop (0.67; 0.1 for the photographs)",
+    )
+    group.add_argument(
+        "--samples-per-epoch",
+        type=int,
+        metavar="N",
+        help="crops in an epoch (the number of images; 512 for the photographs)",
+    )
+    group.add_argument(
+        "--max-unreadable",
+        type=int,
+        metavar="N",
+        help="stop when more images than this cannot be read (10, or 1%% of the images if that is more)",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", default="resnet50", help="torchvision ResNet or ConvNeXt (%(default)s)")
+    group.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="start from weights of the same torchvision model, .pth or .safetensors",
+    )
+    group.add_argument(
+        "--input-size",
+        type=int,
+        nargs="+",
+        default=[224],
+        metavar="PIXELS",
+        help="side of the crops, or height and width (224)",
+    )
+    group.add_argument("--patch", type=int, metavar="PIXELS", help="side of a patch (the network's total stride, 32)")
+    group.add_argument("--mask-ratio", type=float, default=0.6, help="share of patches to hide (%(default)s)")
+    group.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (%(default)s)")
+    group.add_argument(
+        "--densify-norm",
+        choices=("auto", "bn", "ln", "none"),
+        default="auto",
+        help="norm before mask tokens are filled in (the network's own kind)",
+    )
+    group.add_argument(
+        "--drop-path",
+        type=float,
+        metavar="P",
+        help="drop path of the deepest block (the paper's for this model, else 0)",
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, default=PAPER_EPOCHS, help="(%(default)s)")
+    group.add_argument("--warmup-epochs", type=float, help=f"linear warm-up ({PAPER_WARMUP}, at most a tenth of --epochs)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="GLOBAL batch, over all processes and accumulation steps (128 per GPU or 32 per CPU process, "
+        f"up to the paper's {PAPER_BATCH} and the number of samples)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split each process's batch into N forward passes, to save memory (%(default)s)",
+    )
+    group.add_argument("--base-lr", type=float, default=2e-4, help="peak learning rate per 256 images (%(default)s)")
+    group.add_argument("--weight-decay", type=float, default=0.04, help="at the start (%(default)s)")
+    group.add_argument("--weight-decay-end", type=float, default=0.2, help="at the end, by a cosine (%(default)s)")
+    group.add_argument("--clip-grad", type=float, default=5.0, help="largest gradient norm; 0 for no limit (%(default)s)")
+    group.add_argument("--optimizer", choices=("lamb", "adamw"), default="lamb", help="(%(default)s)")
+    group.add_argument("--beta2", type=float, help="second moment's decay (0.95 with batch norm, 0.999 with layer norm)")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    group.add_argument(
+        "--engine",
+        choices=("auto", "minkowski", "masked-dense"),
+        default="auto",
+        help="kernels of the encoder (%(default)s: the fastest that this machine has)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bf16"),
+        default="auto",
+        help="autocast to bf16 where the engine can (auto: on GPUs that have it)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, metavar="DIR", help="run folder (runs/MODEL-SIZE)")
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue the run in --output; --no-resume starts it anew (%(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="save at the end of an epoch when the last save is older; 0 saves every epoch (%(default)s)",
+    )
+    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="(%(default)s)")
+    group.add_argument(
+        "--panel-epochs",
+        type=int,
+        metavar="N",
+        help="draw reconstructions every N epochs; 0 never (ten times in a run)",
+    )
+    group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
+    return parser  # fmt: skip
+
+
+# What a resumed run must share with its checkpoint: the network, and what a step is.
+FIXED = ("model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "batch_size",
+          "samples_per_epoch", "seed")  # fmt: skip
+
+
+def resolve_config(args: argparse.Namespace, num_images: int, process: Process) -> dict[str, Any]:
+    """The configuration with every default filled in, as config.json and the checkpoints keep it.
+
+    Raises:
+        UserError: values that do not fit together; names the flag.
+    """
+    from sparkme.models import PAPER_DROP_PATH
+
+    config = {name: value for name, value in vars(args).items() if name not in ("resume", "init")}
+    on_gpu = process.device.type == "cuda"
+    if len(args.input_size) > 2:
+        raise UserError(f"--input-size takes a side, or height and width; got {len(args.input_size)} numbers")
+    config["input_size"] = [args.input_size[0], args.input_size[-1]]
+    for name in ("epochs", "accumulate", "log_steps", "keep_checkpoints", "batch_size", "samples_per_epoch", "patch"):
+        if config[name] is not None and config[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} {config[name]} must be at least 1")
+    if config["crop_scale"] is None:
+        config["crop_scale"] = 0.67 if args.data else 0.1
+    if not 0 < config["crop_scale"] <= 1:
+        raise UserError(f"--crop-scale {config['crop_scale']} is outside (0, 1]")
+    if config["samples_per_epoch"] is None:
+        config["samples_per_epoch"] = num_images if args.data else 512
+    samples = config["samples_per_epoch"]
+    share = process.world * args.accumulate  # the global batch is a multiple of it
+    if config["batch_size"] is None:
+        wanted = min(PAPER_BATCH, (128 if on_gpu else 32) * process.world, samples)
+        config["batch_size"] = max(wanted // share, 1) * share
+    if config["batch_size"] % share:
+        raise UserError(
+            f"--batch-size {config['batch_size']} is not a multiple of {process.world} processes x --accumulate "
+            f"{args.accumulate}; use {max(1, round(config['batch_size'] / share)) * share}"
+        )
+    if config["batch_size"] > samples:
+        raise UserError(
+            f"--batch-size {config['batch_size']} is more than the {samples} crops of an epoch; lower it, or raise "
+            f"--samples-per-epoch to at least {config['batch_size']}"
+        )
+    if config["warmup_epochs"] is None:
+        config["warmup_epochs"] = min(PAPER_WARMUP, args.epochs / 10)
+    if not 0 <= config["warmup_epochs"] < args.epochs:
+        raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be at least 0 and less than --epochs {args.epochs}")
+    if config["drop_path"] is None:
+        config["drop_path"] = PAPER_DROP_PATH.get(args.model, 0.0)
+    if config["beta2"] is None:
+        config["beta2"] = 0.999 if args.model.startswith("convnext") else 0.95
+    if config["precision"] == "auto":
+        config["precision"] = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    if config["workers"] is None:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        config["workers"] = min(8, max(1, (os.cpu_count() or 1) // local_world))
+    if config["max_unreadable"] is None:
+        config["max_unreadable"] = max(10, num_images // 100)
+    if config["panel_epochs"] is None:
+        config["panel_epochs"] = max(1, args.epochs // 10)
+    if config["output"] is None:
+        config["output"] = Path("runs", f"{args.model}-{'x'.join(map(str, args.input_size))}")
+    config["data"] = str(args.data) if args.data else None
+    config["output"] = str(config["output"])
+    return config
+
+
+def as_text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

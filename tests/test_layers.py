@@ -1,0 +1,231 @@
+"""Every sparse layer, on every engine, against the oracle: outputs and gradients, in float64."""
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import StochasticDepth
+
+import sparkme
+from sparkme.sparse.engines import create_engine
+from sparkme.sparse.layers import SparseLayer
+from sparkme.sparse.map import SparseMap
+from sparkme.sparse.sparsify import _sparse_form
+
+ENGINES = ("minkowski", "masked-dense")
+MASKS = {
+    "some": oracle.random_active(2, (2, 3), 3, seed=1),
+    "one patch": oracle.random_active(2, (2, 3), 1, seed=2),
+    "all": torch.ones(2, 1, 2, 3, dtype=torch.bool),
+}
+CONVOLUTIONS = {
+    "7x7 s2": nn.Conv2d(3, 5, 7, 2, 3),
+    "3x3": nn.Conv2d(3, 5, 3, 1, 1, bias=False),
+    "3x3 s2": nn.Conv2d(3, 5, 3, 2, 1),
+    "3x3 dilated": nn.Conv2d(3, 5, 3, 1, 2, dilation=2),
+    "3x5": nn.Conv2d(3, 5, (3, 5), 1, (1, 2)),
+    "5x5 same": nn.Conv2d(3, 5, 5, padding="same"),
+    "1x1": nn.Conv2d(3, 5, 1),
+    "1x1 s2": nn.Conv2d(3, 5, 1, 2, bias=False),
+    "2x2 s2": nn.Conv2d(3, 5, 2, 2),
+    "4x4 s4": nn.Conv2d(3, 5, 4, 4),
+    "3x3 grouped": nn.Conv2d(6, 4, 3, 1, 1, groups=2),
+    "3x3 s2 grouped": nn.Conv2d(4, 12, 3, 2, 1, groups=4, bias=False),
+    "depthwise 7x7": nn.Conv2d(6, 6, 7, 1, 3, groups=6),
+    "depthwise 3x3 s2": nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False),
+    "depthwise 3x5": nn.Conv2d(6, 6, (3, 5), 1, (1, 2), groups=6),
+}
+
+
+def sparse_input(dense: Tensor, active: Tensor, stride: int, engine: str, channels_last: bool = False) -> SparseMap:
+    grid, kernels = sparkme.Grid(active, 32), create_engine(engine)[0]
+    data = kernels.from_rows(grid.to_rows(dense, stride), grid, stride)
+    return SparseMap(data, grid, stride, kernels, channels_last=channels_last)
+
+
+def check(
+    layer: nn.Module, reference: Callable[..., Tensor], channels: int, mask: str, engine: str, *, positive: bool = False,
+    channels_last: bool = False,
+) -> None:  # fmt: skip
+    """Compares output, gradient of the input and gradients of the parameters (in the dense layout) with the reference."""
+    layer = layer.double()
+    active, stride = MASKS[mask], 4
+    torch.manual_seed(3)
+    values = torch.randn(2, channels, 16, 24, dtype=torch.float64)
+    values = values.abs() if positive else values
+    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+    expected = reference(theirs, active, **parameters)
+
+    sparse = _sparse_form("layer", layer)
+    assert isinstance(sparse, SparseLayer)
+    out = sparse(sparse_input(ours, active, stride, engine, channels_last))
+    assert out.dense().shape == expected.shape
+    assert oracle.relative_error(out.dense(), expected) < 1e-10
+    assert oracle.relative_error(out.rows, oracle.rows_of(expected, active, out.stride)) < 1e-10
+
+    weights = torch.randn_like(expected)
+    (out.dense() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert oracle.relative_error(ours.grad, theirs.grad) < 1e-10
+    if parameters:
+        gradients = gradients_in_dense_layout(sparse)
+        assert gradients.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            assert oracle.relative_error(gradients[name], parameter.grad) < 1e-10, name
+
+
+def gradients_in_dense_layout(layer: SparseLayer) -> dict[str, Tensor]:
+    """Puts the gradients in the parameters' place and asks the layer for its dense weights."""
+    for parameter in layer.parameters():
+        parameter.data = parameter.grad
+    names = {name.rpartition(".")[2] for name, _ in layer.named_parameters()}
+    return {n: v for n, v in layer.dense_state().items() if n.replace("weight", "kernel") in names or n in names}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolution(kind: str, mask: str, engine: str) -> None:
+    conv = CONVOLUTIONS[kind]
+    padding = (2, 2) if conv.padding == "same" else conv.padding
+
+    def reference(x: Tensor, active: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return oracle.masked_conv2d(x, active, weight, bias, conv.stride, padding, conv.groups, conv.dilation)
+
+    check(conv, reference, conv.in_channels, mask, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_max_pool(window: tuple[int, int, int], mask: str, engine: str) -> None:
+    check(nn.MaxPool2d(*window), lambda x, a: oracle.masked_max_pool2d(x, a, *window), 3, mask, engine, positive=True)
+
+
+def test_max_pool_of_signed_maps_is_the_same_on_every_engine() -> None:
+    values = -torch.rand(2, 3, 16, 24, dtype=torch.float64)
+    pool = _sparse_form("pool", nn.MaxPool2d(3, 2, 1))
+    first, second = (pool(sparse_input(values, MASKS["some"], 4, engine)).rows for engine in ENGINES)
+    assert torch.equal(first, second) and (first < 0).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm(mask: str, engine: str, training: bool) -> None:
+    norm = nn.BatchNorm2d(4).double().train(training)
+    nn.init.uniform_(norm.weight, 0.5, 2), nn.init.uniform_(norm.bias)
+    nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 2)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+
+    def reference(x: Tensor, active: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return oracle.masked_batch_norm(x, active, weight, bias, *before, training=training)[0]
+
+    check(norm, reference, 4, mask, engine)
+
+
+def test_batch_norm_tracks_the_statistics_of_visible_pixels() -> None:
+    values, active = torch.randn(2, 4, 16, 24, dtype=torch.float64), MASKS["some"]
+    sparse = _sparse_form("norm", nn.BatchNorm2d(4).double())
+    sparse(sparse_input(values, active, 4, "minkowski"))
+    ones, zeros = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    _, mean, variance = oracle.masked_batch_norm(values, active, ones, zeros, zeros, ones, training=True)
+    state = sparse.dense_state()
+    assert oracle.relative_error(state["running_mean"], mean) < 1e-12
+    assert oracle.relative_error(state["running_var"], variance) < 1e-12
+    assert state["num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_layer_norm(engine: str, channels_last: bool) -> None:
+    norm = (nn.LayerNorm if channels_last else LayerNorm2d)(5, eps=1e-6)
+    nn.init.uniform_(norm.weight, 0.5, 2), nn.init.uniform_(norm.bias)
+    reference = lambda x, a, weight, bias: oracle.masked_layer_norm(x, a, weight, bias)  # noqa: E731
+    check(norm, reference, 5, "some", engine, channels_last=channels_last)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_linear(engine: str) -> None:
+    def reference(x: Tensor, active: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return oracle.masked_conv2d(x, active, weight[:, :, None, None], bias)
+
+    check(nn.Linear(5, 7), reference, 5, "some", engine, channels_last=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_drop_path_leaves_out_whole_samples(engine: str) -> None:
+    x = sparse_input(torch.ones(2, 3, 16, 24), MASKS["some"], 4, engine)
+    drop = StochasticDepth(0.5, "row").train()
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        per_sample = drop(x).rows.view(2, -1)
+        assert (per_sample == per_sample[:, :1]).all()
+        seen |= set(per_sample[:, 0].tolist())
+    assert seen == {0.0, 2.0}
+    assert torch.equal(drop.eval()(x).rows, x.rows)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_code_between_layers_sees_visible_pixels_only(engine: str) -> None:
+    values = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    active = MASKS["some"]
+    x = sparse_input(values, active, 4, engine)
+    scale, gate = torch.randn(3, 1, 1, dtype=torch.float64), torch.rand(2, 3, 1, 1, dtype=torch.float64)
+    y = x
+    y = scale * y
+    y += x
+    y = torch.sigmoid(nn.functional.relu(y - 0.5, inplace=True)) * gate
+    y = (2 - y.permute(0, 2, 3, 1) * scale.flatten()).permute(0, 3, 1, 2)
+    expected = 2 - torch.sigmoid(torch.relu(scale * values + values - 0.5)) * gate * scale
+    assert oracle.relative_error(y.dense(), oracle.masked(expected, active)) < 1e-12
+    assert torch.equal(x.dense(), oracle.masked(values, active))  # nothing was changed in place
+    assert y.shape == values.shape and y.dtype == torch.float64
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_mixes_pixels_is_refused_by_name(engine: str) -> None:
+    x = sparse_input(torch.randn(2, 3, 16, 24), MASKS["some"], 4, engine)
+    with pytest.raises(NotImplementedError, match="'avg_pool2d' has no sparse form"):
+        nn.functional.avg_pool2d(x, 2)
+    with pytest.raises(NotImplementedError, match="varies along the pixels"):
+        x + torch.randn(3, 16, 24)
+    with pytest.raises(NotImplementedError, match="'mean' has no sparse form"):
+        x.mean((2, 3))
+    with pytest.raises(ValueError, match="do not lie on the same sites"):
+        x + sparse_input(torch.randn(2, 3, 16, 24), MASKS["some"], 4, engine)
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (nn.Conv2d(3, 3, 3), "padding"),
+        (nn.Conv2d(3, 3, 2), "kernel 2, stride 1"),
+        (nn.Conv2d(3, 3, 4, 2, 1), "kernel 4, stride 2, padding 1"),
+        (nn.Conv2d(3, 3, 3, (1, 2), 1), "same down and across"),
+        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (nn.Upsample(scale_factor=2), "Upsample"),
+        (nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+    ],
+)
+def test_a_layer_without_a_sparse_form_is_refused_by_name(conv: nn.Module, reason: str) -> None:
+    with pytest.raises(sparkme.UnsupportedLayerError, match=f"layer 'stem.conv'.*{reason}"):
+        _sparse_form("stem.conv", conv)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_weights_come_back_as_they_went_in(kind: str) -> None:
+    conv = CONVOLUTIONS[kind].float()
+    for name, value in _sparse_form("conv", conv).dense_state().items():
+        assert torch.equal(value, conv.state_dict()[name])
+
+
+def test_weights_of_another_shape_are_refused() -> None:
+    sparse = _sparse_form("conv", nn.Conv2d(3, 5, 3, padding=1))
+    with pytest.raises(RuntimeError, match="expected"):
+        sparse.load_dense_state({"weight": torch.zeros(5, 3, 3, 3)})
