@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "sparkme_minkowski_build", ROOT / "cuda_ext" / "minkowski" / "build.py"
-    )
+    spec = importlib.util.spec_from_file_location("sparkme_minkowski_build", ROOT / "cuda_ext" / "minkowski" / "build.py")
     assert spec is not None and spec.loader is not None
     builder = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = builder
@@ -35,10 +33,7 @@ def has_working_minkowski(version: str) -> bool:
             return False
     except importlib.metadata.PackageNotFoundError:
         return False
-    return (
-        subprocess.run([sys.executable, "-c", "import MinkowskiEngine"], capture_output=True, check=False).returncode
-        == 0
-    )
+    return subprocess.run([sys.executable, "-c", "import MinkowskiEngine"], capture_output=True, check=False).returncode == 0
 
 
 def minkowski_requirement() -> str:

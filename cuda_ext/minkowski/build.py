@@ -199,9 +199,7 @@ def nvidia_folders(cuda: str) -> list[Path]:
 
 def find_nvcc(cuda: str) -> tuple[Path | None, list[str]]:
     """Returns the first nvcc of torch's major version (torch refuses any other), and what was found instead."""
-    candidates = [
-        Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
-    ]
+    candidates = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
     candidates += [folder / "bin" / "nvcc" for folder in (*nvidia_folders(cuda), Path("/usr/local/cuda"))]
     rejected: list[str] = []
@@ -245,8 +243,7 @@ def check_tools(target: Target) -> None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
         raise BuildError(
-            f"Python's headers are missing ({header}): install them (apt-get install python3-dev,"
-            " dnf install python3-devel)."
+            f"Python's headers are missing ({header}): install them (apt-get install python3-dev, dnf install python3-devel)."
         )
     if importlib.util.find_spec("setuptools") is None:
         raise BuildError("setuptools is not installed in this Python: pip install 'setuptools>=77'")
@@ -406,9 +403,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def build_wheel(
-    *, sdist: Path | None = None, cache: Path | None = None, wanted: str = "auto", force: bool = False
-) -> Path:
+def build_wheel(*, sdist: Path | None = None, cache: Path | None = None, wanted: str = "auto", force: bool = False) -> Path:
     """Returns a checked wheel of MinkowskiEngine for this Python and torch, from the cache if it is there.
 
     Args:
@@ -495,9 +490,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"where wheels are kept (default: {default_cache()})")
     parser.add_argument("--install", action="store_true", help="install the wheel into the environment of this Python")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--cuda", dest="wanted", action="store_const", const="cuda", help="build for CUDA, as FORCE_CUDA=1 does"
-    )
+    kind.add_argument("--cuda", dest="wanted", action="store_const", const="cuda", help="build for CUDA, as FORCE_CUDA=1 does")
     kind.add_argument(
         "--cpu", dest="wanted", action="store_const", const="cpu", help="build for the CPU only, even beside a GPU"
     )
@@ -514,9 +507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.install_nvcc:
             install_nvcc_if_missing(choose_target(arguments.wanted))
-        wheel = build_wheel(
-            sdist=arguments.sdist, cache=arguments.cache, wanted=arguments.wanted, force=arguments.force
-        )
+        wheel = build_wheel(sdist=arguments.sdist, cache=arguments.cache, wanted=arguments.wanted, force=arguments.force)
         if arguments.install:
             pip_install("--no-deps", "--no-index", "--force-reinstall", str(wheel))
             print(f"MinkowskiEngine {VERSION}: installed in {sys.prefix}")

@@ -33,8 +33,7 @@ def _sequence_import(file: str, *others: str) -> Edit:
         name=f"abstract base classes in {Path(file).name}",
         file=file,
         old=f"from collections import {', '.join(('Sequence', *others))}\n",
-        new="from collections.abc import Sequence\n"
-        + (f"from collections import {', '.join(others)}\n" if others else ""),
+        new="from collections.abc import Sequence\n" + (f"from collections import {', '.join(others)}\n" if others else ""),
         reason="collections.Sequence left for collections.abc in Python 3.10",
     )
 

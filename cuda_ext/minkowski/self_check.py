@@ -70,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if ME.is_cuda_available() != (arguments.expect == "cuda"):
-        raise SystemExit(
-            f"built for {arguments.expect}, but MinkowskiEngine.is_cuda_available() is {ME.is_cuda_available()}"
-        )
+        raise SystemExit(f"built for {arguments.expect}, but MinkowskiEngine.is_cuda_available() is {ME.is_cuda_available()}")
     devices = ["cpu"] + (["cuda"] if arguments.expect == "cuda" and torch.cuda.is_available() else [])
     for device in devices:
         for dtype in (torch.float32, torch.float64):
