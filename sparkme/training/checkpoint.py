@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -81,7 +80,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a torn file can fail anywhere in the unpickler
         others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
         hint = f"; earlier ones beside it: {', '.join(others)}" if others else ""
         raise UserError(f"{path} cannot be read as a checkpoint ({_first_line(error)}){hint}") from error

@@ -12,13 +12,17 @@ OPTIMIZERS = ("lamb", "adamw")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two groups: decayed, and not: vectors (biases, norms, mask tokens, layer scale), of however many axes."""
+    """Two groups: decayed, and not, which are biases, norms, mask tokens and layer scale.
+
+    Some of these have more than one axis: MinkowskiEngine's biases (1, C), mask tokens (1, C, 1, 1), layer scale (C, 1, 1).
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_vector = sum(side > 1 for side in parameter.shape) <= 1
-            (free if is_vector else decayed).append(parameter)
+            is_vector = parameter.ndim < 2 or parameter.shape[1:] == (1, 1)
+            exempt = is_vector or name.endswith("bias") or name.startswith("mask_tokens")
+            (free if exempt else decayed).append(parameter)
     return [{"params": decayed, "decay": True}, {"params": free, "decay": False, "weight_decay": 0.0}]
 
 

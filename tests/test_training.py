@@ -1,0 +1,207 @@
+"""Optimiser, schedules, sampler, data and checkpoints: the parts of a training run."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import sparkme
+from sparkme.data.dataset import CropDataset, EpochSampler, create_loader, denormalise, normalise, preview_images
+from sparkme.data.images import demo_photographs, find_images
+from sparkme.errors import UserError
+from sparkme.models import create_encoder
+from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+from sparkme.training.log import duration
+from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
+from sparkme.training.random import derived_seed, seed_step
+
+
+def test_the_schedule_is_the_papers() -> None:
+    """Expected values worked out by hand from utils/lr_control.py: 40 of 1600 epochs of warm-up, 100 steps an epoch."""
+    rate = lambda step: learning_rate(step, peak=3.2e-3, warmup_steps=4000, total_steps=160000)  # noqa: E731
+    assert rate(0) == pytest.approx(0.005 * 3.2e-3)
+    assert rate(2000) == pytest.approx((0.005 + 0.995 / 2) * 3.2e-3)
+    assert rate(4000) == pytest.approx(3.2e-3)
+    assert rate(159999) == pytest.approx(0.001 * 3.2e-3)
+    assert rate(4000 + 155999 // 2) == pytest.approx((0.001 + 0.999 / 2) * 3.2e-3, rel=1e-4)
+    decay = lambda step: weight_decay(step, start=0.04, end=0.2, total_steps=101)  # noqa: E731
+    assert [decay(s) for s in (0, 50, 100)] == pytest.approx([0.04, 0.12, 0.2])
+    assert learning_rate(0, peak=1, warmup_steps=0, total_steps=1) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_vectors_are_not_decayed(name: str) -> None:
+    model = sparkme.SparK(create_encoder(name), input_size=64, decoder_width=32)
+    free = {id(p) for p in parameter_groups(model)[1]["params"]}
+    for key, parameter in model.named_parameters():
+        is_matrix = (key.endswith("weight") and parameter.ndim in (2, 4)) or key.endswith("kernel")
+        assert (id(parameter) in free) != is_matrix, key
+
+
+def test_lamb_scales_decayed_weights_by_the_trust_ratio_and_clips() -> None:
+    weight, bias = torch.nn.Parameter(torch.full((2, 2), 3.0)), torch.nn.Parameter(torch.zeros(2))
+    module = torch.nn.Module()
+    module.weight, module.bias = weight, bias
+    optimizer = create_optimizer("lamb", module, beta2=0.95, clip_grad=5.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+        group["weight_decay"] = 0.04 if group["decay"] else 0.0
+    weight.grad, bias.grad = torch.full((2, 2), 100.0), torch.full((2,), 100.0)
+    optimizer.step()
+    # First step: the update is g / (|g| + eps) = 1 in every element, plus the decay 0.04 * 3; scaled to the weight's norm.
+    assert weight.detach().flatten().tolist() == pytest.approx([3.0 - 0.1 * 3.0] * 4, rel=1e-4)
+    assert bias.tolist() == pytest.approx([-0.1] * 2, rel=1e-4)
+    clipped = 100 / (math.sqrt(6) * 100 / 5)
+    assert optimizer.state[bias]["exp_avg"].tolist() == pytest.approx([0.1 * clipped] * 2, rel=1e-5)
+
+
+def test_drop_path_defaults_to_the_papers() -> None:
+    from torchvision.ops import StochasticDepth
+
+    rates = [m.p for m in create_encoder("convnext_small").modules() if isinstance(m, StochasticDepth)]
+    assert (rates[0], rates[-1]) == (0.0, 0.2)
+    assert not any(m.p for m in create_encoder("convnext_tiny").modules() if isinstance(m, StochasticDepth))
+
+
+def test_seeds_depend_on_everything_and_nothing_else() -> None:
+    seeds = {derived_seed(s, p, a, b) for s in range(3) for p in ("crop", "order") for a in range(3) for b in range(11)}
+    assert len(seeds) == 3 * 2 * 3 * 11 and max(seeds) < 2**63
+    first = torch.rand(3, generator=seed_step(0, 1, 2, torch.device("cpu"))), torch.rand(3)
+    torch.rand(100)
+    again = torch.rand(3, generator=seed_step(0, 1, 2, torch.device("cpu"))), torch.rand(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_an_epoch_shows_every_image_once_and_continues_where_it_stopped() -> None:
+    make = lambda **kw: EpochSampler(**{"num_images": 10, "samples_per_epoch": 10, "batch_size": 2, "seed": 0,  # noqa: E731
+                                        "steps": range(15), **kw})  # fmt: skip
+    batches = list(make())
+    assert len(batches) == len(make()) == 15
+    for epoch in range(3):
+        drawn = [draw for batch in batches[5 * epoch : 5 * epoch + 5] for e, draw in batch]
+        assert sorted(drawn) == list(range(10)) and all(e == epoch for b in batches[5 * epoch : 5 * epoch + 5] for e, _ in b)
+    assert batches[:5] != batches[5:10]
+    assert list(make(steps=range(7, 15))) == batches[7:]
+    halves = [list(make(rank=r, world=2)) for r in range(2)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(b) for b in batches]
+
+
+def test_more_samples_than_images_repeat_them_evenly() -> None:
+    sampler = EpochSampler(3, 12, 4, 0, range(3))
+    drawn = [draw for batch in sampler for _, draw in batch]
+    assert sorted(drawn) == list(range(12))  # draw modulo 3 is the image
+
+
+def make_images(folder: Path, count: int = 6) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 255, (40 + i, 50, 3), dtype=np.uint8)
+        (folder / f"sub{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"sub{i % 2}" / f"{i}.png")
+    return folder
+
+
+def test_images_are_found_in_any_structure(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "images")
+    Image.new("L", (20, 20)).save(folder / "GREY.JPG")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "loop").symlink_to(folder)
+    assert len(find_images(folder)) == 7
+    with pytest.raises(UserError, match="is not a folder"):
+        find_images(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        find_images(tmp_path / "empty")
+
+
+def test_the_photographs_of_the_demo_are_there() -> None:
+    photographs = demo_photographs()
+    assert len(photographs) >= 5
+    assert preview_images(photographs, (64, 96), 4).shape == (4, 3, 64, 96)
+
+
+def test_crops_depend_on_nothing_but_seed_epoch_and_draw(tmp_path: Path) -> None:
+    paths = find_images(make_images(tmp_path))
+    crops = lambda **kw: CropDataset(paths, (32, 64), min_scale=0.3, **{"seed": 0, **kw})  # noqa: E731
+    state = torch.get_rng_state()
+    first = crops()[3, 5]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.image.shape == (3, 32, 64) and first.image.dtype == torch.uint8 and first.unreadable == ()
+    torch.rand(7)
+    assert torch.equal(crops()[3, 5].image, first.image)
+    for other in (crops()[4, 5], crops(seed=1)[3, 5], crops()[3, 11]):
+        assert not torch.equal(other.image, first.image)
+
+    batches = []
+    for workers in (0, 2):
+        sampler = EpochSampler(6, 6, 3, 0, range(4))
+        batches.append([b.images for b in create_loader(crops(), sampler, workers=workers, pin_memory=False)])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_an_unreadable_image_is_replaced_and_reported(tmp_path: Path) -> None:
+    paths = find_images(make_images(tmp_path))
+    paths[2].write_bytes(b"not an image")
+    paths[3].write_bytes(paths[4].read_bytes()[:200])  # cut off
+    sample = CropDataset(paths, (32, 32), min_scale=0.5, seed=0)[0, 2]
+    assert sample.image is not None and len(sample.unreadable) == 2
+    assert str(paths[2]) in sample.unreadable[0] and str(paths[3]) in sample.unreadable[1]
+    for path in paths:
+        path.write_bytes(b"")
+    assert CropDataset(paths, (32, 32), min_scale=0.5, seed=0)[0, 2].image is None
+    assert preview_images(paths, (32, 32), 4).shape == (0, 3, 32, 32)
+
+
+def test_normalisation_is_undone() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    expected = torchvision.transforms.functional.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(normalise(images), expected, atol=1e-6)
+    assert torch.equal((denormalise(normalise(images)) * 255).round().to(torch.uint8), images)
+
+
+def test_checkpoints_are_written_beside_and_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (5, 10, 15):
+        checkpoints.save({"config": {}, "model": {"w": torch.tensor(step)}}, step)
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["last.pt", "step_00000010.pt", "step_00000015.pt"]
+    assert load_checkpoint(checkpoints.last)["model"]["w"] == 15
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save({"config": {}, "model": {}}, 5)
+
+    def full(state: object, file: object) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*step_00000006.pt .*No space left.*last.pt is intact"):
+        checkpoints.save({"config": {}, "model": {}}, 6)
+    monkeypatch.undo()
+    assert load_checkpoint(checkpoints.last)["step"] == 5
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["last.pt", "step_00000005.pt"]
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "none.pt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other.pt is not a checkpoint of sparkme.pretrain"):
+        load_checkpoint(tmp_path / "other.pt")
+    (tmp_path / "last.pt").write_bytes(b"garbage")
+    (tmp_path / "step_00000003.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot be read .*earlier ones beside it: step_00000003.pt"):
+        load_checkpoint(tmp_path / "last.pt")
+    torch.save({"format": 1, "config": {}, "code": Path("x")}, tmp_path / "code.pt")  # needs more than weights_only
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "code.pt")
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (8, 367, 14700, 183600)] == ["8 s", "6 min 07 s", "4 h 05 min", "2 d 3 h"]
