@@ -285,7 +285,7 @@ def build_environment(target: Target, work: Path, blas: str) -> dict[str, str]:
         prepend("NVCC_PREPEND_FLAGS", " ", *NVCC_FLAGS, *(f"-include {headers / name}" for name in CUDA_HEADERS))
         # The headers of cublas, cusparse and cusolver that torch's pip packages bring, for toolkits without them; and
         # CCCL, which CUDA 13 moved away from where a host compiler finds it.
-        includes = [base / "include" for base in (home, *folders)]
+        includes = [base / "include" for base in dict.fromkeys((home, *folders))]
         includes += [path / "cccl" for path in includes if (path / "cccl").is_dir()]
         prepend("CPATH", os.pathsep, *includes)
         link_versioned_libraries(libraries, [*(base / "lib" for base in folders), home / "lib64"])
