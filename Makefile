@@ -48,7 +48,7 @@ setup: $(VENV)/.sparkme-done
 
 demo: setup
 	$(RUN) -m sparkme.pretrain --output $(DEMO_DIR) $(DEMO_FLAGS)
-	$(RUN) -m sparkme.export $(DEMO_DIR)/checkpoints/last.pt --to torchvision --output $(DEMO_DIR)/resnet18.safetensors
+	$(RUN) -m sparkme.export $(DEMO_DIR)/checkpoints/last.pt --to torchvision --output $(DEMO_DIR)/resnet18.safetensors --overwrite
 
 test: setup
 	$(RUN) -m pytest $(TEST_FLAGS)

@@ -27,5 +27,10 @@ def run_command(command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("sparkme", "torch"):
+            raise
+        message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2

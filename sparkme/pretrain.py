@@ -341,6 +341,7 @@ class Run:
         encoder, total = network.encoder, math.prod(network.num_patches)
         rate = config["base_lr"] * config["batch_size"] / 256
         threads = f" with {torch.get_num_threads()} threads" if process.device.type == "cpu" else ""
+        in_float32 = "" if encoder.engine.bf16 or config["precision"] == "float32" else "; the encoder computes in float32"
         lines = {
             "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
             f"{config['samples_per_epoch']} crops an epoch",
@@ -349,7 +350,7 @@ class Run:
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
             f"learning rate {rate:.2g}",
             "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
-            "engine": f"{encoder.engine.name}: {encoder.engine_reason}",
+            "engine": f"{encoder.engine.name}: {encoder.engine_reason}{in_float32}",
             "output": f"{self.folder}" + (f", resumed after step {self.step}" if saved else ""),
         }
         for name, text in lines.items():

@@ -1,5 +1,6 @@
 """Whole encoders: against the oracle, against torchvision's and timm's own models, and what must never leak."""
 
+import copy
 import threading
 
 import oracle
@@ -185,6 +186,19 @@ def test_the_minkowski_tensor_lies_on_the_same_sites() -> None:
         dense = tensor.dense(shape=shape, min_coordinate=torch.IntTensor([0, 0]))[0]
         assert torch.equal(dense, x.dense())
         assert tensor.tensor_stride == [x.stride, x.stride]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_an_encoder_can_be_copied(name: str) -> None:
+    """As weight averaging does it."""
+    encoder = sparkme.sparsify(random_model(name)).eval()
+    images, active = images_and_mask()
+    twin = copy.deepcopy(encoder)
+    for x, y in zip(encoder(images, active), twin(images, active), strict=True):
+        assert torch.equal(x.rows, y.rows)
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    assert next(encoder.parameters()).abs().sum() > 0
 
 
 HIERARCHIES = {

@@ -11,38 +11,43 @@ from sparkme.interop.official import official_name
 ENGINES = ("minkowski", "masked-dense")
 
 
-def build(case: GoldenCase, engine: str) -> sparkme.SparK:
+DEVICES = (
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")),
+)
+
+
+def build(case: GoldenCase, engine: str, device: str) -> sparkme.SparK:
     no_drop = {"stochastic_depth_prob": 0.0} if case.model.startswith("convnext") else {}
     model = sparkme.SparK(
-        sparkme.sparsify(get_model(case.model, **no_drop)).set_engine(engine),
+        sparkme.sparsify(get_model(case.model, **no_drop)),
         input_size=case.input_size,
         mask_ratio=case.mask_ratio,
         decoder_width=case.decoder_width,
         densify_norm=case.densify_norm,
     )
     model.load_official_state_dict(case.state())
-    return model.to(case.dtype)
+    model.to(device, case.dtype).encoder.set_engine(engine)
+    return model
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.name)
-def test_equals_the_official_code(case: GoldenCase, engine: str) -> None:
+def test_equals_the_official_code(case: GoldenCase, engine: str, device: str) -> None:
     double = case.dtype == torch.float64
     tolerance = 1e-8 if double else 1e-5
-    values, images, active = case.values, case.images(), case.active()
+    values, images, active = case.values, case.images().to(device), case.active().to(device)
 
-    model = build(case, engine).train()
-    features: list = []
-    handle = model.encoder.register_forward_hook(lambda m, a, out: features.extend(out))
+    model = build(case, engine, device).train()
     maps = model.encoder(images, active)
-    handle.remove()
     for x, expected in zip(maps, values["train_features"], strict=True):
         got = feature_statistics(x.rows.detach())
         assert (x.stride, x.channels, len(x.rows)) == (expected["stride"], expected["channels"], expected["rows"])
         for name in ("mean", "abs_mean", "l2"):
             assert got[name] == pytest.approx(expected[name], rel=tolerance), (x.stride, name)
 
-    model = build(case, engine).train()
+    model = build(case, engine, device).train()
     loss = model(images, active)
     assert loss.item() == pytest.approx(values["train_loss"], rel=tolerance)
 
@@ -55,7 +60,7 @@ def test_equals_the_official_code(case: GoldenCase, engine: str) -> None:
     total = sum(g**2 for g in gradients.values()) ** 0.5
     assert total == pytest.approx(values["grad_l2_total"], rel=tolerance if double else 2e-3)
 
-    model = build(case, engine).eval()
+    model = build(case, engine, device).eval()
     with torch.no_grad():
         assert model(images, active).item() == pytest.approx(values["eval_loss"], rel=tolerance)
     _, reconstruction = model.reconstruct(images, active)

@@ -240,6 +240,15 @@ def test_a_missing_gpu_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "torch sees no GPU" in fails(capsys, *SMALL, "--output", tmp_path / "run", "--device", "cuda")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+@pytest.mark.parametrize("model", ["resnet50", "convnext_tiny"])
+def test_a_run_on_the_gpu(model: str, tmp_path: Path) -> None:
+    flags = [*SMALL, "--model", model, "--device", "cuda", "--output", tmp_path]
+    assert run(*flags, "--epochs", 1).returncode == 0
+    done = run(*flags, "--epochs", 2)
+    assert done.returncode == 0 and "resumed after step 2" in done.stdout, done.stderr
+
+
 def test_help_is_grouped_and_quick() -> None:
     start = time.monotonic()
     done = run("--help")

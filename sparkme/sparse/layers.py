@@ -25,12 +25,27 @@ if TYPE_CHECKING:
 
 
 class SparseLayer(nn.Module):
-    """What the sparse layers share: their weights in the dense layout.
+    """What the sparse layers share: their weights in the dense layout, and that they can be copied.
 
     The default serves layers that hold a dense layer (`inner`) or are one.
     """
 
     inner: str | None = None  # the child that keeps the dense names, as MinkowskiEngine's wrappers have it
+
+    def __getstate__(self) -> dict[str, Any]:
+        # MinkowskiEngine keeps attributes in slots, which torch's modules do not copy.
+        names = self._slots() - self._parameters.keys() - self._modules.keys()
+        return {**self.__dict__, **{name: getattr(self, name) for name in names if hasattr(self, name)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        slots = self._slots()
+        super().__setstate__({name: value for name, value in state.items() if name not in slots})
+        for name in slots & state.keys():
+            object.__setattr__(self, name, state[name])
+
+    @classmethod
+    def _slots(cls) -> set[str]:
+        return {name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ())}
 
     def dense_state(self) -> dict[str, Tensor]:
         """Parameters and buffers under the names and in the layout of the dense layer."""

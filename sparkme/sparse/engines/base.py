@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sparkme.grid import Grid
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 class Engine(ABC):
     """The kernels behind the layers, and the form in which they keep features.
 
-    `dense` says which: (B, C, H, W) with hidden pixels at zero, or (B, L, C) patch-major rows.
+    `dense` says which: (B, C, H, W) with hidden pixels at zero, or (B, L, C) patch-major rows. `bf16` says whether it
+    follows autocast; the encoder of an engine that cannot stays in the precision of its weights.
     """
 
     name: str
     dense: bool
+    bf16: bool
 
-    @abstractmethod
     def precision(self, device_type: str) -> AbstractContextManager[None]:
-        """The context in which the encoder runs: an engine that cannot compute in bf16 leaves autocast here."""
+        """The context in which the encoder runs."""
+        return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
 
     @abstractmethod
     def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +21,7 @@ class MaskedDenseEngine(Engine):
 
     name = "masked-dense"
     dense = True
-
-    def precision(self, device_type: str) -> AbstractContextManager[None]:
-        return nullcontext()
+    bf16 = True
 
     def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
         stride = x.stride * layer.stride

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 import MinkowskiEngine as ME
@@ -82,10 +81,7 @@ class MinkowskiEngine(RowEngine):
     """Stock MinkowskiEngine layers on given output coordinates; float32 and float64 only."""
 
     name = "minkowski"
-
-    def precision(self, device_type: str) -> AbstractContextManager[None]:
-        # Under autocast a 1x1 convolution would come out in bf16, and the next 3x3 would refuse it.
-        return torch.autocast(device_type, enabled=False)
+    bf16 = False  # under autocast a 1x1 convolution would come out in bf16, and the next 3x3 would refuse it
 
     def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
         if isinstance(layer, ME.MinkowskiChannelwiseConvolution):
