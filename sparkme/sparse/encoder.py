@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
@@ -105,15 +106,7 @@ class SparseEncoder(nn.Module):
 
         Tensors are copies where the layout differs and share memory where it does not.
         """
-        state: dict[str, Tensor] = {}
-        for prefix, module in self.network.named_modules():
-            dot = f"{prefix}." if prefix else ""
-            if isinstance(module, SparseLayer):
-                state.update({dot + name: value for name, value in module.dense_state().items()})
-            elif not _inside_sparse_layer(self.network, prefix):
-                state.update({dot + n: p.detach() for n, p in module.named_parameters(recurse=False)})
-                state.update({dot + n: b for n, b in module.named_buffers(recurse=False)})
-        return state
+        return {prefix + name: value for prefix, module in _walk(self.network) for name, value in _dense_state(module).items()}
 
     @torch.no_grad()
     def load_dense_state_dict(self, state: dict[str, Tensor]) -> list[str]:
@@ -130,13 +123,13 @@ class SparseEncoder(nn.Module):
             problems = [f"missing {', '.join(missing[:5])}"] if missing else []
             problems += [f"wrong shape {', '.join(wrong[:5])}"] if wrong else []
             raise ValueError(f"weights of another model: {'; '.join(problems)} ({len(missing) + len(wrong)} in all)")
-        for prefix, module in self.network.named_modules():
-            dot = f"{prefix}." if prefix else ""
+        for prefix, module in _walk(self.network):
+            values = {name: state[prefix + name] for name in _dense_state(module)}
             if isinstance(module, SparseLayer):
-                module.load_dense_state({name: state[dot + name] for name in module.dense_state()})
-            elif not _inside_sparse_layer(self.network, prefix):
-                for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                    value.copy_(state[dot + name])
+                module.load_dense_state(values)
+            else:
+                for name, value in _dense_state(module).items():
+                    value.copy_(values[name])
         return [name for name in state if name not in own]
 
 
@@ -145,7 +138,17 @@ def _store(i: int, value: SparseMap) -> None:
         value.taps[i] = value
 
 
-def _inside_sparse_layer(network: nn.Module, prefix: str) -> bool:
-    """Whether a module is a part of a sparse layer, such as the `bn` of a MinkowskiBatchNorm."""
-    parts = prefix.split(".")
-    return any(isinstance(network.get_submodule(".".join(parts[:i])), SparseLayer) for i in range(len(parts)))
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules with the prefix of their names; a sparse layer is one, whatever it is made of."""
+    yield prefix, module
+    if not isinstance(module, SparseLayer):
+        for name, child in module.named_children():
+            yield from _walk(child, f"{prefix}{name}.")
+
+
+def _dense_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own weights as the dense model has them, without those of its children."""
+    if isinstance(module, SparseLayer):
+        return module.dense_state()
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: value.detach() for name, value in own}

@@ -9,7 +9,7 @@ stages (and not of the norms of the downsampling layers that follow them), as in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class _Call:
     stride_out: int | None = None
     channels: int = 0
     channels_in: int = 0
-    parents: tuple[str, ...] = field(default=())
+    parents: tuple[str, ...] = ()
 
 
 def find_hierarchy(model: nn.Module, num_scales: int = 4) -> Hierarchy:
@@ -70,13 +70,7 @@ def find_hierarchy(model: nn.Module, num_scales: int = 4) -> Hierarchy:
         raise ValueError(f"{type(model).__name__} has feature maps at strides {strides}; SparK needs {num_scales}")
     taps = []
     for stride, following in zip(strides, [*strides[1:], None], strict=True):
-        # Calls are in the order of entry, so the first that qualifies is the outermost.
-        last = max(i for i, c in enumerate(calls) if c.stride_out == stride)
-        consumer = next(
-            (c for i, c in enumerate(calls) if c.stride_in == stride and c.stride_out == following
-             and (following is not None or i > last)), None
-        )  # fmt: skip
-        if consumer is not None:
+        if consumer := _consumer(calls, stride, following):
             taps.append(Tap(stride, consumer.channels_in, consumer.module, at_input=True))
         else:  # what follows is a function and no module
             producer = _outermost_last(calls, stride)
@@ -167,6 +161,13 @@ def _record(model: nn.Module, first: nn.Conv2d, in_channels: int, size: tuple[in
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _consumer(calls: list[_Call], stride: int, following: int | None) -> _Call | None:
+    """The outermost call that leads from `stride` to the following one or, from the deepest, to the head."""
+    start = 0 if following else max(i for i, c in enumerate(calls) if c.stride_out == stride)
+    # Calls are in the order of entry, so the first that qualifies is the outermost.
+    return next((c for c in calls[start:] if (c.stride_in, c.stride_out) == (stride, following)), None)
 
 
 def _outermost_last(calls: list[_Call], stride: int) -> _Call:

@@ -73,7 +73,7 @@ class RunLog:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.plot(epochs, [record["loss"] for record in records], color="tab:blue", linewidth=1.2)
-        axes.set(xlabel="epoch", ylabel="loss (mean squared error, normalised hidden patches)")
+        axes.set(xlabel="epoch", ylabel="loss on hidden patches")
         axes.grid(alpha=0.3)
         rate_axes = axes.twinx()
         rate_axes.plot(epochs, [r["learning_rate"] for r in records], color="tab:orange", linewidth=0.8, alpha=0.7)
