@@ -13,7 +13,8 @@ PYTHON ?= $(shell for below in 13 99; do for name in python3 python3.12 python3.
 	"$$name" -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$below))" 2>/dev/null && { echo "$$name"; exit; }; done; done)
 
 DEMO_DIR := runs/demo
-DEMO_FLAGS ?= --model resnet18 --input-size 64
+DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 16 --samples-per-epoch 256 --epochs 20 \
+  --base-lr 0.25 --crop-scale 0.3 --log-steps 16 --panel-epochs 5
 TEST_FLAGS ?=
 
 NEEDED_GIB := 12
