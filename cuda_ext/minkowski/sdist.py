@@ -23,7 +23,6 @@ from pathlib import Path
 VERSION = "0.5.4"
 SDIST_NAME = f"MinkowskiEngine-{VERSION}.tar.gz"
 SDIST_SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
-DEFAULT_INDEX = "https://pypi.org/simple"
 
 
 class BuildError(Exception):
@@ -58,10 +57,16 @@ def pip_settings() -> dict[str, str]:
     return settings
 
 
+def default_index() -> str:
+    """The index that pip takes where none is configured; asked of pip, which has no public name for it."""
+    command = [sys.executable, "-c", "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def download_sdist() -> bytes:
     """Returns the archive from the first of pip's indexes that has it."""
     settings = pip_settings()
-    indexes = [settings.get("index-url", DEFAULT_INDEX), *settings.get("extra-index-url", "").split()]
+    indexes = [settings.get("index-url") or default_index(), *settings.get("extra-index-url", "").split()]
     timeout_s = float(settings.get("timeout") or settings.get("default-timeout") or 60)
     failures = []
     for index in indexes:
