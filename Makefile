@@ -8,9 +8,10 @@ SHELL := bash
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# The first Python on PATH that the project is tested with (3.11, 3.12), else a later one; `make demo PYTHON=/path/to/python3.12` takes another.
-PYTHON ?= $(shell for below in 13 99; do for name in python3 python3.12 python3.11 python; do \
-	"$$name" -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$below))" 2>/dev/null && { echo "$$name"; exit; }; done; done)
+# The first Python on PATH that the project is tested with; `make demo PYTHON=/path/to/python3.12` takes another.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python; do \
+	"$$name" -c "$(SUPPORTED)" 2>/dev/null && { echo "$$name"; exit; }; done)
 
 DEMO_DIR := runs/demo
 DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 16 --samples-per-epoch 256 --epochs 20 \
@@ -72,9 +73,9 @@ distclean: clean
 
 # What is missing is found before the first gigabyte is loaded.
 $(VENV)/.venv-done:
-	@$(if $(PYTHON),true,echo 'Python 3.11 or later was not found. Install it (3.11 or 3.12) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1)
-	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo '$(PYTHON) does not run or is older than Python 3.11: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
+	@$(if $(PYTHON),true,echo 'Python 3.11 or 3.12 was not found. Install it or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1)
+	@'$(PYTHON)' -c '$(SUPPORTED)' || \
+	  { echo '$(PYTHON) does not run or is not Python 3.11 or 3.12: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo '$(PYTHON) cannot make virtual environments: install its venv module (apt-get install python3-venv)'; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || \

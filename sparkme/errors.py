@@ -11,6 +11,12 @@ class UserError(ValueError):
     """Something the user can mend; the message says what was got and what to change."""
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turns a ValueError raised while a command sets itself up into a `UserError`."""

@@ -38,7 +38,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help=".safetensors or .pth (MODEL.safetensors beside the checkpoint's run)",
+        help=".safetensors or .pth (MODEL.safetensors in the run folder)",
     )
     parser.add_argument(
         "--verify",
@@ -47,7 +47,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="compare every stage of the dense model with the sparse encoder before writing (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,16 +56,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from sparkme.interop.files import write_state_dict
+    from sparkme.interop.files import TORCH_SUFFIXES, check_suffix, write_state_dict
     from sparkme.models import create_dense
     from sparkme.training.build import build_network
     from sparkme.training.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
-    output = args.output or Path(config["output"], f"{config['model']}.safetensors")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"{output} exists; choose another --output, or pass --overwrite")
+    output = args.output or run_folder(args.checkpoint) / f"{config['model']}.safetensors"
+    check_suffix(output)
+    notes = output.with_name(output.name + ".json")  # what a .pth file has no place for
+    for path in (output, notes) if output.suffix in TORCH_SUFFIXES else (output,):
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} exists; choose another --output, or pass --overwrite")
     network = build_network(config)
     network.load_state_dict(checkpoint["model"])
     encoder = network.encoder
@@ -79,20 +82,26 @@ def export(args: argparse.Namespace) -> int:
         errors = verify(dense, encoder, (config["input_size"][0], config["input_size"][1]))
         for stride, error in zip(encoder.strides, errors, strict=True):
             print(f"stride {stride:2d}: dense and sparse features differ by {error:.1e} of their largest value")
-        if not max(errors) <= TOLERANCE:
+        if not all(error <= TOLERANCE for error in errors):  # NaN too
             print(f"error: the dense model does not compute what the sparse encoder does (more than {TOLERANCE:.0e}); "
                   "nothing was written", file=sys.stderr)  # fmt: skip
             return 1
 
     metadata = describe(config, checkpoint["step"], args)
     write_state_dict(output, state, metadata)
-    if output.suffix != ".safetensors":
-        output.with_suffix(".json").write_text(json.dumps(metadata, indent=2) + "\n")
+    if output.suffix in TORCH_SUFFIXES:
+        notes.write_text(json.dumps(metadata, indent=2) + "\n")
     size = output.stat().st_size / 1e6
     print(f"wrote {output} ({size:.1f} MB, {'verified' if args.verify else 'NOT verified'}); "
           f"left to you, the classifier: {', '.join(missing)}")  # fmt: skip
     print(f"load it:\n{_loading_code(config['model'], output)}")
     return 0
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to, wherever it was moved."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 @torch.no_grad()
@@ -126,7 +135,9 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace) -> dic
     """Where the weights come from, for the file's metadata."""
     import sparkme
 
-    recipe = {k: config[k] for k in ("input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "data")}
+    recipe = {
+        k: config[k] for k in ("input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data")
+    }
     return {
         "format": "pt",
         "model": f"torchvision {config['model']}, encoder without classifier",

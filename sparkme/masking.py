@@ -31,7 +31,7 @@ def random_active(
     Args:
         batch: number of images B.
         size: patches down and across, (f_h, f_w).
-        mask_ratio: share of patches to hide, in [0, 1).
+        mask_ratio: share of patches to hide, in [0, 1], as long as one patch stays visible.
         generator: source of randomness, on the device it was made for; the default one of `device` if None.
         device: where the result lives. Nothing waits for the device.
 

@@ -59,7 +59,8 @@ def create_encoder(name: str, *, drop_path: float | None = None) -> SparseEncode
         raise ValueError(f"drop path {rate} is outside [0, 1)")
     if name.startswith("convnext"):
         return sparsify(create_dense(name, stochastic_depth_prob=rate))
-    encoder = sparsify(create_dense(name))
+    # Residual branches start at zero, as in timm's ResNets, which the official code trains.
+    encoder = sparsify(create_dense(name, zero_init_residual=True))
     add_drop_path(encoder, rate)
     return encoder
 

@@ -16,21 +16,23 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, run_command, user_errors
-from sparkme.training.config import FIXED, as_text, create_parser, resolve_config
+from sparkme.training.config import FIXED, as_text, create_parser, flag_of, output_folder, resolve_config
 from sparkme.training.distributed import Process, start_process, stop_process
 
 if TYPE_CHECKING:
+    from sparkme.data.dataset import Batch
     from sparkme.sparse.encoder import SparseEncoder
+    from sparkme.training.log import RunLog, Throughput
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +57,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.since = 0.0
 
     @contextmanager
     def listen(self) -> Iterator[None]:
@@ -66,9 +69,11 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        # A scheduler may signal every process, and torchrun passes its own on: only an impatient user ends the run at once.
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
 
 
 class Run:
@@ -86,18 +91,22 @@ class Run:
         from sparkme.data.dataset import CropDataset
         from sparkme.data.images import demo_photographs, find_images
         from sparkme.training.build import build_network
-        from sparkme.training.checkpoint import Checkpoints
+        from sparkme.training.checkpoint import Checkpoints, load_checkpoint
         from sparkme.training.optimizer import create_optimizer
 
         self.process, self.stop = process, StopRequest()
-        paths = find_images(args.data) if args.data else demo_photographs()
-        self.config = config = resolve_config(args, len(paths), process)
-        self.folder = Path(config["output"])
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config["keep_checkpoints"])
-        saved = self._saved_run() if args.resume else None
+        self.folder = output_folder(args)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", args.keep_checkpoints)
+        paths = find_images(args.data, leave_out=self.folder) if args.data else demo_photographs()
+        newest = self.checkpoints.newest() if args.resume else None
+        saved = load_checkpoint(newest) if newest else None
+        self.config = config = resolve_config(args, len(paths), process, saved["config"] if saved else None)
+        if saved is not None:
+            check_same_run(saved["config"], config, newest)
 
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
+        self._check_batch_norm()
         if args.init and saved is None:
             load_initial_weights(self.network.encoder, args.init)
         self.network.to(process.device)
@@ -125,6 +134,7 @@ class Run:
     def train(self) -> int:
         """Steps, logs, draws and saves to the end, or until asked to stop. Returns the exit code."""
         from sparkme.data.dataset import EpochSampler, create_loader
+        from sparkme.training.checkpoint import free_gib
         from sparkme.training.log import RunLog, Throughput
 
         config, process = self.config, self.process
@@ -149,41 +159,45 @@ class Run:
         speed.restart(self.step)
         try:
             for batch in loader:
-                losses.append(self._train_step(self._take(batch)))
+                self._report_unreadable(batch)
+                overdue = 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
+                stop, unreadable, overdue = process.agree(bool(self.stop.signal), self._is_spoiled(batch), overdue)
+                if stop or unreadable:
+                    self._log(log, losses, speed)
+                    return self._leave(log, unreadable=unreadable)
+
+                losses.append(self._train_step(batch.images))
                 self.step += 1
                 if log:
                     log.step()
                 epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
-                epoch_ends, done = in_epoch == 0, self.step == self.total_steps
-                stopping = self._asked_to_stop(at_epoch_end=epoch_ends)
-                draw = epoch_ends and self._panel_is_due(epoch)
-                save = stopping or done or (epoch_ends and self._save_is_due(last_save))
+                done = self.step == self.total_steps
+                draw = in_epoch == 0 and self._panel_is_due(epoch)
+                save = done or overdue or (in_epoch == 0 and not config["checkpoint_minutes"])
                 if draw or save or self.step % config["log_steps"] == 0:
-                    mean_loss = self._check_finite(losses)
-                    losses.clear()
-                    if log:
-                        rates = self._rates(self.step - 1)
-                        values = {"loss": mean_loss, **rates, **speed.report(self.step)}
-                        log.metrics(self.step, self.step / self.steps_per_epoch, values)
-                if save and process.is_main:
-                    self._save()
-                if draw and log:
-                    self._draw_panel(log, epoch)
-                if (save or draw) and log:
-                    log.plot_loss()
+                    self._log(log, losses, speed)
                 if save:
                     last_save = time.monotonic()
-                if stopping:
-                    return self._leave(log)
+                if log and save:
+                    self._save()
+                if log and draw:
+                    self._draw_panel(log, epoch)
+                if log and (save or draw):
+                    log.plot_loss()
                 if save or draw:
                     speed.restart(self.step)
             if log:
                 last = self.checkpoints.last
-                log.say(f"done: {last}; export it with\n  python -m sparkme.export {last} --to torchvision")
+                skipped = f" ({len(self.unreadable)} images could not be read)" if self.unreadable else ""
+                log.say(f"done{skipped}: {last}; export it with\n  python -m sparkme.export {last} --to torchvision")
             return 0
+        except OSError as error:  # of the log or of a picture
+            saved = f"saved {self._save()}" if process.is_main else "the first process saves"
+            raise UserError(f"{error} ({free_gib(self.folder):.1f} GiB free); {saved}; make room, then start again") from error
         finally:
             if log:
-                log.close()
+                with suppress(OSError):
+                    log.close()
 
     def _train_step(self, images: Tensor) -> Tensor:
         """One update of the weights on (B, 3, H, W) uint8 images.
@@ -235,50 +249,38 @@ class Run:
             "weight_decay": weight_decay(step, start=decay, end=decay_end, total_steps=total),
         }
 
-    def _take(self, batch: Any) -> Tensor:
-        """The images of a batch; reports those that could not be read, and stops when they are too many."""
+    def _report_unreadable(self, batch: Batch) -> None:
         for problem in batch.unreadable:
             if problem not in self.unreadable:
                 self.unreadable.add(problem)
                 print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
-        if batch.images is None or len(self.unreadable) > self.config["max_unreadable"]:
-            if self.process.is_main and self.step:
-                print(f"saved {self._save()}", flush=True)
-            listed = "\n  ".join(sorted(self.unreadable))
-            raise UserError(
-                f"{len(self.unreadable)} images cannot be read; mend or remove them, or raise --max-unreadable "
-                f"(now {self.config['max_unreadable']}):\n  {listed}"
-            )
-        images: Tensor = batch.images
-        return images
 
-    def _check_finite(self, losses: list[Tensor]) -> float:
-        """Mean of the losses since the last log line. Reads them, which waits for the device."""
+    def _is_spoiled(self, batch: Batch) -> bool:
+        return batch.images is None or len(self.unreadable) > self.config["max_unreadable"]
+
+    def _log(self, log: RunLog | None, losses: list[Tensor], speed: Throughput) -> None:
+        """Reads the losses of the last steps, which waits for the device, checks them, and writes their mean."""
+        if not losses:
+            return
         values = self.process.mean(torch.stack(losses)).tolist()
         for i, value in enumerate(values):
             if not math.isfinite(value):
-                last = self.checkpoints.last
-                good = f"the last good checkpoint is {last.resolve()}" if last.exists() else "there is no checkpoint yet"
-                raise UserError(
-                    f"the loss of step {self.step - len(values) + i + 1} is {value}; {good}; lower --base-lr or "
-                    "--clip-grad, or use --precision float32"
-                )
-        return sum(values) / len(values)
+                self._refuse(f"the loss of step {self.step - len(values) + i + 1} is {value}")
+        losses.clear()
+        if log:
+            numbers = {"loss": sum(values) / len(values), **self._rates(self.step - 1), **speed.report(self.step)}
+            log.metrics(self.step, self.step / self.steps_per_epoch, numbers)
 
-    def _asked_to_stop(self, *, at_epoch_end: bool) -> bool:
-        """Whether a signal came. Several processes ask each other, but not at every step."""
-        if self.process.world > 1 and not at_epoch_end and self.step % self.config["log_steps"]:
-            return False
-        return self.process.any(bool(self.stop.signal))
-
-    def _save_is_due(self, last_save: float) -> bool:
-        return self.process.any(time.monotonic() - last_save >= 60 * self.config["checkpoint_minutes"])
+    def _refuse(self, problem: str) -> NoReturn:
+        newest = self.checkpoints.newest()
+        good = f"the last good checkpoint is {newest.resolve()}" if newest else "there is no checkpoint yet"
+        raise UserError(f"{problem}; {good}; lower --base-lr or --clip-grad, or use --precision float32")
 
     def _panel_is_due(self, epoch: int) -> bool:
         every = self.config["panel_epochs"]
         return bool(every) and (epoch % every == 0 or epoch == self.config["epochs"])
 
-    def _draw_panel(self, log: Any, epoch: int) -> None:
+    def _draw_panel(self, log: RunLog, epoch: int) -> None:
         from torchvision.utils import save_image
 
         from sparkme.data.dataset import normalise, preview_images
@@ -298,39 +300,48 @@ class Run:
         log.picture("reconstructions", panel, self.step)
 
     def _save(self) -> Path:
-        state = {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config}
+        """Writes a checkpoint, unless the weights are spoiled: the loss of a step says nothing of its update."""
+        weights = self.network.state_dict()
+        finite = torch.stack([value.isfinite().all() for value in weights.values() if value.is_floating_point()])
+        if not finite.all():
+            self._refuse(f"the weights are not finite after step {self.step}")
+        state = {"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config}
         return self.checkpoints.save(state, self.step)
 
-    def _leave(self, log: Any) -> int:
+    def _leave(self, log: RunLog | None, *, unreadable: bool) -> int:
+        saved = f"saved {self._save()} after step {self.step}" if log and self.step else "nothing to save yet"
+        if log:
+            with suppress(OSError):
+                log.plot_loss()
+        if unreadable:
+            listed = "\n  ".join(sorted(self.unreadable)) or "those of another process, see its lines"
+            raise UserError(
+                f"{len(self.unreadable)} images cannot be read, more than --max-unreadable {self.config['max_unreadable']} or "
+                f"too many in a row; mend or remove them ({saved}):\n  {listed}"
+            )
         number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
         if log:
-            log.say(f"{signal.Signals(number).name}: saved {self.checkpoints.last} after step {self.step}; "
-                    "the same command continues from here")  # fmt: skip
+            log.say(f"{signal.Signals(number).name}: {saved}; the same command continues from here")
         return 128 + number
 
-    def _saved_run(self) -> dict[str, Any] | None:
-        """The state to continue from, if the run folder has one; refuses that of another run."""
-        from sparkme.training.checkpoint import load_checkpoint
-
-        if not self.checkpoints.last.exists():
-            return None
-        saved = load_checkpoint(self.checkpoints.last)
-        for name in FIXED:
-            before, now = saved["config"].get(name), self.config[name]
-            if before != now:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{self.checkpoints.last} was trained with {flag} {as_text(before)}, now it is {as_text(now)}; use "
-                    "the same, another --output, or --no-resume to start anew"
-                )
-        return saved
+    def _check_batch_norm(self) -> None:
+        """A batch norm needs two numbers to average. The deepest map, which is the smallest, must have as many pixels."""
+        config, encoder = self.config, self.network.encoder
+        per_pass = config["batch_size"] // (self.process.world * config["accumulate"])
+        pixels = per_pass * self.network.keep * (self.network.patch // encoder.strides[-1]) ** 2
+        if pixels < 2 and encoder.norm == "bn":
+            raise UserError(
+                f"--batch-size {config['batch_size']} leaves batch norm one visible pixel at stride {encoder.strides[-1]}; "
+                "raise it or --input-size, or lower --mask-ratio"
+            )
 
     def _make_folder(self, *, anew: bool) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if anew:
-                for old in [*(self.folder / "checkpoints").glob("*.pt"), self.folder / "metrics.jsonl"]:
-                    old.unlink(missing_ok=True)
+                written = ("checkpoints/*.pt", "metrics.jsonl", "tensorboard/events.*", "reconstructions/epoch_*.png")
+                for old in (path for pattern in written for path in self.folder.glob(pattern)):
+                    old.unlink()
             (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to --output {self.folder}: {error}") from error
@@ -357,9 +368,24 @@ class Run:
             print(f"{name:9s} {text}")
         for name, before in saved["config"].items() if saved else ():
             if config.get(name) != before:
-                flag = "--" + name.replace("_", "-")
-                print(f"{'changed':9s} {flag} from {as_text(before)} to {as_text(config.get(name))}")
+                print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
+        if saved and saved["step"] and not self.checkpoints.last.exists():
+            print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from the newest checkpoint beside it")
         sys.stdout.flush()
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any], path: Path | None) -> None:
+    """Refuses to continue the run of another network or with other steps.
+
+    Raises:
+        UserError: names the first flag that differs.
+    """
+    for name in FIXED:
+        if saved.get(name) != config[name]:
+            raise UserError(
+                f"{path} was trained with {flag_of(name)} {as_text(saved.get(name))}, now it is {as_text(config[name])}; use "
+                "the same, another --output, or --no-resume to start anew"
+            )
 
 
 def load_initial_weights(encoder: SparseEncoder, path: Path) -> None:

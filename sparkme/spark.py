@@ -61,6 +61,7 @@ class SparK(nn.Module):
         if self.keep == total:
             raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")
         self.encoder = encoder
+        self.decoder = Decoder(stride, decoder_width, encoder.in_channels)
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
         self.mask_tokens = nn.ParameterList()
         norm = encoder.norm if densify_norm == "auto" else densify_norm
@@ -71,7 +72,6 @@ class SparK(nn.Module):
             self.mask_tokens.append(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
             self.densify_norms.append(DENSIFY_NORMS[norm](channels))
             self.densify_projs.append(_projection(channels, decoder_width >> i, deepest=i == 0))
-        self.decoder = Decoder(stride, decoder_width, encoder.in_channels)
 
     def forward(self, images: Tensor, active: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Reconstruction loss of a batch.

@@ -1,6 +1,7 @@
 """Two processes on the CPU give the gradients of one process that has both halves of the batch."""
 
 import os
+import socket
 from pathlib import Path
 
 import oracle
@@ -8,10 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_pretrain import SMALL
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkme
 from sparkme.models import create_encoder
+from sparkme.pretrain import Run
+from sparkme.training.config import create_parser
+from sparkme.training.distributed import start_process
 
 
 def network() -> sparkme.SparK:
@@ -49,7 +54,44 @@ def test_two_halves_make_a_whole(tmp_path: Path) -> None:
         assert oracle.relative_error(first, parameter.grad) < 1e-10
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two cores to finish in time")
+def train(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    process = start_process("cpu")
+    run = Run(create_parser().parse_args([*SMALL, "--accumulate", "2", "--output", folder]), process)
+    assert run.train() == 0
+    torch.save(dict(run.network.named_parameters()), Path(folder, f"{rank}.pt"))
+
+
+def test_processes_that_train_together_keep_the_same_weights(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(train, (str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path: Path) -> None:
+    gradients = []
+    for accumulate in (1, parts):
+        flags = [*SMALL, "--model", "convnext_tiny", "--drop-path", "0", "--accumulate", accumulate, "--output", tmp_path]
+        run = Run(create_parser().parse_args([*map(str, flags)]), start_process("cpu"))
+        for module in run.network.decoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        run.network.double()
+        run.optimizer.step = lambda run=run: gradients.append([p.grad.clone() for p in run.network.parameters()])
+        images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr("sparkme.data.dataset.normalise", lambda x: x.double() / 100)
+        run._train_step(images)
+        monkey.undo()
+    for whole, accumulated in zip(*gradients, strict=True):
+        assert oracle.relative_error(accumulated, whole) < 1e-10
+
+
 def test_processes_mask_differently() -> None:
     from sparkme.training.random import seed_step
 

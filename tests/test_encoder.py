@@ -1,7 +1,9 @@
 """Whole encoders: against the oracle, against torchvision's and timm's own models, and what must never leak."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import oracle
 import pytest
@@ -199,6 +201,31 @@ def test_an_encoder_can_be_copied(name: str) -> None:
     with torch.no_grad():
         next(twin.parameters()).zero_()
     assert next(encoder.parameters()).abs().sum() > 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nan_comes_out_as_something_not_finite(engine: str) -> None:
+    """MinkowskiEngine's pooling would swallow it, and its backward pass would write out of bounds."""
+    encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine)
+    with torch.no_grad():
+        encoder.network.conv1.kernel.fill_(float("nan"))
+    images, active = images_and_mask()
+    rows = encoder(images, active)[-1].rows
+    rows.sum().backward()
+    assert not rows.isfinite().any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_is_gone_when_nobody_holds_it(engine: str) -> None:
+    encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine)
+    images, active = images_and_mask()
+    gc.collect()
+    gc.disable()
+    try:
+        grid = weakref.ref(encoder(images, active)[0].grid)
+        assert grid() is None
+    finally:
+        gc.enable()
 
 
 HIERARCHIES = {

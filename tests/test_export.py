@@ -1,6 +1,7 @@
 """`python -m sparkme.export`: what it writes loads into torchvision, and what does not agree is not written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_exported_weights_load_into_torchvision(
         with safe_open(output, "pt") as file:
             metadata = file.metadata()
     else:
-        metadata = json.loads(output.with_suffix(".json").read_text())
+        metadata = json.loads((output.parent / "weights.pth.json").read_text())
     assert name in metadata["model"] and "SparK" in metadata["method"] and "last.pt, step 2" in metadata["source"]
     assert json.loads(metadata["recipe"])["mask_ratio"] == 0.6
 
@@ -72,6 +73,27 @@ def test_a_transposed_kernel_is_found_and_not_written(
     assert "nothing was written" in capsys.readouterr().err and not output.exists()
 
 
+def test_weights_that_are_not_finite_are_not_written(
+    checkpoint: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(checkpoint[1], weights_only=True)
+    name = next(k for k in state["model"] if "layer2" in k or "features.3" in k)
+    state["model"][name].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    output = tmp_path / "nan.safetensors"
+    assert sparkme.export.main([str(tmp_path / "nan.pt"), "--output", str(output)]) == 1
+    assert "nothing was written" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_moved_run_is_exported_into_its_own_folder(checkpoint: tuple[str, Path], tmp_path: Path) -> None:
+    name, path = checkpoint
+    moved = tmp_path / "moved" / "checkpoints" / "last.pt"
+    moved.parent.mkdir(parents=True)
+    shutil.copy(path, moved)
+    assert sparkme.export.main([str(moved), "--no-verify"]) == 0
+    assert (tmp_path / "moved" / f"{name}.safetensors").exists()
+
+
 def test_mistakes_get_one_line(checkpoint: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*arguments: object) -> str:
         assert sparkme.export.main([*map(str, arguments)]) == 2
@@ -85,5 +107,7 @@ def test_mistakes_get_one_line(checkpoint: tuple[str, Path], tmp_path: Path, cap
     (tmp_path / "taken.pth").write_bytes(b"mine")
     assert "exists; choose another --output, or pass --overwrite" in fails(path, "--output", tmp_path / "taken.pth")
     assert (tmp_path / "taken.pth").read_bytes() == b"mine"
+    (tmp_path / "free.pth.json").write_text("mine")
+    assert "free.pth.json exists" in fails(path, "--output", tmp_path / "free.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     assert "is not a checkpoint of sparkme.pretrain" in fails(tmp_path / "other.pt")

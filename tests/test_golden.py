@@ -1,12 +1,14 @@
 """The official code's numbers: losses, features and gradients, on every engine, through `load_official_state_dict`."""
 
+import re
+
 import pytest
 import torch
 from golden import GoldenCase, feature_statistics, golden_cases
 from torchvision.models import get_model
 
 import sparkme
-from sparkme.interop.official import official_name
+from sparkme.interop.official import _BLOCK_TO_TORCHVISION, _ENCODER
 
 ENGINES = ("minkowski", "masked-dense")
 
@@ -37,6 +39,7 @@ def build(case: GoldenCase, engine: str, device: str) -> sparkme.SparK:
 def test_equals_the_official_code(case: GoldenCase, engine: str, device: str) -> None:
     double = case.dtype == torch.float64
     tolerance = 1e-8 if double else 1e-5
+    torch.backends.cudnn.allow_tf32 = False
     values, images, active = case.values, case.images().to(device), case.active().to(device)
 
     model = build(case, engine, device).train()
@@ -67,3 +70,25 @@ def test_equals_the_official_code(case: GoldenCase, engine: str, device: str) ->
     got = feature_statistics(reconstruction)
     for name, expected in values["eval_reconstruction"].items():
         assert got[name] == pytest.approx(expected, rel=tolerance), name
+
+
+def official_name(name: str, model: str) -> str:
+    """The official name of one of `SparK`'s parameters, such as `sparse_encoder.sp_cnn.conv1.weight`.
+
+    Args:
+        name: as in `SparK.named_parameters()`.
+        model: torchvision's name of the encoder.
+    """
+    if not name.startswith("encoder.network."):
+        return name.replace("decoder.", "dense_decoder.", 1)
+    name = name.removeprefix("encoder.network.")
+    name = re.sub(r"\.(bn|linear)\.(weight|bias)$", r".\2", name).removesuffix("kernel")
+    name += "weight" if name.endswith(".") else ""
+    if model.startswith("convnext"):
+        stage, index, leaf = re.fullmatch(r"features\.(\d)\.(\d+)\.(.+)", name).groups()
+        if int(stage) % 2 == 0:
+            name = f"downsample_layers.{int(stage) // 2}.{index}.{leaf}"
+        else:
+            to_official = {ours: theirs for theirs, ours in _BLOCK_TO_TORCHVISION.items()}
+            name = f"stages.{int(stage) // 2}.{index}.{to_official[leaf]}"
+    return _ENCODER + name

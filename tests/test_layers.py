@@ -189,6 +189,20 @@ def test_code_between_layers_sees_visible_pixels_only(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_functions_that_move_zero_leave_hidden_pixels_at_zero(engine: str) -> None:
+    values = torch.rand(2, 3, 16, 24, dtype=torch.float64) + 1
+    active = MASKS["some"]
+    x = sparse_input(values, active, 4, engine)
+    divisor = torch.rand(3, 1, 1, dtype=torch.float64) + 1
+    for got, expected in (
+        (x / x, values / values), (x / divisor, values / divisor), (divisor / x, divisor / values), (1 / x, 1 / values),
+        (x**2, values**2), (x**-1, values**-1), (x.exp(), values.exp()), (x - x, values - values), (-x + 3, 3 - values),
+        (torch.relu(input=x), values), (torch.add(x, x, alpha=2), 3 * values),
+    ):  # fmt: skip
+        assert oracle.relative_error(got.dense(), oracle.masked(expected, active)) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_what_mixes_pixels_is_refused_by_name(engine: str) -> None:
     x = sparse_input(torch.randn(2, 3, 16, 24), MASKS["some"], 4, engine)
     with pytest.raises(NotImplementedError, match="'avg_pool2d' has no sparse form"):

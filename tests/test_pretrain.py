@@ -19,7 +19,8 @@ from sparkme.pretrain import main
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
 SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
-         "--epochs", "3", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01"]  # fmt: skip
+         "--epochs", "3", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01",
+         "--drop-path", "0.2"]  # fmt: skip
 
 
 def run(*arguments: object, processes: int = 1, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -161,7 +162,7 @@ def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
     assert "machine   2 x cpu" in first.stdout
     second = run(*flags, "--epochs", 2, processes=2)
     assert second.returncode == 0 and "resumed after step 2" in second.stdout, second.stderr
-    assert "changed   --epochs from 1 to 2" in second.stdout and len(losses(tmp_path)) == 4
+    assert "changed   epochs from 1 to 2" in second.stdout and len(losses(tmp_path)) == 4
 
 
 def test_two_processes_stop_together_at_a_signal(tmp_path: Path) -> None:
@@ -171,10 +172,10 @@ def test_two_processes_stop_together_at_a_signal(tmp_path: Path) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 2/"):
-            os.kill(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # to every process, and torchrun passes its own on
             break
     rest, _ = process.communicate(timeout=120)
-    assert "SIGTERM: saved" in rest, rest
+    assert "SIGTERM: saved" in rest and "KeyboardInterrupt" not in rest, rest
     assert (tmp_path / "checkpoints" / "last.pt").exists()
 
 
@@ -189,22 +190,71 @@ def test_unreadable_images_are_counted_and_too_many_stop_the_run(tmp_path: Path,
     assert all(f"skipped unreadable image {path}" in errors for path in broken)
     assert main([*map(str, flags), "--output", str(tmp_path / "stopped"), "--max-unreadable", "1"]) == 2
     errors = capsys.readouterr().err
-    assert "images cannot be read; mend or remove them, or raise --max-unreadable (now 1):" in errors
+    assert "images cannot be read, more than --max-unreadable 1 or too many in a row; mend or remove them" in errors
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
     assert main([*map(str, flags), "--output", str(tmp_path / "all")]) == 2
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["decoder.proj.bias", "encoder.network.conv1.kernel"])
+def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(
+    name: str, straight: Path, tmp_path: Path
+) -> None:
     (tmp_path / "checkpoints").mkdir()
-    last = tmp_path / "checkpoints" / "last.pt"
     state = torch.load(straight / "checkpoints" / "step_00000004.pt", weights_only=True)
-    torch.save(state, last)
-    state["model"]["decoder.proj.bias"].fill_(float("nan"))
-    torch.save(state, last)
+    state["model"][name].fill_(float("nan"))
+    torch.save(state, tmp_path / "checkpoints" / "last.pt")
     done = run(*SMALL, "--output", tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: the loss of step 5 is nan; the last good checkpoint is")
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: the loss of step 5 is "), done.stderr
+    assert "; the last good checkpoint is" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_spoiled_weights_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An update can overflow after a finite loss."""
+    import sparkme.pretrain
+
+    right = sparkme.pretrain.Run._train_step
+
+    def overflow(self: sparkme.pretrain.Run, images: torch.Tensor) -> torch.Tensor:
+        loss = right(self, images)
+        if self.step == 3:
+            next(self.network.parameters()).data.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(sparkme.pretrain.Run, "_train_step", overflow)
+    assert main([*SMALL, "--output", str(tmp_path), "--checkpoint-minutes", "0"]) == 2
+    assert "the weights are not finite after step 4; the last good checkpoint is" in capsys.readouterr().err
+    assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_full_disk_under_the_log_saves_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loss.png").symlink_to("/dev/full")
+    assert main([*SMALL, "--output", str(tmp_path), "--panel-epochs", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and "No space left on device" in errors and "saved" in errors
+    assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_lost_link_does_not_start_the_run_anew(straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder, symlinks=True)
+    (folder / "checkpoints" / "last.pt").unlink()
+    done = run(*SMALL, "--output", folder)
+    assert "resumed after step 6" in done.stdout and "last.pt was missing" in done.stdout, done.stdout
+
+
+def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_images(tmp_path / "images", 8)
+    monkeypatch.chdir(data)
+    flags = [flag for flag in SMALL if flag not in ("--samples-per-epoch", "8", "--batch-size", "4")]
+    assert main([*flags, "--data", ".", "--epochs", "1"]) == 0
+    assert len(list(Path("runs").rglob("*.png"))) == 2
+    Image.new("RGB", (40, 40)).save("another.png")  # what follows from the number of images stays as the run began
+    assert main([*flags, "--data", ".", "--epochs", "2"]) == 0
+    config = json.loads(Path("runs/resnet18-64/config.json").read_text())
+    assert (config["num_images"], config["samples_per_epoch"], config["batch_size"]) == (9, 8, 8)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(straight: Path, tmp_path: Path) -> None:
@@ -231,7 +281,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(straight: Path, tmp_path: Path) -
         (["--batch-size", "16"], "--batch-size 16 is more than the 8 crops of an epoch"),
         (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 is not a multiple of 1 processes x --accumulate 2; use 4"),
         (["--epochs", "0"], "--epochs 0 must be at least 1"),
-        (["--warmup-epochs", "3"], "--warmup-epochs 3.0 must be at least 0 and less than --epochs 3"),
+        (["--workers", "-1"], "--workers -1 must be at least 0"),
+        (["--decoder-width", "-32"], "decoder width -32 is not a multiple of 32"),
+        (["--beta2", "2"], "--beta2 2.0 is outside [0, 1)"),
+        (["--base-lr", "-1"], "--base-lr -1.0 must be above 0"),
+        (["--clip-grad", "-1"], "--clip-grad -1.0 must be at least 0"),
+        (["--seed", str(2**64)], "must be below 2^63"),
+        (["--batch-size", "1", "--mask-ratio", "0.75"], "leaves batch norm one visible pixel at stride 32"),
+        (["--warmup-epochs", "3"], "--warmup-epochs 3.0 must be less than --epochs 3"),
         (["--drop-path", "1"], "drop path 1.0 is outside [0, 1)"),
         (["--crop-scale", "0"], "--crop-scale 0.0 is outside (0, 1]"),
         (["--device", "tpu"], "--device tpu is not"),

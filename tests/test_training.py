@@ -11,7 +11,7 @@ from PIL import Image
 
 import sparkme
 from sparkme.data.dataset import CropDataset, EpochSampler, create_loader, denormalise, normalise, preview_images
-from sparkme.data.images import demo_photographs, find_images
+from sparkme.data.images import demo_photographs, find_images, load_rgb
 from sparkme.errors import UserError
 from sparkme.models import create_encoder
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
@@ -112,7 +112,9 @@ def test_images_are_found_in_any_structure(tmp_path: Path) -> None:
     Image.new("L", (20, 20)).save(folder / "GREY.JPG")
     (folder / "notes.txt").write_text("no image")
     (folder / "loop").symlink_to(folder)
+    (folder / "._GREY.JPG").write_text("macOS puts these beside images")
     assert len(find_images(folder)) == 7
+    assert len(find_images(folder, leave_out=folder / "sub0")) == 4
     with pytest.raises(UserError, match="is not a folder"):
         find_images(tmp_path / "none")
     (tmp_path / "empty").mkdir()
@@ -149,13 +151,45 @@ def test_an_unreadable_image_is_replaced_and_reported(tmp_path: Path) -> None:
     paths = find_images(make_images(tmp_path))
     paths[2].write_bytes(b"not an image")
     paths[3].write_bytes(paths[4].read_bytes()[:200])  # cut off
-    sample = CropDataset(paths, (32, 32), min_scale=0.5, seed=0)[0, 2]
-    assert sample.image is not None and len(sample.unreadable) == 2
-    assert str(paths[2]) in sample.unreadable[0] and str(paths[3]) in sample.unreadable[1]
+    dataset = CropDataset(paths, (32, 32), min_scale=0.5, seed=0)
+    for draw in (2, 3):
+        sample = dataset[0, draw]
+        assert sample.image is not None and str(paths[draw]) in sample.unreadable[0]
+        assert torch.equal(sample.image, dataset[0, draw].image)
     for path in paths:
         path.write_bytes(b"")
     assert CropDataset(paths, (32, 32), min_scale=0.5, seed=0)[0, 2].image is None
     assert preview_images(paths, (32, 32), 4).shape == (0, 3, 32, 32)
+
+
+def test_many_broken_neighbours_do_not_stop_a_draw(tmp_path: Path) -> None:
+    paths = find_images(make_images(tmp_path, 60))
+    for path in paths[:20]:
+        path.write_bytes(b"broken")
+    dataset = CropDataset(paths, (32, 32), min_scale=0.5, seed=0)
+    assert all(dataset[0, draw].image is not None for draw in range(20))
+
+
+def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "16bit.png")
+    Image.fromarray(ramp).save(tmp_path / "16bit.tiff")
+    for name in ("16bit.png", "16bit.tiff"):
+        assert np.abs(np.asarray(load_rgb(tmp_path / name))[..., 0].astype(int) - (ramp >> 8)).max() <= 1
+    for mode in ("L", "LA", "RGBA", "CMYK", "P", "1", "YCbCr"):
+        suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
+        Image.new("RGB", (20, 10), (200, 30, 60)).convert("L" if mode == "LA" else "RGB").convert(mode).save(
+            tmp_path / f"{mode}.{suffix}"
+        )
+        assert load_rgb(tmp_path / f"{mode}.{suffix}").mode == "RGB"
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(OSError, match=r"float.tiff: floating-point pixels have no known range"):
+        load_rgb(tmp_path / "float.tiff")
+    held = Image.new("RGB", (20, 10))
+    exif = held.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    held.save(tmp_path / "held.jpg", exif=exif)
+    assert load_rgb(tmp_path / "held.jpg").size == (10, 20)
 
 
 def test_normalisation_is_undone() -> None:
@@ -171,6 +205,18 @@ def test_checkpoints_are_written_beside_and_the_newest_are_kept(tmp_path: Path) 
         checkpoints.save({"config": {}, "model": {"w": torch.tensor(step)}}, step)
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["last.pt", "step_00000010.pt", "step_00000015.pt"]
     assert load_checkpoint(checkpoints.last)["model"]["w"] == 15
+
+
+def test_the_newest_checkpoint_is_found_and_kept_without_the_link(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.newest() is None
+    for step in (5, 10):
+        Checkpoints(tmp_path, keep=9).save({"config": {}}, step)
+    checkpoints.last.unlink()
+    assert checkpoints.newest() == tmp_path / "step_00000010.pt"
+    checkpoints.save({"config": {}}, 7)  # of a run that went back
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_00000007.pt", "step_00000010.pt"]
+    assert load_checkpoint(checkpoints.newest())["step"] == 7
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ class CropDataset(Dataset[Sample]):
         min_scale: smallest share of the image's area that a crop covers.
         seed: of the run.
 
-    An image that cannot be read is replaced by the next that can, and reported.
+    An image that cannot be read is replaced by another, and reported.
     """
 
     TRIES = 16
@@ -89,8 +89,9 @@ class CropDataset(Dataset[Sample]):
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         epoch, draw = index
         unreadable: list[str] = []
-        for attempt in range(min(self.TRIES, len(self.paths))):
-            path = self.paths[(draw + attempt) % len(self.paths)]
+        for attempt in range(self.TRIES):
+            number = draw if attempt == 0 else derived_seed(self.seed, "replacement", epoch, draw, attempt)
+            path = self.paths[number % len(self.paths)]
             try:
                 image = load_rgb(path)
             except OSError as error:
@@ -99,7 +100,7 @@ class CropDataset(Dataset[Sample]):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))
                 return Sample(self.crop(image), tuple(unreadable))
-        return Sample(None, tuple(unreadable))
+        return Sample(None, tuple(dict.fromkeys(unreadable)))
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,7 @@ def _ignore_signals(worker: int) -> None:
 
 def preview_images(paths: list[Path], size: tuple[int, int], count: int) -> Tensor:
     """Centre crops of `count` images spread over the list, (B, 3, H, W) uint8; unreadable ones are passed over."""
-    transform = v2.Compose(
-        [v2.Resize(min(size), antialias=True), v2.Resize(max(size)) if size[0] != size[1] else v2.Identity(),
-         v2.CenterCrop(size), v2.PILToTensor()]
-    )  # fmt: skip
+    transform = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     step = max(1, len(paths) // count)
     crops = []
     for path in paths[::step] + paths:

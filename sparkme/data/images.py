@@ -6,7 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from sparkme.errors import UserError
 
@@ -17,8 +18,12 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field
                 "retina.jpg", "rocket.jpg")  # fmt: skip
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
     """All images below a folder, sorted, whatever its structure; follows links, each directory once.
+
+    Args:
+        folder: where to look.
+        leave_out: a folder below it whose images do not count, such as the run's own pictures.
 
     Raises:
         UserError: no such folder, or no images in it.
@@ -26,14 +31,14 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"--data {folder} is not a folder")
     found: list[Path] = []
-    seen: set[str] = set()
+    seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(root, name) for name in files if os.path.splitext(name)[1].lower() in EXTENSIONS]
+        found += [Path(root, name) for name in files if _is_image(name)]
     if not found:
         raise UserError(f"--data {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
     return sorted(found)
@@ -58,14 +63,23 @@ def demo_photographs() -> list[Path]:
     return found
 
 
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
+
+
 def load_rgb(path: Path) -> Image.Image:
-    """Decodes an image to RGB.
+    """Decodes an image to RGB, upright if it says how it was held; 16 bits a channel are brought down to 8.
 
     Raises:
-        OSError: it cannot be read, whatever Pillow's own reason.
+        OSError: it cannot be read, whatever Pillow's own reason, or its numbers have no known range.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode == "F":
+                raise OSError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: {error}") from error

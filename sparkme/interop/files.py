@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparkme.errors import UserError
+from sparkme.errors import UserError, first_line
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
@@ -26,7 +26,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
-        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
+    if isinstance(state, dict) and "format" in state and "config" in state:
+        raise UserError(
+            f"{path} is a checkpoint of sparkme.pretrain; turn it into weights first: python -m sparkme.export {path}"
+        )
     for key in ("model", "state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -35,17 +39,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_suffix(path: Path) -> None:
+    """Raises UserError for a suffix that stands for no format."""
+    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise UserError(f"--output {path}: the suffix must be .safetensors or .pth")
+
+
 def write_state_dict(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a state dict beside and renames it, in the format of the file's suffix.
 
     A `.safetensors` file keeps the metadata in its header; a `.pth` file is the bare state dict, which is what
-    `load_state_dict` takes, and its metadata goes to a `.json` file beside it by the caller.
+    `load_state_dict` takes, and the caller keeps the metadata elsewhere.
 
     Raises:
         UserError: the suffix is unknown, or the file cannot be written.
     """
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise UserError(f"--output {path}: the suffix must be .safetensors or .pth")
+    check_suffix(path)
     temporary = path.with_name(path.name + ".writing")
     state = {name: value.contiguous().clone() for name, value in state.items()}
     try:

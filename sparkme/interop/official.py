@@ -57,25 +57,3 @@ def convnext_to_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise ValueError(f"unknown ConvNeXt weight {name!r}")
     return translated
-
-
-def official_name(name: str, model: str) -> str:
-    """The official name of one of `SparK`'s parameters, such as `sparse_encoder.sp_cnn.conv1.weight`.
-
-    Args:
-        name: as in `SparK.named_parameters()`.
-        model: torchvision's name of the encoder.
-    """
-    if not name.startswith("encoder.network."):
-        return name.replace("decoder.", "dense_decoder.", 1)
-    name = name.removeprefix("encoder.network.")
-    name = re.sub(r"\.(bn|linear)\.(weight|bias)$", r".\2", name).removesuffix("kernel")
-    name += "weight" if name.endswith(".") else ""
-    if model.startswith("convnext"):
-        stage, index, leaf = re.fullmatch(r"features\.(\d)\.(\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
-        if int(stage) % 2 == 0:
-            name = f"downsample_layers.{int(stage) // 2}.{index}.{leaf}"
-        else:
-            to_official = {ours: theirs for theirs, ours in _BLOCK_TO_TORCHVISION.items()}
-            name = f"stages.{int(stage) // 2}.{index}.{to_official[leaf]}"
-    return _ENCODER + name

@@ -84,7 +84,9 @@ class SparseEncoder(nn.Module):
             pixels = self.engine.from_rows(grid.to_rows(images, 1), grid, 1)
             with suppress(ReachedDeepest):
                 self.network(SparseMap(pixels, grid, 1, self.engine, taps))
-        return [taps[i] for i in range(len(self.strides))]
+        maps = [taps[i] for i in range(len(self.strides))]
+        taps.clear()  # every map refers to it: a cycle would keep the whole batch alive until the garbage is collected
+        return maps
 
     def _patch(self, images: Tensor, active: Tensor) -> int:
         total = self.strides[-1]

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 _POINTWISE = {
     "abs": True, "add": False, "celu": True, "clamp": False, "clone": True, "detach": True, "div": True, "dropout": True,
     "elu": True, "exp": False, "gelu": True, "hardsigmoid": False, "hardswish": True, "hardtanh": True,
-    "leaky_relu": True, "mish": True, "mul": True, "neg": True, "relu": True, "relu6": True, "selu": True,
+    "leaky_relu": True, "mish": True, "mul": True, "neg": True, "pow": False, "relu": True, "relu6": True, "selu": True,
     "sigmoid": False, "silu": True, "softplus": False, "sub": False, "tanh": True, "truediv": True,
 }  # fmt: skip
-_BINARY_WITH_ZERO = {"add", "sub"}  # of two maps: zero plus zero is zero
+_SUMS, _QUOTIENTS = {"add", "sub"}, {"div", "truediv"}  # of two maps, the former keep zero and the latter do not
 _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -161,6 +161,12 @@ class SparseMap:
     def __truediv__(self, other: Any) -> SparseMap:
         return self._pointwise(torch.div, "div", (self, other))
 
+    def __rtruediv__(self, other: Any) -> SparseMap:
+        return self._pointwise(torch.div, "div", (other, self))
+
+    def __pow__(self, exponent: Any) -> SparseMap:
+        return self._pointwise(torch.pow, "pow", (self, exponent))
+
     def __neg__(self) -> SparseMap:
         return self._pointwise(torch.neg, "neg", (self,))
 
@@ -202,11 +208,18 @@ class SparseMap:
     ) -> SparseMap:
         if function.__name__.endswith("_") and not function.__name__.startswith("__"):
             function = getattr(torch, name)  # the out-of-place form
-        data = function(*(self._operand(a) for a in args), **(kwargs or {}))
-        maps = sum(isinstance(a, SparseMap) for a in args)
-        keeps_zero = _POINTWISE[name] or (name in _BINARY_WITH_ZERO and maps == 2)
+        named = {key: self._operand(value) for key, value in (kwargs or {}).items()}
+        data = function(*(self._operand(a) for a in args), **named)
+        all_maps = len(args) == 2 and all(isinstance(a, SparseMap) for a in args)
+        first_is_map = isinstance(args[0], SparseMap) if args else True
+        if name in _SUMS:
+            keeps_zero = all_maps
+        elif name in _QUOTIENTS:
+            keeps_zero = first_is_map and not all_maps
+        else:
+            keeps_zero = _POINTWISE[name]
         if self.engine.dense and not keeps_zero:
-            data = data * self.grid.mask(self.stride, data.dtype)
+            data = data.masked_fill(~self.grid.mask(self.stride, torch.bool), 0.0)
         return self.replace(data)
 
     def _operand(self, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparkme.errors import UserError
+from sparkme.errors import UserError, first_line
 
 FORMAT = 1
 
@@ -31,6 +31,16 @@ class Checkpoints:
     def last(self) -> Path:
         return self.folder / "last.pt"
 
+    def newest(self) -> Path | None:
+        """What `last.pt` points at or, where it is lost, as copying can lose links, the checkpoint of the highest step."""
+        if self.last.exists():
+            return self.last
+        steps = self._steps()
+        return steps[-1] if steps else None
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*.pt"))
+
     def save(self, state: dict[str, Any], step: int) -> Path:
         """Writes a checkpoint, points `last.pt` at it and removes the oldest.
 
@@ -50,13 +60,13 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 temporary.unlink()
-            free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.anchor).free / 2**30
             resume = f"{self.last} is intact" if self.last.exists() else "there is no earlier one"
             raise UserError(
-                f"cannot write the checkpoint {path} ({_first_line(error)}; {free:.1f} GiB free); make room or change "
+                f"cannot write the checkpoint {path} ({first_line(error)}; {free_gib(path):.1f} GiB free); make room or change "
                 f"--output, then start again; {resume}"
             ) from error
-        for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
+        earlier = [old for old in self._steps() if old.name < path.name]
+        for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
             old.unlink(missing_ok=True)
         return path
 
@@ -83,11 +93,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a torn file can fail anywhere in the unpickler
         others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
         hint = f"; earlier ones beside it: {', '.join(others)}" if others else ""
-        raise UserError(f"{path} cannot be read as a checkpoint ({_first_line(error)}){hint}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint ({first_line(error)}){hint}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
     return state
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def free_gib(path: Path) -> float:
+    """Free space on the disk that a path is or would be on."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free / 2**30

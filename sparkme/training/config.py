@@ -111,7 +111,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("auto", "minkowski", "masked-dense"),
         default="auto",
-        help="kernels of the encoder (%(default)s: the fastest that this machine has)",
+        help="kernels of the encoder (%(default)s: minkowski where it can run, else masked-dense)",
     )
     group.add_argument(
         "--precision",
@@ -144,73 +144,101 @@ def create_parser() -> argparse.ArgumentParser:
         help="draw reconstructions every N epochs; 0 never (ten times in a run)",
     )
     group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
-    return parser  # fmt: skip
+    return parser
 
 
-# What a resumed run must share with its checkpoint: the network, and what a step is.
-FIXED = ("model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "batch_size",
-          "samples_per_epoch", "seed")  # fmt: skip
+# What a resumed run must share with its checkpoint: the network, the optimiser's state, and what a step is.
+FIXED = ("model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "beta2", "batch_size",
+         "samples_per_epoch", "seed")  # fmt: skip
+
+_AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "samples_per_epoch": 1,
+             "patch": 1, "workers": 0, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0, "clip_grad": 0,
+             "checkpoint_minutes": 0, "panel_epochs": 0, "seed": 0, "warmup_epochs": 0}  # fmt: skip
 
 
-def resolve_config(args: argparse.Namespace, num_images: int, process: Process) -> dict[str, Any]:
+def output_folder(args: argparse.Namespace) -> Path:
+    """The run folder that was asked for, or the one that the model and the size stand for."""
+    return args.output or Path("runs", f"{args.model}-{'x'.join(map(str, args.input_size))}")
+
+
+def resolve_config(
+    args: argparse.Namespace, num_images: int, process: Process, saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The configuration with every default filled in, as config.json and the checkpoints keep it.
 
+    Args:
+        args: the command line.
+        num_images: found in the data.
+        process: this process.
+        saved: the configuration of the run to continue; what follows from the number of images stays as it was there.
+
     Raises:
-        UserError: values that do not fit together; names the flag.
+        UserError: values that are out of range or do not fit together; names the flag.
     """
     from sparkme.models import PAPER_DROP_PATH
 
-    config = {name: value for name, value in vars(args).items() if name not in ("resume", "init")}
-    on_gpu = process.device.type == "cuda"
+    config = {name: value for name, value in vars(args).items() if name != "resume"}
+    config |= {"data": str(args.data) if args.data else None, "init": str(args.init) if args.init else None}
+    config |= {"output": str(output_folder(args)), "num_images": num_images}
+    for name, least in _AT_LEAST.items():
+        if config[name] is not None and config[name] < least:
+            raise UserError(f"{flag_of(name)} {config[name]} must be at least {least}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} must be below 2^63")
+    if not args.base_lr > 0:
+        raise UserError(f"--base-lr {args.base_lr} must be above 0")
+    if args.beta2 is not None and not 0 <= args.beta2 < 1:
+        raise UserError(f"--beta2 {args.beta2} is outside [0, 1)")
     if len(args.input_size) > 2:
         raise UserError(f"--input-size takes a side, or height and width; got {len(args.input_size)} numbers")
     config["input_size"] = [args.input_size[0], args.input_size[-1]]
-    for name in ("epochs", "accumulate", "log_steps", "keep_checkpoints", "batch_size", "samples_per_epoch", "patch"):
-        if config[name] is not None and config[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} {config[name]} must be at least 1")
-    if config["crop_scale"] is None:
-        config["crop_scale"] = 0.67 if args.data else 0.1
+
+    on_gpu = process.device.type == "cuda"
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    _fill_in(config, {
+        "crop_scale": 0.67 if args.data else 0.1,
+        "samples_per_epoch": saved["samples_per_epoch"] if saved else num_images if args.data else 512,
+        "batch_size": saved["batch_size"] if saved else None,
+        "warmup_epochs": min(PAPER_WARMUP, args.epochs / 10),
+        "drop_path": PAPER_DROP_PATH.get(args.model, 0.0),
+        "beta2": 0.999 if args.model.startswith("convnext") else 0.95,
+        "workers": min(8, max(1, len(os.sched_getaffinity(0)) // local_world)),
+        "max_unreadable": max(10, num_images // 100),
+        "panel_epochs": max(1, args.epochs // 10),
+    })  # fmt: skip
+    if config["precision"] == "auto":
+        config["precision"] = "bf16" if bf16 else "float32"
     if not 0 < config["crop_scale"] <= 1:
         raise UserError(f"--crop-scale {config['crop_scale']} is outside (0, 1]")
-    if config["samples_per_epoch"] is None:
-        config["samples_per_epoch"] = num_images if args.data else 512
+    if config["warmup_epochs"] >= args.epochs:
+        raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be less than --epochs {args.epochs}")
+
     samples = config["samples_per_epoch"]
     share = process.world * args.accumulate  # the global batch is a multiple of it
     if config["batch_size"] is None:
         wanted = min(PAPER_BATCH, (128 if on_gpu else 32) * process.world, samples)
         config["batch_size"] = max(wanted // share, 1) * share
-    if config["batch_size"] % share:
+    batch = config["batch_size"]
+    if batch % share:
         raise UserError(
-            f"--batch-size {config['batch_size']} is not a multiple of {process.world} processes x --accumulate "
-            f"{args.accumulate}; use {max(1, round(config['batch_size'] / share)) * share}"
+            f"--batch-size {batch} is not a multiple of {process.world} processes x --accumulate {args.accumulate}; use "
+            f"{max(1, round(batch / share)) * share}"
         )
-    if config["batch_size"] > samples:
+    if batch > samples:
         raise UserError(
-            f"--batch-size {config['batch_size']} is more than the {samples} crops of an epoch; lower it, or raise "
-            f"--samples-per-epoch to at least {config['batch_size']}"
+            f"--batch-size {batch} is more than the {samples} crops of an epoch; lower it, or raise --samples-per-epoch to at "
+            f"least {batch}"
         )
-    if config["warmup_epochs"] is None:
-        config["warmup_epochs"] = min(PAPER_WARMUP, args.epochs / 10)
-    if not 0 <= config["warmup_epochs"] < args.epochs:
-        raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be at least 0 and less than --epochs {args.epochs}")
-    if config["drop_path"] is None:
-        config["drop_path"] = PAPER_DROP_PATH.get(args.model, 0.0)
-    if config["beta2"] is None:
-        config["beta2"] = 0.999 if args.model.startswith("convnext") else 0.95
-    if config["precision"] == "auto":
-        config["precision"] = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
-    if config["workers"] is None:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        config["workers"] = min(8, max(1, (os.cpu_count() or 1) // local_world))
-    if config["max_unreadable"] is None:
-        config["max_unreadable"] = max(10, num_images // 100)
-    if config["panel_epochs"] is None:
-        config["panel_epochs"] = max(1, args.epochs // 10)
-    if config["output"] is None:
-        config["output"] = Path("runs", f"{args.model}-{'x'.join(map(str, args.input_size))}")
-    config["data"] = str(args.data) if args.data else None
-    config["output"] = str(config["output"])
     return config
+
+
+def _fill_in(config: dict[str, Any], defaults: dict[str, Any]) -> None:
+    config.update({name: value for name, value in defaults.items() if config[name] is None})
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def as_text(value: Any) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sparkme.errors import UserError
+from sparkme.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,19 @@ class Process:
     rank: int
     world: int
     device: torch.device
+    hosts: Any = None  # a gloo group of all processes, for what concerns the hosts alone
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; waits for all of them."""
+    def agree(self, *flags: bool) -> list[bool]:
+        """Which flags are set in any process. The processes wait for each other, but not for their devices."""
         if self.world == 1:
-            return flag
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return bool(value)
+            return list(flags)
+        values = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.hosts)
+        return [bool(value) for value in values]
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over the processes."""
@@ -66,9 +68,15 @@ def start_process(device: str) -> Process:
         if chosen.index >= torch.cuda.device_count():
             raise UserError(f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs; start fewer processes")
         torch.cuda.set_device(chosen)
-    if world > 1:
+    if world == 1:
+        return Process(rank, world, chosen)
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device} puts {world} processes on one GPU; use --device cuda")
+    try:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Process(rank, world, chosen)
+        return Process(rank, world, chosen, dist.new_group(backend="gloo"))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{world} processes cannot meet ({first_line(error)}); start them with torchrun") from error
 
 
 def stop_process() -> None:

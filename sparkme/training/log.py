@@ -29,7 +29,7 @@ class RunLog:
         kept = [line for line in _records(self.path) if line["step"] <= first_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step if first_step else None)
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if bar else None
 
     def step(self) -> None:

@@ -4,7 +4,7 @@
 |---|---|
 | `minkowski` | stock MinkowskiEngine |
 | `masked-dense` | dense convolutions times the mask |
-| `auto` | the fastest that the machine has, with the reason |
+| `auto` | `minkowski` where it can run, else `masked-dense`, with the reason |
 """
 
 import MinkowskiEngine as ME

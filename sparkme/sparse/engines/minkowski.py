@@ -77,6 +77,21 @@ def from_minkowski(features: Tensor, x: SparseMap, stride: int) -> SparseMap:
     return x.replace(rows.view(x.grid.batch, -1, rows.shape[1]), stride)
 
 
+def kernel_pairs(grid: Grid, stride: int, layer: _SparseConvolution) -> dict[int, Tensor]:
+    """MinkowskiEngine's kernel map of a layer: per kernel offset the int64 (2, M) pairs (input row, output row).
+
+    Kept on the grid, since all blocks of a stage share it.
+    """
+    generator = layer.kernel_generator
+    geometry = (generator.kernel_stride, generator.kernel_size, generator.kernel_dilation)
+    cache_key = "pairs", stride, tuple(tuple(part) for part in geometry)
+    if cache_key not in grid._cache:
+        source, target = sites_of(grid, stride).key, sites_of(grid, stride * layer.stride).key
+        pairs = manager_of(grid).kernel_map(source, target, *geometry)
+        grid._cache[cache_key] = {k: pair.long().to(grid.device) for k, pair in pairs.items()}
+    return grid._cache[cache_key]
+
+
 class MinkowskiEngine(RowEngine):
     """Stock MinkowskiEngine layers on given output coordinates; float32 and float64 only."""
 
@@ -109,21 +124,17 @@ class MinkowskiEngine(RowEngine):
         MinkowskiEngine's own layer is this loop too, but lets the coordinate manager choose the output sites.
         """
         stride = x.stride * layer.stride
-        source, key = to_minkowski(x), sites_of(x.grid, stride).key
-        generator = layer.kernel_generator
-        pairs = source.coordinate_manager.kernel_map(
-            source.coordinate_map_key,
-            key,
-            generator.kernel_stride,
-            generator.kernel_size,
-            generator.kernel_dilation,
-        )
-        out = ChannelwiseConvolution.apply(source.F, layer.kernel, pairs, x.grid.num_rows(stride))
+        pairs = kernel_pairs(x.grid, x.stride, layer)
+        out = ChannelwiseConvolution.apply(to_minkowski(x).F, layer.kernel, pairs, x.grid.num_rows(stride))
         return from_minkowski(out if layer.bias is None else out + layer.bias, x, stride)
 
     def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap:
+        # MinkowskiEngine's pooling looks for a value above the lowest number. Where it finds none, as among NaN, it passes
+        # no index to its backward pass, which then writes out of bounds. So NaN goes through as infinity.
+        finite = torch.finfo(x.dtype)
+        source = x.replace(torch.nan_to_num(x.data, nan=torch.inf, posinf=torch.inf, neginf=finite.min / 2))
         stride = x.stride * layer.stride
-        out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(x), coordinates=sites_of(x.grid, stride).key)
+        out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(source), coordinates=sites_of(x.grid, stride).key)
         return from_minkowski(out.F, x, stride)
 
 
@@ -136,11 +147,11 @@ class ChannelwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, kernel: Tensor, pairs: dict[int, Tensor], num_rows: int) -> Tensor:  # type: ignore[no-untyped-def]
-        """(N, C) rows, (K, C) kernel, and per offset the int (2, M) pairs (input row, output row)."""
+        """(N, C) rows, (K, C) kernel, and per offset the int64 (2, M) pairs (input row, output row)."""
         ctx.save_for_backward(rows, kernel)
-        ctx.pairs = {k: pair.long().to(rows.device) for k, pair in pairs.items()}
+        ctx.pairs = pairs
         out = rows.new_zeros(num_rows, rows.shape[1])
-        for k, (source, target) in ctx.pairs.items():
+        for k, (source, target) in pairs.items():
             out.index_add_(0, target, rows[source] * kernel[k])
         return out
 
