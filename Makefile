@@ -14,8 +14,8 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.11 python; do \
 	"$$name" -c "$(SUPPORTED)" 2>/dev/null && { echo "$$name"; exit; }; done)
 
 DEMO_DIR := runs/demo
-DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 16 --samples-per-epoch 256 --epochs 20 \
-  --base-lr 0.25 --crop-scale 0.3 --log-steps 16 --panel-epochs 5
+DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 16 --samples-per-epoch 256 --epochs 16 \
+  --base-lr 0.25 --crop-scale 0.3 --log-steps 16 --panel-epochs 4
 TEST_FLAGS ?=
 
 NEEDED_GIB := 12
