@@ -53,7 +53,7 @@ def pretrain(args: argparse.Namespace) -> int:
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second one ends it at once."""
+    """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.signal = 0

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 # Functions of one pixel at a time, by the canonical name `_canonical` gives them. The value says whether zero stays
 # zero when there is no second tensor operand: the masked-dense engine keeps hidden pixels at zero.
 _POINTWISE = {
-    "abs": True, "add": False, "celu": True, "clamp": False, "clone": True, "detach": True, "div": True, "dropout": True,
+    "abs": True, "add": False, "celu": True, "clamp": False, "clone": True, "detach": True, "div": False, "dropout": True,
     "elu": True, "exp": False, "gelu": True, "hardsigmoid": False, "hardswish": True, "hardtanh": True,
     "leaky_relu": True, "mish": True, "mul": True, "neg": True, "pow": False, "relu": True, "relu6": True, "selu": True,
-    "sigmoid": False, "silu": True, "softplus": False, "sub": False, "tanh": True, "truediv": True,
+    "sigmoid": False, "silu": True, "softplus": False, "sub": False, "tanh": True, "truediv": False,
 }  # fmt: skip
-_SUMS, _QUOTIENTS = {"add", "sub"}, {"div", "truediv"}  # of two maps, the former keep zero and the latter do not
+_SUMS = {"add", "sub"}  # of two maps: zero plus zero is zero
 _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -210,14 +210,7 @@ class SparseMap:
             function = getattr(torch, name)  # the out-of-place form
         named = {key: self._operand(value) for key, value in (kwargs or {}).items()}
         data = function(*(self._operand(a) for a in args), **named)
-        all_maps = len(args) == 2 and all(isinstance(a, SparseMap) for a in args)
-        first_is_map = isinstance(args[0], SparseMap) if args else True
-        if name in _SUMS:
-            keeps_zero = all_maps
-        elif name in _QUOTIENTS:
-            keeps_zero = first_is_map and not all_maps
-        else:
-            keeps_zero = _POINTWISE[name]
+        keeps_zero = _POINTWISE[name] or (name in _SUMS and all(isinstance(a, SparseMap) for a in args))
         if self.engine.dense and not keeps_zero:
             data = data.masked_fill(~self.grid.mask(self.stride, torch.bool), 0.0)
         return self.replace(data)
