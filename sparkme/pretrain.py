@@ -150,14 +150,14 @@ class Run:
         on_gpu = process.device.type == "cuda"
         loader = create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=on_gpu)
         log = None
-        if process.is_main:
-            log = RunLog(self.folder, first_step=self.step, total_steps=self.total_steps, bar=sys.stderr.isatty())
         speed = Throughput(config["batch_size"], self.total_steps)
         losses: list[Tensor] = []  # of the steps since the last log line, still on the device
         last_save = time.monotonic()
         self.model.train()
-        speed.restart(self.step)
         try:
+            if process.is_main:
+                log = RunLog(self.folder, first_step=self.step, total_steps=self.total_steps, bar=sys.stderr.isatty())
+            speed.restart(self.step)
             for batch in loader:
                 self._report_unreadable(batch)
                 overdue = 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
