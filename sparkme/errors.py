@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def python_command() -> str:
+    """The running interpreter as a user would type it, for commands that are printed to be copied."""
+    relative = os.path.relpath(sys.executable)
+    return sys.executable if relative.startswith("..") else relative
 
 
 @contextmanager
@@ -32,6 +39,9 @@ def run_command(command: Callable[[], int]) -> int:
     """Runs a command's body and returns its exit code; a `UserError` becomes one line and the code 2."""
     try:
         return command()
+    except KeyboardInterrupt:
+        print("stopped at once; what was not saved is lost", file=sys.stderr, flush=True)
+        return 130
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:

@@ -94,7 +94,7 @@ def export(args: argparse.Namespace) -> int:
     size = output.stat().st_size / 1e6
     print(f"wrote {output} ({size:.1f} MB, {'verified' if args.verify else 'NOT verified'}); "
           f"left to you, the classifier: {', '.join(missing)}")  # fmt: skip
-    print(f"load it:\n{_loading_code(config['model'], output)}")
+    print(f"load it:\n\n{_loading_code(config['model'], output)}")
     return 0
 
 
@@ -150,8 +150,15 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace) -> dic
 
 
 def _loading_code(model: str, path: Path) -> str:
-    read = f"safetensors.torch.load_file({str(path)!r})" if path.suffix == ".safetensors" else f"torch.load({str(path)!r})"
-    return f"  model = torchvision.models.{model}()\n  model.load_state_dict({read}, strict=False)"
+    if path.suffix == ".safetensors":
+        package, read = "safetensors.torch", f"safetensors.torch.load_file({str(path)!r})"
+    else:
+        package, read = "torch", f"torch.load({str(path)!r})"
+    return (
+        f"import {package}, torchvision\n"
+        f"model = torchvision.models.{model}()\n"
+        f"model.load_state_dict({read}, strict=False)  # all but the classifier"
+    )
 
 
 if __name__ == "__main__":

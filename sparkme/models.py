@@ -36,7 +36,7 @@ def create_dense(name: str, **kwargs: Any) -> nn.Module:
         ValueError: an unknown name; says which are close.
     """
     if name not in model_names():
-        close = difflib.get_close_matches(name, model_names(), 3, 0.4)
+        close = difflib.get_close_matches(name, model_names(), 3, 0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(model_names())}"
         raise ValueError(f"unknown model {name!r}; {hint}")
     model: nn.Module = torchvision.models.get_model(name, weights=None, **kwargs)

@@ -1,6 +1,6 @@
 """Pretrains a convolutional network on images without labels, with SparK on sparse convolutions.
 
-    python -m sparkme.pretrain                                             # a small run on photographs, no data needed
+    python -m sparkme.pretrain                                             # on scikit-image's photographs, no data needed
     python -m sparkme.pretrain --data photos/ --model convnext_tiny        # one GPU, or the CPU
     torchrun --nproc-per-node 8 -m sparkme.pretrain --data imagenet/train  # eight GPUs
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkme.errors import UserError, run_command, user_errors
+from sparkme.errors import UserError, python_command, run_command, user_errors
 from sparkme.training.config import FIXED, as_text, create_parser, flag_of, output_folder, resolve_config
 from sparkme.training.distributed import Process, start_process, stop_process
 
@@ -55,7 +56,8 @@ def pretrain(args: argparse.Namespace) -> int:
 class StopRequest:
     """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second Ctrl-C ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool) -> None:
+        self.announce = announce
         self.signal = 0
         self.since = 0.0
 
@@ -74,6 +76,10 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
+            if self.announce:
+                os.write(
+                    2, b"\nstopping after this step, then saving; Ctrl-C again to stop at once and lose what is not saved\n"
+                )
 
 
 class Run:
@@ -94,7 +100,7 @@ class Run:
         from sparkme.training.checkpoint import Checkpoints, load_checkpoint
         from sparkme.training.optimizer import create_optimizer
 
-        self.process, self.stop = process, StopRequest()
+        self.process, self.stop = process, StopRequest(announce=process.is_main)
         self.folder = output_folder(args)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.keep_checkpoints)
         paths = find_images(args.data, leave_out=self.folder) if args.data else demo_photographs()
@@ -140,7 +146,7 @@ class Run:
         config, process = self.config, self.process
         if self.step >= self.total_steps:
             if process.is_main:
-                print(f"nothing left to do: {self.folder} is trained for {config['epochs']} epochs", flush=True)
+                print(f"nothing left to do: {self.folder} is trained for {config['epochs']} epochs; --no-resume starts anew")
             return 0
         remaining = range(self.step, self.total_steps)
         sampler = EpochSampler(
@@ -159,7 +165,7 @@ class Run:
                 log = RunLog(self.folder, first_step=self.step, total_steps=self.total_steps, bar=sys.stderr.isatty())
             speed.restart(self.step)
             for batch in loader:
-                self._report_unreadable(batch)
+                self._report_unreadable(batch, log)
                 overdue = 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
                 stop, unreadable, overdue = process.agree(bool(self.stop.signal), self._is_spoiled(batch), overdue)
                 if stop or unreadable:
@@ -174,7 +180,7 @@ class Run:
                 done = self.step == self.total_steps
                 draw = in_epoch == 0 and self._panel_is_due(epoch)
                 save = done or overdue or (in_epoch == 0 and not config["checkpoint_minutes"])
-                if draw or save or self.step % config["log_steps"] == 0:
+                if draw or save or self.step == 1 or self.step % config["log_steps"] == 0:
                     self._log(log, losses, speed)
                 if save:
                     last_save = time.monotonic()
@@ -188,8 +194,9 @@ class Run:
                     speed.restart(self.step)
             if log:
                 last = self.checkpoints.last
-                skipped = f" ({len(self.unreadable)} images could not be read)" if self.unreadable else ""
-                log.say(f"done{skipped}: {last}; export it with\n  python -m sparkme.export {last} --to torchvision")
+                skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
+                log.finish(f"done: {last}{skipped}\npictures: {self.folder / 'loss.png'}, {self.folder / 'reconstructions'}\n"
+                           f"next: {python_command()} -m sparkme.export {last} --to torchvision")  # fmt: skip
             return 0
         except OSError as error:  # of the log or of a picture
             saved = f"saved {self._save()}" if process.is_main else "the first process saves"
@@ -249,11 +256,14 @@ class Run:
             "weight_decay": weight_decay(step, start=decay, end=decay_end, total_steps=total),
         }
 
-    def _report_unreadable(self, batch: Batch) -> None:
+    def _report_unreadable(self, batch: Batch, log: RunLog | None) -> None:
         for problem in batch.unreadable:
             if problem not in self.unreadable:
                 self.unreadable.add(problem)
-                print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
+                if log:
+                    log.warn(f"skipped unreadable image {problem}")
+                else:
+                    print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
 
     def _is_spoiled(self, batch: Batch) -> bool:
         return batch.images is None or len(self.unreadable) > self.config["max_unreadable"]
@@ -321,7 +331,7 @@ class Run:
             )
         number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
         if log:
-            log.say(f"{signal.Signals(number).name}: {saved}; the same command continues from here")
+            log.finish(f"{signal.Signals(number).name}: {saved}; the same command continues from here")
         return 128 + number
 
     def _check_batch_norm(self) -> None:
@@ -351,13 +361,13 @@ class Run:
         config, network, process = self.config, self.network, self.process
         encoder, total = network.encoder, math.prod(network.num_patches)
         rate = config["base_lr"] * config["batch_size"] / 256
-        threads = f" with {torch.get_num_threads()} threads" if process.device.type == "cpu" else ""
+        threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         in_float32 = "" if encoder.engine.bf16 or config["precision"] == "float32" else "; the encoder computes in float32"
         lines = {
             "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
             f"{config['samples_per_epoch']} crops an epoch",
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
-            f"{total} patches of {network.patch} pixels visible",
+            f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
             f"learning rate {rate:.2g}",
             "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
@@ -369,6 +379,9 @@ class Run:
         for name, before in saved["config"].items() if saved else ():
             if config.get(name) != before:
                 print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
+        if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
+            advice = "raise --base-lr (make demo uses 0.25), --epochs or --samples-per-epoch"
+            print(f"{'note':9s} {self.total_steps} steps at this rate will hardly move the weights; {advice}")
         if saved and saved["step"] and not self.checkpoints.last.exists():
             print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from the newest checkpoint beside it")
         sys.stdout.flush()

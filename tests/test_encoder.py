@@ -216,6 +216,25 @@ def test_nan_comes_out_as_something_not_finite(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_gradients_repeat_bit_for_bit_with_several_threads(name: str, engine: str) -> None:
+    encoder = sparkme.sparsify(random_model(name)).float().set_engine(engine)
+    images, active = images_and_mask(batch=4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = []
+        for _ in range(3):
+            encoder.zero_grad()
+            sum(x.rows.square().mean() for x in encoder(images.float(), active)).backward()
+            results.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_batch_is_gone_when_nobody_holds_it(engine: str) -> None:
     encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine)
     images, active = images_and_mask()

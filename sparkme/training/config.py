@@ -50,7 +50,12 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
 
     group = parser.add_argument_group("network")
-    group.add_argument("--model", default="resnet50", help="torchvision ResNet or ConvNeXt (%(default)s)")
+    group.add_argument(
+        "--model",
+        default="resnet50",
+        help="resnet18/34/50/101/152, wide_resnet50_2/101_2, resnext50_32x4d/101_32x8d/101_64x4d, "
+        "convnext_tiny/small/base/large (%(default)s)",
+    )
     group.add_argument(
         "--init",
         type=Path,

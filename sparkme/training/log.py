@@ -56,6 +56,16 @@ class RunLog:
         else:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """The same on the error stream."""
+        tqdm.write(text, file=sys.stderr)
+
+    def finish(self, text: str) -> None:
+        """Last words: below the bar, where nothing is drawn any more."""
+        if self.bar is not None:
+            self.bar.close()
+        print(text, flush=True)
+
     def picture(self, name: str, image: Any, step: int) -> None:
         """Adds a (3, H, W) image to the TensorBoard events."""
         self.events.add_image(name, image, step)
@@ -73,7 +83,12 @@ class RunLog:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.plot(epochs, [record["loss"] for record in records], color="tab:blue", linewidth=1.2)
-        axes.set(xlabel="epoch", ylabel="loss on hidden patches")
+        axes.set(xlabel="epoch", title=str(self.folder))
+        axes.set_ylabel("loss on hidden patches", color="tab:blue")
+        axes.ticklabel_format(useOffset=False)
+        low, high = axes.get_ylim()
+        if high - low < 0.05:  # otherwise a flat curve looks like a wild one
+            axes.set_ylim((low + high) / 2 - 0.025, (low + high) / 2 + 0.025)
         axes.grid(alpha=0.3)
         rate_axes = axes.twinx()
         rate_axes.plot(epochs, [r["learning_rate"] for r in records], color="tab:orange", linewidth=0.8, alpha=0.7)

@@ -40,7 +40,9 @@ def manager_of(grid: Grid) -> ME.CoordinateManager:
                 "`python cuda_ext/minkowski/build.py --cuda --install`, or take the engine masked-dense"
             )
         kind = ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU
-        grid._cache["manager"] = ME.CoordinateManager(D=2, coordinate_map_type=kind)
+        # Several threads would put the pairs of a kernel map into an order of chance, and sums over them, the gradients of
+        # kernels, would differ in their last bits from run to run. One thread costs no time that could be measured.
+        grid._cache["manager"] = ME.CoordinateManager(D=2, num_threads=1, coordinate_map_type=kind)
     return grid._cache["manager"]
 
 
