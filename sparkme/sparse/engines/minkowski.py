@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import MinkowskiEngine as ME
 import torch
@@ -30,6 +32,18 @@ class Sites(NamedTuple):
     from_engine: Tensor | None
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Several threads put the pairs of a kernel map into an order of chance, and sums over them, such as the gradients of
+    kernels, then differ in their last bits from run to run. So maps are built by one thread, and used by all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def manager_of(grid: Grid) -> ME.CoordinateManager:
     """The coordinate manager of a batch, made once and kept on its grid."""
     if "manager" not in grid._cache:
@@ -40,9 +54,8 @@ def manager_of(grid: Grid) -> ME.CoordinateManager:
                 "`python cuda_ext/minkowski/build.py --cuda --install`, or take the engine masked-dense"
             )
         kind = ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU
-        # Several threads would put the pairs of a kernel map into an order of chance, and sums over them, the gradients of
-        # kernels, would differ in their last bits from run to run. One thread costs no time that could be measured.
-        grid._cache["manager"] = ME.CoordinateManager(D=2, num_threads=1, coordinate_map_type=kind)
+        with one_thread():  # the manager sets the number of threads for the whole process
+            grid._cache["manager"] = ME.CoordinateManager(D=2, num_threads=1, coordinate_map_type=kind)
     return grid._cache["manager"]
 
 
@@ -89,9 +102,23 @@ def kernel_pairs(grid: Grid, stride: int, layer: _SparseConvolution) -> dict[int
     cache_key = "pairs", stride, tuple(tuple(part) for part in geometry)
     if cache_key not in grid._cache:
         source, target = sites_of(grid, stride).key, sites_of(grid, stride * layer.stride).key
-        pairs = manager_of(grid).kernel_map(source, target, *geometry)
+        with one_thread():
+            pairs = manager_of(grid).kernel_map(source, target, *geometry)
         grid._cache[cache_key] = {k: pair.long().to(grid.device) for k, pair in pairs.items()}
     return grid._cache[cache_key]
+
+
+def build_kernel_map(grid: Grid, stride: int, layer: _SparseConvolution | SparseMaxPool2d) -> None:
+    """Has the manager build the kernel map of a layer, which its forward pass then finds, by one thread."""
+    generator: Any = layer.kernel_generator
+    is_pool = isinstance(layer, ME.MinkowskiMaxPooling)
+    geometry = (generator.kernel_stride, generator.kernel_size, generator.kernel_dilation)
+    cache_key = "built", stride, is_pool, tuple(tuple(part) for part in geometry)
+    if grid.device.type == "cpu" and cache_key not in grid._cache:
+        source, target = sites_of(grid, stride).key, sites_of(grid, stride * layer.stride).key
+        with one_thread():
+            manager_of(grid).kernel_map(source, target, *geometry, is_pool=is_pool)
+        grid._cache[cache_key] = True
 
 
 class MinkowskiEngine(RowEngine):
@@ -104,6 +131,7 @@ class MinkowskiEngine(RowEngine):
         if isinstance(layer, ME.MinkowskiChannelwiseConvolution):
             return self._depthwise(layer, x)
         stride = x.stride * layer.stride
+        build_kernel_map(x.grid, x.stride, layer)
         source, key = to_minkowski(x), sites_of(x.grid, stride).key
         if layer.groups == 1:
             out = ME.MinkowskiConvolution.forward(layer, source, coordinates=key).F
@@ -136,6 +164,7 @@ class MinkowskiEngine(RowEngine):
         finite = torch.finfo(x.dtype)
         source = x.replace(torch.nan_to_num(x.data, nan=torch.inf, posinf=torch.inf, neginf=finite.min / 2))
         stride = x.stride * layer.stride
+        build_kernel_map(x.grid, x.stride, layer)
         out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(source), coordinates=sites_of(x.grid, stride).key)
         return from_minkowski(out.F, x, stride)
 
