@@ -1,0 +1,88 @@
+"""What every operator computes, in plain PyTorch: slow, differentiable, on any device. The tests hold the kernels to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparkme.grid import patchify, unpatchify
+
+
+def offsets(size: int, dilation: int) -> list[int]:
+    """Pixels from an output to the inputs of a window of `size` taps: centred if odd, else starting at the output."""
+    start = -(size // 2) if size % 2 else 0
+    return [(start + i) * dilation for i in range(size)]
+
+
+def row_numbers(slots: Tensor, pixels: int) -> Tensor:
+    """(B, f_h * p, f_w * p) int64: the row of every pixel, -1 where it is hidden."""
+    inside = torch.arange(pixels, device=slots.device)
+    first = slots.long().repeat_interleave(pixels, 1).repeat_interleave(pixels, 2) * pixels**2
+    within = (inside.view(-1, 1) * pixels + inside).repeat(slots.shape[1], slots.shape[2])
+    return torch.where(first >= 0, first + within, -1)
+
+
+def neighbour_table(
+    slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int, dilation: int, transposed: bool
+) -> Tensor:
+    down, across = offsets(kernel_size[0], dilation), offsets(kernel_size[1], dilation)
+    p_source, p_target = (pixels // stride, pixels) if transposed else (pixels, pixels // stride)
+    source, target = row_numbers(slots, p_source), row_numbers(slots, p_target)
+    y, x = torch.arange(target.shape[1], device=slots.device), torch.arange(target.shape[2], device=slots.device)
+    columns = []
+    for dx in across:  # the vertical offset runs fastest, as in MinkowskiEngine's kernels
+        for dy in down:
+            ys, xs = (y - dy, x - dx) if transposed else (y * stride + dy, x * stride + dx)
+            fits = ((ys % stride == 0).view(-1, 1) & (xs % stride == 0)) if transposed else torch.ones_like(target[0]) > 0
+            ys, xs = (ys // stride, xs // stride) if transposed else (ys, xs)
+            h, w = source.shape[1:]
+            fits = fits & ((ys >= 0) & (ys < h)).view(-1, 1) & ((xs >= 0) & (xs < w))
+            columns.append(torch.where(fits, source[:, ys.clamp(0, h - 1)][:, :, xs.clamp(0, w - 1)], -1))
+    dense = torch.stack(columns, 1)
+    rows = patchify(dense, p_target).flatten(0, 1)[patches.long()]
+    return rows.reshape(-1, len(columns)).int()
+
+
+def gather(rows: Tensor, table: Tensor) -> Tensor:
+    """(N, K, C): the neighbours of every row, zero where there is none."""
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return padded[table.long()]  # -1 is the last row
+
+
+def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
+    taps, width, out_channels = kernel.shape
+    neighbours = gather(rows, table).view(-1, taps, groups, width)
+    kernels = kernel.view(taps, width, groups, out_channels // groups)
+    return torch.einsum("nkgi,kigo->ngo", neighbours, kernels).reshape(-1, out_channels)
+
+
+def depthwise_conv(
+    rows: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
+    dilation: int,
+) -> Tensor:  # fmt: skip
+    table = neighbour_table(slots, patches, pixels, kernel_size, stride, dilation, False)
+    return torch.einsum("nkc,kc->nc", gather(rows, table), kernel)
+
+
+def max_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
+    return gather(rows, table).masked_fill((table < 0).unsqueeze(2), float("-inf")).amax(1)
+
+
+def avg_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
+    return gather(rows, table).sum(1) / table.shape[1]
+
+
+def voxelise(dense: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> Tensor:
+    return patchify(dense, pixels).flatten(0, 1)[patches.long()].flatten(0, 1)
+
+
+def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Tensor | None) -> Tensor:
+    batch, f_h, f_w = slots.shape
+    area, channels = pixels**2, rows.shape[1]
+    background = rows.new_zeros(channels) if fill is None else fill.to(rows.dtype)
+    every = torch.cat([rows.view(-1, area, channels), background.expand(1, area, channels)])[slots.long()]
+    return unpatchify(every.view(batch, f_h * f_w, area, channels), (f_h, f_w))
+
+
+def linear(rows: Tensor, kernel: Tensor) -> Tensor:
+    return rows @ kernel
