@@ -1,4 +1,7 @@
-"""Adds to pyproject.toml what cannot be static: the requirement of MinkowskiEngine.
+"""Adds to pyproject.toml what cannot be static: the extension `sparkme._C`, and the requirement of MinkowskiEngine.
+
+The extension is compiled from cuda_ext/csrc, for CUDA as well where torch sees a GPU. FORCE_CUDA=1 with
+TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the CUDA sources on a machine without one; MAX_JOBS says how many compilers run.
 
 No index has a MinkowskiEngine that builds as it is. So where the environment has none, the builder in
 cuda_ext/minkowski makes a wheel (once per machine, then it comes from a cache), and the requirement points at it.
@@ -6,15 +9,19 @@ cuda_ext/minkowski makes a wheel (once per machine, then it comes from a cache),
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+INSTALLS = {"bdist_wheel", "editable_wheel", "install", "develop"}
 
 
 def load_builder() -> ModuleType:
@@ -36,17 +43,21 @@ def has_working_minkowski(version: str) -> bool:
     return subprocess.run([sys.executable, "-c", "import MinkowskiEngine"], capture_output=True, check=False).returncode == 0
 
 
+def require_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(
+            "sparkme: the environment that builds has no torch, and what is compiled is compiled against it. Install"
+            " torch first, then: pip install --no-build-isolation ."
+        )
+
+
 def minkowski_requirement() -> str:
     builder = load_builder()
     plain = f"MinkowskiEngine=={builder.VERSION}"
     # An archive of the sources, and the question what a build needs, must not start a compilation.
-    if not {"dist_info", "bdist_wheel", "editable_wheel", "install", "develop"}.intersection(sys.argv):
+    if not {"dist_info", *INSTALLS}.intersection(sys.argv):
         return plain
-    if importlib.util.find_spec("torch") is None:
-        raise SystemExit(
-            "sparkme: the environment that builds has no torch, and MinkowskiEngine is compiled against it. Install"
-            " torch first, then: pip install --no-build-isolation ."
-        )
+    require_torch()
     if has_working_minkowski(builder.VERSION):
         return plain
     try:
@@ -55,5 +66,38 @@ def minkowski_requirement() -> str:
         raise SystemExit(f"sparkme: {error}") from None
 
 
+def extension() -> dict[str, Any]:
+    """What setuptools needs to know to build `sparkme._C`."""
+    if not {"build_ext", *INSTALLS}.intersection(sys.argv):
+        return {}
+    require_torch()
+    builder = load_builder()
+    try:
+        target = builder.choose_target()
+        home = builder.require_cuda_home(target.cuda) if target.cuda else None
+    except builder.BuildError as error:
+        raise SystemExit(f"sparkme: {error}") from None
+    print(f"sparkme: building the operators for {target.kind} ({target.reason})", flush=True)
+    os.environ["MAX_JOBS"] = str(builder.parallel_jobs(target.kind))
+    if home:
+        os.environ.update(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=target.architectures)  # read at the import below
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    sources = ["cuda_ext/csrc/*.cpp", "cuda_ext/csrc/cpu/*.cpp", *(["cuda_ext/csrc/cuda/*.cu"] if home else [])]
+    options: dict[str, Any] = {
+        "name": "sparkme._C",
+        "sources": sorted(str(path.relative_to(ROOT)) for pattern in sources for path in ROOT.glob(pattern)),
+        "extra_compile_args": {"cxx": ["-O3"], "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
+    }
+    if not home:
+        options["extra_compile_args"] = options["extra_compile_args"]["cxx"]
+        return {"ext_modules": [CppExtension(**options)], "cmdclass": {"build_ext": BuildExtension}}
+    folders = builder.nvidia_folders(target.cuda)
+    libraries = Path(tempfile.mkdtemp(prefix="sparkme-lib-"))
+    builder.link_versioned_libraries(libraries, [*(folder / "lib" for folder in folders), home / "lib64"])
+    options |= {"include_dirs": [str(folder / "include") for folder in folders], "library_dirs": [str(libraries)]}
+    return {"ext_modules": [CUDAExtension(**options)], "cmdclass": {"build_ext": BuildExtension}}
+
+
 settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["sparkme"]
-setup(install_requires=[*settings["dependencies"], minkowski_requirement()])
+setup(install_requires=[*settings["dependencies"], minkowski_requirement()], **extension())

@@ -75,6 +75,18 @@ class Grid:
         """(B, f_h * f_w - keep) int64: row-major numbers of the hidden patches, ascending."""
         return self.order[:, self.keep :]
 
+    @cached_property
+    def slots(self) -> Tensor:
+        """(B, f_h, f_w) int32: the number of each patch among the visible ones of the batch, -1 where it is hidden."""
+        visible = self.active.flatten()
+        return torch.where(visible, visible.cumsum(0) - 1, -1).int().view(self.batch, self.f_h, self.f_w)
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(B * keep,) int32: where each visible patch of the batch lies in the flattened `slots`."""
+        first = torch.arange(self.batch, device=self.device).view(-1, 1) * (self.f_h * self.f_w)
+        return (first + self.visible).flatten().int()
+
     def mask(self, stride: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, H / stride, W / stride): 1 at visible pixels, 0 at hidden ones."""
         key = "mask", stride, dtype

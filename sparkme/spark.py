@@ -114,7 +114,7 @@ class SparK(nn.Module):
         for x, norm, token, projection in zip(
             reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
         ):
-            filled = x.grid.to_dense(norm(x.rows), x.stride, fill=token.flatten())
+            filled = x.engine.densify(norm(x.rows), x.grid, x.stride, token.flatten())
             dense.append(projection(filled))
         return dense
 

@@ -11,7 +11,7 @@ def test_pretraining_runs_where_the_tests_run(capsys: pytest.CaptureFixture[str]
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert "Pretraining can run here." in report
-    for engine in ("minkowski", "masked-dense"):
+    for engine in ("cuda_ext", "minkowski", "masked-dense"):
         assert f"{engine:<16} cpu: works" in report
 
 

@@ -20,7 +20,7 @@ import sparkme
 from sparkme.models import add_drop_path, create_encoder, model_names
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
-ENGINES = ("minkowski", "masked-dense")
+ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 
 
 def random_model(name: str, seed: int = 0) -> nn.Module:

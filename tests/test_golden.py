@@ -10,7 +10,7 @@ from torchvision.models import get_model
 import sparkme
 from sparkme.interop.official import _BLOCK_TO_TORCHVISION, _ENCODER
 
-ENGINES = ("minkowski", "masked-dense")
+ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 
 
 DEVICES = (

@@ -102,5 +102,5 @@ def test_a_coordinate_map_in_another_order_changes_nothing(monkeypatch: pytest.M
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown engine 'fast'; choose one of auto, minkowski, masked-dense"):
+    with pytest.raises(ValueError, match=r"unknown engine 'fast'; choose one of auto, cuda_ext, minkowski, masked-dense"):
         create_engine("fast")

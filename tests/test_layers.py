@@ -15,7 +15,7 @@ from sparkme.sparse.layers import SparseLayer
 from sparkme.sparse.map import SparseMap
 from sparkme.sparse.sparsify import _sparse_form
 
-ENGINES = ("minkowski", "masked-dense")
+ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 MASKS = {
     "some": oracle.random_active(2, (2, 3), 3, seed=1),
     "one patch": oracle.random_active(2, (2, 3), 1, seed=2),

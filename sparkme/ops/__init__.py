@@ -14,6 +14,8 @@ has gradients, and a plain reference in `sparkme.ops.reference`. A wrong argumen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,21 @@ import sparkme.ops.library  # noqa: F401  (defines the operators)
 try:
     from sparkme import _C  # noqa: F401  (registers their kernels)
 
-    UNAVAILABLE = ""
+    _LOAD_ERROR = ""
 except ImportError as _error:
-    UNAVAILABLE = f"the extension sparkme._C was not built or does not load ({_error})"
+    _LOAD_ERROR = str(_error)
 
+Pooling = Callable[[Tensor, Tensor, Tensor], Tensor]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def unavailable(*, on_gpu: bool) -> str:
+    """Why the operators cannot run on the CPU or on a GPU; empty where they can."""
+    if _LOAD_ERROR:
+        return f"the extension sparkme._C was not built or does not load ({_LOAD_ERROR})"
+    if on_gpu and not torch._C._dispatch_has_kernel_for_dispatch_key("sparkme::voxelise", "CUDA"):
+        return "the extension sparkme._C was built without CUDA"
+    return ""
 
 
 def neighbour_table(
@@ -55,13 +67,14 @@ def neighbour_table(
     return torch.ops.sparkme.neighbour_table(slots, patches, pixels, kernel_size, stride, dilation, transposed)
 
 
-def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int = 1) -> Tensor:
+def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | None, groups: int = 1) -> Tensor:
     """Convolution over a neighbour table; a missing neighbour counts as zero.
 
     Args:
         rows: (N_in, C_in).
         kernel: (K, C_in / groups, C_out).
-        table, inverse: (N_out, K) and (N_in, K) int32, from `neighbour_table`, plain and transposed.
+        table, inverse: (N_out, K) and (N_in, K) int32, from `neighbour_table`, plain and transposed. The inverse is for
+            the gradient of the rows, and may be None where that is not asked for.
         groups: as in `torch.nn.Conv2d`.
 
     Returns:
@@ -152,13 +165,17 @@ def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Ten
     return torch.ops.sparkme.densify(rows, slots, patches, pixels, fill)
 
 
-def linear(rows: Tensor, kernel: Tensor) -> Tensor:
-    """(N, C_in) rows times a (C_in, C_out) kernel: the 1x1 convolution, by whichever GEMM is fastest on the device."""
+def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(N, C_in) rows times a (C_in, C_out) kernel, plus (C_out,): the 1x1 convolution, by the device's fastest GEMM."""
     _check_rows("rows", rows)
     if kernel.ndim != 2 or kernel.shape[0] != rows.shape[1]:
         raise ValueError(f"kernel must be ({rows.shape[1]}, C_out), got {tuple(kernel.shape)}")
     _check_same("kernel", kernel, rows)
-    return torch.ops.sparkme.linear(rows, kernel)
+    if bias is not None:
+        if bias.shape != kernel.shape[1:]:
+            raise ValueError(f"bias must be ({kernel.shape[1]},), got {tuple(bias.shape)}")
+        _check_same("bias", bias, rows)
+    return torch.ops.sparkme.linear(rows, kernel, bias)
 
 
 def _check_float(name: str, value: Tensor) -> None:
@@ -190,10 +207,12 @@ def _check_sites(slots: Tensor, patches: Tensor) -> None:
     _check_device("patches", patches, slots)
 
 
-def _check_tables(rows: Tensor, table: Tensor, inverse: Tensor) -> None:
+def _check_tables(rows: Tensor, table: Tensor, inverse: Tensor | None) -> None:
     for name, value in (("table", table), ("inverse", inverse)):
+        if value is None:
+            continue
         if value.dtype != torch.int32 or value.ndim != 2:
             raise ValueError(f"{name} must be (N, K) int32, got {value.dtype} {tuple(value.shape)}")
         _check_device(name, value, rows)
-    if len(inverse) != len(rows) or inverse.shape[1] != table.shape[1]:
+    if inverse is not None and inverse.shape != (len(rows), table.shape[1]):
         raise ValueError(f"inverse must be ({len(rows)}, {table.shape[1]}), got {tuple(inverse.shape)}")

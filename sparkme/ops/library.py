@@ -18,7 +18,7 @@ _OPS = torch.ops.sparkme
 _PATCH_GEOMETRY = "Tensor slots, Tensor patches, int pixels, int[2] kernel_size, int stride, int dilation"
 for _schema in (
     f"neighbour_table({_PATCH_GEOMETRY}, bool transposed) -> Tensor",
-    "sparse_conv(Tensor rows, Tensor kernel, Tensor table, Tensor inverse, int groups) -> Tensor",
+    "sparse_conv(Tensor rows, Tensor kernel, Tensor table, Tensor? inverse, int groups) -> Tensor",
     "sparse_conv_grad_rows(Tensor grad, Tensor kernel, Tensor table, Tensor inverse, int groups) -> Tensor",
     "sparse_conv_grad_kernel(Tensor rows, Tensor grad, Tensor table, int groups) -> Tensor",
     f"depthwise_conv(Tensor rows, Tensor kernel, {_PATCH_GEOMETRY}) -> Tensor",
@@ -29,7 +29,7 @@ for _schema in (
     "avg_pool(Tensor rows, Tensor table, Tensor inverse) -> Tensor",
     "voxelise(Tensor dense, Tensor slots, Tensor patches, int pixels) -> Tensor",
     "densify(Tensor rows, Tensor slots, Tensor patches, int pixels, Tensor? fill) -> Tensor",
-    "linear(Tensor rows, Tensor kernel) -> Tensor",
+    "linear(Tensor rows, Tensor kernel, Tensor? bias) -> Tensor",
 ):
     LIBRARY.define(_schema)
 
@@ -46,7 +46,7 @@ def _(
 
 
 @torch.library.register_fake("sparkme::sparse_conv", lib=LIBRARY)
-def _(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
+def _(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | None, groups: int) -> Tensor:
     return rows.new_empty(len(table), kernel.shape[2])
 
 
@@ -112,7 +112,7 @@ def _(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Tensor | 
 
 
 @torch.library.register_fake("sparkme::linear", lib=LIBRARY)
-def _(rows: Tensor, kernel: Tensor) -> Tensor:
+def _(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(len(rows), kernel.shape[1])
 
 
@@ -127,6 +127,8 @@ def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, kernel, table, inverse = ctx.saved_tensors
     need_rows, need_kernel, *_ = ctx.needs_input_grad
+    if need_rows and inverse is None:
+        raise ValueError("inverse is None, and the gradient of the rows needs it")
     grad_rows = _OPS.sparse_conv_grad_rows(grad, kernel, table, inverse, ctx.groups) if need_rows else None
     grad_kernel = _OPS.sparse_conv_grad_kernel(rows, grad, table, ctx.groups) if need_kernel else None
     return grad_rows, grad_kernel, None, None, None
@@ -193,15 +195,16 @@ def _densify_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, kernel = ctx.saved_tensors
-    need_rows, need_kernel = ctx.needs_input_grad
-    grad_rows = _OPS.linear(grad, kernel.t()) if need_rows else None
-    grad_kernel = _OPS.linear(rows.t(), grad) if need_kernel else None
-    return grad_rows, grad_kernel
+    need_rows, need_kernel, need_bias = ctx.needs_input_grad
+    grad_rows = _OPS.linear(grad, kernel.t(), None) if need_rows else None
+    # The transposed product, since the weights of a linear layer are, and oneDNN is the faster for it.
+    grad_kernel = _OPS.linear(grad.t(), rows, None).t() if need_kernel else None
+    return grad_rows, grad_kernel, grad.sum(0) if need_bias else None
 
 
 for _name, _backward, _save in (

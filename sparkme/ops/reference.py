@@ -49,7 +49,7 @@ def gather(rows: Tensor, table: Tensor) -> Tensor:
     return padded[table.long()]  # -1 is the last row
 
 
-def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
+def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | None, groups: int) -> Tensor:
     taps, width, out_channels = kernel.shape
     neighbours = gather(rows, table).view(-1, taps, groups, width)
     kernels = kernel.view(taps, width, groups, out_channels // groups)
@@ -65,7 +65,7 @@ def depthwise_conv(
 
 
 def max_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    return gather(rows, table).masked_fill((table < 0).unsqueeze(2), float("-inf")).amax(1)
+    return gather(rows, table).masked_fill((table < 0).unsqueeze(2), float("-inf")).max(1).values
 
 
 def avg_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
@@ -84,5 +84,5 @@ def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Ten
     return unpatchify(every.view(batch, f_h * f_w, area, channels), (f_h, f_w))
 
 
-def linear(rows: Tensor, kernel: Tensor) -> Tensor:
-    return rows @ kernel
+def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    return rows @ kernel if bias is None else rows @ kernel + bias

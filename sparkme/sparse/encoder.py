@@ -27,7 +27,7 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.network = network
         self.hierarchy = hierarchy
-        self.engine, self.engine_reason = create_engine("minkowski")
+        self.engine, self.engine_reason = create_engine("auto", next(network.parameters()).device)
         attach(network, hierarchy.taps, _store)
 
     @property
@@ -50,7 +50,7 @@ class SparseEncoder(nn.Module):
         return "bn" if any(isinstance(m, SparseBatchNorm2d) for m in self.modules()) else "ln"
 
     def set_engine(self, name: str) -> SparseEncoder:
-        """Chooses the kernels: `minkowski`, `masked-dense` or `auto`. The weights stay.
+        """Chooses the kernels: `cuda_ext`, `minkowski`, `masked-dense` or `auto`. The weights stay.
 
         Raises:
             ValueError: no such engine, or it cannot run on the encoder's device.
@@ -81,7 +81,7 @@ class SparseEncoder(nn.Module):
         with self.engine.precision(device_type):
             if not torch.is_autocast_enabled(device_type):
                 images = images.to(next(self.parameters()).dtype)
-            pixels = self.engine.from_rows(grid.to_rows(images, 1), grid, 1)
+            pixels = self.engine.voxelise(images, grid)
             with suppress(ReachedDeepest):
                 self.network(SparseMap(pixels, grid, 1, self.engine, taps))
         maps = [taps[i] for i in range(len(self.strides))]

@@ -190,6 +190,25 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
         return x.engine.max_pool(self, x)
 
 
+class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
+    """Mean over the window, in which hidden pixels count as zeros, as in the official code."""
+
+    def __init__(self, pool: nn.AvgPool2d) -> None:
+        window = nn.Conv2d(1, 1, pool.kernel_size, pool.stride, pool.padding)
+        check_geometry(window)
+        padded = padding_of(window) != (0, 0)
+        if (pool.ceil_mode and padded) or (padded and not pool.count_include_pad) or pool.divisor_override is not None:
+            raise ValueError("ceil_mode, count_include_pad=False and divisor_override have no sparse form")
+        ME.MinkowskiAvgPooling.__init__(
+            self, kernel_size=list(window.kernel_size), stride=list(window.stride), dilation=1, dimension=2
+        )
+        self.kernel_size, self.stride, self.dilation = window.kernel_size, window.stride[0], 1
+        self.padding = padding_of(window)
+
+    def forward(self, x: SparseMap) -> SparseMap:
+        return x.engine.avg_pool(self, x)
+
+
 class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
     """Batch normalisation with statistics over the visible pixels of the batch."""
 

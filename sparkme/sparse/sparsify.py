@@ -16,6 +16,7 @@ from torchvision.ops import Permute, StochasticDepth
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import find_hierarchy
 from sparkme.sparse.layers import (
+    SparseAvgPool2d,
     SparseBatchNorm2d,
     SparseConv2d,
     SparseDepthwiseConv2d,
@@ -46,6 +47,7 @@ SPARSE_FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     LayerNorm2d: SparseLayerNorm,
     nn.Linear: SparseLinear,
     nn.MaxPool2d: SparseMaxPool2d,
+    nn.AvgPool2d: SparseAvgPool2d,
     Permute: _unchanged,
     StochasticDepth: _unchanged,
     nn.Dropout: _unchanged,
@@ -67,7 +69,7 @@ def sparsify(model: nn.Module) -> SparseEncoder:
         model: any convolutional network whose layers have a sparse form; called as `model(images)`.
 
     Returns:
-        A `SparseEncoder`, on the model's device and in its dtype, with the engine `minkowski`.
+        A `SparseEncoder`, on the model's device and in its dtype, with the engine that `auto` stands for there.
 
     Raises:
         UnsupportedLayerError: a layer has no sparse form; says which one and why.

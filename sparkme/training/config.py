@@ -114,9 +114,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     group.add_argument(
         "--engine",
-        choices=("auto", "minkowski", "masked-dense"),
+        choices=("auto", "cuda_ext", "minkowski", "masked-dense"),
         default="auto",
-        help="kernels of the encoder (%(default)s: minkowski where it can run, else masked-dense)",
+        help="kernels of the encoder (%(default)s: the first of these that can run)",
     )
     group.add_argument(
         "--precision",

@@ -13,7 +13,7 @@ from sparkme.grid import Grid
 from sparkme.sparse.map import SparseMap
 
 if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseLinear, SparseMaxPool2d, _SparseConvolution
+    from sparkme.sparse.layers import SparseAvgPool2d, SparseLinear, SparseMaxPool2d, _SparseConvolution
 
 
 class Engine(ABC):
@@ -38,7 +38,18 @@ class Engine(ABC):
     def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap: ...
 
     @abstractmethod
+    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap: ...
+
+    @abstractmethod
     def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap: ...
+
+    def voxelise(self, images: Tensor, grid: Grid) -> Tensor:
+        """The visible pixels of (B, C, H, W) images, in the form that the engine computes on."""
+        return self.from_rows(grid.to_rows(images, 1), grid, 1)
+
+    def densify(self, rows: Tensor, grid: Grid, stride: int, fill: Tensor) -> Tensor:
+        """(N, C) rows as a (B, C, H / stride, W / stride) map, with `fill`, (C,), at hidden pixels."""
+        return grid.to_dense(rows, stride, fill)
 
     @abstractmethod
     def to_rows(self, x: SparseMap) -> Tensor:

@@ -13,7 +13,7 @@ from sparkme.sparse.engines.base import Engine
 from sparkme.sparse.map import SparseMap
 
 if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseLinear, SparseMaxPool2d, _SparseConvolution
+    from sparkme.sparse.layers import SparseAvgPool2d, SparseLinear, SparseMaxPool2d, _SparseConvolution
 
 
 class MaskedDenseEngine(Engine):
@@ -35,6 +35,11 @@ class MaskedDenseEngine(Engine):
         lowest = x.data.masked_fill(~visible, float("-inf"))
         out = F.max_pool2d(lowest, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         return x.replace(out.masked_fill(~x.grid.mask(stride, torch.bool), 0.0), stride)
+
+    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
+        stride = x.stride * layer.stride
+        out = F.avg_pool2d(x.data, layer.kernel_size, layer.stride, layer.padding)
+        return x.replace(out * x.grid.mask(stride, out.dtype), stride)
 
     def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
         out = layer.linear(x.data.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -16,7 +16,7 @@ from sparkme.sparse.layout import block_diagonal
 from sparkme.sparse.map import SparseMap
 
 if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseMaxPool2d, _SparseConvolution
+    from sparkme.sparse.layers import SparseAvgPool2d, SparseMaxPool2d, _SparseConvolution
 
 
 class Sites(NamedTuple):
@@ -92,12 +92,12 @@ def from_minkowski(features: Tensor, x: SparseMap, stride: int) -> SparseMap:
     return x.replace(rows.view(x.grid.batch, -1, rows.shape[1]), stride)
 
 
-def kernel_pairs(grid: Grid, stride: int, layer: _SparseConvolution) -> dict[int, Tensor]:
+def kernel_pairs(grid: Grid, stride: int, layer: _SparseConvolution | SparseAvgPool2d) -> dict[int, Tensor]:
     """MinkowskiEngine's kernel map of a layer: per kernel offset the int64 (2, M) pairs (input row, output row).
 
     Kept on the grid, since all blocks of a stage share it.
     """
-    generator = layer.kernel_generator
+    generator: Any = layer.kernel_generator
     geometry = (generator.kernel_stride, generator.kernel_size, generator.kernel_dilation)
     cache_key = "pairs", stride, tuple(tuple(part) for part in geometry)
     if cache_key not in grid._cache:
@@ -167,6 +167,16 @@ class MinkowskiEngine(RowEngine):
         build_kernel_map(x.grid, x.stride, layer)
         out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(source), coordinates=sites_of(x.grid, stride).key)
         return from_minkowski(out.F, x, stride)
+
+
+    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
+        """A depthwise convolution by one over the window: MinkowskiEngine's own pooling divides by the visible pixels."""
+        stride = x.stride * layer.stride
+        taps = layer.kernel_size[0] * layer.kernel_size[1]
+        rows = to_minkowski(x).F
+        kernel = rows.new_full((taps, rows.shape[1]), 1 / taps)
+        out = ChannelwiseConvolution.apply(rows, kernel, kernel_pairs(x.grid, x.stride, layer), x.grid.num_rows(stride))
+        return from_minkowski(out, x, stride)
 
 
 class ChannelwiseConvolution(torch.autograd.Function):
