@@ -27,7 +27,7 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.network = network
         self.hierarchy = hierarchy
-        self.engine, self.engine_reason = create_engine("auto", next(network.parameters()).device)
+        self.set_engine("auto")
         attach(network, hierarchy.taps, _store)
 
     @property
@@ -55,7 +55,11 @@ class SparseEncoder(nn.Module):
         Raises:
             ValueError: no such engine, or it cannot run on the encoder's device.
         """
-        self.engine, self.engine_reason = create_engine(name, next(self.parameters()).device)
+        return self._choose_engine(name, next(self.parameters()).device)
+
+    def _choose_engine(self, name: str, device: torch.device) -> SparseEncoder:
+        self.engine, self.engine_reason = create_engine(name, device)
+        self._engine_choice = name, device.type
         return self
 
     def forward(self, images: Tensor, active: Tensor, keep: int | None = None) -> list[SparseMap]:
@@ -78,6 +82,9 @@ class SparseEncoder(nn.Module):
         """`forward` on a grid that the caller made."""
         taps: dict[int, SparseMap] = {}
         device_type = images.device.type
+        name, chosen_for = self._engine_choice
+        if chosen_for != device_type:  # the encoder has moved since
+            self._choose_engine(name, images.device)
         with self.engine.precision(device_type):
             if not torch.is_autocast_enabled(device_type):
                 images = images.to(next(self.parameters()).dtype)
