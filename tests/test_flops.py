@@ -16,6 +16,8 @@ from sparkme.decoder import Decoder
 from sparkme.grid import Grid
 from sparkme.sparse.layers import SparseConv2d
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "flops.json"
+
 
 def count(name: str, size: tuple[int, int] = (64, 96), **kwargs) -> list[flops.Count]:  # type: ignore[no-untyped-def]
     settings = {"mask_ratio": 0.6, "decoder_width": 64, "patch": None, **kwargs}
@@ -178,6 +180,14 @@ def test_the_command_prints_and_writes_what_it_counted(tmp_path: Path, capsys: p
     assert line.split()[4:7] == [f"{v / 5e8:.2f}" for v in vars(encoder).values()]
     assert line.split()[7:9] == ["0.333", f"{encoder.submanifold / encoder.dense:.3f}"]
     assert sum(line.startswith("all ") and line.endswith("100.0%") for line in lines) == 2
+
+
+def test_written_results_are_still_what_the_code_counts() -> None:
+    results = {result["model"]: result for result in json.loads(RESULTS.read_text())["results"]}
+    assert list(results) == ["resnet50", "convnext_tiny", "convnext_small", "convnext_base"]
+    for name in ("resnet50", "convnext_tiny"):
+        expected = flops.summary(count(name, (224, 224), decoder_width=768))
+        assert {key: results[name][key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
