@@ -171,6 +171,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
     The official code takes hidden pixels for zeros, which is the same on non-negative maps, where networks pool.
     """
 
+    kernel_size: tuple[int, int]
+
     def __init__(self, pool: nn.MaxPool2d) -> None:
         if pool.ceil_mode or pool.return_indices:
             raise ValueError("ceil_mode and return_indices have no sparse form")
@@ -183,7 +185,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
             dilation=list(window.dilation),
             dimension=2,
         )
-        self.kernel_size, self.stride, self.dilation = window.kernel_size, window.stride[0], window.dilation[0]
+        self.kernel_size = window.kernel_size[0], window.kernel_size[1]
+        self.stride, self.dilation = window.stride[0], window.dilation[0]
         self.padding = padding_of(window)
 
     def forward(self, x: SparseMap) -> SparseMap:
@@ -192,6 +195,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
 
 class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
     """Mean over the window, in which hidden pixels count as zeros, as in the official code."""
+
+    kernel_size: tuple[int, int]
 
     def __init__(self, pool: nn.AvgPool2d) -> None:
         window = nn.Conv2d(1, 1, pool.kernel_size, pool.stride, pool.padding)
@@ -202,7 +207,8 @@ class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
         ME.MinkowskiAvgPooling.__init__(
             self, kernel_size=list(window.kernel_size), stride=list(window.stride), dilation=1, dimension=2
         )
-        self.kernel_size, self.stride, self.dilation = window.kernel_size, window.stride[0], 1
+        self.kernel_size = window.kernel_size[0], window.kernel_size[1]
+        self.stride, self.dilation = window.stride[0], 1
         self.padding = padding_of(window)
 
     def forward(self, x: SparseMap) -> SparseMap:
