@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,25 @@ class SparseEncoder(nn.Module):
         self.engine, self.engine_reason = create_engine(name, device)
         self._engine_choice = name, device.type
         return self
+
+    def compile_stages(self, **options: Any) -> list[str]:
+        """Compiles each stage with torch.compile, without graph breaks on the engine `cuda_ext`.
+
+        Args:
+            options: for torch.compile.
+
+        Returns:
+            The names of the stages: the largest modules of several layers with no map of the hierarchy inside of them.
+        """
+        stages: list[str] = []
+        for name, module in self.network.named_modules():
+            inside = name.startswith(tuple(f"{stage}." for stage in stages))
+            layers = sum(isinstance(m, SparseLayer) for m in module.modules())
+            holds_tap = any(tap.module.startswith(f"{name}.") for tap in self.hierarchy.taps)
+            if name and not inside and not holds_tap and layers > 1:
+                module.compile(**options)
+                stages.append(name)
+        return stages
 
     def forward(self, images: Tensor, active: Tensor, keep: int | None = None) -> list[SparseMap]:
         """Encodes the visible patches.

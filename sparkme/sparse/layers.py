@@ -79,6 +79,13 @@ class _SparseConvolution(SparseLayer):
         for name, parameter in conv.named_parameters():
             (self.kernel if name == "weight" else self.bias).requires_grad_(parameter.requires_grad)  # type: ignore[union-attr]
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias, from where torch keeps them.
+
+        MinkowskiEngine declares slots of the same names, which stay empty; torch.compile looks there and no further.
+        """
+        return self._parameters["kernel"], self._parameters.get("bias")  # type: ignore[return-value]
+
     @property
     def dense_weight(self) -> Tensor:
         """(C_out, C_in / groups, kh, kw), a differentiable view of the kernel."""
@@ -135,7 +142,7 @@ class SparseConv2d(_SparseConvolution, ME.MinkowskiConvolution):
 
     @property
     def dense_weight(self) -> Tensor:
-        return kernel_to_weight(self.kernel, self.kernel_size)
+        return kernel_to_weight(self.operands()[0], self.kernel_size)
 
     def _to_kernel(self, weight: Tensor) -> Tensor:
         return weight_to_kernel(weight, self.kernel.shape)
@@ -159,7 +166,7 @@ class SparseDepthwiseConv2d(_SparseConvolution, ME.MinkowskiChannelwiseConvoluti
 
     @property
     def dense_weight(self) -> Tensor:
-        return channelwise_kernel_to_weight(self.kernel, self.kernel_size)
+        return channelwise_kernel_to_weight(self.operands()[0], self.kernel_size)
 
     def _to_kernel(self, weight: Tensor) -> Tensor:
         return channelwise_weight_to_kernel(weight, self.kernel.shape)
