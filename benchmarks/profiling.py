@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,7 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     libraries allocate by themselves (oneDNN's scratch space, MinkowskiEngine's hash tables on the CPU) is not seen.
     What `work` returns is alive until the end.
     """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
