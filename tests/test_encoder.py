@@ -83,6 +83,16 @@ def test_engines_agree(name: str) -> None:
         assert oracle.relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "convnext_tiny"])
+def test_kernels_are_reordered_for_the_engine_and_stay_what_they_are(name: str) -> None:
+    encoder = sparkme.sparsify(random_model(name))
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    for engine in ("masked-dense", "minkowski"):
+        encoder.set_engine(engine)
+        assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert all(p.is_contiguous() for p in encoder.parameters())  # MinkowskiEngine's kernels take nothing else
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_float32_is_within_rounding_of_float64(engine: str) -> None:
     images, active = images_and_mask()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparkme.grid import Grid
 from sparkme.sparse.engines import create_engine
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
-from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer
+from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer, _SparseConvolution
 from sparkme.sparse.map import SparseMap
 
 
@@ -56,6 +56,9 @@ class SparseEncoder(nn.Module):
             ValueError: no such engine, or it cannot run on the encoder's device.
         """
         self.engine, self.engine_reason = create_engine(name, next(self.parameters()).device)
+        for layer in self.modules():
+            if isinstance(layer, _SparseConvolution):
+                layer.arrange(dense=self.engine.dense)
         return self
 
     def forward(self, images: Tensor, active: Tensor, keep: int | None = None) -> list[SparseMap]:
