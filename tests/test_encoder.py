@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import sparkme
 from sparkme.models import add_drop_path, create_encoder, model_names
+from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
 ENGINES = ("minkowski", "masked-dense")
@@ -77,6 +78,21 @@ def test_engines_agree(name: str) -> None:
     for engine in ENGINES:
         encoder.zero_grad()
         maps = encoder.set_engine(engine)(images, active)
+        sum(x.rows.square().mean() for x in maps).backward()
+        results.append([x.rows.detach() for x in maps] + [p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for ours, theirs in zip(*results, strict=True):
+        assert oracle.relative_error(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_masked_dense_gives_the_same_in_both_memory_formats(name: str) -> None:
+    images, active = images_and_mask()
+    encoder = sparkme.sparsify(random_model(name)).set_engine("masked-dense")
+    results = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        encoder.zero_grad()
+        encoder.engine = MaskedDenseEngine(memory_format)
+        maps = encoder(images, active)
         sum(x.rows.square().mean() for x in maps).backward()
         results.append([x.rows.detach() for x in maps] + [p.grad.clone() for p in encoder.parameters() if p.grad is not None])
     for ours, theirs in zip(*results, strict=True):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import MinkowskiEngine as ME
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkme.sparse.layout import (
@@ -219,7 +218,7 @@ class SparseLayerNorm(SparseLayer, nn.LayerNorm):
         take_state(self, norm)
 
     def forward(self, x: SparseMap) -> SparseMap:  # type: ignore[override]
-        return x.with_rows(F.layer_norm(x.rows, self.normalized_shape, self.weight, self.bias, self.eps))
+        return x.engine.layer_norm(self, x)
 
 
 class SparseLinear(SparseLayer, ME.MinkowskiLinear):
