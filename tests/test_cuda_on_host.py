@@ -43,7 +43,7 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def make_sites(seed: int, keep: int, batch: int = 2, f_h: int = 3, f_w: int = 4) -> Sites:
+def make_sites(seed: int, keep: int, batch: int = 3, f_h: int = 3, f_w: int = 4) -> Sites:
     """Slots and patches of a random mask with `keep` visible patches in every image."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(batch, f_h * f_w, generator=generator).argsort(1)
@@ -124,7 +124,7 @@ def test_barriers_suffice(ops: Any, pixels: int, monkeypatch: pytest.MonkeyPatch
     slots, patches = make_sites(0, 7)
     geometry = (slots, patches, pixels, (7, 7), 1, 1)
     rows, grad = (normal(seed, len(patches) * pixels**2, 72, dtype=torch.bfloat16) for seed in (1, 2))
-    kernel, dense = normal(3, 49, 72, dtype=torch.bfloat16), normal(4, 2, 72, 3 * pixels, 4 * pixels, dtype=torch.bfloat16)
+    kernel, dense = normal(3, 49, 72, dtype=torch.bfloat16), normal(4, 3, 72, 3 * pixels, 4 * pixels, dtype=torch.bfloat16)
     cases: list[Callable[[], Tensor]] = [
         lambda: ops.depthwise_conv(rows, kernel, *geometry),
         lambda: ops.depthwise_conv_grad_kernel(rows, grad, *geometry),
@@ -188,6 +188,8 @@ def test_voxelise_and_densify(ops: Any, pixels: int, channels: int, dtype: torch
             dense.transpose(2, 3).contiguous().transpose(2, 3),
         ]
         memories.append(torch.cat([dense, dense], 1).contiguous(memory_format=torch.channels_last)[:, channels:])
+        odd = normal(1, batch, channels + 1, f_h * pixels, f_w * pixels, dtype=dtype)
+        memories.append(odd.contiguous(memory_format=torch.channels_last)[:, :channels])
         memories.append(normal(1, 1, channels, 1, 1, dtype=dtype).expand_as(dense))
         for memory in memories:
             assert torch.equal(
@@ -251,7 +253,7 @@ def test_wrong_arguments_are_refused(ops: Any) -> None:
         lambda: ops.max_pool(rows, table.long(), table),
         lambda: ops.max_pool(rows, torch.zeros(1, 256, dtype=torch.int32), table),
         lambda: ops.max_pool_grad_rows(rows, torch.zeros(1, 8, dtype=torch.uint8), table),
-        lambda: ops.voxelise(torch.zeros(2, 8, 12, 15), slots, patches, 4),
+        lambda: ops.voxelise(torch.zeros(3, 8, 12, 15), slots, patches, 4),
         lambda: ops.densify(rows[1:], slots, patches, 4, None),
         lambda: ops.densify(rows, slots, patches, 4, torch.zeros(7)),
     ]

@@ -31,7 +31,7 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace on_host {
 
 struct Stream {};
-constexpr int32_t kMultiprocessors = 1;  // few blocks, so that each does several pieces of work
+constexpr int32_t kMultiprocessors = 3;  // few, so that blocks do several pieces of work
 constexpr int64_t kStackBytes = 256 << 10;
 constexpr unsigned kWarp = 32;
 
