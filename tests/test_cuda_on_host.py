@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_host import build
+from sites import make_sites, normal, relative_error
 from torch import Tensor
 
 import sparkme.ops  # noqa: F401  (defines the schemas)
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.skipif(
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}
 DTYPES = tuple(TOLERANCE)
-Sites = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +43,9 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def make_sites(seed: int, keep: int, batch: int = 3, f_h: int = 3, f_w: int = 4) -> Sites:
-    """Slots and patches of a random mask with `keep` visible patches in every image."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(batch, f_h * f_w, generator=generator).argsort(1)
-    active = torch.zeros(batch, f_h * f_w, dtype=torch.bool).scatter_(1, order[:, :keep], True)
-    patches = active.flatten().nonzero().flatten()
-    slots = torch.full((batch * f_h * f_w,), -1).scatter_(0, patches, torch.arange(len(patches)))
-    return slots.view(batch, f_h, f_w).int(), patches.int()
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    assert actual.shape == expected.shape
-    if not expected.numel():
-        return
-    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)
+    error = relative_error(actual, expected)
     assert error <= TOLERANCE[actual.dtype], f"relative error {error:.2e}"
-
-
-def exactly(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The reference in float64."""
-    return function(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs))
 
 
 KEEPS = [1, 5, 12]  # of 12 patches

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sites import make_sites, normal, relative_error
 from torch import Tensor
 
 from sparkme.ops import reference, triton_conv
@@ -50,25 +51,10 @@ def interpreter_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-def make_sites(seed: int, keep: int, batch: int = 2, f_h: int = 3, f_w: int = 4) -> tuple[Tensor, Tensor]:
-    """Slots and patches of a random mask with `keep` visible patches in every image."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(batch, f_h * f_w, generator=generator).argsort(1)
-    active = torch.zeros(batch, f_h * f_w, dtype=torch.bool).scatter_(1, order[:, :keep], True)
-    patches = active.flatten().nonzero().flatten()
-    slots = torch.full((batch * f_h * f_w,), -1).scatter_(0, patches, torch.arange(len(patches)))
-    return slots.view(batch, f_h, f_w).int(), patches.int()
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert actual.shape == expected.shape and actual.dtype == dtype
-    if expected.numel():
-        error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-300)
-        assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+    assert actual.dtype == dtype
+    error = relative_error(actual, expected)
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
 def compare(
@@ -165,10 +151,16 @@ def test_no_rows() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     table, rows, kernel = torch.zeros(4, 9, dtype=torch.int32), torch.zeros(4, 16), torch.ones(9, 16, 32)
-    for arguments in (
-        (rows[:, 1:], kernel, table, 1), (rows, kernel[1:], table, 1), (rows, kernel, table.long(), 1),
-        (rows, kernel, table, 0), (rows.double(), kernel, table, 1), (rows, kernel.flatten(1), table, 1), (torch.zeros(4, 48), kernel, table, 3),
-    ):  # fmt: skip
+    cases = [
+        (rows[:, 1:], kernel, table, 1),
+        (rows, kernel[1:], table, 1),
+        (rows, kernel, table.long(), 1),
+        (rows, kernel, table, 0),
+        (rows.double(), kernel, table, 1),
+        (rows, kernel.flatten(1), table, 1),
+        (torch.zeros(4, 48), kernel, table, 3),
+    ]
+    for arguments in cases:
         with pytest.raises(ValueError):
             triton_conv.sparse_conv(arguments[0], arguments[1], arguments[2], None, arguments[3])
     with pytest.raises(ValueError):

@@ -20,6 +20,8 @@ constexpr int32_t kLanes = 32;
 constexpr int32_t kLineBytes = kLanes * 4;  // of channels that a warp works on
 constexpr int32_t kCopiesPerLine = kLineBytes / 16;
 
+constexpr int32_t threads_of(int32_t warps) { return warps * kLanes; }
+
 template <typename T>
 constexpr int32_t kLineChannels = kLineBytes / sizeof(T);
 
@@ -128,7 +130,7 @@ __device__ __forceinline__ void for_line(const uint32_t *words, int32_t y, uint3
 }
 
 template <typename T, int K, int TILE>
-__global__ void __launch_bounds__(kTileWarps *kLanes)
+__global__ void __launch_bounds__(threads_of(kTileWarps))
     conv_tiles(T *out, const T *rows, const T *kernel, Tiles tiles, int32_t channels, bool flip) {
   using H = Halo<K, TILE>;
   using S = TileShared<T, K, TILE>;
@@ -206,7 +208,7 @@ struct TileGradShared {
 
 // Warp dy sums the weights' gradient in line dy of the window.
 template <typename T, int K, int TILE>
-__global__ void __launch_bounds__(K *kLanes)
+__global__ void __launch_bounds__(threads_of(K))
     grad_tiles(float *partial, const T *rows, const T *grad, Tiles tiles, int32_t channels) {
   using H = Halo<K, TILE>;
   using S = TileGradShared<T, K, TILE>;
@@ -322,7 +324,7 @@ __device__ __forceinline__ void for_patch(const uint32_t *words, uint32_t visibl
 }
 
 template <typename T, int K>
-__global__ void __launch_bounds__(kPatchWarps *kLanes)
+__global__ void __launch_bounds__(threads_of(kPatchWarps))
     conv_patches(T *out, const T *rows, const T *kernel, Tiles tiles, int32_t channels, bool flip) {
   constexpr int32_t N = Word<T>::kChannels;
   SPARKME_SHARED(PatchShared<K>, shared);
@@ -367,7 +369,7 @@ union PatchGradShared {
 };
 
 template <typename T, int K>
-__global__ void __launch_bounds__(kPatchWarps *kLanes)
+__global__ void __launch_bounds__(threads_of(kPatchWarps))
     grad_patches(float *partial, const T *rows, const T *grad, Tiles tiles, int32_t channels) {
   constexpr int32_t N = Word<T>::kChannels;
   using S = PatchGradShared<K, N>;
