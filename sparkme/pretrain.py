@@ -130,6 +130,8 @@ class Run:
 
         if process.world > 1 and process.device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        if config["compile"]:
+            self.network.compile_parts()
         self.model: nn.Module = DistributedDataParallel(self.network) if process.world > 1 else self.network
         self.dataset = CropDataset(paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"])
         self.unreadable: set[str] = set()
@@ -370,7 +372,8 @@ class Run:
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
             f"learning rate {rate:.2g}",
-            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
+            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}"
+            + (", compiled: the first steps take minutes" if config["compile"] else ""),
             "engine": f"{encoder.engine.name}: {encoder.engine_reason}{in_float32}",
             "output": f"{self.folder}" + (f", resumed after step {self.step}" if saved else ""),
         }

@@ -72,6 +72,9 @@ class SparK(nn.Module):
             self.mask_tokens.append(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
             self.densify_norms.append(DENSIFY_NORMS[norm](channels))
             self.densify_projs.append(_projection(channels, decoder_width >> i, deepest=i == 0))
+        # Rows turn into channels_last maps by copying patches, and convolutions are fastest on those.
+        self.densify_projs.to(memory_format=torch.channels_last)
+        self.decoder.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, active: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Reconstruction loss of a batch.
@@ -100,6 +103,12 @@ class SparK(nn.Module):
         if active.shape != (len(images), 1, *self.num_patches):
             raise ValueError(f"active must be {(len(images), 1, *self.num_patches)}, got {tuple(active.shape)}")
         return Grid(active, self.patch)
+
+    def compile_parts(self) -> SparK:
+        """Compiles the encoder's stages and the decoder with torch.compile; the first steps then take minutes."""
+        self.encoder.compile_stages()
+        self.decoder.compile()
+        return self
 
     def densify(self, maps: list[SparseMap]) -> list[Tensor]:
         """Normalises visible pixels, puts a mask token at hidden ones, and projects to the decoder's widths.

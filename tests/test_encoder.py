@@ -79,8 +79,8 @@ def test_engines_agree(name: str) -> None:
         maps = encoder.set_engine(engine)(images, active)
         sum(x.rows.square().mean() for x in maps).backward()
         results.append([x.rows.detach() for x in maps] + [p.grad.clone() for p in encoder.parameters() if p.grad is not None])
-    for ours, theirs in zip(*results, strict=True):
-        assert oracle.relative_error(ours, theirs) < 1e-10
+    for ours, *others in zip(*results, strict=True):
+        assert all(oracle.relative_error(ours, theirs) < 1e-10 for theirs in others)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -387,3 +387,41 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         encoder(torch.zeros(2, 1, 64, 64), torch.ones(2, 1, 2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="multiple of the encoder's total stride 32"):
         encoder(torch.zeros(2, 3, 80, 80), torch.ones(2, 1, 5, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
+def test_bf16_rows_are_as_exact_as_plain_torch_in_bf16(name: str) -> None:
+    dense = random_model(name)
+    images, active = images_and_mask()
+    encoder = sparkme.sparsify(dense)
+    exact = features_and_gradients(encoder.set_engine("cuda_ext"), images, active)
+    encoder, images = encoder.float(), images.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = (features_and_gradients(encoder.set_engine(e), images, active) for e in ("cuda_ext", "masked-dense"))
+    assert all(x.dtype == torch.bfloat16 or name.startswith("convnext") for x in ours[:4])
+    for x, y, z in zip(ours, plain, exact, strict=True):
+        error, usual = oracle.relative_error(x.double(), z), oracle.relative_error(y.double(), z)
+        assert error <= 2 * usual + 1e-6
+
+
+def features_and_gradients(encoder: sparkme.SparseEncoder, images: Tensor, active: Tensor) -> list[Tensor]:
+    """The rows of all maps and the gradients of the norms' and the deepest layers' parameters, of a fixed sum."""
+    encoder.zero_grad()
+    rows = [x.rows for x in encoder(images, active)]
+    signs = [torch.arange(r.numel(), device=r.device).view_as(r) % 7 - 3 for r in rows]
+    sum((r.double() * s).sum() for r, s in zip(rows, signs, strict=True)).backward()
+    return [r.detach() for r in rows] + [p.grad for p in encoder.parameters() if p.grad is not None and p.grad.norm() > 0]
+
+
+@pytest.mark.parametrize("engine", ["cuda_ext"])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_stages_compile_without_graph_breaks(name: str, engine: str) -> None:
+    encoder = create_encoder(name, drop_path=0.1).set_engine(engine).eval()
+    images, active = images_and_mask()
+    images = images.float()
+    expected = features_and_gradients(encoder, images, active)
+    torch._dynamo.reset()
+    for stage in encoder.compile_stages(backend="aot_eager", fullgraph=True):
+        assert stage in ("layer1", "layer2", "layer3", "layer4", *(f"features.{i}" for i in range(8)))
+    for x, y in zip(features_and_gradients(encoder, images, active), expected, strict=True):
+        assert oracle.relative_error(x, y) < 1e-5

@@ -82,7 +82,7 @@ def test_a_coordinate_map_in_another_order_changes_nothing(monkeypatch: pytest.M
         torch.nn.Conv2d(4, 4, 7, padding=3, groups=4), torch.nn.Conv2d(4, 6, 2, 2), torch.nn.Conv2d(6, 6, 3, 2, 1),
         torch.nn.Conv2d(6, 6, 3, 2, 1), torch.nn.AdaptiveAvgPool2d(1),
     )  # fmt: skip
-    encoder = sparkme.sparsify(dense).double()
+    encoder = sparkme.sparsify(dense).double().set_engine("minkowski")
     images = torch.randn(3, 3, 64, 128, dtype=torch.float64)
     expected = encoder(images, active)
 

@@ -109,8 +109,22 @@ def test_max_pool(window: tuple[int, int, int], mask: str, engine: str) -> None:
 def test_max_pool_of_signed_maps_is_the_same_on_every_engine() -> None:
     values = -torch.rand(2, 3, 16, 24, dtype=torch.float64)
     pool = _sparse_form("pool", nn.MaxPool2d(3, 2, 1))
-    first, second = (pool(sparse_input(values, MASKS["some"], 4, engine)).rows for engine in ENGINES)
-    assert torch.equal(first, second) and (first < 0).all()
+    first, *others = (pool(sparse_input(values, MASKS["some"], 4, engine)).rows for engine in ENGINES)
+    assert (first < 0).all()
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
+def test_avg_pool_counts_hidden_pixels_as_zeros(window: tuple[int, int, int], mask: str, engine: str) -> None:
+    size, stride, padding = window
+    ones = torch.ones(3, 1, size, size, dtype=torch.float64) / size**2
+
+    def reference(x: Tensor, active: Tensor) -> Tensor:
+        return oracle.masked_conv2d(x, active, ones, None, stride, (padding, padding), groups=3)
+
+    check(nn.AvgPool2d(*window), reference, 3, mask, engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -225,6 +239,7 @@ def test_what_mixes_pixels_is_refused_by_name(engine: str) -> None:
         (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
         (nn.Upsample(scale_factor=2), "Upsample"),
         (nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+        (nn.AvgPool2d(3, 1, 1, count_include_pad=False), "count_include_pad"),
     ],
 )
 def test_a_layer_without_a_sparse_form_is_refused_by_name(conv: nn.Module, reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.network = network
         self.hierarchy = hierarchy
-        self.engine, self.engine_reason = create_engine("auto", next(network.parameters()).device)
+        self.set_engine("auto")
         attach(network, hierarchy.taps, _store)
 
     @property
@@ -55,8 +56,31 @@ class SparseEncoder(nn.Module):
         Raises:
             ValueError: no such engine, or it cannot run on the encoder's device.
         """
-        self.engine, self.engine_reason = create_engine(name, next(self.parameters()).device)
+        return self._choose_engine(name, next(self.parameters()).device)
+
+    def _choose_engine(self, name: str, device: torch.device) -> SparseEncoder:
+        self.engine, self.engine_reason = create_engine(name, device)
+        self._engine_choice = name, device.type
         return self
+
+    def compile_stages(self, **options: Any) -> list[str]:
+        """Compiles each stage with torch.compile, without graph breaks on the engine `cuda_ext`.
+
+        Args:
+            options: for torch.compile.
+
+        Returns:
+            The names of the stages: the largest modules of several layers with no map of the hierarchy inside of them.
+        """
+        stages: list[str] = []
+        for name, module in self.network.named_modules():
+            inside = name.startswith(tuple(f"{stage}." for stage in stages))
+            layers = sum(isinstance(m, SparseLayer) for m in module.modules())
+            holds_tap = any(tap.module.startswith(f"{name}.") for tap in self.hierarchy.taps)
+            if name and not inside and not holds_tap and layers > 1:
+                module.compile(**options)
+                stages.append(name)
+        return stages
 
     def forward(self, images: Tensor, active: Tensor, keep: int | None = None) -> list[SparseMap]:
         """Encodes the visible patches.
@@ -78,6 +102,9 @@ class SparseEncoder(nn.Module):
         """`forward` on a grid that the caller made."""
         taps: dict[int, SparseMap] = {}
         device_type = images.device.type
+        name, chosen_for = self._engine_choice
+        if chosen_for != device_type:  # the encoder has moved since
+            self._choose_engine(name, images.device)
         with self.engine.precision(device_type):
             if not torch.is_autocast_enabled(device_type):
                 images = images.to(next(self.parameters()).dtype)

@@ -79,6 +79,13 @@ class _SparseConvolution(SparseLayer):
         for name, parameter in conv.named_parameters():
             (self.kernel if name == "weight" else self.bias).requires_grad_(parameter.requires_grad)  # type: ignore[union-attr]
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias, from where torch keeps them.
+
+        MinkowskiEngine declares slots of the same names, which stay empty; torch.compile looks there and no further.
+        """
+        return self._parameters["kernel"], self._parameters.get("bias")  # type: ignore[return-value]
+
     @property
     def dense_weight(self) -> Tensor:
         """(C_out, C_in / groups, kh, kw), a differentiable view of the kernel."""
@@ -135,7 +142,7 @@ class SparseConv2d(_SparseConvolution, ME.MinkowskiConvolution):
 
     @property
     def dense_weight(self) -> Tensor:
-        return kernel_to_weight(self.kernel, self.kernel_size)
+        return kernel_to_weight(self.operands()[0], self.kernel_size)
 
     def _to_kernel(self, weight: Tensor) -> Tensor:
         return weight_to_kernel(weight, self.kernel.shape)
@@ -159,7 +166,7 @@ class SparseDepthwiseConv2d(_SparseConvolution, ME.MinkowskiChannelwiseConvoluti
 
     @property
     def dense_weight(self) -> Tensor:
-        return channelwise_kernel_to_weight(self.kernel, self.kernel_size)
+        return channelwise_kernel_to_weight(self.operands()[0], self.kernel_size)
 
     def _to_kernel(self, weight: Tensor) -> Tensor:
         return channelwise_weight_to_kernel(weight, self.kernel.shape)
@@ -170,6 +177,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
 
     The official code takes hidden pixels for zeros, which is the same on non-negative maps, where networks pool.
     """
+
+    kernel_size: tuple[int, int]
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         if pool.ceil_mode or pool.return_indices:
@@ -183,7 +192,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
             dilation=list(window.dilation),
             dimension=2,
         )
-        self.kernel_size, self.stride, self.dilation = window.kernel_size, window.stride[0], window.dilation[0]
+        self.kernel_size = window.kernel_size[0], window.kernel_size[1]
+        self.stride, self.dilation = window.stride[0], window.dilation[0]
         self.padding = padding_of(window)
 
     def forward(self, x: SparseMap) -> SparseMap:
@@ -192,6 +202,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
 
 class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
     """Mean over the window, in which hidden pixels count as zeros, as in the official code."""
+
+    kernel_size: tuple[int, int]
 
     def __init__(self, pool: nn.AvgPool2d) -> None:
         window = nn.Conv2d(1, 1, pool.kernel_size, pool.stride, pool.padding)
@@ -202,7 +214,8 @@ class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
         ME.MinkowskiAvgPooling.__init__(
             self, kernel_size=list(window.kernel_size), stride=list(window.stride), dilation=1, dimension=2
         )
-        self.kernel_size, self.stride, self.dilation = window.kernel_size, window.stride[0], 1
+        self.kernel_size = window.kernel_size[0], window.kernel_size[1]
+        self.stride, self.dilation = window.stride[0], 1
         self.padding = padding_of(window)
 
     def forward(self, x: SparseMap) -> SparseMap:

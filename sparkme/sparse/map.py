@@ -8,10 +8,12 @@ pixels and has no sparse form is refused by name.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import Grid
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from sparkme.sparse.engines.base import Engine
 
-# Functions of one pixel at a time, by the canonical name `_canonical` gives them. The value says whether zero stays
+# Functions of one pixel at a time. The value says whether zero stays
 # zero when there is no second tensor operand: the masked-dense engine keeps hidden pixels at zero.
 _POINTWISE = {
     "abs": True, "add": False, "celu": True, "clamp": False, "clone": True, "detach": True, "div": False, "dropout": True,
@@ -33,13 +35,26 @@ _SUMS = {"add", "sub"}  # of two maps: zero plus zero is zero
 _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-def _canonical(function: Callable[..., Any]) -> str:
-    """`add_`, `__iadd__`, `__radd__` and `add` are one function: all are applied out of place."""
-    name = function.__name__
-    if name.startswith("__"):
-        name = name.strip("_")
-        return name[1:] if name[1:] in _POINTWISE and name not in _POINTWISE else name
-    return name.strip("_")
+def _spellings() -> dict[Callable[..., Any], tuple[str, Callable[..., Any]]]:
+    """All of torch's functions that the table above means (`add`, `add_`, `__iadd__`, `F.relu_`, ...), with the name there
+    and the function to call instead, which is never in place. Looked up as objects, since torch.compile cannot ask a
+    function for its name."""
+    found: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {}
+    for name in _POINTWISE:
+        for owner in (torch.Tensor, torch, F):
+            for spelling in (name, f"__{name}__", f"__r{name}__"):
+                if function := getattr(owner, spelling, None):
+                    found[function] = name, function
+        out_of_place = next(getattr(owner, name) for owner in (torch, F, operator) if hasattr(owner, name))
+        for owner in (torch.Tensor, torch, F):
+            for spelling in (f"{name}_", f"__i{name}__"):
+                if function := getattr(owner, spelling, None):
+                    found[function] = name, out_of_place
+    return found
+
+
+_FUNCTIONS = _spellings()
+_PERMUTE = (torch.permute, torch.Tensor.permute)
 
 
 class SparseMap:
@@ -191,23 +206,22 @@ class SparseMap:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> SparseMap:
-        name, kwargs = _canonical(func), dict(kwargs or {})
+        kwargs = dict(kwargs or {})
         first = next(a for a in (*args, *kwargs.values()) if isinstance(a, SparseMap))
-        if name == "permute":
+        if func in _PERMUTE:
             return first.permute(*args[1:], *kwargs.values())
-        if name not in _POINTWISE:
+        if func not in _FUNCTIONS:
             raise NotImplementedError(
-                f"torch function {name!r} has no sparse form: it may mix visible and hidden pixels; "
+                f"torch function {func.__name__!r} has no sparse form: it may mix visible and hidden pixels; "
                 "put it into a module and give that module a sparse form (sparkme.sparse.sparsify.SPARSE_FORMS)"
             )
         kwargs.pop("inplace", None)
-        return first._pointwise(func, name, args, kwargs)
+        name, function = _FUNCTIONS[func]
+        return first._pointwise(function, name, args, kwargs)
 
     def _pointwise(
         self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> SparseMap:
-        if function.__name__.endswith("_") and not function.__name__.startswith("__"):
-            function = getattr(torch, name)  # the out-of-place form
         named = {key: self._operand(value) for key, value in (kwargs or {}).items()}
         data = function(*(self._operand(a) for a in args), **named)
         keeps_zero = _POINTWISE[name] or (name in _SUMS and all(isinstance(a, SparseMap) for a in args))

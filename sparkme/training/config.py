@@ -124,6 +124,11 @@ def create_parser() -> argparse.ArgumentParser:
         default="auto",
         help="autocast to bf16 where the engine can (auto: on GPUs that have it)",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)",
+    )
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
     group = parser.add_argument_group("output")

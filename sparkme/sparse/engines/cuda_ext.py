@@ -28,8 +28,8 @@ class CudaExtEngine(RowEngine):
     def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
         grid, pixels, stride = x.grid, x.grid.pixels(x.stride), layer.stride
         rows = autocast(x.data.flatten(0, 1))
-        kernel = autocast(layer.kernel)
-        bias = None if layer.bias is None else autocast(layer.bias).flatten()
+        kernel, bias = layer.operands()
+        kernel, bias = autocast(kernel), None if bias is None else autocast(bias).flatten()
         odd = layer.kernel_size[0] % 2 == layer.kernel_size[1] % 2 == 1
         if layer.kernel_size == (1, 1) and layer.groups == 1:
             if stride > 1:

@@ -168,7 +168,6 @@ class MinkowskiEngine(RowEngine):
         out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(source), coordinates=sites_of(x.grid, stride).key)
         return from_minkowski(out.F, x, stride)
 
-
     def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
         """A depthwise convolution by one over the window: MinkowskiEngine's own pooling divides by the visible pixels."""
         stride = x.stride * layer.stride

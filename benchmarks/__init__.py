@@ -1,0 +1,1 @@
+"""Counts and measurements of what sparkme computes; their results are in results/."""

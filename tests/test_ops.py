@@ -1,0 +1,324 @@
+"""The operators of cuda_ext on the CPU, against their plain references: values, gradients, types, layouts, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from sparkme import Grid, ops
+from sparkme.ops import reference
+
+# Relative to the reference in float64 on the same, already rounded numbers.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+WINDOWS = {  # kernel size, stride, dilation
+    "1x1": ((1, 1), 1, 1), "1x1 s2": ((1, 1), 2, 1), "3x3": ((3, 3), 1, 1), "3x3 s2": ((3, 3), 2, 1), "7x7": ((7, 7), 1, 1),
+    "7x7 s2": ((7, 7), 2, 1), "3x5": ((3, 5), 1, 1), "5x5 dilated": ((5, 5), 1, 2), "2x2 s2": ((2, 2), 2, 1),
+    "4x4 s4": ((4, 4), 4, 1), "3x1 s2": ((3, 1), 2, 1),
+}  # fmt: skip
+FITS = {  # a stride has to divide the patch
+    pixels: [name for name, (_, stride, _) in WINDOWS.items() if pixels % stride == 0] for pixels in (1, 2, 4, 8)
+}
+ODD = [name for name, (size, _, _) in WINDOWS.items() if size[0] % 2]
+VISIBLE = {"one patch": 1, "some": 3, "all": 6}
+
+
+def test_the_extension_is_built() -> None:
+    assert not ops.unavailable(on_gpu=False), "build it with: pip install --no-build-isolation -e ."
+
+
+def grid_of(visible: str = "some", batch: int = 2) -> Grid:
+    return Grid(oracle.random_active(batch, (2, 3), VISIBLE[visible], seed=VISIBLE[visible]), 32)
+
+
+def tables(grid: Grid, pixels: int, window: str) -> tuple[Tensor, Tensor]:
+    size, stride, dilation = WINDOWS[window]
+    both = (
+        ops.neighbour_table(
+            grid.slots, grid.patches, pixels, size, stride=stride, dilation=dilation, transposed=transposed
+        )
+        for transposed in (False, True)
+    )  # fmt: skip
+    return tuple(both)  # type: ignore[return-value]
+
+
+def compare(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype) -> None:
+    """Values and gradients of all inputs. The reference runs in float64 on the inputs as rounded to `dtype`."""
+    a = [x.to(dtype).detach().requires_grad_() for x in inputs]
+    b = [x.detach().double().requires_grad_() for x in a]
+    out, expected = ours(*a), theirs(*b)
+    assert out.dtype == dtype and out.shape == expected.shape
+    weights = torch.randn_like(expected).to(dtype)
+    out.backward(weights)
+    expected.backward(weights.double())
+    for x, y in ((out, expected), *((x.grad, y.grad) for x, y in zip(a, b, strict=True))):
+        assert oracle.relative_error(x.double(), y) < TOLERANCE[dtype]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize(("pixels", "window"), [(p, w) for p, windows in FITS.items() for w in windows])
+def test_neighbour_table(window: str, pixels: int, visible: str) -> None:
+    size, stride, dilation = WINDOWS[window]
+    grid = grid_of(visible)
+    for transposed, table in zip((False, True), tables(grid, pixels, window), strict=True):
+        expected = reference.neighbour_table(grid.slots, grid.patches, pixels, list(size), stride, dilation, transposed)
+        assert table.dtype == torch.int32 and torch.equal(table, expected)
+
+
+def test_the_tables_are_each_others_inverse() -> None:
+    table, inverse = tables(grid_of(), 8, "7x7 s2")
+    pairs = {(n, int(source), tap) for n, row in enumerate(table.tolist()) for tap, source in enumerate(row) if source >= 0}
+    assert pairs == {(int(n), i, tap) for i, row in enumerate(inverse.tolist()) for tap, n in enumerate(row) if n >= 0}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_sparse_conv(window: str, visible: str, groups: int, dtype: torch.dtype) -> None:
+    grid, taps = grid_of(visible), WINDOWS[window][0][0] * WINDOWS[window][0][1]
+    table, inverse = tables(grid, 4, window)
+    compare(
+        lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        torch.randn(len(inverse), 6), torch.randn(taps, 6 // groups, 4), dtype=dtype,
+    )  # fmt: skip
+
+
+def test_sparse_conv_in_several_blocks_of_columns() -> None:
+    grid = Grid(oracle.random_active(2, (4, 4), 16), 32)
+    table, inverse = tables(grid, 16, "7x7")
+    assert len(inverse) * 49 * 8 * 8 > 2 * 2**23  # bytes of columns, over two blocks of cuda_ext/csrc/cpu/convolution.cpp
+    compare(
+        lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse),
+        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, 1),
+        torch.randn(len(inverse), 8), torch.randn(49, 8, 5), dtype=torch.float64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels", [5, 16, 70, 140])  # less than a vector; one; several and a rest
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize(("pixels", "window"), [(p, w) for p in (1, 4, 8) for w in FITS[p] if w in ODD])
+def test_depthwise_conv(window: str, pixels: int, visible: str, channels: int, dtype: torch.dtype) -> None:
+    size, stride, dilation = WINDOWS[window]
+    grid = grid_of(visible)
+    compare(
+        lambda r, k: ops.depthwise_conv(r, k, grid.slots, grid.patches, pixels, size, stride=stride, dilation=dilation),
+        lambda r, k: reference.depthwise_conv(r, k, grid.slots, grid.patches, pixels, list(size), stride, dilation),
+        torch.randn(len(grid.patches) * pixels**2, channels), torch.randn(size[0] * size[1], channels), dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("pool", ["max_pool", "avg_pool"])
+def test_pooling(pool: str, window: str, visible: str, dtype: torch.dtype) -> None:
+    table, inverse = tables(grid_of(visible), 4, window)
+    rows = torch.randperm(len(inverse) * 7).view(-1, 7) / 16 - 9  # no two are equal, also in bfloat16
+    rows = rows if pool == "avg_pool" or dtype != torch.bfloat16 else rows[:36].repeat(len(rows) // 36 + 1, 1)[: len(rows)]
+    compare(
+        lambda r: getattr(ops, pool)(r, table, inverse), lambda r: getattr(reference, pool)(r, table, inverse), rows,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def test_max_pool_takes_the_first_of_equals_and_lets_nan_through() -> None:
+    table, inverse = tables(grid_of("all"), 4, "3x3 s2")
+    rows = torch.ones(len(inverse), 2).requires_grad_()
+    ops.max_pool(rows, table, inverse).sum().backward()
+    first = torch.zeros(len(inverse)).index_add_(0, first_neighbour(table), torch.ones(len(table)))
+    assert torch.equal(rows.grad, first.unsqueeze(1).expand(-1, 2))
+    broken = torch.full_like(rows, torch.nan)
+    assert ops.max_pool(broken, table, inverse).isnan().all()
+
+
+def first_neighbour(table: Tensor) -> Tensor:
+    return table.gather(1, (table >= 0).int().argmax(1, keepdim=True)).flatten().long()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("visible", VISIBLE)
+def test_voxelise_and_densify(visible: str, layout: torch.memory_format, dtype: torch.dtype) -> None:
+    grid = grid_of(visible)
+    sites = grid.slots, grid.patches, 4
+    compare(
+        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites), lambda x: reference.voxelise(x, *sites),
+        torch.randn(2, 5, 8, 12), dtype=dtype,
+    )  # fmt: skip
+    rows = torch.randn(grid.num_rows(8), 5)
+    compare(lambda r: ops.densify(r, *sites), lambda r: reference.densify(r, *sites, None), rows, dtype=dtype)
+    compare(
+        lambda r, fill: ops.densify(r, *sites, fill), lambda r, fill: reference.densify(r, *sites, fill), rows, torch.randn(5),
+        dtype=dtype,
+    )  # fmt: skip
+    assert ops.densify(rows, *sites).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 5, 9), (300, 64, 256)])
+def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, k, m = shape
+    inputs = torch.randn(n, k), torch.randn(k, m)
+    compare(ops.linear, lambda r, w: reference.linear(r, w, None), *inputs, dtype=dtype)
+    compare(ops.linear, reference.linear, *inputs, torch.randn(m), dtype=dtype)
+    every_other = torch.randn(2 * n, 2 * k)[::2, ::2]
+    expected = every_other.double() @ inputs[1].double()
+    assert oracle.relative_error(ops.linear(every_other, inputs[1]).double(), expected) < 1e-5
+
+
+def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """One call of every operator, as torch sees it: the overload and its arguments."""
+    grid = grid_of(visible)
+    table, inverse = tables(grid, 4, "3x3 s2")
+    sites = grid.slots, grid.patches, 4
+    window = [3, 3], 2, 1
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    op = torch.ops.sparkme
+    rows, n_out = random(len(inverse), 4), len(table)
+    taken = op.max_pool(rows.detach(), table, inverse)[1]
+    return {
+        "neighbour_table": (op.neighbour_table.default, (*sites, *window, False)),
+        "sparse_conv": (op.sparse_conv.default, (rows, random(9, 2, 6), table, inverse, 2)),
+        "sparse_conv_grad_rows": (op.sparse_conv_grad_rows.default, (random(n_out, 6), random(9, 2, 6), table, inverse, 2)),
+        "sparse_conv_grad_kernel": (op.sparse_conv_grad_kernel.default, (rows, random(n_out, 6), table, 2)),
+        "depthwise_conv": (op.depthwise_conv.default, (rows, random(9, 4), *sites, *window)),
+        "depthwise_conv_grad_rows": (op.depthwise_conv_grad_rows.default, (random(n_out, 4), random(9, 4), *sites, *window)),
+        "depthwise_conv_grad_kernel": (op.depthwise_conv_grad_kernel.default, (rows, random(n_out, 4), *sites, *window)),
+        "max_pool": (op.max_pool.default, (rows, table, inverse)),
+        "max_pool_grad_rows": (op.max_pool_grad_rows.default, (random(n_out, 4), taken, inverse)),
+        "avg_pool": (op.avg_pool.default, (rows, table, inverse)),
+        "voxelise": (op.voxelise.default, (random(2, 4, 8, 12), *sites)),
+        "densify": (op.densify.default, (rows, *sites, random(4))),
+        "linear": (op.linear.default, (rows, random(4, 5), random(5))),
+    }
+
+
+DIFFERENTIABLE = ("sparse_conv", "depthwise_conv", "max_pool", "avg_pool", "voxelise", "densify", "linear")
+
+
+def test_every_operator_is_in_the_lists() -> None:
+    defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparkme::")}
+    assert defined == set(calls())
+
+
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name: str) -> None:
+    overload, arguments = calls()[name]
+    if name not in DIFFERENTIABLE:
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(overload, arguments)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(name: str) -> None:
+    overload, arguments = calls()[name]
+    first = (lambda *a: overload(*a)[0]) if name == "max_pool" else overload
+    assert torch.autograd.gradcheck(first, arguments, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_non_contiguous_input_gives_the_same(name: str) -> None:
+    overload, arguments = calls()[name]
+
+    def spread(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        wide = value.detach().new_zeros(*value.shape[:-1], 2 * value.shape[-1])
+        wide[..., ::2] = value.detach()
+        return wide[..., ::2]
+
+    expected, got = overload(*arguments), overload(*map(spread, arguments))
+    for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
+        assert torch.equal(x, y) if not x.is_floating_point() else oracle.relative_error(x, y) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", calls())
+def test_no_rows_at_all(name: str, dtype: torch.dtype) -> None:
+    overload, arguments = calls(dtype)[name]
+    whole = {"kernel", "fill", "bias"}  # what does not shrink with the number of rows
+    names = [argument.name for argument in overload._schema.arguments]
+    weights = "sparse_conv" in name or "depthwise" in name
+    empty = [
+        a[:0].detach() if isinstance(a, Tensor) and n not in whole else a.detach() if isinstance(a, Tensor) else a
+        for n, a in zip(names, arguments, strict=True)
+    ]
+    result = overload(*empty)
+    for value in result if isinstance(result, tuple) else (result,):
+        if weights and name.endswith("grad_kernel"):
+            assert not value.any()
+        else:
+            assert value.numel() == 0
+
+
+def test_the_number_of_threads_changes_no_gradient_of_a_depthwise_kernel() -> None:
+    grid = Grid(oracle.random_active(4, (4, 4), 9), 32)
+    rows, grad = torch.randn(grid.num_rows(8), 24), torch.randn(grid.num_rows(8), 24)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            arguments = rows, grad, grid.slots, grid.patches, 4, [7, 7], 1, 1
+            results.append(torch.ops.sparkme.depthwise_conv_grad_kernel(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
+    grid = grid_of()
+    slots, patches = grid.slots, grid.patches
+    table, inverse = tables(grid, 4, "3x3")
+    rows, kernel = torch.randn(len(inverse), 4), torch.randn(9, 4, 6)
+    far = table.clone()
+    far[0, 0] = len(rows)
+    raw = torch.ops.sparkme
+    return {
+        "type of slots": ("slots must be int32", lambda: ops.neighbour_table(slots.long(), patches, 4, (3, 3))),
+        "stride": ("stride 3 does not divide", lambda: ops.neighbour_table(slots, patches, 4, (3, 3), stride=3)),
+        "negative dilation": ("dilation -1", lambda: ops.neighbour_table(slots, patches, 4, (3, 3), dilation=-1)),
+        "type of rows": ("rows must be float64", lambda: ops.sparse_conv(rows.half(), kernel.half(), table, inverse)),
+        "shape of rows": (r"rows must be \(N, C\)", lambda: ops.sparse_conv(rows[None], kernel, table, inverse)),
+        "shape of kernel": ("kernel must be", lambda: ops.sparse_conv(rows, kernel[1:], table, inverse)),
+        "type of kernel": ("kernel is torch.float64", lambda: ops.sparse_conv(rows, kernel.double(), table, inverse)),
+        "groups": ("groups=4 must divide", lambda: ops.sparse_conv(rows, kernel[:, :1], table, inverse, 4)),
+        "type of table": ("table must be", lambda: ops.sparse_conv(rows, kernel, table.long(), inverse)),
+        "shape of inverse": ("inverse must be", lambda: ops.sparse_conv(rows, kernel, table, inverse[1:])),
+        "no inverse": ("inverse is None",
+                       lambda: ops.sparse_conv(rows.clone().requires_grad_(), kernel, table, None).sum().backward()),
+        "entry of table": (f"table names row {len(rows)}", lambda: ops.sparse_conv(rows, kernel, far, inverse)),
+        "even depthwise kernel": ("kernel_size .* must be odd",
+                                  lambda: ops.depthwise_conv(rows, kernel[:4, 0], slots, patches, 4, (2, 2), stride=2)),
+        "depthwise rows": ("rows must be 6 patches", lambda: ops.depthwise_conv(rows[1:], kernel[:, 0], slots, patches, 4, (3, 3))),
+        "depthwise kernel": ("kernel must be", lambda: ops.depthwise_conv(rows, kernel[1:, 0], slots, patches, 4, (3, 3))),
+        "raw depthwise rows": ("rows must be", lambda: raw.depthwise_conv(rows[1:], kernel[:, :, 0], slots, patches, 4, [3, 3], 1, 1)),
+        "dense": (r"dense must be \(2, C, 8, 12\)", lambda: ops.voxelise(torch.zeros(2, 3, 8, 13), slots, patches, 4)),
+        "raw dense": ("does not fit", lambda: raw.voxelise(torch.zeros(2, 3, 8, 13), slots, patches, 4)),
+        "densify rows": ("rows must be 6 patches", lambda: ops.densify(rows, slots, patches, 3)),
+        "fill": ("fill must be", lambda: ops.densify(rows, slots, patches, 4, torch.zeros(3))),
+        "linear kernel": ("kernel must be", lambda: ops.linear(rows, torch.zeros(5, 4))),
+        "linear bias": ("bias must be", lambda: ops.linear(rows, torch.zeros(4, 5), torch.zeros(4))),
+        "device": ("is on meta", lambda: ops.linear(rows, torch.zeros(4, 5, device="meta"))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", wrong_calls())
+def test_a_wrong_argument_is_a_value_error_that_names_it(case: str) -> None:
+    message, call = wrong_calls()[case]
+    with pytest.raises(ValueError, match=message):
+        call()
