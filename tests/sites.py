@@ -21,5 +21,6 @@ def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected|; NaN where one has NaN."""
     assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
     difference = (actual.double().cpu() - expected.double().cpu()).norm()
     return float(difference / expected.double().norm().cpu().clamp_min(1e-300)) if expected.numel() else 0.0
