@@ -30,6 +30,7 @@ struct Window {
 // The row of the pixel (y, x), counted from the corner of visible patch `patch` and perhaps outside of it, at `pixels` along a
 // patch; -1 where it is hidden or outside of the image.
 SPARKME_HOST_DEVICE int64_t row_at(const Sites &sites, int32_t patch, int32_t y, int32_t x, int32_t pixels) {
+  if (y >= 0 && x >= 0 && y < pixels && x < pixels) return (static_cast<int64_t>(patch) * pixels + y) * pixels + x;
   const int32_t cells = sites.f_h * sites.f_w;
   const int32_t place = sites.patches[patch];
   const int32_t sample = place / cells, cell = place % cells;

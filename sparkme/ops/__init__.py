@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import sparkme.ops.library  # noqa: F401  (defines the operators)
+import sparkme.ops.library
+import sparkme.ops.triton_conv  # noqa: F401  (registers CUDA's convolution)
 
 try:
     from sparkme import _C  # noqa: F401  (registers their kernels)

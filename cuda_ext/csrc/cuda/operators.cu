@@ -1,0 +1,271 @@
+// The CUDA operators as torch calls them: checks, memory, and the stream. The kernels are in the other files.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "operators.h"
+
+#if !defined(SPARKME_ON_HOST)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#define SPARKME_LIBRARY sparkme
+#define SPARKME_KEY CUDA
+#endif
+
+namespace sparkme {
+namespace {
+
+using cuda::Geometry;
+
+#if !defined(SPARKME_ON_HOST)
+constexpr auto kDevice = at::kCUDA;
+using DeviceGuard = c10::cuda::CUDAGuard;
+
+cuda::Stream current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+int32_t multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+#else
+constexpr auto kDevice = at::kCPU;
+using DeviceGuard = on_host::DeviceGuard;
+
+cuda::Stream current_stream() { return {}; }
+int32_t multiprocessors() { return on_host::kMultiprocessors; }
+#endif
+
+// Makes everything that follows happen on the device of `first`, where the others have to be as well.
+template <typename... Tensors>
+DeviceGuard on_device_of(const at::Tensor &first, const Tensors &...others) {
+  TORCH_CHECK_VALUE(first.device().type() == kDevice, "expected a tensor on ", kDevice, ", got ", first.device());
+  TORCH_CHECK_VALUE(((others.device() == first.device()) && ...), "all tensors must be on ", first.device());
+  return DeviceGuard(first.device());
+}
+
+template <typename... Tensors>
+void check_types(const at::Tensor &first, const Tensors &...others) {
+  TORCH_CHECK_VALUE(((others.scalar_type() == first.scalar_type()) && ...), "all rows and kernels must be ",
+                    first.scalar_type());
+}
+
+// Calls f(T()) for the element type.
+template <typename F>
+void with_type(at::ScalarType type, F f) {
+  switch (type) {
+    case at::kDouble:
+      return f(double());
+    case at::kFloat:
+      return f(float());
+    case at::kBFloat16:
+      return f(c10::BFloat16());
+    default:
+      TORCH_CHECK_VALUE(false, "rows must be float64, float32 or bfloat16, got ", type);
+  }
+}
+
+int32_t channels_of(const at::Tensor &rows) { return static_cast<int32_t>(rows.size(1)); }
+
+void check_table(const char *name, const at::Tensor &table) {
+  TORCH_CHECK_VALUE(table.scalar_type() == at::kInt && table.dim() == 2, name, " must be (N, K) int32");
+}
+
+// Tensors are made contiguous by the caller, and kept by it while `Geometry` points into them.
+Geometry geometry_of(const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
+                     int64_t stride, int64_t dilation) {
+  const Sites sites = sites_of(slots, patches);
+  const Window window = window_of(kernel_size, stride, dilation);
+  TORCH_CHECK_VALUE(window.height > 0 && window.width > 0 && dilation > 0, "kernel_size and dilation must be positive");
+  TORCH_CHECK_VALUE(pixels > 0 && stride > 0 && pixels % stride == 0, "stride ", stride, " must divide pixels=", pixels);
+  TORCH_CHECK_VALUE(patches.size(0) * pixels * pixels <= std::numeric_limits<int32_t>::max(), patches.size(0), " patches of ",
+                    pixels, "^2 pixels are more than 32 bits can number");
+  return {sites, window, patches.size(0), static_cast<int32_t>(pixels), multiprocessors()};
+}
+
+at::Tensor neighbour_table(const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
+                           int64_t stride, int64_t dilation, bool transposed) {
+  const auto guard = on_device_of(slots, patches);
+  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
+  const int64_t side = transposed ? pixels : pixels / stride;
+  at::Tensor table = at::empty({geometry.patches * side * side, geometry.window.taps()}, slots_.options());
+  cuda::neighbour_table(table.mutable_data_ptr<int32_t>(), geometry, transposed, current_stream());
+  return table;
+}
+
+at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &slots,
+                              const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                              int64_t dilation, bool transposed) {
+  const auto guard = on_device_of(rows, kernel, slots, patches);
+  check_types(rows, kernel);
+  const at::Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous();
+  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
+  const Window &window = geometry.window;
+  TORCH_CHECK_VALUE(window.height % 2 && window.width % 2, "kernel_size must be odd");
+  const int64_t side = pixels / stride, inputs = geometry.patches * pixels * pixels, outputs = geometry.patches * side * side;
+  check_rows(transposed ? "grad" : "rows", rows_, transposed ? outputs : inputs);
+  check_rows("kernel", kernel_, window.taps());
+  TORCH_CHECK_VALUE(kernel_.size(1) == rows_.size(1), "kernel must have ", rows_.size(1), " channels, got ", kernel_.size(1));
+  at::Tensor out = at::empty({transposed ? inputs : outputs, rows_.size(1)}, rows_.options());
+  with_type(rows_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::depthwise_conv<T>(out.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), kernel_.const_data_ptr<T>(), geometry,
+                            channels_of(rows_), transposed, current_stream());
+  });
+  return out;
+}
+
+at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &slots, const at::Tensor &patches,
+                          int64_t pixels, at::IntArrayRef kernel_size, int64_t stride, int64_t dilation) {
+  return convolve_depthwise(rows, kernel, slots, patches, pixels, kernel_size, stride, dilation, false);
+}
+
+at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &slots,
+                                    const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                                    int64_t dilation) {
+  return convolve_depthwise(grad, kernel, slots, patches, pixels, kernel_size, stride, dilation, true);
+}
+
+at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &slots,
+                                      const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                                      int64_t dilation) {
+  const auto guard = on_device_of(rows, grad, slots, patches);
+  check_types(rows, grad);
+  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
+  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
+  const int64_t side = pixels / stride;
+  TORCH_CHECK_VALUE(geometry.window.height % 2 && geometry.window.width % 2, "kernel_size must be odd");
+  check_rows("rows", rows_, geometry.patches * pixels * pixels);
+  check_rows("grad", grad_, geometry.patches * side * side);
+  TORCH_CHECK_VALUE(grad_.size(1) == rows_.size(1), "grad must have ", rows_.size(1), " channels, got ", grad_.size(1));
+  at::Tensor out = at::empty({geometry.window.taps(), rows_.size(1)}, rows_.options());
+  at::Tensor workspace;
+  // Freed when this function returns, which is sound: the allocator hands it on in the order of the stream.
+  const cuda::Allocate allocate = [&](int64_t bytes) {
+    workspace = at::empty({bytes}, rows_.options().dtype(at::kByte));
+    return workspace.mutable_data_ptr();
+  };
+  with_type(rows_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::depthwise_conv_grad_kernel<T>(out.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), grad_.const_data_ptr<T>(),
+                                        geometry, channels_of(rows_), allocate, current_stream());
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
+  const auto guard = on_device_of(rows, table);
+  const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+  check_rows("rows", rows_, rows_.size(0));
+  check_table("table", table_);
+  TORCH_CHECK_VALUE(table_.size(1) <= 255, "table has ", table_.size(1), " taps, at most 255 can be pooled");
+  at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  at::Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
+  with_type(rows_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::max_pool<T>(out.mutable_data_ptr<T>(), taken.mutable_data_ptr<uint8_t>(), rows_.const_data_ptr<T>(),
+                      table_.const_data_ptr<int32_t>(), table_.size(0), static_cast<int32_t>(table_.size(1)),
+                      channels_of(rows_), current_stream());
+  });
+  return {out, taken};
+}
+
+at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, const at::Tensor &inverse) {
+  const auto guard = on_device_of(grad, taken, inverse);
+  const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
+  check_rows("grad", grad_, grad_.size(0));
+  check_table("inverse", inverse_);
+  TORCH_CHECK_VALUE(taken_.scalar_type() == at::kByte && taken_.sizes() == grad_.sizes(), "taken must be uint8 of ",
+                    grad_.sizes(), ", got ", taken_.scalar_type(), " ", taken_.sizes());
+  at::Tensor out = at::empty({inverse_.size(0), grad_.size(1)}, grad_.options());
+  with_type(grad_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::max_pool_grad_rows<T>(out.mutable_data_ptr<T>(), grad_.const_data_ptr<T>(), taken_.const_data_ptr<uint8_t>(),
+                                inverse_.const_data_ptr<int32_t>(), inverse_.size(0), static_cast<int32_t>(inverse_.size(1)),
+                                channels_of(grad_), current_stream());
+  });
+  return out;
+}
+
+at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
+  const auto guard = on_device_of(rows, table);
+  const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+  check_rows("rows", rows_, rows_.size(0));
+  check_table("table", table_);
+  at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  with_type(rows_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::avg_pool<T>(out.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), table_.const_data_ptr<int32_t>(), table_.size(0),
+                      static_cast<int32_t>(table_.size(1)), channels_of(rows_), current_stream());
+  });
+  return out;
+}
+
+at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels) {
+  const auto guard = on_device_of(dense, slots, patches);
+  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
+  const Sites &sites = geometry.sites;
+  TORCH_CHECK_VALUE(dense.dim() == 4 && dense.size(0) == slots_.size(0) && dense.size(2) == sites.f_h * pixels &&
+                        dense.size(3) == sites.f_w * pixels,
+                    "dense ", dense.sizes(), " does not fit slots ", slots_.sizes(), " of pixels=", pixels);
+  at::Tensor rows = at::empty({geometry.patches * pixels * pixels, dense.size(1)}, dense.options());
+  with_type(dense.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    // With one channel its stride is of no account, and copying pixels as they are is the faster way.
+    const cuda::Dense<const T> map = {dense.const_data_ptr<T>(), dense.stride(0), dense.size(1) == 1 ? 1 : dense.stride(1),
+                                      dense.stride(2), dense.stride(3)};
+    cuda::voxelise<T>(rows.mutable_data_ptr<T>(), map, sites, geometry.patches, geometry.pixels, channels_of(dense),
+                      current_stream());
+  });
+  return rows;
+}
+
+at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels,
+                   const std::optional<at::Tensor> &fill) {
+  const auto guard = on_device_of(rows, slots, patches);
+  const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
+  const Sites &sites = geometry.sites;
+  check_rows("rows", rows_, geometry.patches * pixels * pixels);
+  at::Tensor background;
+  if (fill) {
+    TORCH_CHECK_VALUE(fill->dim() == 1 && fill->size(0) == rows_.size(1) && fill->device() == rows_.device(), "fill must be (",
+                      rows_.size(1), ",) on ", rows_.device(), ", got ", fill->sizes(), " on ", fill->device());
+    background = fill->to(rows_.scalar_type()).contiguous();
+  }
+  at::Tensor dense = at::empty({slots_.size(0), sites.f_h * pixels, sites.f_w * pixels, rows_.size(1)}, rows_.options());
+  with_type(rows_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::densify<T>(dense.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), fill ? background.const_data_ptr<T>() : nullptr,
+                     sites, slots_.size(0), geometry.pixels, channels_of(rows_), current_stream());
+  });
+  return dense.permute({0, 3, 1, 2});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
+  m.impl("neighbour_table", neighbour_table);
+  m.impl("depthwise_conv", depthwise_conv);
+  m.impl("depthwise_conv_grad_rows", depthwise_conv_grad_rows);
+  m.impl("depthwise_conv_grad_kernel", depthwise_conv_grad_kernel);
+  m.impl("max_pool", max_pool);
+  m.impl("max_pool_grad_rows", max_pool_grad_rows);
+  m.impl("avg_pool", avg_pool);
+  m.impl("voxelise", voxelise);
+  m.impl("densify", densify);
+}
+
+}  // namespace sparkme

@@ -1,0 +1,59 @@
+// The CUDA operators on plain pointers, for double, float and c10::BFloat16; operators.cu hands them torch's tensors. Rows,
+// tables and kernels are contiguous; sparkme/ops/__init__.py says what they mean. Nothing here waits for the device.
+#pragma once
+
+#include "launch.h"
+
+namespace sparkme::cuda {
+
+// The map of a batch, in any memory format.
+template <typename T>
+struct Dense {
+  T *data;
+  int64_t stride_sample, stride_channel, stride_y, stride_x;  // in elements
+};
+
+// A convolution over the rows of visible patches.
+struct Geometry {
+  Sites sites;
+  Window window;
+  int64_t patches;          // visible ones
+  int32_t pixels;           // along a patch of the convolution's input
+  int32_t multiprocessors;  // of the device, which the size of some grids follows
+};
+
+// Gives that many bytes of the device's memory until the caller's work is queued.
+using Allocate = std::function<void *(int64_t bytes)>;
+
+void neighbour_table(int32_t *table, const Geometry &geometry, bool transposed, Stream stream);
+
+// `transposed` gives the gradient of the rows: then `rows` is the gradient of the outputs, and `out` has a row per input.
+template <typename T>
+void depthwise_conv(T *out, const T *rows, const T *kernel, const Geometry &geometry, int32_t channels, bool transposed,
+                    Stream stream);
+
+template <typename T>
+void depthwise_conv_grad_kernel(T *out, const T *rows, const T *grad, const Geometry &geometry, int32_t channels,
+                                const Allocate &allocate, Stream stream);
+
+template <typename T>
+void max_pool(T *out, uint8_t *taken, const T *rows, const int32_t *table, int64_t targets, int32_t taps, int32_t channels,
+              Stream stream);
+
+template <typename T>
+void max_pool_grad_rows(T *out, const T *grad, const uint8_t *taken, const int32_t *inverse, int64_t targets, int32_t taps,
+                        int32_t channels, Stream stream);
+
+template <typename T>
+void avg_pool(T *out, const T *rows, const int32_t *table, int64_t targets, int32_t taps, int32_t channels, Stream stream);
+
+template <typename T>
+void voxelise(T *rows, const Dense<const T> &dense, const Sites &sites, int64_t patches, int32_t pixels, int32_t channels,
+              Stream stream);
+
+// `dense` has channels_last memory without gaps; `fill` may be null.
+template <typename T>
+void densify(T *dense, const T *rows, const T *fill, const Sites &sites, int64_t samples, int32_t pixels, int32_t channels,
+             Stream stream);
+
+}  // namespace sparkme::cuda

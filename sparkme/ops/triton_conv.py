@@ -1,0 +1,323 @@
+"""CUDA's sparse convolution, and its gradients, through Triton.
+
+An implicit GEMM over the neighbour table (`sparkme.ops.triton_kernels`) serves bfloat16 and float32, the latter in TF32 where
+`torch.backends.cudnn.allow_tf32` lets dense convolutions use it. float64, and machines whose torch has no Triton, gather the
+neighbours of a part of the rows at a time and multiply them by torch.
+
+Block sizes are fixed by rule and not searched for: results repeat from one process to the next, and nothing happens at a
+first call but the compilation, so a layer that has run once can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkme.ops.library import LIBRARY
+
+NARROW = 16  # fewer input channels than this, and taps and channels become one dimension of the product
+GATHERED_BYTES = 1 << 28  # of neighbours that the path without Triton holds at a time
+PARTIAL_BYTES = 1 << 26  # of partial sums of a kernel's gradient
+# Rows that lie this far apart are at the same pixel of their patches (or, at fewer pixels than 8 x 8, of another patch),
+# and up to 32 pixels along a patch, if a power of two, they agree on whether x and y are even.
+APART = 64
+
+
+def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | None, groups: int) -> Tensor:
+    _check(rows, kernel, table, groups, channels=kernel.shape[1] * groups)
+    if not (_on_tensor_cores(rows) and len(table) and rows.numel() and kernel.numel()):
+        return _gathered_conv(rows, kernel, table, groups)
+    out = rows.new_empty(len(table), kernel.shape[2])
+    _convolve(out, rows.contiguous(), kernel, table.contiguous(), groups)
+    return out
+
+
+def sparse_conv_grad_rows(grad: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
+    _check(grad, kernel, inverse, groups, channels=kernel.shape[2])
+    # The convolution over the inverse table, with in and out of the kernel exchanged.
+    if not (_on_tensor_cores(grad) and len(inverse) and grad.numel() and kernel.numel()):
+        return _gathered_conv(grad, _exchange(kernel, groups), inverse, groups)
+    out = grad.new_empty(len(inverse), kernel.shape[1] * groups)
+    _convolve(out, grad.contiguous(), kernel, inverse.contiguous(), groups, exchange=True, skip=len(inverse) > len(table))
+    return out
+
+
+def sparse_conv_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
+    if rows.ndim != 2 or grad.ndim != 2 or table.ndim != 2 or len(grad) != len(table) or table.dtype != torch.int32:
+        raise ValueError(f"rows {tuple(rows.shape)}, grad {tuple(grad.shape)}, table {tuple(table.shape)} do not fit together")
+    if groups < 1 or rows.shape[1] % groups or grad.shape[1] % groups or rows.dtype != grad.dtype:
+        raise ValueError(f"rows {tuple(rows.shape)} {rows.dtype}, grad {tuple(grad.shape)} {grad.dtype}, groups={groups}")
+    if not (_on_tensor_cores(rows) and len(table) and rows.numel() and grad.numel()):
+        return _gathered_grad_kernel(rows, grad, table, groups)
+    return _correlate(rows.contiguous(), grad.contiguous(), table.contiguous(), groups)
+
+
+def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(rows, kernel) if bias is None else torch.addmm(bias, rows, kernel)
+
+
+for _function in (sparse_conv, sparse_conv_grad_rows, sparse_conv_grad_kernel, linear):
+    LIBRARY.impl(_function.__name__, _function, "CUDA")
+
+
+def _check(rows: Tensor, kernel: Tensor, table: Tensor, groups: int, *, channels: int) -> None:
+    """What keeps the kernels within their arrays, but for the contents of the table."""
+    if kernel.ndim != 3 or groups < 1 or kernel.shape[2] % groups:
+        raise ValueError(f"kernel must be (K, C_in / groups, C_out), got {tuple(kernel.shape)} with groups={groups}")
+    if table.dtype != torch.int32 or table.ndim != 2 or table.shape[1] != kernel.shape[0]:
+        raise ValueError(f"table must be (N, {kernel.shape[0]}) int32, got {tuple(table.shape)} {table.dtype}")
+    if rows.ndim != 2 or rows.shape[1] != channels or rows.dtype != kernel.dtype:
+        raise ValueError(f"rows must be (N, {channels}) {kernel.dtype}, got {tuple(rows.shape)} {rows.dtype}")
+    if not rows.device == kernel.device == table.device:
+        raise ValueError(f"rows are on {rows.device}, the kernel on {kernel.device}, the table on {table.device}")
+
+
+# Through Triton.
+
+
+@cache
+def _kernels() -> Any:
+    """The Triton kernels, or None without Triton. Imported at the first use, since that takes a while."""
+    try:
+        import sparkme.ops.triton_kernels as kernels
+    except ImportError as error:
+        warnings.warn(
+            f"Triton does not load ({error}): sparse convolutions on CUDA gather their neighbours in memory instead, which is"
+            " several times slower. Install the triton that belongs to this torch.",
+            stacklevel=2,
+        )
+        return None
+    return kernels
+
+
+def _on_tensor_cores(rows: Tensor) -> bool:
+    return rows.dtype in (torch.bfloat16, torch.float32) and _kernels() is not None
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products: that of cuDNN's convolutions, which the dense network would run."""
+    if dtype == torch.bfloat16:
+        return "tf32"  # of no account
+    cudnn = torch.backends.cudnn
+    conv = getattr(cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    if precision is None:
+        return "tf32" if cudnn.allow_tf32 else "ieee"
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How much of a product one program computes. `rows` is the reduction of a kernel's gradient."""
+
+    rows: int
+    channels_in: int
+    channels_out: int
+    warps: int
+    stages: int = 4  # one of them is spent on the table's entries, which have to be there before the rows can be loaded
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK": self.rows, "BLOCK_IN": self.channels_in, "BLOCK_OUT": self.channels_out, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
+
+
+def _fit(size: int, most: int) -> int:
+    """The smallest power of two that covers `size`, between 16 (what a tensor core takes) and `most`."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def convolution_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str) -> Blocks:
+    if dtype == torch.float32 and precision == "ieee":  # without tensor cores, so registers are what is short
+        return Blocks(64, _fit(width, 16), _fit(out_width, 64), warps=4, stages=2)
+    channels_out = _fit(out_width, 128)
+    return Blocks(128, _fit(width, 64 if dtype == torch.bfloat16 else 32), channels_out, warps=8 if channels_out > 64 else 4)
+
+
+def correlation_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str) -> Blocks:
+    if dtype == torch.float32 and precision == "ieee":
+        return Blocks(16, _fit(width, 64), _fit(out_width, 64), warps=4, stages=2)
+    channels_in, channels_out = _fit(width, 128), _fit(out_width, 128)
+    warps = 8 if channels_in * channels_out > 64 * 128 else 4
+    return Blocks(64 if dtype == torch.bfloat16 else 32, channels_in, channels_out, warps)
+
+
+def _wide(*tensors: Tensor) -> bool:
+    return any(tensor.numel() >= 2**31 for tensor in tensors)
+
+
+def _guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device. Its interpreter, in the tests, runs on the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _convolve(
+    out: Tensor, rows: Tensor, kernel: Tensor, table: Tensor, groups: int, *, exchange: bool = False, skip: bool = False
+) -> None:
+    """Writes `out`. With `exchange` the kernel is read as the gradient of the rows needs it, (K, C_out, C_in).
+
+    `skip` is for the gradient of a strided convolution. Of the taps of its 3x3 window with stride 2 a row has 1, 2, 2 or 4,
+    depending on whether its x and y are even. A block of neighbouring rows has them all, and would multiply zeros for 3/4
+    of the time. So a block takes every 64th row: those agree on x and y, and the block leaves out a tap that none of its
+    rows has. That needs neither sorting nor another table, and is merely slower where rows do not agree. A row is a piece
+    of memory of its own anyway, so reading them in another order costs nothing.
+    """
+    kernels, precision = _kernels(), _precision(rows.dtype)
+    groups, kernel = _merge_groups(kernel.contiguous(), groups)
+    taps, width, out_channels = kernel.shape
+    out_width = out_channels // groups
+    wide = _wide(out, rows, table)
+    tap_stride, in_stride, out_stride, group_stride = width * out_channels, out_channels, 1, out_width
+    with _guard(rows):
+        if not exchange and groups == 1 and width < NARROW:
+            blocks = replace(convolution_blocks(taps * width, out_width, rows.dtype, precision), warps=8, stages=3)
+            grid = (_ceil_div(len(out), blocks.rows) * _ceil_div(out_width, blocks.channels_out),)
+            kernels.convolve_narrow[grid](
+                out, rows, kernel, table, len(out), taps, out_width, WIDTH=width, WIDE=wide, PRECISION=precision,
+                **blocks.options(),
+            )  # fmt: skip
+            return
+        if exchange:
+            width, out_width, in_stride, out_stride = out_width, width, out_stride, in_stride
+        blocks = convolution_blocks(width, out_width, rows.dtype, precision)
+        if skip:  # whose inner loop has the entries of the table already
+            blocks = replace(blocks, stages=blocks.stages - 1)
+        apart = APART if skip else 1
+        while apart > 1 and apart * blocks.rows > len(out):
+            apart //= 2
+        row_blocks = apart * _ceil_div(_ceil_div(len(out), apart), blocks.rows)
+        kernels.convolve[(row_blocks * groups * _ceil_div(out_width, blocks.channels_out),)](
+            out, rows, kernel, table, len(out), taps, groups, width, out_width, tap_stride, in_stride, out_stride, group_stride,
+            APART=apart, SKIP=skip, WIDE=wide, PRECISION=precision, **blocks.options(),
+        )  # fmt: skip
+
+
+def _correlate(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
+    """The gradient of the kernel. Parts of the rows are summed apart and then added, always in the same order."""
+    kernels, precision = _kernels(), _precision(rows.dtype)
+    merged = _group_merge(groups, rows.shape[1] // groups)
+    groups //= merged
+    taps, width, out_width = table.shape[1], rows.shape[1] // groups, grad.shape[1] // groups
+    narrow = groups == 1 and width < NARROW
+    span = taps * width if narrow else width
+    blocks = correlation_blocks(span, out_width, rows.dtype, precision)
+    if narrow:
+        blocks = replace(blocks, warps=8, stages=3)
+    tiles = groups * _ceil_div(span, blocks.channels_in) * _ceil_div(out_width, blocks.channels_out)
+    programs = tiles if narrow else tiles * taps
+    size = taps * width * grad.shape[1]
+    splits = min(
+        _ceil_div(2 * _multiprocessors(rows.device), programs),
+        PARTIAL_BYTES // (4 * size),
+        _ceil_div(len(table), 4 * blocks.rows),
+    )
+    splits = max(1, splits)
+    chunk = _ceil_div(_ceil_div(len(table), splits), blocks.rows) * blocks.rows
+    splits = _ceil_div(len(table), chunk)
+    partial = rows.new_empty(splits, taps, width, grad.shape[1], dtype=torch.float32)
+    wide = _wide(rows, grad, table)
+    with _guard(rows):
+        if narrow:
+            kernels.correlate_narrow[(tiles, splits)](
+                partial, rows, grad, table, len(table), taps, out_width, chunk, WIDTH=width, WIDE=wide, PRECISION=precision,
+                **blocks.options(),
+            )  # fmt: skip
+        else:
+            kernels.correlate[(tiles, taps, splits)](
+                partial, rows, grad, table, len(table), taps, groups, width, out_width, chunk, WIDE=wide, PRECISION=precision,
+                **blocks.options(),
+            )  # fmt: skip
+    total = (partial.sum(0) if splits > 1 else partial[0]).to(rows.dtype)
+    return _split_groups(total, groups, merged)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _group_merge(groups: int, width: int) -> int:
+    """How many neighbouring groups to take for one, with zeros between them, so that a tensor core's tile is full."""
+    return next(m for m in range(1, groups + 1) if groups % m == 0 and (m * width >= 32 or m == groups))
+
+
+def _merge_groups(kernel: Tensor, groups: int) -> tuple[int, Tensor]:
+    """The number of merged groups, and the kernel for them."""
+    taps, width, out_channels = kernel.shape
+    merged = _group_merge(groups, width)
+    if merged == 1:
+        return groups, kernel
+    groups //= merged
+    each = out_channels // (groups * merged)
+    wide = kernel.new_zeros(taps, merged, width, groups, merged, each)
+    wide.diagonal(0, 1, 4).copy_(kernel.view(taps, width, groups, merged, each).transpose(3, 4))
+    return groups, wide.view(taps, merged * width, out_channels)
+
+
+def _split_groups(kernel: Tensor, groups: int, merged: int) -> Tensor:
+    """The kernel of which `_merge_groups` would make this one."""
+    if merged == 1:
+        return kernel
+    taps, width, out_channels = kernel.shape
+    parts = kernel.view(taps, merged, width // merged, groups, merged, out_channels // (groups * merged))
+    return parts.diagonal(0, 1, 4).transpose(3, 4).reshape(taps, width // merged, out_channels)
+
+
+# Through memory.
+
+
+def _parts(num_rows: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, GATHERED_BYTES // max(1, row_bytes))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def _with_zero_row(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # which the entry -1 of a table takes
+
+
+def _gather(padded: Tensor, table: Tensor, groups: int) -> Tensor:
+    """(groups, N, K * width)"""
+    neighbours = padded[table.long()].view(*table.shape, groups, padded.shape[1] // groups)
+    return neighbours.permute(2, 0, 1, 3).reshape(groups, len(table), -1)
+
+
+def _gathered_conv(rows: Tensor, kernel: Tensor, table: Tensor, groups: int) -> Tensor:
+    taps, width, out_channels = kernel.shape
+    weights = kernel.reshape(taps, width, groups, out_channels // groups).permute(2, 0, 1, 3).flatten(1, 2)
+    padded = _with_zero_row(rows)
+    out = rows.new_empty(len(table), out_channels)
+    for part in _parts(len(table), taps * rows.shape[1] * rows.element_size()):
+        product = torch.bmm(_gather(padded, table[part], groups), weights)
+        out[part].view(-1, groups, out_channels // groups).copy_(product.transpose(0, 1))
+    return out
+
+
+def _gathered_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
+    taps, width, out_width = table.shape[1], rows.shape[1] // groups, grad.shape[1] // groups
+    padded = _with_zero_row(rows)
+    total = rows.new_zeros(groups, taps * width, out_width, dtype=torch.promote_types(rows.dtype, torch.float32))
+    for part in _parts(len(table), taps * rows.shape[1] * rows.element_size()):
+        grads = grad[part].reshape(-1, groups, out_width).transpose(0, 1)
+        total += torch.bmm(_gather(padded, table[part], groups).transpose(1, 2), grads)
+    parts = total.view(groups, taps, width, out_width).permute(1, 2, 0, 3)
+    return parts.reshape(taps, width, groups * out_width).to(rows.dtype)
+
+
+def _exchange(kernel: Tensor, groups: int) -> Tensor:
+    """(K, C_in / groups, C_out) to (K, C_out / groups, C_in)."""
+    taps, width, out_channels = kernel.shape
+    parts = kernel.reshape(taps, width, groups, out_channels // groups)
+    return parts.permute(0, 3, 2, 1).reshape(taps, out_channels // groups, groups * width)
