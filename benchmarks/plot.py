@@ -349,7 +349,6 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
     axis.annotate(
         "1x: equally fast", (1, 1), (0, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color="#555555"
     )
-    )
     axis.set_ylim(0, 1.1 * highest)
     axis.set_xlabel("mask ratio, share of patches that are hidden")
     axis.set_ylabel("times faster than tuned masked-dense")
