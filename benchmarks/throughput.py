@@ -137,7 +137,11 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # sizes do not change, so the search for the fastest kernel pays
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # in float32, for all
+    if device.type == "cuda":  # in float32, for all; a change would make torch.compile compile anew, also on the CPU
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if args.compile:  # never time what torch.compile has silently given up on
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     record: dict[str, Any] = {
         "what": "times in seconds of encoder and training step, engine by engine; see benchmarks/throughput.py",
         "command": shlex.join(["python", "-m", "benchmarks.throughput", *words]),
@@ -443,16 +447,17 @@ def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str
 
 @contextmanager
 def exact_float32(setting: Setting) -> Iterator[None]:
-    """Without autocast and TF32."""
+    """Without autocast and, on a GPU, TF32."""
     autocast, setting.autocast = setting.autocast, False
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if setting.device.type == "cuda" else ()
+    for switch in switches:
+        switch.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            yield
+        yield
     finally:
         setting.autocast = autocast
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        for switch in switches:
+            switch.allow_tf32 = True
 
 
 @dataclass
