@@ -1,0 +1,271 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with an NVIDIA GPU, nvcc and a CUDA torch, and without a network.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+usage: benchmarks/on_gpu.sh ARCHIVES RESULTS [STEP ...]
+
+Builds, tests and measures sparkme on a machine with an NVIDIA GPU, nvcc and a CUDA torch. It needs no network.
+
+  ARCHIVES  folder with MinkowskiEngine-0.5.4.tar.gz, wheels of Python packages that the machine lacks and, if there is
+            one, minkowski-cache.tar of an earlier call, which saves the compilation
+  RESULTS   folder for what comes out: log.txt, encoder.json, step.json, sweep.json, host-wait.json, profile.txt,
+            minkowski-cache.tar
+  STEP      of these, in this order whatever the order of the words (all):
+    setup      versions, driver, GPU; installs ARCHIVES/*.whl; names packages that are missing
+    minkowski  compiles MinkowskiEngine, or takes it from minkowski-cache.tar
+    operators  compiles sparkme's operators, in place
+    tests      the tests that use a GPU
+    encoder    times the encoder: forward, forward and backward
+    step       times the whole training step
+    sweep      times the encoder over the mask ratio
+    host-wait  the share of time in which the GPU waits for the host
+    profile    the most expensive kernels of a training step
+
+Variables:
+  PYTHON     the interpreter (python3)
+  WORK       folder for packages and builds (${TMPDIR:-/tmp}/sparkme-gpu)
+  LIMIT      seconds for everything; later steps are cut or left out (3600)
+  DRY_RUN=1  tiny sizes and builds for the CPU, to try the script where there is no GPU
+
+Every step prints one line; its output is in log.txt. A step that fails does not stop those that do not need it. The exit
+code is 0 if all went well, else 1.
+END
+}
+
+ALL_STEPS="setup minkowski operators tests encoder step sweep host-wait profile"
+
+# Seconds after which a step is ended.
+step_limit() {
+  case $1 in
+    setup) echo 90 ;;
+    minkowski) echo 300 ;;
+    operators) echo 240 ;;
+    tests) echo 180 ;;
+    encoder | step) echo 150 ;;
+    *) echo 120 ;;
+  esac
+}
+
+run_setup() {
+  if [ -z "$DRY_RUN" ]; then
+    nvidia-smi
+    nvcc --version
+  fi
+  "$PYTHON" --version
+  "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPU", torch.cuda.is_available())'
+  shopt -s nullglob
+  local wheels=("$ARCHIVES"/*.whl)
+  if [ ${#wheels[@]} -gt 0 ]; then
+    pip_install "${wheels[@]}"
+  fi
+  "$PYTHON" - <<'END'
+import importlib.util
+import sys
+
+modules = {
+    "torchvision": "torchvision", "numpy": "numpy", "PIL": "pillow", "tqdm": "tqdm", "timm": "timm", "safetensors": "safetensors",
+    "huggingface_hub": "huggingface_hub", "yaml": "pyyaml", "matplotlib": "matplotlib", "pytest": "pytest",
+    "pytest_timeout": "pytest-timeout", "setuptools": "setuptools", "wheel": "wheel", "ninja": "ninja",
+}
+missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+if missing:
+    print("missing:", *missing, "- put their wheels into ARCHIVES:", "python3 -m pip download --only-binary=:all: --no-deps",
+          f"--python-version {sys.version_info[0]}.{sys.version_info[1]} --dest ARCHIVES", *missing)
+END
+}
+
+run_minkowski() {
+  if [ -f "$ARCHIVES/minkowski-cache.tar" ]; then
+    mkdir -p "$WORK/cache"
+    tar -xf "$ARCHIVES/minkowski-cache.tar" -C "$WORK/cache"
+  fi
+  local kind=--cuda wheel
+  [ -z "$DRY_RUN" ] || kind=--cpu
+  if ! "$PYTHON" cuda_ext/minkowski/build.py $kind --sdist "$ARCHIVES/MinkowskiEngine-0.5.4.tar.gz" --cache "$WORK/cache" \
+    | tee "$WORK/minkowski.out"; then
+    tail -n 40 "$WORK"/cache/*.log
+    return 1
+  fi
+  wheel=$(tail -n 1 "$WORK/minkowski.out")
+  case $wheel in
+    *.whl) ;;
+    *) wheel=$(sed -n 's/.*: from the cache, //p' "$WORK/minkowski.out" | tail -n 1)/*.whl ;;
+  esac
+  pip_install "$wheel"
+  (cd "$WORK/cache" && tar -cf "$RESULTS/minkowski-cache.tar" --exclude='*.log' --exclude='*.lock' -- *)
+}
+
+run_operators() {
+  local cuda=1
+  if [ -z "$DRY_RUN" ]; then
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+    export TORCH_CUDA_ARCH_LIST
+  else
+    cuda=0
+  fi
+  FORCE_CUDA=$cuda "$PYTHON" setup.py build_ext --inplace
+  "$PYTHON" - <<END
+from sparkme import ops
+
+problem = ops.unavailable(on_gpu=bool($cuda))
+raise SystemExit(f"the operators do not load: {problem}" if problem else 0)
+END
+}
+
+run_tests() {
+  local files=() name
+  for name in ops_gpu golden grid layers encoder; do
+    [ ! -f "tests/test_$name.py" ] || files+=("tests/test_$name.py")
+  done
+  [ -z "$DRY_RUN" ] || files=(tests/test_grid.py)
+  "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+}
+
+# throughput NAME OPTION ...: on both networks, or on a small one; the numbers go to NAME.json.
+throughput() {
+  local name=$1 sizes=(--model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda --seconds 25)
+  shift
+  if [ -n "$DRY_RUN" ]; then
+    sizes=(--model resnet18 --batch-size 2 --input-size 96 --decoder-width 32 --device cpu --rounds 1 --warmup 1)
+  fi
+  "$PYTHON" -m benchmarks.throughput "$@" "${sizes[@]}" --json "$RESULTS/$name.json"
+}
+
+run_encoder() { throughput encoder --what encoder encoder-forward; }
+
+run_step() { throughput step --what step; }
+
+run_sweep() {
+  local contenders=(cuda_ext masked-dense masked-dense-nchw)
+  throughput sweep --sweep --contenders "${contenders[@]}" --rounds 5
+}
+
+run_host-wait() {
+  local wait=(--host-wait)
+  [ -z "$DRY_RUN" ] || wait=()
+  throughput host-wait --what encoder step --contenders cuda_ext masked-dense --rounds 3 "${wait[@]}"
+}
+
+run_profile() {
+  throughput profile --what step --contenders cuda_ext masked-dense --rounds 1 --profile "$RESULTS/profile.txt"
+  rm -f "$RESULTS/profile.json"
+}
+
+pip_install() {
+  "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-index --no-deps --upgrade --target "$WORK/site" "$@"
+}
+
+# What a step cannot do without, said in one line; nothing if it is there.
+missing_for() {
+  case $1 in
+    setup | minkowski | operators) ;;
+    *)
+      if ! "$PYTHON" -c 'import MinkowskiEngine' >/dev/null 2>&1; then
+        echo "MinkowskiEngine is not there: it needs the step minkowski"
+      fi
+      ;;
+  esac
+}
+
+# The last megabyte of every step's output, in one file.
+gather_logs() {
+  local step
+  for step in $ALL_STEPS; do
+    if [ -f "$WORK/logs/$step" ]; then
+      printf '==== %s\n' "$step"
+      tail -c 1048576 "$WORK/logs/$step"
+    fi
+  done >"$RESULTS/log.txt"
+}
+
+main() {
+  case ${1-} in
+    -h | --help)
+      usage
+      return 0
+      ;;
+  esac
+  if [ $# -lt 2 ]; then
+    echo "error: ARCHIVES and RESULTS are needed; see benchmarks/on_gpu.sh --help" >&2
+    return 2
+  fi
+  if [ ! -d "$1" ]; then
+    echo "error: ARCHIVES $1 is no folder" >&2
+    return 2
+  fi
+  local inner="" step steps status=0
+  mkdir -p "$2"
+  ARCHIVES=$(cd "$1" && pwd)
+  RESULTS=$(cd "$2" && pwd)
+  shift 2
+  if [ "${1-}" = --inner ]; then
+    inner=$2
+    shift 2
+  fi
+  for step in "$@"; do
+    case " $ALL_STEPS " in
+      *" $step "*) ;;
+      *)
+        echo "error: unknown step $step; choose of $ALL_STEPS" >&2
+        return 2
+        ;;
+    esac
+  done
+  DRY_RUN=${DRY_RUN:-}
+  PYTHON=${PYTHON:-python3}
+  WORK=${WORK:-${TMPDIR:-/tmp}/sparkme-gpu}
+  local here
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  cd "$here/.."
+  mkdir -p "$WORK/logs"
+  WORK=$(cd "$WORK" && pwd)
+  if [ -n "$inner" ]; then
+    "run_$inner"
+    return
+  fi
+  export DRY_RUN PYTHON WORK PYTHONUNBUFFERED=1
+  export PYTHONPATH="$WORK/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$WORK/site/bin:$PATH"
+  rm -f "$WORK"/logs/*
+  steps=" ${*:-$ALL_STEPS} "
+  for step in $ALL_STEPS; do
+    case $steps in
+      *" $step "*) run_one "$step" || status=1 ;;
+    esac
+  done
+  return $status
+}
+
+# run_one STEP: runs it in a process of its own, so that it can be ended, and says how it went.
+run_one() {
+  local step=$1 start=$SECONDS limit code=0 problem
+  problem=$(missing_for "$step")
+  limit=$(step_limit "$step")
+  if [ $((${LIMIT:-3600} - SECONDS)) -lt "$limit" ]; then
+    limit=$((${LIMIT:-3600} - SECONDS))
+  fi
+  if [ "$limit" -lt 10 ]; then
+    problem="no time is left"
+  fi
+  if [ -n "$problem" ]; then
+    printf '%-10s left out: %s\n' "$step" "$problem"
+    return 1
+  fi
+  timeout --kill-after=5 "$limit" bash benchmarks/on_gpu.sh "$ARCHIVES" "$RESULTS" --inner "$step" >"$WORK/logs/$step" 2>&1 || code=$?
+  gather_logs
+  case $code in
+    0) printf '%-10s %4d s\n' "$step" $((SECONDS - start)) ;;
+    124 | 137) printf '%-10s %4d s  ended by its limit of %d s\n' "$step" $((SECONDS - start)) "$limit" ;;
+    *)
+      printf '%-10s %4d s  failed (%d):\n' "$step" $((SECONDS - start)) "$code"
+      tail -n 5 "$WORK/logs/$step" | cut -c 1-200 | sed 's/^/    /'
+      ;;
+  esac
+  if [ "$step" = setup ]; then
+    grep '^missing:' "$WORK/logs/setup" || true
+  fi
+  return "$code"
+}
+
+main "$@"

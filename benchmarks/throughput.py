@@ -1,0 +1,676 @@
+"""Times the encoder and the whole training step, engine by engine, after it has checked that they compute the same.
+
+    python -m benchmarks.throughput --model resnet18 --batch-size 8 --json resnet18.json
+    python -m benchmarks.throughput --model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda
+    python -m benchmarks.throughput --sweep --what encoder
+
+What is timed (`--what`), always in training mode and on images that are on the device already:
+
+    encoder-forward  the sites of a given mask and the forward pass, which keeps what the backward pass needs
+    encoder          the same and the backward pass, from a random gradient of every map
+    step             draw a mask, SparK's loss, backward, LAMB with its gradient clipping, gradients set to None
+
+Who is timed (`--contenders`):
+
+    cuda_ext           the engine with this project's operators
+    minkowski          the engine with stock MinkowskiEngine; its encoder stays in float32
+    masked-dense       dense convolutions and masks, tuned, in channels_last memory
+    masked-dense-nchw  the same in contiguous memory; the faster of the two is the "tuned masked-dense" of the ratios
+    official           the algorithm as the official SparK code runs it (benchmarks/official.py), always in float32
+
+First every contender runs one float32 encoder pass on the same weights, images and mask. Its maps and the gradients of
+all parameters are compared with those of masked-dense: |x - y| / |y|, Euclidean norms, the largest over maps and over
+parameters. One that is off by more than 1e-3 (maps) or 1e-2 (gradients, which ReLUs that flip within rounding of zero
+make less exact) is not timed, and the exit code is 1. For `step` the losses are compared as well.
+
+Then the contenders take turns, round by round in one process. Drop path is off, and norm weights and layer scales are
+random in [0.5, 1.5]: as initialised, most of them are so close to zero that errors in a branch would not show.
+
+Activation memory is the peak of the tensors that are alive during one forward and backward pass (for `encoder-forward`
+the forward pass) above what was there before: weights, images, mask, and for `step` the optimiser's state. Gradients of
+the weights are part of it, the optimiser's step is not. See benchmarks/profiling.py for what torch cannot see.
+
+The JSON file, rewritten after every case, holds `date`, `commit` (marked where the tree was changed), `versions`,
+`command`, `hardware`, `settings` and `cases`. A case is one model, batch size, mask ratio and kind of work:
+
+    model, input_size, patch, num_patches, visible_patches, batch_size, mask_ratio, what, precision, compile
+    agreement   {contender: {maps, gradients, loss}}: relative errors; loss for `step` only
+    left_out    {contender: reason}
+    contenders  {contender: {precision, seconds: [...], median_s, quartiles_s: [low, high], images_per_s,
+                activation_bytes, gpu: {step_s, busy_s, idle_share} with --host-wait}}
+    ratios      {contender: its median time over that of cuda_ext}, and `tuned masked-dense`
+    error       instead of the last two where the case failed
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import profiling
+from benchmarks.flops import build, provenance
+from sparkme.errors import UserError, first_line, run_command, user_errors
+
+if TYPE_CHECKING:
+    from sparkme.spark import SparK
+
+WHAT = ("encoder-forward", "encoder", "step")
+ENGINE_OF = {
+    "cuda_ext": "cuda_ext", "minkowski": "minkowski", "masked-dense": "masked-dense", "masked-dense-nchw": "masked-dense",
+}  # fmt: skip
+CONTENDERS = (*ENGINE_OF, "official")
+TUNED = ("masked-dense", "masked-dense-nchw")
+SWEEP = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+LIMITS = {"maps": 1e-3, "gradients": 1e-2, "loss": 1e-3}
+DISAGREES = "disagrees with"
+GIB = 2**30
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description="Time encoder and training step, engine by engine, after checking that all engines compute the same.",
+        epilog="What the words mean, and the fields of the JSON file, are in the head of benchmarks/throughput.py.",
+    )
+    group = parser.add_argument_group("what is timed")
+    group.add_argument("--model", nargs="+", default=["resnet50"], help="models of sparkme.pretrain (resnet50)")
+    group.add_argument("--what", nargs="+", metavar="WHAT", help=f"of {', '.join(WHAT)} (all; encoder with --sweep)")
+    group.add_argument(
+        "--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"of {', '.join(CONTENDERS)} (all)"
+    )
+    group.add_argument("--batch-size", type=int, nargs="+", default=[8], metavar="IMAGES", help="images per pass (8)")
+    group.add_argument("--mask-ratio", type=float, nargs="+", metavar="SHARE", help="shares of patches to hide (0.6)")
+    group.add_argument(
+        "--sweep", action="store_true", help=f"mask ratios {', '.join(f'{ratio:g}' for ratio in SWEEP)}, encoder only"
+    )
+    group.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
+    group.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (%(default)s)")
+    group = parser.add_argument_group("how it is run")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s: a GPU if there is one)")
+    group.add_argument("--threads", type=int, help="of torch on the CPU (as torch chooses)")
+    group.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="bf16 is autocast (%(default)s)")
+    group.add_argument("--compile", action="store_true", help="compile stages and decoder, for all engines of sparkme")
+    group.add_argument("--rounds", type=int, default=7, help="timed runs of each contender (%(default)s)")
+    group.add_argument("--warmup", type=int, default=2, help="runs of each before that (%(default)s)")
+    group.add_argument(
+        "--seconds", type=float, default=600, help="begin no further round of a case after this time (%(default)s)"
+    )
+    group = parser.add_argument_group("what comes out")
+    group.add_argument("--host-wait", action="store_true", help="also the share of time in which the GPU waits (CUDA only)")
+    group.add_argument("--profile", type=Path, metavar="FILE", help="also write torch.profiler's table of every contender")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, after every case")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = create_parser().parse_args(words)
+    return run_command(lambda: throughput(args, words))
+
+
+def throughput(args: argparse.Namespace, words: list[str]) -> int:
+    device = check_arguments(args)
+    with user_errors():
+        for name in args.model:
+            for ratio in args.mask_ratio:  # without memory for the weights
+                build(name, [args.input_size], ratio_of_model(ratio, args), args.decoder_width, None)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # sizes do not change, so the search for the fastest kernel pays
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # in float32, for all
+    record: dict[str, Any] = {
+        "what": "times in seconds of encoder and training step, engine by engine; see benchmarks/throughput.py",
+        "command": shlex.join(["python", "-m", "benchmarks.throughput", *words]),
+        **provenance(),
+        "hardware": hardware(device),
+        "settings": {"rounds": args.rounds, "warmup": args.warmup, "drop_path": 0.0, "decoder_width": args.decoder_width},
+        "cases": [],
+    }
+    record["versions"]["cuda"] = torch.version.cuda
+    record["settings"]["tf32"] = device.type == "cuda"
+    if args.profile:
+        args.profile.write_text("")
+    print(", ".join(f"{key} {value}" for key, value in record["hardware"].items() if value), flush=True)
+    failed = False
+    for name in args.model:
+        for batch_size in args.batch_size:
+            for ratio in args.mask_ratio:
+                for case in run_cases(name, batch_size, ratio, device, args):
+                    record["cases"].append(case)
+                    failed |= "error" in case or any(DISAGREES in reason for reason in case["left_out"].values())
+                    write_json(args.json, record)
+    if args.json:
+        print(f"wrote {args.json}")
+    return int(failed)
+
+
+def check_arguments(args: argparse.Namespace) -> torch.device:
+    """Checks the arguments that need no network, and fills in what depends on others.
+
+    Raises:
+        UserError: a value is not possible; says what is.
+    """
+    for flag, chosen, allowed in (("--what", args.what, WHAT), ("--contenders", args.contenders, CONTENDERS)):
+        if unknown := [value for value in chosen or () if value not in allowed]:
+            raise UserError(f"{flag} {' '.join(unknown)} is unknown; choose of {', '.join(allowed)}")
+    for flag in ("batch_size", "rounds", "threads", "input_size", "warmup"):
+        values, least = getattr(args, flag), 0 if flag == "warmup" else 1
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                raise UserError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
+    if args.sweep:
+        if args.mask_ratio:
+            raise UserError("--sweep brings its own mask ratios; leave out --mask-ratio")
+        if "step" in (args.what or ()):
+            raise UserError("--sweep times the encoder only; leave out --what step")
+        args.mask_ratio, args.what = list(SWEEP), args.what or ["encoder"]
+    args.mask_ratio, args.what = args.mask_ratio or [0.6], args.what or list(WHAT)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU; `python -m sparkme.doctor` says why, or use --device cpu")
+    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if args.host_wait and not on_gpu:
+        raise UserError("--host-wait needs a GPU; leave it out")
+    for flag, path in (("--json", args.json), ("--profile", args.profile)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"{flag} {path} must be a file in a folder that exists")
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def ratio_of_model(ratio: float, args: argparse.Namespace) -> float:
+    """SparK cannot be built to hide nothing; where it is made for its encoder only, any other ratio does."""
+    return ratio if ratio > 0 or "step" in args.what else 0.5
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}") from None
+
+
+@dataclass
+class Setting:
+    """What the contenders of one model, batch size and mask ratio share.
+
+    Attributes:
+        images: (B, 3, H, W) float32.
+        active: (B, 1, f_h, f_w) bool, True = visible; `keep` of them in every image.
+        autocast: whether sparkme's contenders are timed in bf16.
+    """
+
+    images: Tensor
+    active: Tensor
+    keep: int
+    autocast: bool
+    compiled: bool
+    new_model: Callable[[], SparK]
+    shared: SparK
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def draw(self) -> Tensor:
+        """A new random mask."""
+        from sparkme.masking import random_active
+
+        model = self.shared
+        return random_active(len(self.images), model.num_patches, model.mask_ratio, device=self.device)
+
+
+def create_setting(name: str, batch_size: int, ratio: float, device: torch.device, args: argparse.Namespace) -> Setting:
+    """Makes weights, images and mask from fixed seeds."""
+    from sparkme.masking import num_visible, random_active
+    from sparkme.models import create_encoder
+    from sparkme.spark import SparK
+
+    def new_model() -> SparK:
+        torch.manual_seed(0)
+        model = SparK(
+            create_encoder(name, drop_path=0.0), input_size=args.input_size, mask_ratio=ratio_of_model(ratio, args),
+            decoder_width=args.decoder_width,
+        )  # fmt: skip
+        randomise_scales(model)
+        return model.to(device).train()
+
+    model = new_model()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, model.encoder.in_channels, *model.input_size, generator=generator)
+    active = random_active(batch_size, model.num_patches, ratio, generator=generator)
+    keep = num_visible(active[0].numel(), ratio)
+    return Setting(images.to(device), active.to(device), keep, args.precision == "bf16", args.compile, new_model, model)
+
+
+@torch.no_grad()
+def randomise_scales(model: SparK) -> None:
+    """Draws norm weights and layer scales of the encoder from [0.5, 1.5]."""
+    for name, parameter in model.encoder.named_parameters():
+        if parameter.numel() == max(parameter.shape) and not name.endswith("bias"):
+            parameter.uniform_(0.5, 1.5)
+
+
+class Contender:
+    """One way to compute on a setting: an engine of sparkme.
+
+    Args:
+        name: of `CONTENDERS`.
+        setting: what all share; with torch.compile each has a copy of the model, since what is compiled is made for one
+            engine.
+    """
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name, self.setting = name, setting
+        self.model = setting.shared
+        self._gradients: list[Tensor] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        from sparkme.sparse.engines import ENGINES
+
+        kind = ENGINES[ENGINE_OF[self.name]]
+        options = {"memory_format": torch.contiguous_format} if self.name.endswith("-nchw") else {}
+        self.engine = kind(**options)
+        if self.setting.compiled:
+            self.model = self.setting.new_model()
+            self.model.encoder.engine = self.engine
+            self.model.compile_parts()
+
+    @property
+    def precision(self) -> str:
+        """Of the encoder."""
+        return "bf16" if self.setting.autocast and self.engine.bf16 else "float32"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.setting.device.type, torch.bfloat16) if self.setting.autocast else nullcontext()
+
+    def begin(self) -> None:
+        """What has to be done before a run and is not timed."""
+        self.model.encoder.engine = self.engine
+        self.model.zero_grad(set_to_none=True)
+
+    def encode(self) -> list[Tensor]:
+        """The maps in the form in which the engine has them: (B, L, C) rows or dense (B, C, H, W)."""
+        setting = self.setting
+        return [x.data for x in self.model.encoder(setting.images, setting.active, setting.keep)]
+
+    def dense_maps(self) -> list[Tensor]:
+        """The maps as (B, C, H, W)."""
+        setting = self.setting
+        return [x.dense() for x in self.model.encoder(setting.images, setting.active, setting.keep)]
+
+    def loss(self, active: Tensor) -> Tensor:
+        return self.model(self.setting.images, active)
+
+    def drawn_loss(self) -> Tensor:
+        return self.model(self.setting.images)
+
+    # What is timed.
+
+    def encoder_forward(self) -> list[Tensor]:
+        with self.autocast():
+            return self.encode()
+
+    def encoder(self) -> None:
+        maps = self.encoder_forward()
+        if not self._gradients:  # in the first run, which is not timed
+            self._gradients = [random_gradient(x, self.setting.active) for x in maps]
+        torch.autograd.backward(maps, self._gradients)
+
+    def forward_backward(self) -> None:
+        with self.autocast():
+            loss = self.drawn_loss()
+        loss.backward()
+
+    def step(self) -> None:
+        self.forward_backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LAMB as in pretraining, with a rate that changes the weights little; made when first asked for."""
+        from sparkme.training.optimizer import create_optimizer, update_schedule
+
+        if self._optimizer is None:
+            beta2 = 0.95 if self.model.encoder.norm == "bn" else 0.999
+            self._optimizer = create_optimizer("lamb", self.model, beta2=beta2, clip_grad=5.0)
+            update_schedule(self._optimizer, learning_rate=1e-6, weight_decay=0.04)
+        return self._optimizer
+
+
+class Official(Contender):
+    """The algorithm as the official code runs it."""
+
+    precision = "float32"
+
+    def _prepare(self) -> None:
+        self.official = import_module("benchmarks.official")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def encode(self) -> list[Tensor]:
+        maps: list[Tensor] = self.official.official_encode(self.model.encoder, self.setting.images, self.setting.active)
+        return maps
+
+    dense_maps = encode
+
+    def loss(self, active: Tensor) -> Tensor:
+        loss: Tensor = self.official.official_loss(self.model, self.setting.images, active)
+        return loss
+
+    def drawn_loss(self) -> Tensor:
+        return self.loss(self.setting.draw())
+
+
+def random_gradient(x: Tensor, active: Tensor) -> Tensor:
+    """A gradient of the sum of visible pixels' size for a map, zero at hidden pixels of a dense one."""
+    gradient = torch.randn_like(x)
+    return gradient * F.interpolate(active.to(x.dtype), x.shape[2:]) if x.ndim == 4 else gradient
+
+
+def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str, str]]:
+    """The contenders that can run on the setting's device, and why the others cannot."""
+    from sparkme.sparse.engines import why_not
+
+    contenders, left_out = [], {}
+    for name in names:
+        reason = why_not(ENGINE_OF[name], setting.device) if name in ENGINE_OF else ""
+        if not reason:
+            try:
+                contenders.append((Contender if name in ENGINE_OF else Official)(name, setting))
+            except (ImportError, TypeError) as error:
+                reason = f"not in this version: {first_line(error)}"
+        if reason:
+            left_out[name] = reason
+    return contenders, left_out
+
+
+@contextmanager
+def exact_float32(setting: Setting) -> Iterator[None]:
+    """Without autocast and TF32."""
+    autocast, setting.autocast = setting.autocast, False
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        setting.autocast = autocast
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+@dataclass
+class Answer:
+    """What one contender computes: maps, gradients of all parameters of the encoder, and the loss if asked for."""
+
+    maps: list[Tensor]
+    gradients: dict[str, Tensor]
+    loss: Tensor | None
+
+    def errors(self, reference: Answer) -> dict[str, float]:
+        """The largest relative errors, by kind."""
+        wrong_names = self.gradients.keys() != reference.gradients.keys()
+        found = {
+            "maps": max(relative(x, y) for x, y in zip(self.maps, reference.maps, strict=True)),
+            "gradients": float("inf") if wrong_names else max(
+                relative(self.gradients[name], gradient) for name, gradient in reference.gradients.items()
+            ),
+        }  # fmt: skip
+        if self.loss is not None and reference.loss is not None:
+            found["loss"] = relative(self.loss, reference.loss)
+        return found
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    error = (torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y)).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def answer(contender: Contender, with_loss: bool) -> Answer:
+    setting = contender.setting
+    contender.begin()
+    maps = [x.float() * F.interpolate(setting.active.float(), x.shape[2:]) for x in contender.dense_maps()]
+    generator = torch.Generator(setting.device).manual_seed(1)
+    gradients = [torch.randn(x.shape, generator=generator, device=x.device) for x in maps]
+    torch.autograd.backward(maps, gradients)
+    found = {name: p.grad.clone() for name, p in contender.model.encoder.named_parameters() if p.grad is not None}
+    loss = None
+    if with_loss:
+        with torch.no_grad():
+            loss = contender.loss(setting.active)
+    contender.model.zero_grad(set_to_none=True)
+    return Answer([x.detach() for x in maps], found, loss)
+
+
+def check_agreement(
+    contenders: list[Contender], setting: Setting, with_loss: bool
+) -> tuple[list[Contender], dict[str, dict[str, float]], dict[str, str]]:
+    """Compares every contender with the engine masked-dense, in float32.
+
+    Returns:
+        Those that agree, all errors, and why the others do not stay.
+    """
+    agreed, errors, left_out = [], {}, {}
+    with exact_float32(setting):
+        reference = answer(Contender("masked-dense", replace(setting, compiled=False)), with_loss)
+        for contender in contenders:
+            try:
+                found = answer(contender, with_loss).errors(reference)
+            except Exception as error:
+                left_out[contender.name] = describe(error)
+                release(setting.device)
+                continue
+            errors[contender.name] = found
+            too_large = [f"{kind} off by {value:.1e}" for kind, value in found.items() if not value <= LIMITS[kind]]
+            if too_large:
+                left_out[contender.name] = f"{DISAGREES} masked-dense: {', '.join(too_large)}"
+            else:
+                agreed.append(contender)
+    return agreed, errors, left_out
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def release(device: torch.device) -> None:
+    """Gives memory back after something has failed, or before the next case."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run_cases(
+    name: str, batch_size: int, ratio: float, device: torch.device, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Checks, times and prints one setting, a case for each kind of work."""
+    about = {
+        "model": name, "input_size": args.input_size, "batch_size": batch_size, "mask_ratio": ratio,
+        "precision": args.precision, "compile": args.compile,
+    }  # fmt: skip
+    print(f"\n{name}, {args.input_size} pixels, batch {batch_size}, mask ratio {ratio:g}, {args.precision}", flush=True)
+    try:
+        setting = create_setting(name, batch_size, ratio, device, args)
+        about |= {"patch": setting.shared.patch, "num_patches": setting.active[0].numel(), "visible_patches": setting.keep}
+        contenders, left_out = admit(args.contenders, setting)
+        contenders, agreement, refused = check_agreement(contenders, setting, "step" in args.what)
+        left_out |= refused
+    except Exception as error:
+        print(f"  failed: {describe(error)}", flush=True)
+        release(device)
+        yield from ({**about, "what": what, "left_out": {}, "error": describe(error)} for what in args.what)
+        return
+    for contender, errors in agreement.items():
+        print(f"  agreement  {contender:18}" + ", ".join(f"{kind} {value:.1e}" for kind, value in errors.items()))
+    for contender, reason in left_out.items():
+        print(f"  left out   {contender:18}{reason}")
+    for what in args.what:
+        case = {**about, "what": what, "agreement": agreement, "left_out": dict(left_out)}
+        release(device)
+        print(f"  {what}", flush=True)
+        case |= run_case(what, contenders, case["left_out"], setting, args)
+        print(as_table(case), flush=True)
+        yield case
+
+
+def run_case(
+    what: str, contenders: list[Contender], left_out: dict[str, str], setting: Setting, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Times one kind of work. Contenders that fail are added to `left_out`."""
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    running = list(contenders)
+    kinds: dict[str, tuple[Callable[[Contender], Any], Callable[[Contender], Any]]] = {  # what is timed, and what is weighed
+        "encoder-forward": (Contender.encoder_forward, Contender.encoder_forward),
+        "encoder": (Contender.encoder, Contender.encoder),
+        "step": (Contender.step, Contender.forward_backward),
+    }  # fmt: skip
+    work, weighed = kinds[what]
+
+    def each(action: Callable[[Contender], Any], order: list[Contender]) -> dict[str, Any]:
+        """Does something with every contender that still runs, and lets those go that fail."""
+        done = {}
+        for contender in order:
+            try:
+                contender.begin()
+                done[contender.name] = action(contender)
+            except Exception as error:
+                running.remove(contender)
+                left_out[contender.name] = describe(error)
+                print(f"    {contender.name} failed: {describe(error)}", flush=True)
+                release(setting.device)
+        return done
+
+    for _ in range(args.warmup):
+        each(work, list(running))
+    if what == "encoder" and not args.warmup:
+        each(work, list(running))  # it makes the gradients
+    start = time.perf_counter()
+    for i in range(args.rounds):
+        if i >= min(3, args.rounds) and time.perf_counter() - start > args.seconds:
+            print(f"    stopped after {i} rounds and {time.perf_counter() - start:.0f} s")
+            break
+        first = i % max(1, len(running))
+        for name, seconds in each(lambda c: timed(lambda: work(c), setting.device), running[first:] + running[:first]).items():
+            times[name].append(seconds)
+    if what == "step":
+        each(work, list(running))  # optimisers have their state now
+    peaks = each(lambda c: profiling.peak_memory(lambda: weighed(c), setting.device), list(running))
+    gpu = each(lambda c: profiling.gpu_times(lambda: work(c)), list(running)) if args.host_wait else {}
+    if args.profile:
+        tables = each(lambda c: profiling.step_table(lambda: work(c), setting.device), list(running))
+        with args.profile.open("a") as file:
+            file.writelines(f"{what}: {name}\n{table}\n" for name, table in tables.items())
+    for contender in contenders:
+        contender.begin()
+    results = {
+        c.name: {
+            "precision": c.precision,
+            **summary(times[c.name], len(setting.images)),
+            "activation_bytes": peaks[c.name],
+            **({"gpu": gpu[c.name]} if gpu else {}),
+        }
+        for c in running
+    }
+    if not results:
+        return {"error": "no contender could run"}
+    return {"contenders": results, "ratios": ratios({name: result["median_s"] for name, result in results.items()})}
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds from an idle device to the end of the work on it."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        result = work()
+        end.record()
+        torch.cuda.synchronize(device)
+        seconds = start.elapsed_time(end) / 1e3
+    else:
+        begin = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def summary(seconds: list[float], batch_size: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3
+    return {
+        "seconds": [float(f"{value:.6g}") for value in seconds],
+        "median_s": median,
+        "quartiles_s": [low, high],
+        "images_per_s": batch_size / median,
+    }
+
+
+def ratios(medians: dict[str, float]) -> dict[str, float]:
+    """How many times longer than `cuda_ext` the others take; the tuned masked-dense is the faster of the two."""
+    if "cuda_ext" not in medians:
+        return {}
+    others = {name: median for name, median in medians.items() if name != "cuda_ext"}
+    if tuned := [others[name] for name in TUNED if name in others]:
+        others["tuned masked-dense"] = min(tuned)
+    return {name: median / medians["cuda_ext"] for name, median in others.items()}
+
+
+def as_table(case: dict[str, Any]) -> str:
+    if "error" in case:
+        return f"    failed: {case['error']}"
+    lines = [f"    {'':18}{'median':>10}{'quartiles':>20}{'images/s':>10}{'activations':>13}  over cuda_ext"]
+    for name, result in case["contenders"].items():
+        low, high = result["quartiles_s"]
+        ratio = f"{case['ratios'][name]:.2f}x" if name in case["ratios"] else ""
+        idle = f"GPU idle {result['gpu']['idle_share']:.1%}" if "gpu" in result else ""
+        note = "" if result["precision"] == case["precision"] else result["precision"]
+        lines.append(
+            f"    {name:18}{1e3 * result['median_s']:>7.1f} ms{f'{1e3 * low:.1f} to {1e3 * high:.1f} ms':>20}"
+            f"{result['images_per_s']:>10.1f}{result['activation_bytes'] / GIB:>9.3f} GiB  {ratio:13}  {idle} {note}".rstrip()
+        )
+    if "tuned masked-dense" in case["ratios"]:
+        lines.append(f"    time of the tuned masked-dense over that of cuda_ext: {case['ratios']['tuned masked-dense']:.2f}x")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
