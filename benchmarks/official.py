@@ -194,15 +194,12 @@ class OfficialSparK(nn.Module):
         return projected
 
     def gradients(self, model: SparK) -> dict[str, Tensor]:
-        """This network's gradients under the names and in the layout of `model`'s parameters."""
-        twin = copy.deepcopy(model)
-        twin.encoder.load_dense_state_dict(twin.encoder.dense_state_dict() | _gradients(self.dense_parameters))
-        rest = {name.replace(".layer.", "."): parameter for name, parameter in self.named_parameters()}
-        parameters = dict(twin.named_parameters())
-        for name, gradient in _gradients(rest).items():
-            if not name.startswith("network."):
-                parameters[name].data = gradient
-        return {name: parameter.detach() for name, parameter in parameters.items()}
+        """The gradients that this network has, under the names and in the layout of `model`'s parameters."""
+        found = _gradients({name.replace(".layer.", "."): p for name, p in self.named_parameters()})
+        found = {name: gradient for name, gradient in found.items() if not name.startswith("network.")}
+        twin = copy.deepcopy(model.encoder)  # takes the gradients in the place of its weights
+        twin.load_dense_state_dict(twin.dense_state_dict() | _gradients(self.dense_parameters))
+        return found | {f"encoder.{name}": parameter.detach() for name, parameter in twin.named_parameters()}
 
 
 def _replace_layers(module: nn.Module, visibility: Visibility) -> None:
