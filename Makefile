@@ -22,6 +22,7 @@ NEEDED_GIB := 12
 # In a variable, since a comma in the call of `step` would end an argument.
 PROJECT := .[demo,dev]
 BUILDER := $(wildcard cuda_ext/minkowski/*.py cuda_ext/minkowski/compat/*)
+OPERATORS := $(wildcard cuda_ext/csrc/*.* cuda_ext/csrc/cpu/*.* cuda_ext/csrc/cuda/*.*)
 
 # step NUMBER, NAME, COMMAND, ADVICE: runs a quiet command and prints its name and time; when it fails, also the end of its output and the advice.
 define step
@@ -35,13 +36,14 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 INDEX_ADVICE := see the lines above. If the package index could not be reached, check the network and `pip config list`; if the disk is full, \
 make room (about $(NEEDED_GIB) GB are needed; TMPDIR and PIP_CACHE_DIR may point to another disk). Then run make again, it goes on from here.
 
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo test lint format cuda-compile clean distclean
 
 help:
 	@echo 'make demo     set up, pretrain on photographs, export: the result is in $(DEMO_DIR)'
 	@echo 'make test     set up, run the tests (make test TEST_FLAGS="-m '"'not slow'"'" for the fast ones)'
 	@echo 'make setup    only set up: $(VENV) with torch, MinkowskiEngine and sparkme'
-	@echo 'make lint     ruff and mypy          make format   rewrite the sources with ruff'
+	@echo 'make lint     ruff, mypy, clang-format      make format   rewrite the sources with ruff and clang-format'
+	@echo 'make cuda-compile   compile the CUDA sources, with nvcc and without a GPU'
 	@echo 'make clean    remove what builds and tests left; make distclean also removes $(VENV)'
 	@echo
 	@echo 'PYTHON=... chooses the interpreter for $(VENV) (now: $(or $(PYTHON),none found)).'
@@ -59,10 +61,17 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(OPERATORS)
 
 format: setup
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(OPERATORS)
+
+# The CUDA sources, compiled for one architecture into build/: it needs nvcc and no GPU. Nothing is installed.
+cuda-compile: setup
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(RUN) setup.py --quiet build_ext \
+	  --build-lib build/cuda --build-temp build/cuda-objects
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -97,6 +106,6 @@ $(VENV)/.minkowski-done: $(VENV)/.torch-done $(BUILDER)
 	printf '[3/4] MinkowskiEngine ... %d s\n' $$((SECONDS - start))
 	@touch $@
 
-$(VENV)/.sparkme-done: $(VENV)/.minkowski-done pyproject.toml setup.py constraints.txt
-	$(call step,4,sparkme and the tools for demo and tests,$(PIP) --no-build-isolation --editable '$(PROJECT)',$(INDEX_ADVICE))
+$(VENV)/.sparkme-done: $(VENV)/.minkowski-done pyproject.toml setup.py constraints.txt $(OPERATORS)
+	$(call step,4,sparkme with its operators; the tools for demo and tests,$(PIP) --no-build-isolation --editable '$(PROJECT)',$(INDEX_ADVICE))
 	@touch $@

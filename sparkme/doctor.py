@@ -83,6 +83,23 @@ def check_minkowski() -> Finding:
     return Finding("MinkowskiEngine", f"{ME.__version__}, CPU only", mend if torch.cuda.is_available() else "")
 
 
+def check_operators() -> Finding:
+    """The extension sparkme._C, which the engine cuda_ext runs on."""
+    try:
+        from sparkme import ops
+    except (ImportError, OSError) as error:
+        return Finding("operators", f"cannot be imported: {error}")
+    if problem := ops.unavailable(on_gpu=False):
+        return Finding("operators", problem, f"for the engine cuda_ext, in sparkme's source folder: {INSTALL}")
+    missing = ops.unavailable(on_gpu=True)
+    import torch
+
+    mend = f"to run the engine cuda_ext on the GPU, in sparkme's source folder: FORCE_CUDA=1 {INSTALL}"
+    return Finding(
+        "operators", "CPU only" if missing else "CPU and CUDA", mend if missing and torch.cuda.is_available() else ""
+    )
+
+
 def check_gpu() -> Finding:
     try:
         import torch
@@ -104,7 +121,7 @@ def check_nvcc() -> Finding:
     candidates = [str(Path(home) / "bin" / "nvcc") for home in homes]
     found = next((path for path in [*candidates, shutil.which("nvcc")] if path and Path(path).is_file()), None)
     if found is None:
-        return Finding("nvcc", "none; only needed to build MinkowskiEngine for a GPU, and installed then")
+        return Finding("nvcc", "none; only needed to build for a GPU, and installed then")
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     release = version.partition("release ")[2].partition(",")[0]
     return Finding("nvcc", f"{release or 'of unknown version'}, {found}")
@@ -115,7 +132,7 @@ def check_compiler() -> Finding:
     version = first_line(compiler, "--version")
     if version:
         return Finding("C++ compiler", version)
-    return Finding("C++ compiler", f"{compiler} does not run; only needed to build MinkowskiEngine")
+    return Finding("C++ compiler", f"{compiler} does not run; only needed to build MinkowskiEngine and the operators")
 
 
 def check_cores() -> Finding:
@@ -148,6 +165,10 @@ def engine_error(name: str, device: str) -> float:
 
 
 def check_engine(name: str, device: str) -> Finding:
+    from sparkme.sparse.engines import why_not
+
+    if problem := why_not(name, device):
+        return Finding(name, f"{device}: cannot run, {problem}")
     try:
         error = engine_error(name, device)
     except Exception as problem:  # whatever it is, the report has to go on
@@ -177,6 +198,7 @@ def check_installed() -> Iterator[Finding]:
     yield check_torch()
     yield check_package("torchvision", "pip install 'torchvision>=0.26'")
     yield check_minkowski()
+    yield check_operators()
     for name in ("timm", "safetensors", "pillow", "tqdm", "matplotlib", "tensorboard"):
         yield check_package(name, INSTALL)
     mend = "for the demo's photographs: pip install scikit-image"

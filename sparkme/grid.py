@@ -105,19 +105,51 @@ class Grid:
         x = corner % self.f_w * self.patch + step.view(1, p)
         return torch.stack(torch.broadcast_tensors(sample, y, x), dim=-1).view(-1, 3).int()
 
+    def runs(self, stride: int) -> Tensor:
+        """(B * keep * p,) int64: where in a (B, H, W, C) map the rows lie, in runs of p pixels, in the order of rows.
+
+        Neighbours along x within a patch are neighbours in memory, so a channels-last map is (B * H * f_w, p * C) runs,
+        and what is visible can be copied run by run.
+        """
+        key = "runs", stride
+        if key not in self._cache:
+            p = self.pixels(stride)
+            sample = torch.arange(self.batch, device=self.device).view(-1, 1, 1)
+            y = (self.visible // self.f_w * p).unsqueeze(2) + torch.arange(p, device=self.device)
+            column = (self.visible % self.f_w).unsqueeze(2)
+            self._cache[key] = ((sample * self.f_h * p + y) * self.f_w + column).flatten()
+        return self._cache[key]
+
     def to_rows(self, dense: Tensor, stride: int) -> Tensor:
-        """Copies the visible patches of a (B, C, H / stride, W / stride) map to (N, C) rows."""
-        patches = patchify(dense, self.pixels(stride))
-        return take_patches(patches, self.visible).reshape(self.num_rows(stride), dense.shape[1])
+        """Copies the visible patches of a (B, C, H / stride, W / stride) map to (N, C) rows; fast in channels_last memory."""
+        runs = dense.permute(0, 2, 3, 1).reshape(-1, self.pixels(stride) * dense.shape[1])
+        taken: Tensor = TakeRuns.apply(runs, self.runs(stride))
+        return taken.view(-1, dense.shape[1])
 
     def to_dense(self, rows: Tensor, stride: int, fill: Tensor | None = None) -> Tensor:
-        """Copies (N, C) rows to a (B, C, H / stride, W / stride) map; hidden pixels get `fill`, (C,), or zero."""
-        p, channels = self.pixels(stride), rows.shape[1]
-        row_shape = (self.batch, self.f_h * self.f_w, p * p, channels)
-        background = rows.new_zeros(()) if fill is None else fill.to(rows.dtype)
-        index = self.visible.view(self.batch, self.keep, 1, 1).expand(-1, -1, p * p, channels)
-        patches = background.expand(row_shape).scatter(1, index, rows.view(self.batch, self.keep, p * p, channels))
-        return unpatchify(patches, (self.f_h, self.f_w))
+        """Copies (N, C) rows to a (B, C, H / stride, W / stride) map in channels_last memory; hidden pixels get `fill`,
+        (C,), or zero."""
+        p, channels, (h, w) = self.pixels(stride), rows.shape[1], self.size(stride)
+        shape = self.batch * h * self.f_w, p * channels
+        runs = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(p).expand(shape).clone()
+        runs.index_copy_(0, self.runs(stride), rows.reshape(-1, p * channels))
+        return runs.view(self.batch, h, w, channels).permute(0, 3, 1, 2)
+
+
+class TakeRuns(torch.autograd.Function):
+    """`runs[index]` where no index comes twice: autograd would add where copying is enough."""
+
+    @staticmethod
+    def forward(ctx, runs: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        """(R, W) and (M,) int64 give (M, W)."""
+        ctx.save_for_backward(index)
+        ctx.num_runs = len(runs)
+        return runs.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_runs, grad.shape[1]).index_copy_(0, index, grad), None
 
 
 def patchify(dense: Tensor, p: int) -> Tensor:

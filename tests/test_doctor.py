@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from sparkme import doctor
+from sparkme import doctor, ops
+from sparkme.sparse.engines import create_engine
 
 
 def test_pretraining_runs_where_the_tests_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,9 +39,21 @@ def test_engine_that_fails_is_reported_with_its_error(monkeypatch: pytest.Monkey
         raise RuntimeError("no kernel for this device")
 
     monkeypatch.setattr(doctor, "engine_error", fail)
-    finding = doctor.check_engine("minkowski", "cuda")
+    finding = doctor.check_engine("masked-dense", "cuda")
     assert "no kernel for this device" in finding.text
     assert not finding.fatal  # the CPU may still do
+
+
+def test_engine_that_was_not_built_is_reported_and_auto_takes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_LOAD_ERROR", "no such file")
+    finding = doctor.check_engine("cuda_ext", "cpu")
+    assert "sparkme._C was not built or does not load (no such file)" in finding.text
+    assert not finding.fatal
+    assert "pip install --no-build-isolation" in doctor.check_operators().mend
+    with pytest.raises(ValueError, match=r"--engine cuda_ext cannot run on this cpu: .*_C was not built"):
+        create_engine("cuda_ext")
+    engine, reason = create_engine("auto")
+    assert engine.name == "minkowski" and "cuda_ext cannot run" in reason
 
 
 def test_missing_package_is_named_with_its_command() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import sparkme
 from sparkme.models import add_drop_path, create_encoder, model_names
+from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
@@ -81,6 +82,31 @@ def test_engines_agree(name: str) -> None:
         results.append([x.rows.detach() for x in maps] + [p.grad.clone() for p in encoder.parameters() if p.grad is not None])
     for ours, *others in zip(*results, strict=True):
         assert all(oracle.relative_error(ours, theirs) < 1e-10 for theirs in others)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_masked_dense_gives_the_same_in_both_memory_formats(name: str) -> None:
+    images, active = images_and_mask()
+    encoder = sparkme.sparsify(random_model(name)).set_engine("masked-dense")
+    results = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        encoder.zero_grad()
+        encoder.engine = MaskedDenseEngine(memory_format)
+        maps = encoder(images, active)
+        sum(x.rows.square().mean() for x in maps).backward()
+        results.append([x.rows.detach() for x in maps] + [p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for ours, theirs in zip(*results, strict=True):
+        assert oracle.relative_error(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "convnext_tiny"])
+def test_kernels_are_reordered_for_the_engine_and_stay_what_they_are(name: str) -> None:
+    encoder = sparkme.sparsify(random_model(name))
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    for engine in ("masked-dense", "minkowski"):
+        encoder.set_engine(engine)
+        assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert all(p.is_contiguous() for p in encoder.parameters())  # MinkowskiEngine's kernels take nothing else
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -399,9 +425,10 @@ def test_bf16_rows_are_as_exact_as_plain_torch_in_bf16(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = (features_and_gradients(encoder.set_engine(e), images, active) for e in ("cuda_ext", "masked-dense"))
     assert all(x.dtype == torch.bfloat16 or name.startswith("convnext") for x in ours[:4])
-    for x, y, z in zip(ours, plain, exact, strict=True):
-        error, usual = oracle.relative_error(x.double(), z), oracle.relative_error(y.double(), z)
-        assert error <= 2 * usual + 1e-6
+    errors, usual = (torch.tensor([oracle.relative_error(x.double(), z) for x, z in zip(values, exact, strict=True)])
+                     for values in (ours, plain))  # fmt: skip
+    assert (errors[:4] <= 2 * usual[:4] + 1e-6).all()
+    assert errors[4:].mean() <= 2 * usual[4:].mean()  # of one parameter it is a matter of chance
 
 
 def features_and_gradients(encoder: sparkme.SparseEncoder, images: Tensor, active: Tensor) -> list[Tensor]:
@@ -413,7 +440,7 @@ def features_and_gradients(encoder: sparkme.SparseEncoder, images: Tensor, activ
     return [r.detach() for r in rows] + [p.grad for p in encoder.parameters() if p.grad is not None and p.grad.norm() > 0]
 
 
-@pytest.mark.parametrize("engine", ["cuda_ext"])
+@pytest.mark.parametrize("engine", ["cuda_ext", "masked-dense"])
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
 def test_stages_compile_without_graph_breaks(name: str, engine: str) -> None:
     encoder = create_encoder(name, drop_path=0.1).set_engine(engine).eval()

@@ -25,6 +25,16 @@ def test_rows_are_patch_major(active: torch.Tensor, stride: int) -> None:
     assert torch.equal(grid.to_dense(rows, stride), oracle.masked(dense, active))
 
 
+@pytest.mark.parametrize("stride", [16, 32])
+def test_gradients_go_the_way_back(active: torch.Tensor, stride: int) -> None:
+    grid = sparkme.Grid(active, 32)
+    dense = torch.randn(3, 2, *grid.size(stride), dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(grid.num_rows(stride), 2, dtype=torch.float64, requires_grad=True)
+    fill = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: grid.to_rows(x, stride), dense)
+    assert torch.autograd.gradcheck(lambda x, f: grid.to_dense(x, stride, fill=f), (rows, fill))
+
+
 @pytest.mark.parametrize("stride", STRIDES)
 def test_coordinates_are_sorted_by_sample_patch_and_pixel(active: torch.Tensor, stride: int) -> None:
     coordinates = sparkme.Grid(active, 32).coordinates(stride)

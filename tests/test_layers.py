@@ -216,6 +216,22 @@ def test_functions_that_move_zero_leave_hidden_pixels_at_zero(engine: str) -> No
         assert oracle.relative_error(got.dense(), oracle.masked(expected, active)) < 1e-12
 
 
+def test_what_hidden_pixels_hold_reaches_no_visible_one() -> None:
+    """A bias and a norm leave something at the hidden pixels of a dense engine, which the next window must not see."""
+    values, active = torch.randn(2, 3, 16, 24, dtype=torch.float64), MASKS["some"]
+    linear, norm, conv = nn.Linear(3, 3).double(), LayerNorm2d(3, eps=1e-6).double(), nn.Conv2d(3, 5, 3, padding=1).double()
+    nn.init.uniform_(norm.bias)
+    x = sparse_input(values, active, 4, "masked-dense", channels_last=True)
+    for layer in (nn.Linear(3, 3, bias=False).double(), linear, norm):
+        x = _sparse_form("layer", layer)(x)
+    assert not x.clean and (x.data != oracle.masked(x.data, active)).any()
+    assert torch.equal(x.dense(), oracle.masked(x.data, active))
+    expected = oracle.masked_conv2d(x.data, active, conv.weight, conv.bias, padding=1)
+    x = _sparse_form("conv", conv)(x.permute(0, 3, 1, 2))
+    assert oracle.relative_error(x.dense(), expected) < 1e-12
+    assert (x * 2 + x).relu().clean is False and (x + 1).clean
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_mixes_pixels_is_refused_by_name(engine: str) -> None:
     x = sparse_input(torch.randn(2, 3, 16, 24), MASKS["some"], 4, engine)

@@ -13,8 +13,8 @@ namespace sparkme {
 
 // The visible patches of a batch; see sparkme/ops/__init__.py.
 struct Sites {
-  const int32_t* slots;    // (B, f_h, f_w): number among the visible patches, or -1
-  const int32_t* patches;  // (P): place in the flattened slots
+  const int32_t *slots;    // (B, f_h, f_w): number among the visible patches, or -1
+  const int32_t *patches;  // (P): place in the flattened slots
   int32_t f_h, f_w;
 };
 
@@ -27,9 +27,10 @@ struct Window {
   SPARKME_HOST_DEVICE int32_t reach_x() const { return width % 2 ? width / 2 * dilation : 0; }
 };
 
-// The row of the pixel (y, x), counted from the corner of visible patch `patch` and perhaps outside of it, at `pixels` along a patch; -1 where it is
-// hidden or outside of the image.
-SPARKME_HOST_DEVICE int64_t row_at(const Sites& sites, int32_t patch, int32_t y, int32_t x, int32_t pixels) {
+// The row of the pixel (y, x), counted from the corner of visible patch `patch` and perhaps outside of it, at `pixels` along a
+// patch; -1 where it is hidden or outside of the image.
+SPARKME_HOST_DEVICE int64_t row_at(const Sites &sites, int32_t patch, int32_t y, int32_t x, int32_t pixels) {
+  if (y >= 0 && x >= 0 && y < pixels && x < pixels) return (static_cast<int64_t>(patch) * pixels + y) * pixels + x;
   const int32_t cells = sites.f_h * sites.f_w;
   const int32_t place = sites.patches[patch];
   const int32_t sample = place / cells, cell = place % cells;
@@ -41,16 +42,16 @@ SPARKME_HOST_DEVICE int64_t row_at(const Sites& sites, int32_t patch, int32_t y,
 }
 
 // The input row that output pixel (y, x) of `patch` reads through a tap, or -1. `pixels` is the input's.
-SPARKME_HOST_DEVICE int64_t input_row(
-    const Sites& sites, const Window& window, int32_t patch, int32_t y, int32_t x, int32_t tap, int32_t pixels) {
+SPARKME_HOST_DEVICE int64_t input_row(const Sites &sites, const Window &window, int32_t patch, int32_t y, int32_t x,
+                                      int32_t tap, int32_t pixels) {
   const int32_t dy = tap % window.height * window.dilation - window.reach_y();
   const int32_t dx = tap / window.height * window.dilation - window.reach_x();
   return row_at(sites, patch, y * window.stride + dy, x * window.stride + dx, pixels);
 }
 
 // The output row that reads input pixel (y, x) of `patch` through a tap, or -1. `pixels` is the input's.
-SPARKME_HOST_DEVICE int64_t output_row(
-    const Sites& sites, const Window& window, int32_t patch, int32_t y, int32_t x, int32_t tap, int32_t pixels) {
+SPARKME_HOST_DEVICE int64_t output_row(const Sites &sites, const Window &window, int32_t patch, int32_t y, int32_t x,
+                                       int32_t tap, int32_t pixels) {
   const int32_t reached_y = y - tap % window.height * window.dilation + window.reach_y();
   const int32_t reached_x = x - tap / window.height * window.dilation + window.reach_x();
   if (reached_y % window.stride || reached_x % window.stride) return -1;  // also right for negative numbers: only zero matters

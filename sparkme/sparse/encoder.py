@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparkme.grid import Grid
 from sparkme.sparse.engines import create_engine
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
-from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer
+from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer, _SparseConvolution
 from sparkme.sparse.map import SparseMap
 
 
@@ -61,6 +61,9 @@ class SparseEncoder(nn.Module):
     def _choose_engine(self, name: str, device: torch.device) -> SparseEncoder:
         self.engine, self.engine_reason = create_engine(name, device)
         self._engine_choice = name, device.type
+        for layer in self.modules():
+            if isinstance(layer, _SparseConvolution):
+                layer.arrange(dense=self.engine.dense)
         return self
 
     def compile_stages(self, **options: Any) -> list[str]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import MinkowskiEngine as ME
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkme.sparse.layout import (
     channelwise_kernel_to_weight,
     channelwise_weight_to_kernel,
+    dense_order,
     kernel_to_weight,
     weight_to_kernel,
 )
@@ -93,6 +93,10 @@ class _SparseConvolution(SparseLayer):
 
     def _to_kernel(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def arrange(self, *, dense: bool) -> None:
+        """Orders the kernel in memory for a dense engine, or as MinkowskiEngine has it. Its shape and values stay."""
+        self.kernel.data = dense_order(self.kernel.data) if dense else self.kernel.data.contiguous()
 
     def dense_state(self) -> dict[str, Tensor]:
         state = {"weight": self.dense_weight.detach().contiguous()}
@@ -246,7 +250,7 @@ class SparseLayerNorm(SparseLayer, nn.LayerNorm):
         take_state(self, norm)
 
     def forward(self, x: SparseMap) -> SparseMap:  # type: ignore[override]
-        return x.with_rows(F.layer_norm(x.rows, self.normalized_shape, self.weight, self.bias, self.eps))
+        return x.engine.layer_norm(self, x)
 
 
 class SparseLinear(SparseLayer, ME.MinkowskiLinear):

@@ -11,7 +11,14 @@ from torch import Tensor
 def kernel_to_weight(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     """(kh * kw, C_in, C_out) or, for 1x1, (C_in, C_out), to (C_out, C_in, kh, kw); a view."""
     kh, kw = size
-    return kernel.reshape(kw, kh, *kernel.shape[-2:]).permute(3, 2, 1, 0)
+    channels_in, channels_out = kernel.shape[-2:]
+    # The channels are moved before the offsets are split, so that a gradient comes back in the kernel's own memory order.
+    return kernel.view(-1, channels_in, channels_out).permute(2, 0, 1).unflatten(1, (kw, kh)).permute(0, 3, 2, 1)
+
+
+def dense_order(kernel: Tensor) -> Tensor:
+    """The same kernel, in memory (C_out, kh * kw, C_in): close to a channels_last weight, to which it is copied in runs."""
+    return kernel.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def weight_to_kernel(weight: Tensor, shape: torch.Size) -> Tensor:

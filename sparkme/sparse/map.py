@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from sparkme.sparse.engines.base import Engine
 
-# Functions of one pixel at a time. The value says whether zero stays
-# zero when there is no second tensor operand: the masked-dense engine keeps hidden pixels at zero.
+# Functions of one pixel at a time. The value says whether zero stays zero when there is no second tensor operand: others
+# may turn what hidden pixels hold into infinity or NaN.
 _POINTWISE = {
     "abs": True, "add": False, "celu": True, "clamp": False, "clone": True, "detach": True, "div": False, "dropout": True,
     "elu": True, "exp": False, "gelu": True, "hardsigmoid": False, "hardswish": True, "hardtanh": True,
@@ -61,13 +61,13 @@ class SparseMap:
     """Features at the visible pixels of a batch, at one stride.
 
     Args:
-        data: what the engine computes on: (B, L, C) patch-major rows of each sample, or (B, C, H, W) with hidden pixels
-            at zero for the dense engine.
+        data: what the engine computes on: (B, L, C) patch-major rows of each sample, or (B, C, H, W) for a dense engine.
         grid: the sites.
         stride: input pixels per pixel of this map.
         engine: the kernels that the layers use on it.
         taps: collects the encoder's outputs as this map and its descendants reach them.
         channels_last: whether the network sees it as (B, H, W, C), after a `permute(0, 2, 3, 1)`.
+        clean: whether the hidden pixels of a dense engine's `data` are zero; else they hold what no visible pixel may read.
 
     Every operation is out of place, also `x += y` and `inplace=True`: MinkowskiEngine's layers keep a reference to
     their input for the backward pass, and would not notice that it has changed.
@@ -81,6 +81,7 @@ class SparseMap:
         engine: Engine,
         taps: dict[int, SparseMap] | None = None,
         channels_last: bool = False,
+        clean: bool = True,
     ) -> None:
         self.data = data
         self.grid = grid
@@ -88,10 +89,11 @@ class SparseMap:
         self.engine = engine
         self.taps = taps
         self.channels_last = channels_last
+        self.clean = clean
 
-    def replace(self, data: Tensor, stride: int | None = None) -> SparseMap:
+    def replace(self, data: Tensor, stride: int | None = None, *, clean: bool = True) -> SparseMap:
         """The same sites (or those of another stride) with other features."""
-        return SparseMap(data, self.grid, stride or self.stride, self.engine, self.taps, self.channels_last)
+        return SparseMap(data, self.grid, stride or self.stride, self.engine, self.taps, self.channels_last, clean)
 
     # What users read.
 
@@ -106,7 +108,7 @@ class SparseMap:
 
     def dense(self) -> Tensor:
         """(B, C, H / stride, W / stride), zero at hidden pixels."""
-        return self.data if self.engine.dense else self.grid.to_dense(self.rows, self.stride)
+        return self.engine.to_dense(self)
 
     def minkowski(self) -> ME.SparseTensor:
         """The same features as a MinkowskiEngine sparse tensor, with coordinates (sample, y, x) in input pixels."""
@@ -156,7 +158,7 @@ class SparseMap:
         wanted = _NCHW if self.channels_last else _NHWC
         if order != wanted:
             raise NotImplementedError(f"permute{order} of a sparse map: only {wanted} (channels moved) has a sparse form")
-        return SparseMap(self.data, self.grid, self.stride, self.engine, self.taps, not self.channels_last)
+        return SparseMap(self.data, self.grid, self.stride, self.engine, self.taps, not self.channels_last, self.clean)
 
     def __repr__(self) -> str:
         return f"SparseMap(shape={tuple(self.shape)}, stride={self.stride}, rows={self.grid.num_rows(self.stride)})"
@@ -226,8 +228,8 @@ class SparseMap:
         data = function(*(self._operand(a) for a in args), **named)
         keeps_zero = _POINTWISE[name] or (name in _SUMS and all(isinstance(a, SparseMap) for a in args))
         if self.engine.dense and not keeps_zero:
-            data = data.masked_fill(~self.grid.mask(self.stride, torch.bool), 0.0)
-        return self.replace(data)
+            return self.replace(torch.where(self.grid.mask(self.stride, torch.bool), data, 0.0))
+        return self.replace(data, clean=all(a.clean for a in (*args, *(kwargs or {}).values()) if isinstance(a, SparseMap)))
 
     def _operand(self, value: Any) -> Any:
         """An argument as the engine's data: other maps as they are, parameters broadcast along pixels."""

@@ -14,16 +14,17 @@
 namespace sparkme {
 namespace {
 
-const DepthwiseTable& kernels() {
+const DepthwiseTable &kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return kDepthwiseAvx512;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return kDepthwiseAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kDepthwiseAvx2;
 #endif
   return kDepthwiseBaseline;
 }
 
 template <typename T>
-const DepthwiseKernels<T>& kernels_of() {
+const DepthwiseKernels<T> &kernels_of() {
   if constexpr (std::is_same_v<T, double>) {
     return kernels().of_double;
   } else if constexpr (std::is_same_v<T, float>) {
@@ -37,10 +38,16 @@ const DepthwiseKernels<T>& kernels_of() {
 template <typename T>
 class Tiles {
  public:
-  // `pixels`: along a patch of the convolution's input. `spread`: the rows lie at every spread-th pixel only, the rest is zero; so the gradient of a
-  // strided convolution is read.
-  Tiles(const Sites& sites, const Window& window, int32_t pixels, int32_t spread, const at::Tensor& rows)
-      : sites_(sites), window_(window), pixels_(pixels), spread_(spread), rows_(rows.const_data_ptr<T>()), channels_(rows.size(1)), zero_(channels_, T(0)) {
+  // `pixels`: along a patch of the convolution's input. `spread`: the rows lie at every spread-th pixel only, the rest is zero;
+  // so the gradient of a strided convolution is read.
+  Tiles(const Sites &sites, const Window &window, int32_t pixels, int32_t spread, const at::Tensor &rows)
+      : sites_(sites),
+        window_(window),
+        pixels_(pixels),
+        spread_(spread),
+        rows_(rows.const_data_ptr<T>()),
+        channels_(rows.size(1)),
+        zero_(channels_, T(0)) {
     side_ = pixels / window.stride;
     tile_rows_ = (side_ - 1) * window.stride + (window.height - 1) * window.dilation + 1;
     tile_columns_ = (side_ - 1) * window.stride + (window.width - 1) * window.dilation + 1;
@@ -48,72 +55,79 @@ class Tiles {
 
   int32_t side() const { return side_; }
 
-  DepthwisePatch<T> find(int64_t patch, std::vector<const T*>& tile) const {
+  DepthwisePatch<T> find(int64_t patch, std::vector<const T *> &tile) const {
     tile.resize(tile_rows_ * tile_columns_);
     for (int32_t row = 0; row < tile_rows_; ++row) {
       const int32_t y = row - window_.reach_y();
       for (int32_t column = 0; column < tile_columns_; ++column) {
         const int32_t x = column - window_.reach_x();
         const bool between = y % spread_ || x % spread_;
-        const int64_t source = between ? -1 : row_at(sites_, static_cast<int32_t>(patch), y / spread_, x / spread_, pixels_ / spread_);
+        const int64_t source =
+            between ? -1 : row_at(sites_, static_cast<int32_t>(patch), y / spread_, x / spread_, pixels_ / spread_);
         tile[row * tile_columns_ + column] = source < 0 ? zero_.data() : rows_ + source * channels_;
       }
     }
-    return {tile.data(), tile_columns_, zero_.data(), side_, window_.stride, window_.dilation, window_.height, window_.width, channels_};
+    return {tile.data(),      tile_columns_,  zero_.data(),  side_,    window_.stride,
+            window_.dilation, window_.height, window_.width, channels_};
   }
 
  private:
   Sites sites_;
   Window window_;
   int32_t pixels_, spread_, side_, tile_rows_, tile_columns_;
-  const T* rows_;
+  const T *rows_;
   int64_t channels_;
   std::vector<T> zero_;
 };
 
-at::Tensor in_sum_type(const at::Tensor& kernel) {
+at::Tensor in_sum_type(const at::Tensor &kernel) {
   return kernel.to(kernel.scalar_type() == at::kBFloat16 ? at::kFloat : kernel.scalar_type()).contiguous();
 }
 
-at::Tensor convolve_patches(const at::Tensor& rows, const at::Tensor& kernel, const Sites& sites, int64_t num_patches, const Window& window, int64_t pixels, int64_t spread) {
+at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, const Sites &sites, int64_t num_patches,
+                            const Window &window, int64_t pixels, int64_t spread) {
   const at::Tensor kernel_ = in_sum_type(kernel);
   TORCH_CHECK_VALUE(window.height % 2 && window.width % 2, "kernel_size must be odd");
-  TORCH_CHECK_VALUE(kernel_.dim() == 2 && kernel_.size(0) == window.taps() && kernel_.size(1) == rows.size(1), "kernel must be (", window.taps(), ", ", rows.size(1), ")");
+  TORCH_CHECK_VALUE(kernel_.dim() == 2 && kernel_.size(0) == window.taps() && kernel_.size(1) == rows.size(1),
+                    "kernel must be (", window.taps(), ", ", rows.size(1), ")");
   const int64_t area = (pixels / window.stride) * (pixels / window.stride), channels = rows.size(1);
   at::Tensor out = at::empty({num_patches * area, channels}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "depthwise_conv", [&] {
     const Tiles<scalar_t> tiles(sites, window, pixels, spread, rows);
     at::parallel_for(0, num_patches, 1, [&](int64_t begin, int64_t end) {
-      std::vector<const scalar_t*> tile;
+      std::vector<const scalar_t *> tile;
       for (int64_t patch = begin; patch < end; ++patch) {
-        kernels_of<scalar_t>().convolve(tiles.find(patch, tile), kernel_.const_data_ptr<Sum<scalar_t>>(), out.mutable_data_ptr<scalar_t>() + patch * area * channels);
+        kernels_of<scalar_t>().convolve(tiles.find(patch, tile), kernel_.const_data_ptr<Sum<scalar_t>>(),
+                                        out.mutable_data_ptr<scalar_t>() + patch * area * channels);
       }
     });
   });
   return out;
 }
 
-at::Tensor depthwise_conv(
-    const at::Tensor& rows, const at::Tensor& kernel, const at::Tensor& slots, const at::Tensor& patches, int64_t pixels, at::IntArrayRef kernel_size,
-    int64_t stride, int64_t dilation) {
+at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &slots, const at::Tensor &patches,
+                          int64_t pixels, at::IntArrayRef kernel_size, int64_t stride, int64_t dilation) {
   const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("rows", rows_, patches_.size(0) * pixels * pixels);
-  return convolve_patches(rows_, kernel, sites_of(slots_, patches_), patches_.size(0), window_of(kernel_size, stride, dilation), pixels, 1);
+  return convolve_patches(rows_, kernel, sites_of(slots_, patches_), patches_.size(0), window_of(kernel_size, stride, dilation),
+                          pixels, 1);
 }
 
 // The convolution of the gradient, spread out to the input's pixels, with the kernel turned round.
-at::Tensor depthwise_conv_grad_rows(
-    const at::Tensor& grad, const at::Tensor& kernel, const at::Tensor& slots, const at::Tensor& patches, int64_t pixels, at::IntArrayRef kernel_size,
-    int64_t stride, int64_t dilation) {
+at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &slots,
+                                    const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                                    int64_t dilation) {
   const at::Tensor grad_ = grad.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("grad", grad_, patches_.size(0) * (pixels / stride) * (pixels / stride));
-  return convolve_patches(grad_, kernel.flip(0), sites_of(slots_, patches_), patches_.size(0), window_of(kernel_size, 1, dilation), pixels, stride);
+  return convolve_patches(grad_, kernel.flip(0), sites_of(slots_, patches_), patches_.size(0),
+                          window_of(kernel_size, 1, dilation), pixels, stride);
 }
 
-at::Tensor depthwise_conv_grad_kernel(
-    const at::Tensor& rows, const at::Tensor& grad, const at::Tensor& slots, const at::Tensor& patches, int64_t pixels, at::IntArrayRef kernel_size,
-    int64_t stride, int64_t dilation) {
-  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
+at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &slots,
+                                      const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                                      int64_t dilation) {
+  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), slots_ = slots.contiguous(),
+                   patches_ = patches.contiguous();
   const Sites sites = sites_of(slots_, patches_);
   const Window window = window_of(kernel_size, stride, dilation);
   const int64_t num_patches = patches_.size(0), channels = rows_.size(1), area = (pixels / stride) * (pixels / stride);
@@ -130,14 +144,15 @@ at::Tensor depthwise_conv_grad_kernel(
       for (int64_t part = begin; part < end; ++part) {
         const int64_t first = num_patches * part / num_parts, count = num_patches * (part + 1) / num_parts - first;
         if (!count) continue;
-        std::vector<std::vector<const scalar_t*>> pointers(count);
+        std::vector<std::vector<const scalar_t *>> pointers(count);
         std::vector<DepthwisePatch<scalar_t>> found;
-        std::vector<const scalar_t*> grads;
+        std::vector<const scalar_t *> grads;
         for (int64_t i = 0; i < count; ++i) {
           found.push_back(tiles.find(first + i, pointers[i]));
           grads.push_back(grad_.const_data_ptr<scalar_t>() + (first + i) * area * channels);
         }
-        kernels_of<scalar_t>().correlate(found.data(), grads.data(), count, parts.mutable_data_ptr<Sum<scalar_t>>() + part * window.taps() * channels);
+        kernels_of<scalar_t>().correlate(found.data(), grads.data(), count,
+                                         parts.mutable_data_ptr<Sum<scalar_t>>() + part * window.taps() * channels);
       }
     });
   });

@@ -10,12 +10,13 @@ namespace sparkme {
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// One visible patch. `tile` points at the rows of the patch and its halo, (rows, columns); a hidden pixel is `zero`, a row of zeros.
+// One visible patch. `tile` points at the rows of the patch and its halo, (rows, columns); a hidden pixel is `zero`, a row of
+// zeros.
 template <typename T>
 struct DepthwisePatch {
-  const T* const* tile;
+  const T *const *tile;
   int32_t tile_columns;
-  const T* zero;
+  const T *zero;
   int32_t side, stride, dilation;  // of the output patch, of the convolution
   int32_t height, width;           // of the kernel
   int64_t channels;
@@ -24,9 +25,9 @@ struct DepthwisePatch {
 template <typename T>
 struct DepthwiseKernels {
   // out (side^2, C) = the patch convolved with kernel (height * width, C).
-  void (*convolve)(const DepthwisePatch<T>& patch, const Sum<T>* kernel, T* out);
+  void (*convolve)(const DepthwisePatch<T> &patch, const Sum<T> *kernel, T *out);
   // sums (height * width, C) += the product of grad (side^2, C) and the patch, for `count` patches.
-  void (*correlate)(const DepthwisePatch<T>* patches, const T* const* grads, int64_t count, Sum<T>* sums);
+  void (*correlate)(const DepthwisePatch<T> *patches, const T *const *grads, int64_t count, Sum<T> *sums);
 };
 
 struct DepthwiseTable {

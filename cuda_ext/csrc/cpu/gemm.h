@@ -6,8 +6,8 @@
 
 namespace sparkme {
 
-// (N, K) times (K, M), of any strides, plus a bias (M). In float32 through oneDNN, which torch itself does not take for a plain product: MKL reaches less than half of
-// oneDNN's speed on processors that are not Intel's.
-at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias = std::nullopt);
+// (N, K) times (K, M), of any strides, plus a bias (M). In float32 through oneDNN, which torch itself does not take for a plain
+// product: MKL reaches less than half of oneDNN's speed on processors that are not Intel's.
+at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias = std::nullopt);
 
 }  // namespace sparkme

@@ -11,37 +11,41 @@
 namespace sparkme {
 namespace {
 
-at::Tensor voxelise(const at::Tensor& dense, const at::Tensor& slots, const at::Tensor& patches, int64_t pixels) {
+at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels) {
   const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Sites sites = sites_of(slots_, patches_);
-  TORCH_CHECK_VALUE(
-      dense.dim() == 4 && dense.size(0) == slots_.size(0) && dense.size(2) == sites.f_h * pixels && dense.size(3) == sites.f_w * pixels,
-      "dense ", dense.sizes(), " does not fit slots ", slots_.sizes(), " of pixels=", pixels);
+  TORCH_CHECK_VALUE(dense.dim() == 4 && dense.size(0) == slots_.size(0) && dense.size(2) == sites.f_h * pixels &&
+                        dense.size(3) == sites.f_w * pixels,
+                    "dense ", dense.sizes(), " does not fit slots ", slots_.sizes(), " of pixels=", pixels);
   const int64_t channels = dense.size(1), cells = int64_t{sites.f_h} * sites.f_w;
   const auto strides = dense.strides();
   at::Tensor rows = at::empty({patches_.size(0) * pixels * pixels, channels}, dense.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dense.scalar_type(), "voxelise", [&] {
-    const auto* source = dense.const_data_ptr<scalar_t>();
-    auto* target = rows.mutable_data_ptr<scalar_t>();
+    const auto *source = dense.const_data_ptr<scalar_t>();
+    auto *target = rows.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, patches_.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t patch = begin; patch < end; ++patch) {
         const int64_t place = sites.patches[patch], sample = place / cells, cell = place % cells;
-        const scalar_t* corner = source + sample * strides[0] + cell / sites.f_w * pixels * strides[2] + cell % sites.f_w * pixels * strides[3];
-        scalar_t* row = target + patch * pixels * pixels * channels;
+        const scalar_t *corner =
+            source + sample * strides[0] + cell / sites.f_w * pixels * strides[2] + cell % sites.f_w * pixels * strides[3];
+        scalar_t *row = target + patch * pixels * pixels * channels;
         if (strides[1] == 1 && strides[3] == channels) {  // channels_last: a patch's line is one piece of memory
-          for (int64_t y = 0; y < pixels; ++y) std::copy_n(corner + y * strides[2], pixels * channels, row + y * pixels * channels);
+          for (int64_t y = 0; y < pixels; ++y)
+            std::copy_n(corner + y * strides[2], pixels * channels, row + y * pixels * channels);
           continue;
         }
         for (int64_t y = 0; y < pixels; ++y)
           for (int64_t c = 0; c < channels; ++c)
-            for (int64_t x = 0; x < pixels; ++x) row[(y * pixels + x) * channels + c] = corner[c * strides[1] + y * strides[2] + x * strides[3]];
+            for (int64_t x = 0; x < pixels; ++x)
+              row[(y * pixels + x) * channels + c] = corner[c * strides[1] + y * strides[2] + x * strides[3]];
       }
     });
   });
   return rows;
 }
 
-at::Tensor densify(const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& patches, int64_t pixels, const std::optional<at::Tensor>& fill) {
+at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels,
+                   const std::optional<at::Tensor> &fill) {
   const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Sites sites = sites_of(slots_, patches_);
   check_rows("rows", rows_, patches_.size(0) * pixels * pixels);
@@ -53,16 +57,16 @@ at::Tensor densify(const at::Tensor& rows, const at::Tensor& slots, const at::Te
     background = fill->to(rows_.scalar_type()).contiguous();
   }
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "densify", [&] {
-    const auto* source = rows_.const_data_ptr<scalar_t>();
-    const scalar_t* colour = fill ? background.const_data_ptr<scalar_t>() : nullptr;
-    auto* target = dense.mutable_data_ptr<scalar_t>();
+    const auto *source = rows_.const_data_ptr<scalar_t>();
+    const scalar_t *colour = fill ? background.const_data_ptr<scalar_t>() : nullptr;
+    auto *target = dense.mutable_data_ptr<scalar_t>();
     const int64_t line = pixels * channels;  // of one patch
     at::parallel_for(0, batch * sites.f_h * pixels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {  // one line of pixels across the image
         const int64_t y = i % pixels;
         for (int32_t cell_x = 0; cell_x < sites.f_w; ++cell_x) {
           const int64_t slot = sites.slots[i / pixels * sites.f_w + cell_x];
-          scalar_t* out = target + (i * sites.f_w + cell_x) * line;
+          scalar_t *out = target + (i * sites.f_w + cell_x) * line;
           if (slot >= 0) {
             std::copy_n(source + (slot * pixels + y) * line, line, out);
           } else if (!colour) {

@@ -17,15 +17,16 @@ namespace {
 constexpr int64_t kGrain = 64;  // rows
 
 template <typename T>
-void max_pool_rows(const T* rows, const int32_t* table, T* out, uint8_t* taken, int64_t begin, int64_t end, int64_t taps, int64_t channels) {
+void max_pool_rows(const T *rows, const int32_t *table, T *out, uint8_t *taken, int64_t begin, int64_t end, int64_t taps,
+                   int64_t channels) {
   for (int64_t n = begin; n < end; ++n) {
-    T* largest = out + n * channels;
-    uint8_t* from = taken + n * channels;
+    T *largest = out + n * channels;
+    uint8_t *from = taken + n * channels;
     bool first = true;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int32_t entry = table[n * taps + tap];
       if (entry < 0) continue;
-      const T* row = rows + entry * channels;
+      const T *row = rows + entry * channels;
       for (int64_t c = 0; c < channels; ++c) {
         if (first || row[c] > largest[c] || (std::isnan(row[c]) && !std::isnan(largest[c]))) {
           largest[c] = row[c];
@@ -38,7 +39,7 @@ void max_pool_rows(const T* rows, const int32_t* table, T* out, uint8_t* taken, 
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor& rows, const at::Tensor& table, const at::Tensor& inverse) {
+std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
   const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_int32("table", table_, 2);
   const int64_t channels = rows_.size(1), taps = table_.size(1);
@@ -46,9 +47,8 @@ std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor& rows, const at::Te
   at::Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "max_pool", [&] {
     at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
-      max_pool_rows(
-          rows_.const_data_ptr<scalar_t>(), table_.const_data_ptr<int32_t>(), out.mutable_data_ptr<scalar_t>(), taken.mutable_data_ptr<uint8_t>(),
-          begin, end, taps, channels);
+      max_pool_rows(rows_.const_data_ptr<scalar_t>(), table_.const_data_ptr<int32_t>(), out.mutable_data_ptr<scalar_t>(),
+                    taken.mutable_data_ptr<uint8_t>(), begin, end, taps, channels);
     });
   });
   return {out, taken};
@@ -56,11 +56,11 @@ std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor& rows, const at::Te
 
 // Sums, over the taps, the neighbours that `counts(n, tap, c)` accepts.
 template <typename T, typename F>
-void sum_neighbours(const at::Tensor& rows, const at::Tensor& table, at::Tensor& out, at::opmath_type<T> scale, F counts) {
+void sum_neighbours(const at::Tensor &rows, const at::Tensor &table, at::Tensor &out, at::opmath_type<T> scale, F counts) {
   const int64_t channels = rows.size(1), taps = table.size(1);
-  const T* source = rows.const_data_ptr<T>();
-  const int32_t* entries = table.const_data_ptr<int32_t>();
-  T* target = out.mutable_data_ptr<T>();
+  const T *source = rows.const_data_ptr<T>();
+  const int32_t *entries = table.const_data_ptr<int32_t>();
+  T *target = out.mutable_data_ptr<T>();
   at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
     std::vector<at::opmath_type<T>> sum(channels);
     for (int64_t n = begin; n < end; ++n) {
@@ -77,26 +77,28 @@ void sum_neighbours(const at::Tensor& rows, const at::Tensor& table, at::Tensor&
   });
 }
 
-at::Tensor max_pool_grad_rows(const at::Tensor& grad, const at::Tensor& taken, const at::Tensor& inverse) {
+at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, const at::Tensor &inverse) {
   const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
   check_int32("inverse", inverse_, 2);
   TORCH_CHECK_VALUE(taken_.sizes() == grad_.sizes(), "taken must have the shape of grad");
   const int64_t channels = grad_.size(1);
-  const uint8_t* from = taken_.const_data_ptr<uint8_t>();
+  const uint8_t *from = taken_.const_data_ptr<uint8_t>();
   at::Tensor out = at::empty({inverse_.size(0), channels}, grad_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "max_pool_grad_rows", [&] {
-    sum_neighbours<scalar_t>(grad_, inverse_, out, 1, [=](int64_t entry, int64_t tap, int64_t c) { return from[entry * channels + c] == tap; });
+    sum_neighbours<scalar_t>(grad_, inverse_, out, 1,
+                             [=](int64_t entry, int64_t tap, int64_t c) { return from[entry * channels + c] == tap; });
   });
   return out;
 }
 
-at::Tensor avg_pool(const at::Tensor& rows, const at::Tensor& table, const at::Tensor& inverse) {
+at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
   const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_int32("table", table_, 2);
   at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "avg_pool", [&] {
     using Sum = at::opmath_type<scalar_t>;
-    sum_neighbours<scalar_t>(rows_, table_, out, Sum(1) / static_cast<Sum>(table_.size(1)), [](int64_t, int64_t, int64_t) { return true; });
+    sum_neighbours<scalar_t>(rows_, table_, out, Sum(1) / static_cast<Sum>(table_.size(1)),
+                             [](int64_t, int64_t, int64_t) { return true; });
   });
   return out;
 }

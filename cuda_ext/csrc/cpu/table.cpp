@@ -8,8 +8,8 @@
 namespace sparkme {
 namespace {
 
-at::Tensor neighbour_table(
-    const at::Tensor& slots, const at::Tensor& patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride, int64_t dilation, bool transposed) {
+at::Tensor neighbour_table(const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
+                           int64_t stride, int64_t dilation, bool transposed) {
   const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Sites sites = sites_of(slots_, patches_);
   const Window window = window_of(kernel_size, stride, dilation);
@@ -17,15 +17,15 @@ at::Tensor neighbour_table(
   const auto side = static_cast<int32_t>(transposed ? pixels : pixels / stride);
   const int64_t taps = window.taps(), area = int64_t{side} * side;
   at::Tensor table = at::empty({patches_.size(0) * area, taps}, slots_.options());
-  auto* out = table.mutable_data_ptr<int32_t>();
+  auto *out = table.mutable_data_ptr<int32_t>();
   at::parallel_for(0, patches_.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t patch = begin; patch < end; ++patch) {
       for (int64_t pixel = 0; pixel < area; ++pixel) {
         const auto y = static_cast<int32_t>(pixel / side), x = static_cast<int32_t>(pixel % side);
-        int32_t* row = out + (patch * area + pixel) * taps;
+        int32_t *row = out + (patch * area + pixel) * taps;
         for (int32_t tap = 0; tap < taps; ++tap) {
-          row[tap] = static_cast<int32_t>(
-              transposed ? output_row(sites, window, patch, y, x, tap, pixels) : input_row(sites, window, patch, y, x, tap, pixels));
+          row[tap] = static_cast<int32_t>(transposed ? output_row(sites, window, patch, y, x, tap, pixels)
+                                                     : input_row(sites, window, patch, y, x, tap, pixels));
         }
       }
     }
@@ -35,8 +35,6 @@ at::Tensor neighbour_table(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sparkme, CPU, m) {
-  m.impl("neighbour_table", neighbour_table);
-}
+TORCH_LIBRARY_IMPL(sparkme, CPU, m) { m.impl("neighbour_table", neighbour_table); }
 
 }  // namespace sparkme

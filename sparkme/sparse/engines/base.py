@@ -7,20 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import Grid
 from sparkme.sparse.map import SparseMap
 
 if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseAvgPool2d, SparseLinear, SparseMaxPool2d, _SparseConvolution
+    from sparkme.sparse.layers import (
+        SparseAvgPool2d,
+        SparseLayerNorm,
+        SparseLinear,
+        SparseMaxPool2d,
+        _SparseConvolution,
+    )
 
 
 class Engine(ABC):
     """The kernels behind the layers, and the form in which they keep features.
 
-    `dense` says which: (B, C, H, W) with hidden pixels at zero, or (B, L, C) patch-major rows. `bf16` says whether it
-    follows autocast; the encoder of an engine that cannot stays in the precision of its weights.
+    `dense` says which: (B, C, H, W), or (B, L, C) patch-major rows. `bf16` says whether it follows autocast; the encoder
+    of an engine that cannot stays in the precision of its weights.
     """
 
     name: str
@@ -52,6 +59,13 @@ class Engine(ABC):
         return grid.to_dense(rows, stride, fill)
 
     @abstractmethod
+    def layer_norm(self, layer: SparseLayerNorm, x: SparseMap) -> SparseMap: ...
+
+    @abstractmethod
+    def to_dense(self, x: SparseMap) -> Tensor:
+        """(B, C, H, W), zero at hidden pixels."""
+
+    @abstractmethod
     def to_rows(self, x: SparseMap) -> Tensor:
         """(N, C) patch-major rows of the map."""
 
@@ -67,6 +81,12 @@ class RowEngine(Engine):
 
     def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
         return x.replace(layer.linear(x.data))
+
+    def layer_norm(self, layer: SparseLayerNorm, x: SparseMap) -> SparseMap:
+        return x.replace(F.layer_norm(x.data, layer.normalized_shape, layer.weight, layer.bias, layer.eps))
+
+    def to_dense(self, x: SparseMap) -> Tensor:
+        return x.grid.to_dense(x.rows, x.stride)
 
     def to_rows(self, x: SparseMap) -> Tensor:
         return x.data.flatten(0, 1)
