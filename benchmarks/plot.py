@@ -28,7 +28,7 @@ WORK = {
 TUNED = "tuned masked-dense"
 COLOURS = {
     "cuda_ext": "#d1495b", "minkowski": "#edae49", "masked-dense": "#00798c", "masked-dense-nchw": "#66a5ad",
-    "official": "#8d96a3",
+    "rows-dense": "#30638e", "official": "#8d96a3",
 }  # fmt: skip
 STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titleweight": "bold",

@@ -16,13 +16,15 @@ Who is timed (`--contenders`):
     minkowski          the engine with stock MinkowskiEngine; its encoder stays in float32
     masked-dense       dense convolutions and masks, tuned, in channels_last memory
     masked-dense-nchw  the same in contiguous memory; the faster of the two is the "tuned masked-dense" of the ratios
-    official           the algorithm as the official SparK code runs it (benchmarks/official.py), always in float32
+    rows-dense         what plain PyTorch can do: rows, and dense convolutions where windows overlap (benchmarks/rows_dense.py)
+    official           the algorithm as the official SparK code runs it (benchmarks/official.py), always in float32 and NCHW
 
-First every contender runs one float32 encoder pass on the same weights, images and mask. Its maps and the gradients of
-all parameters are compared with those of masked-dense: |x - y| / |y|, Euclidean norms, the largest over maps and over
-parameters. One that is off by more than 1e-3 (maps, loss) or 1e-2 (gradients) is not timed, and the exit code is 1. In
-small batches a single ReLU that flips, its input within rounding of zero, can change gradients by more than that; so who
-fails is asked again with other images, up to twice. A wrong kernel is wrong every time. The loss is compared for `step`.
+Each has a copy of the weights, in the memory order that it likes. First every contender runs one float32 encoder pass on
+the same weights, images and mask. Its maps and the gradients of all parameters are compared with those of masked-dense:
+|x - y| / |y|, Euclidean norms, the largest over maps and over parameters. One that is off by more than 1e-3 (maps, loss) or
+1e-2 (gradients) is not timed, and the exit code is 1. In small batches a single ReLU that flips, its input within rounding
+of zero, can change gradients by more than that; so who fails is asked again with other images, up to twice. A wrong kernel
+is wrong every time. The loss is compared for `step` only.
 
 Then the contenders take turns, round by round in one process. Drop path is off, and norm weights and layer scales are
 random in [0.5, 1.5]: as initialised, most of them are so close to zero that errors in a branch would not show.
@@ -46,6 +48,7 @@ The JSON file, rewritten after every case, holds `date`, `commit` (marked where 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -58,9 +61,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +77,9 @@ if TYPE_CHECKING:
     from sparkme.spark import SparK
 
 WHAT = ("encoder-forward", "encoder", "step")
-ENGINE_OF = {
+ENGINE_OF = {  # the engine whose kernels run, and whose order of weights in memory is used
     "cuda_ext": "cuda_ext", "minkowski": "minkowski", "masked-dense": "masked-dense", "masked-dense-nchw": "masked-dense",
+    "rows-dense": "masked-dense",
 }  # fmt: skip
 CONTENDERS = (*ENGINE_OF, "official")
 TUNED = ("masked-dense", "masked-dense-nchw")
@@ -108,7 +112,9 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("how it is run")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s: a GPU if there is one)")
     group.add_argument("--threads", type=int, help="of torch on the CPU (as torch chooses)")
-    group.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="bf16 is autocast (%(default)s)")
+    group.add_argument(
+        "--precision", nargs="+", default=["float32"], choices=("float32", "bf16"), help="bf16 is autocast (float32)"
+    )
     group.add_argument("--compile", action="store_true", help="compile stages and decoder, for all engines of sparkme")
     group.add_argument("--rounds", type=int, default=7, help="timed runs of each contender (%(default)s)")
     group.add_argument("--warmup", type=int, default=2, help="runs of each before that (%(default)s)")
@@ -156,13 +162,11 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
         args.profile.write_text("")
     print(", ".join(f"{key} {value}" for key, value in record["hardware"].items() if value), flush=True)
     failed = False
-    for name in args.model:
-        for batch_size in args.batch_size:
-            for ratio in args.mask_ratio:
-                for case in run_cases(name, batch_size, ratio, device, args):
-                    record["cases"].append(case)
-                    failed |= "error" in case or any(DISAGREES in reason for reason in case["left_out"].values())
-                    write_json(args.json, record)
+    for name, batch_size, ratio, precision in product(args.model, args.batch_size, args.mask_ratio, args.precision):
+        for case in run_cases(name, batch_size, ratio, precision, device, args):
+            record["cases"].append(case)
+            failed |= "error" in case or any(DISAGREES in reason for reason in case["left_out"].values())
+            write_json(args.json, record)
     if args.json:
         print(f"wrote {args.json}")
     return int(failed)
@@ -233,13 +237,12 @@ class Setting:
     """What the contenders of one model, batch size and mask ratio share.
 
     Attributes:
-        name: of the model.
+        name: torchvision's of the encoder.
         images: (B, 3, H, W) float32.
         active: (B, 1, f_h, f_w) bool, True = visible; `keep` of them in every image.
         autocast: whether sparkme's contenders are timed in bf16.
         compiled: whether they are compiled.
-        new_model: makes the model once more, with the same weights.
-        shared: the model that all use, unless they are compiled.
+        shared: the weights; every contender takes a copy.
     """
 
     name: str
@@ -248,7 +251,6 @@ class Setting:
     keep: int
     autocast: bool
     compiled: bool
-    new_model: Callable[[], SparK]
     shared: SparK
 
     @property
@@ -263,27 +265,25 @@ class Setting:
         return random_active(len(self.images), model.num_patches, model.mask_ratio, device=self.device)
 
 
-def create_setting(name: str, batch_size: int, ratio: float, device: torch.device, args: argparse.Namespace) -> Setting:
+def create_setting(
+    name: str, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
+) -> Setting:
     """Makes weights, images and mask from fixed seeds."""
     from sparkme.masking import num_visible, random_active
     from sparkme.models import create_encoder
     from sparkme.spark import SparK
 
-    def new_model() -> SparK:
-        torch.manual_seed(0)
-        model = SparK(
-            create_encoder(name, drop_path=0.0), input_size=args.input_size, mask_ratio=ratio_of_model(ratio, args),
-            decoder_width=args.decoder_width,
-        )  # fmt: skip
-        randomise_scales(model)
-        return model.to(device).train()
-
-    model = new_model()
+    torch.manual_seed(0)
+    model = SparK(
+        create_encoder(name, drop_path=0.0), input_size=args.input_size, mask_ratio=ratio_of_model(ratio, args),
+        decoder_width=args.decoder_width,
+    ).to(device).train()  # fmt: skip
+    randomise_scales(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, model.encoder.in_channels, *model.input_size, generator=generator)
     active = random_active(batch_size, model.num_patches, ratio, generator=generator)
     keep = num_visible(active[0].numel(), ratio)
-    return Setting(name, images.to(device), active.to(device), keep, args.precision == "bf16", args.compile, new_model, model)
+    return Setting(name, images.to(device), active.to(device), keep, precision == "bf16", args.compile, model)
 
 
 @torch.no_grad()
@@ -299,29 +299,28 @@ class Contender:
 
     Args:
         name: of `CONTENDERS`.
-        setting: what all share; with torch.compile each has a copy of the model, since what is compiled is made for one
-            engine.
+        setting: what all share.
     """
 
     def __init__(self, name: str, setting: Setting) -> None:
         self.name, self.setting = name, setting
-        self.model = setting.shared
-        self.network: Any = None  # whose parameters are trained
         self._gradients: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._prepare()
 
     def _prepare(self) -> None:
-        from sparkme.sparse.engines import ENGINES
+        from benchmarks.rows_dense import RowsDenseEngine
+        from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 
-        kind = ENGINES[ENGINE_OF[self.name]]
-        options = {"memory_format": torch.contiguous_format} if self.name.endswith("-nchw") else {}
-        self.engine = kind(**options)
+        self.model = copy.deepcopy(self.setting.shared)
+        encoder = self.model.encoder.set_engine(ENGINE_OF[self.name])
+        if self.name == "masked-dense-nchw":
+            encoder.engine = MaskedDenseEngine(torch.contiguous_format)
+        if self.name == "rows-dense":
+            encoder.engine = RowsDenseEngine()
+        self.engine = encoder.engine
         if self.setting.compiled:
-            self.model = self.setting.new_model()
-            self.model.encoder.engine = self.engine
             self.model.compile_parts()
-        self.network = self.model
 
     @property
     def precision(self) -> str:
@@ -333,8 +332,11 @@ class Contender:
 
     def begin(self) -> None:
         """What has to be done before a run and is not timed."""
-        self.model.encoder.engine = self.engine
-        self.network.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def encoder_gradients(self) -> dict[str, Tensor]:
+        """Copies of the encoder's gradients, under the names of its parameters."""
+        return {name: p.grad.clone() for name, p in self.model.encoder.named_parameters() if p.grad is not None}
 
     def encode(self) -> list[Tensor]:
         """The maps in the form in which the engine has them: (B, L, C) rows or dense (B, C, H, W)."""
@@ -345,10 +347,6 @@ class Contender:
         """The maps as (B, C, H, W)."""
         setting = self.setting
         return [x.dense() for x in self.model.encoder(setting.images, setting.active, setting.keep)]
-
-    def encoder_gradients(self) -> dict[str, Tensor]:
-        """After a backward pass, by the names of the encoder's parameters."""
-        return {name: p.grad.clone() for name, p in self.model.encoder.named_parameters() if p.grad is not None}
 
     def loss(self, active: Tensor) -> Tensor:
         return self.model(self.setting.images, active)
@@ -384,8 +382,8 @@ class Contender:
         from sparkme.training.optimizer import create_optimizer, update_schedule
 
         if self._optimizer is None:
-            beta2 = 0.95 if self.model.encoder.norm == "bn" else 0.999
-            self._optimizer = create_optimizer("lamb", self.network, beta2=beta2, clip_grad=5.0)
+            beta2 = 0.95 if self.setting.shared.encoder.norm == "bn" else 0.999
+            self._optimizer = create_optimizer("lamb", self.model, beta2=beta2, clip_grad=5.0)
             update_schedule(self._optimizer, learning_rate=1e-6, weight_decay=0.04)
         return self._optimizer
 
@@ -396,26 +394,25 @@ class Official(Contender):
     precision = "float32"
 
     def _prepare(self) -> None:
-        self.network = import_module("benchmarks.official").OfficialSparK(self.setting.name, self.model, drop_path=0.0)
+        from benchmarks.official import OfficialSparK
+
+        self.official = OfficialSparK(self.setting.name, self.setting.shared)
+        self.model = cast("SparK", self.official)  # for what both have: parameters and gradients
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def begin(self) -> None:
-        self.network.zero_grad(set_to_none=True)
-
     def encoder_gradients(self) -> dict[str, Tensor]:
-        found = self.network.gradients(self.model)
-        return {name.removeprefix("encoder."): gradient for name, gradient in found.items() if name.startswith("encoder.")}
+        found = self.official.gradients(self.setting.shared)
+        return {name.removeprefix("encoder."): grad for name, grad in found.items() if name.startswith("encoder.")}
 
     def encode(self) -> list[Tensor]:
-        maps: list[Tensor] = self.network.encode(self.setting.images, self.setting.active)
-        return maps
+        return self.official.encode(self.setting.images, self.setting.active)
 
     dense_maps = encode
 
     def loss(self, active: Tensor) -> Tensor:
-        loss: Tensor = self.network(self.setting.images, active)
+        loss: Tensor = self.official(self.setting.images, active)
         return loss
 
     def drawn_loss(self) -> Tensor:
@@ -556,16 +553,16 @@ def release(device: torch.device) -> None:
 
 
 def run_cases(
-    name: str, batch_size: int, ratio: float, device: torch.device, args: argparse.Namespace
+    name: str, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Checks, times and prints one setting, a case for each kind of work."""
     about = {
         "model": name, "input_size": args.input_size, "batch_size": batch_size, "mask_ratio": ratio,
-        "precision": args.precision, "compile": args.compile,
+        "precision": precision, "compile": args.compile,
     }  # fmt: skip
-    print(f"\n{name}, {args.input_size} pixels, batch {batch_size}, mask ratio {ratio:g}, {args.precision}", flush=True)
+    print(f"\n{name}, {args.input_size} pixels, batch {batch_size}, mask ratio {ratio:g}, {precision}", flush=True)
     try:
-        setting = create_setting(name, batch_size, ratio, device, args)
+        setting = create_setting(name, batch_size, ratio, precision, device, args)
         about |= {"patch": setting.shared.patch, "num_patches": setting.active[0].numel(), "visible_patches": setting.keep}
         contenders, left_out = admit(args.contenders, setting)
         contenders, agreement, refused = check_agreement(contenders, setting, "step" in args.what)

@@ -98,8 +98,11 @@ class Run:
         from sparkme.data.images import demo_photographs, find_images
         from sparkme.training.build import build_network
         from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+        from sparkme.training.memory import keep_freed_memory
         from sparkme.training.optimizer import create_optimizer
 
+        if process.device.type == "cpu":
+            keep_freed_memory()
         self.process, self.stop = process, StopRequest(announce=process.is_main)
         self.folder = output_folder(args)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.keep_checkpoints)

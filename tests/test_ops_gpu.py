@@ -25,10 +25,12 @@ WINDOWS = [
 
 
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_float32() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
     torch.cuda.synchronize()  # so that an error belongs to the test that made it
 
 
@@ -134,9 +136,12 @@ def test_depthwise_conv_of_many_patches(pixels: int) -> None:
     # Against the kernels without tiles, which take any number of channels.
     width = slice(0, 255)
     op = torch.ops.sparkme
-    for operator, a, b in (
-        (op.depthwise_conv, rows, kernel), (op.depthwise_conv_grad_rows, grad, kernel), (op.depthwise_conv_grad_kernel, rows, grad)
-    ):  # fmt: skip
+    cases = [
+        (op.depthwise_conv, rows, kernel),
+        (op.depthwise_conv_grad_rows, grad, kernel),
+        (op.depthwise_conv_grad_kernel, rows, grad),
+    ]
+    for operator, a, b in cases:
         fast, plain = operator(a, b, *geometry), operator(a[:, width], b[:, width], *geometry)
         assert relative_error(fast[:, width], plain) < 4e-3
 
@@ -250,6 +255,7 @@ def test_no_rows(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
     operator, arguments = calls(dtype)[name]
+    arguments = detached(arguments) if "grad" in name else arguments
 
     def run() -> None:
         result = operator(*arguments)

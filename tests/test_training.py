@@ -1,6 +1,8 @@
 """Optimiser, schedules, sampler, data and checkpoints: the parts of a training run."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +254,15 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_durations_read_well() -> None:
     assert [duration(s) for s in (8, 367, 14700, 183600)] == ["8 s", "6 min 07 s", "4 h 05 min", "2 d 3 h"]
+
+
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    code = (
+        "import resource, torch; from sparkme.training.memory import keep_freed_memory\n"
+        "assert keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "step = lambda: len([torch.ones(1 << 24) for _ in range(3)])\n"
+        "step(); before = faults(); [step() for _ in range(5)]; print(faults() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 130_000  # 5 steps of 3 x 64 MiB are 245,760 pages

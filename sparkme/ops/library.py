@@ -203,8 +203,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_rows, need_kernel, need_bias = ctx.needs_input_grad
     grad_rows = _OPS.linear(grad, kernel.t(), None) if need_rows else None
     grad_kernel = None
-    if need_kernel:  # a product with fewer rows than columns is up to twice as fast as its transpose (oneDNN, measured)
-        wide = rows.shape[1] <= grad.shape[1]
+    if need_kernel:
+        # A product with fewer rows than columns is up to twice as fast as its transpose (oneDNN, measured); but a transposed
+        # gradient has to be copied, which costs as much where there are few rows.
+        wide = rows.shape[1] <= grad.shape[1] or len(rows) < rows.shape[1]
         grad_kernel = _OPS.linear(rows.t(), grad, None) if wide else _OPS.linear(grad.t(), rows, None).t()
     return grad_rows, grad_kernel, grad.sum(0) if need_bias else None
 

@@ -4,7 +4,8 @@ The operators arrive in a library of their own, `torch.ops.sparkme_on_host`, und
 tensors on the CPU. By hand, with the address sanitizer:
 
     python tests/cuda_on_host/build.py /tmp/on_host -fsanitize=address -g
-    SPARKME_ON_HOST_LIBRARY=/tmp/on_host/on_host.so LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
+    export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+    SPARKME_ON_HOST_LIBRARY=/tmp/on_host/on_host.so ASAN_OPTIONS=detect_leaks=0 \\
         python -m pytest tests/test_cuda_on_host.py
 """
 
