@@ -42,7 +42,7 @@ step_limit() {
     setup) echo 90 ;;
     minkowski) echo 300 ;;
     operators) echo 240 ;;
-    tests) echo 180 ;;
+    tests | sweep) echo 180 ;;
     encoder | step) echo 150 ;;
     *) echo 120 ;;
   esac
@@ -95,6 +95,10 @@ run_minkowski() {
   esac
   pip_install "$wheel"
   (cd "$WORK/cache" && tar -cf "$RESULTS/minkowski-cache.tar" --exclude='*.log' --exclude='*.lock' -- *)
+  if [ "$(wc -c <"$RESULTS/minkowski-cache.tar")" -gt 16777216 ]; then
+    echo "minkowski-cache.tar would be larger than 16 MiB: left out"
+    rm "$RESULTS/minkowski-cache.tar"
+  fi
 }
 
 run_operators() {
@@ -128,7 +132,7 @@ throughput() {
   local name=$1 sizes=(--model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda --seconds 25)
   shift
   if [ -n "$DRY_RUN" ]; then
-    sizes=(--model resnet18 --batch-size 2 --input-size 96 --decoder-width 32 --device cpu --rounds 1 --warmup 1)
+    sizes=(--model resnet18 --batch-size 4 --input-size 96 --decoder-width 32 --device cpu --rounds 1 --warmup 1)
   fi
   "$PYTHON" -m benchmarks.throughput "$@" "${sizes[@]}" --json "$RESULTS/$name.json"
 }
@@ -139,7 +143,7 @@ run_step() { throughput step --what step; }
 
 run_sweep() {
   local contenders=(cuda_ext masked-dense masked-dense-nchw)
-  throughput sweep --sweep --contenders "${contenders[@]}" --rounds 5
+  throughput sweep --sweep --contenders "${contenders[@]}" --rounds 5 --warmup 1
 }
 
 run_host-wait() {

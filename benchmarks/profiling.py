@@ -98,4 +98,4 @@ def _events(record: profile) -> list[Any]:
 
 def _is_annotation(event: Any) -> bool:
     """Spans that the profiler lays over kernels, such as that of an optimiser's step, are no work of the GPU."""
-    return bool(event.is_user_annotation()) or "annotation" in str(event.activity_type()).lower()
+    return bool(event.is_user_annotation()) or event.name().startswith(("Optimizer.", "ProfilerStep"))
