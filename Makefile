@@ -70,8 +70,10 @@ format: setup
 
 # The CUDA sources, compiled for one architecture into build/: it needs nvcc and no GPU. Nothing is installed.
 cuda-compile: setup
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(RUN) setup.py --quiet build_ext \
-	  --build-lib build/cuda --build-temp build/cuda-objects
+	@mkdir -p build; printf 'compiling the CUDA sources for %s ...' "$${TORCH_CUDA_ARCH_LIST:=9.0}"; start=$$SECONDS; \
+	if FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$$TORCH_CUDA_ARCH_LIST" $(RUN) setup.py --quiet build_ext \
+	  --build-lib build/cuda --build-temp build/cuda-objects >build/cuda.log 2>&1; then printf ' %d s\n' $$((SECONDS - start)); \
+	else printf ' failed, build/cuda.log ends with\n'; tail -n 30 build/cuda.log; exit 1; fi
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
