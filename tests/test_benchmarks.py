@@ -40,7 +40,8 @@ def test_the_file_has_what_the_head_of_the_module_says(tmp_path: Path) -> None:
         assert (case["precision"], case["compile"], case["left_out"]) == ("float32", False, {})
         assert case["contenders"].keys() == case["agreement"].keys() == set(names)
         for name in names:
-            assert case["agreement"][name].keys() == {"maps", "gradients", "loss"}
+            for dtype in ("float64", "float32"):
+                assert case["agreement"][name][dtype].keys() == {"maps", "gradients", "loss"}
             result = case["contenders"][name]
             assert len(result["seconds"]) == 3 and all(value > 0 for value in result["seconds"])
             assert result["median_s"] == pytest.approx(sorted(result["seconds"])[1], rel=1e-4)
@@ -95,9 +96,10 @@ def test_a_contender_that_computes_something_else_is_not_timed(
 ) -> None:
     monkeypatch.setitem(ENGINES, "cuda_ext", engine)
     (case,) = run(tmp_path, "--what", "encoder", "--contenders", "cuda_ext", "minkowski", code=1)["cases"]
-    assert case["left_out"]["cuda_ext"].startswith("disagrees with masked-dense: ") and kind in case["left_out"]["cuda_ext"]
+    assert case["left_out"]["cuda_ext"].startswith("disagrees with masked-dense in torch.float64: ")
+    assert kind in case["left_out"]["cuda_ext"]
     assert list(case["contenders"]) == ["minkowski"] and case["ratios"] == {}
-    assert case["agreement"]["cuda_ext"][kind] > throughput.LIMITS[kind]
+    assert case["agreement"]["cuda_ext"]["float64"][kind] > throughput.LIMITS[torch.float64][kind]
 
 
 def test_a_contender_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
