@@ -21,7 +21,7 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-INSTALLS = {"bdist_wheel", "editable_wheel", "install", "develop"}
+INSTALLS = {"build", "bdist_wheel", "editable_wheel", "install", "develop"}
 
 
 def load_builder() -> ModuleType:
@@ -87,8 +87,9 @@ def extension() -> dict[str, Any]:
     options: dict[str, Any] = {
         "name": "sparkme._C",
         "sources": sorted(str(path.relative_to(ROOT)) for pattern in sources for path in ROOT.glob(pattern)),
-        "extra_compile_args": {"cxx": ["-O3"], "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
+        "extra_compile_args": {"cxx": ["-O3", "-fopenmp"], "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
     }
+    options["extra_link_args"] = ["-fopenmp"]  # at::parallel_for runs its body in the calling thread without it
     if not home:
         options["extra_compile_args"] = options["extra_compile_args"]["cxx"]
         return {"ext_modules": [CppExtension(**options)], "cmdclass": {"build_ext": BuildExtension}}

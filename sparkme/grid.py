@@ -31,10 +31,12 @@ class Grid:
     def __init__(self, active: Tensor, patch: int, keep: int | None = None) -> None:
         if active.ndim != 4 or active.shape[1] != 1 or active.dtype != torch.bool:
             raise ValueError(f"active must be (B, 1, f_h, f_w) bool, got {tuple(active.shape)} {active.dtype}")
-        if keep is None:
+        if keep is None or active.device.type == "cpu":
             counts = active.flatten(1).sum(1).unique().tolist()
             if len(counts) != 1 or counts[0] == 0:
                 raise ValueError(f"every image needs the same number of visible patches, at least one; got {counts}")
+            if keep not in (None, counts[0]):
+                raise ValueError(f"keep is {keep}, and {counts[0]} patches are visible")
             keep = int(counts[0])
         self.active = active
         self.patch = patch
@@ -78,8 +80,9 @@ class Grid:
     @cached_property
     def slots(self) -> Tensor:
         """(B, f_h, f_w) int32: the number of each patch among the visible ones of the batch, -1 where it is hidden."""
-        visible = self.active.flatten()
-        return torch.where(visible, visible.cumsum(0) - 1, -1).int().view(self.batch, self.f_h, self.f_w)
+        slots = torch.full((self.batch * self.f_h * self.f_w,), -1, dtype=torch.int32, device=self.device)
+        numbers = torch.arange(len(self.patches), dtype=torch.int32, device=self.device)
+        return slots.scatter(0, self.patches.long(), numbers).view(self.batch, self.f_h, self.f_w)
 
     @cached_property
     def patches(self) -> Tensor:

@@ -134,6 +134,8 @@ class Run:
         if process.world > 1 and process.device.type == "cuda":
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         if config["compile"]:
+            if self.network.encoder.engine.name == "minkowski":
+                raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
             self.network.compile_parts()
         self.model: nn.Module = DistributedDataParallel(self.network) if process.world > 1 else self.network
         self.dataset = CropDataset(paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"])

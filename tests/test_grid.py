@@ -114,3 +114,8 @@ def test_a_coordinate_map_in_another_order_changes_nothing(monkeypatch: pytest.M
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown engine 'fast'; choose one of auto, cuda_ext, minkowski, masked-dense"):
         create_engine("fast")
+
+
+def test_a_wrong_number_of_visible_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match="keep is 2, and 4 patches are visible"):
+        sparkme.Grid(torch.ones(1, 1, 2, 2, dtype=torch.bool), 32, keep=2)

@@ -26,7 +26,9 @@ inline Sites sites_of(const at::Tensor &slots, const at::Tensor &patches) {
 }
 
 inline Window window_of(at::IntArrayRef kernel_size, int64_t stride, int64_t dilation) {
-  TORCH_CHECK_VALUE(kernel_size.size() == 2, "kernel_size must have two numbers");
+  TORCH_CHECK_VALUE(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0,
+                    "kernel_size must be two positive numbers");
+  TORCH_CHECK_VALUE(stride > 0 && dilation > 0, "stride ", stride, " and dilation ", dilation, " must be positive");
   return {static_cast<int32_t>(kernel_size[0]), static_cast<int32_t>(kernel_size[1]), static_cast<int32_t>(stride),
           static_cast<int32_t>(dilation)};
 }

@@ -9,7 +9,9 @@ Rows are sorted by (visible patch, y, x), so a pixel's row is `patch * p * p + y
 `slots` without hashing. Kernels have MinkowskiEngine's layout: tap k = y + kh * x.
 
 Every operator takes float64, float32 and bfloat16 (which accumulates in float32), any memory layout, and no rows at all;
-has gradients, and a plain reference in `sparkme.ops.reference`. A wrong argument is a ValueError that names it.
+can be differentiated once, and has a plain reference in `sparkme.ops.reference`. A wrong argument is a ValueError that names
+it. What tables, slots and patches hold is checked on the CPU; on CUDA that would mean waiting for the device, so there it
+is trusted: make them with `sparkme.Grid` and `neighbour_table`.
 """
 
 from __future__ import annotations
@@ -87,6 +89,8 @@ def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | N
         raise ValueError(
             f"kernel must be ({table.shape[1]}, {rows.shape[1]} / groups={groups}, C_out), got {tuple(kernel.shape)}"
         )
+    if inverse is None and rows.requires_grad and torch.is_grad_enabled():
+        raise ValueError("inverse is None, and the gradient of the rows needs it")
     if groups < 1 or kernel.shape[2] % groups:
         raise ValueError(f"groups={groups} must divide the kernel's {kernel.shape[2]} output channels")
     _check_same("kernel", kernel, rows)
@@ -109,10 +113,11 @@ def depthwise_conv(
     """
     _check_rows("rows", rows)
     _check_sites(slots, patches)
-    if len(rows) != len(patches) * pixels**2:
+    _check_device("slots", slots, rows)
+    if pixels < 1 or len(rows) != len(patches) * pixels**2:
         raise ValueError(f"rows must be {len(patches)} patches x {pixels}^2 pixels, got {len(rows)}")
-    if kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0:
-        raise ValueError(f"kernel_size {tuple(kernel_size)} must be odd")
+    if min(kernel_size) < 1 or kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0:
+        raise ValueError(f"kernel_size {tuple(kernel_size)} must be odd and positive")
     if kernel.shape != (kernel_size[0] * kernel_size[1], rows.shape[1]):
         raise ValueError(f"kernel must be {(kernel_size[0] * kernel_size[1], rows.shape[1])}, got {tuple(kernel.shape)}")
     if stride < 1 or dilation < 1 or pixels % stride:
@@ -144,7 +149,7 @@ def voxelise(dense: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> Tens
     _check_sites(slots, patches)
     _check_float("dense", dense)
     batch, f_h, f_w = slots.shape
-    if dense.ndim != 4 or (dense.shape[0], *dense.shape[2:]) != (batch, f_h * pixels, f_w * pixels):
+    if pixels < 1 or dense.ndim != 4 or (dense.shape[0], *dense.shape[2:]) != (batch, f_h * pixels, f_w * pixels):
         raise ValueError(f"dense must be ({batch}, C, {f_h * pixels}, {f_w * pixels}), got {tuple(dense.shape)}")
     _check_device("dense", dense, slots)
     return torch.ops.sparkme.voxelise(dense, slots, patches, pixels)
@@ -158,10 +163,12 @@ def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Ten
     """
     _check_rows("rows", rows)
     _check_sites(slots, patches)
-    if len(rows) != len(patches) * pixels**2:
+    if pixels < 1 or len(rows) != len(patches) * pixels**2:
         raise ValueError(f"rows must be {len(patches)} patches x {pixels}^2 pixels, got {len(rows)}")
-    if fill is not None and fill.shape != rows.shape[1:]:
-        raise ValueError(f"fill must be ({rows.shape[1]},), got {tuple(fill.shape)}")
+    if fill is not None:
+        if fill.shape != rows.shape[1:]:
+            raise ValueError(f"fill must be ({rows.shape[1]},), got {tuple(fill.shape)}")
+        _check_device("fill", fill, rows)
     _check_device("slots", slots, rows)
     return torch.ops.sparkme.densify(rows, slots, patches, pixels, fill)
 

@@ -42,17 +42,17 @@ def _(
     slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int, dilation: int, transposed: bool
 ) -> Tensor:
     target = pixels if transposed else pixels // stride
-    return slots.new_empty(len(patches) * target**2, kernel_size[0] * kernel_size[1], dtype=torch.int32)
+    return slots.new_empty(patches.shape[0] * target**2, kernel_size[0] * kernel_size[1], dtype=torch.int32)
 
 
 @torch.library.register_fake("sparkme::sparse_conv", lib=LIBRARY)
 def _(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | None, groups: int) -> Tensor:
-    return rows.new_empty(len(table), kernel.shape[2])
+    return rows.new_empty(table.shape[0], kernel.shape[2])
 
 
 @torch.library.register_fake("sparkme::sparse_conv_grad_rows", lib=LIBRARY)
 def _(grad: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
-    return grad.new_empty(len(inverse), kernel.shape[1] * groups)
+    return grad.new_empty(inverse.shape[0], kernel.shape[1] * groups)
 
 
 @torch.library.register_fake("sparkme::sparse_conv_grad_kernel", lib=LIBRARY)
@@ -65,7 +65,7 @@ def _(
     rows: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
     dilation: int,
 ) -> Tensor:  # fmt: skip
-    return rows.new_empty(len(patches) * (pixels // stride) ** 2, rows.shape[1])
+    return rows.new_empty(patches.shape[0] * (pixels // stride) ** 2, rows.shape[1])
 
 
 @torch.library.register_fake("sparkme::depthwise_conv_grad_rows", lib=LIBRARY)
@@ -73,7 +73,7 @@ def _(
     grad: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
     dilation: int,
 ) -> Tensor:  # fmt: skip
-    return grad.new_empty(len(patches) * pixels**2, grad.shape[1])
+    return grad.new_empty(patches.shape[0] * pixels**2, grad.shape[1])
 
 
 @torch.library.register_fake("sparkme::depthwise_conv_grad_kernel", lib=LIBRARY)
@@ -86,23 +86,23 @@ def _(
 
 @torch.library.register_fake("sparkme::max_pool", lib=LIBRARY)
 def _(rows: Tensor, table: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    out = rows.new_empty(len(table), rows.shape[1])
+    out = rows.new_empty(table.shape[0], rows.shape[1])
     return out, torch.empty_like(out, dtype=torch.uint8)
 
 
 @torch.library.register_fake("sparkme::max_pool_grad_rows", lib=LIBRARY)
 def _(grad: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
-    return grad.new_empty(len(inverse), grad.shape[1])
+    return grad.new_empty(inverse.shape[0], grad.shape[1])
 
 
 @torch.library.register_fake("sparkme::avg_pool", lib=LIBRARY)
 def _(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    return rows.new_empty(len(table), rows.shape[1])
+    return rows.new_empty(table.shape[0], rows.shape[1])
 
 
 @torch.library.register_fake("sparkme::voxelise", lib=LIBRARY)
 def _(dense: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> Tensor:
-    return dense.new_empty(len(patches) * pixels**2, dense.shape[1])
+    return dense.new_empty(patches.shape[0] * pixels**2, dense.shape[1])
 
 
 @torch.library.register_fake("sparkme::densify", lib=LIBRARY)
@@ -113,7 +113,7 @@ def _(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Tensor | 
 
 @torch.library.register_fake("sparkme::linear", lib=LIBRARY)
 def _(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(len(rows), kernel.shape[1])
+    return rows.new_empty(rows.shape[0], kernel.shape[1])
 
 
 # Gradients.
@@ -127,8 +127,6 @@ def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, kernel, table, inverse = ctx.saved_tensors
     need_rows, need_kernel, *_ = ctx.needs_input_grad
-    if need_rows and inverse is None:
-        raise ValueError("inverse is None, and the gradient of the rows needs it")
     grad_rows = _OPS.sparse_conv_grad_rows(grad, kernel, table, inverse, ctx.groups) if need_rows else None
     grad_kernel = _OPS.sparse_conv_grad_kernel(rows, grad, table, ctx.groups) if need_kernel else None
     return grad_rows, grad_kernel, None, None, None
@@ -206,7 +204,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_kernel:
         # A product with fewer rows than columns is up to twice as fast as its transpose (oneDNN, measured); but a transposed
         # gradient has to be copied, which costs as much where there are few rows.
-        wide = rows.shape[1] <= grad.shape[1] or len(rows) < rows.shape[1]
+        wide = rows.shape[1] <= grad.shape[1] or rows.shape[0] < rows.shape[1]
         grad_kernel = _OPS.linear(rows.t(), grad, None) if wide else _OPS.linear(grad.t(), rows, None).t()
     return grad_rows, grad_kernel, grad.sum(0) if need_bias else None
 
@@ -221,3 +219,14 @@ for _name, _backward, _save in (
     ("linear", _linear_backward, _save_linear),
 ):
     torch.library.register_autograd(f"sparkme::{_name}", _backward, setup_context=_save, lib=LIBRARY)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("sparkme's operators can be differentiated once, not twice")
+
+
+for _name in (
+    "sparse_conv_grad_rows", "sparse_conv_grad_kernel", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel",
+    "max_pool_grad_rows",
+):  # fmt: skip
+    torch.library.register_autograd(f"sparkme::{_name}", _refuse, lib=LIBRARY)

@@ -60,7 +60,8 @@ def sparse_conv_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: i
 
 
 def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(rows, kernel) if bias is None else torch.addmm(bias, rows, kernel)
+    with torch.autocast(rows.device.type, enabled=False):  # which would change the type of what was not cast on purpose
+        return torch.mm(rows, kernel) if bias is None else torch.addmm(bias, rows, kernel)
 
 
 for _function in (sparse_conv, sparse_conv_grad_rows, sparse_conv_grad_kernel, linear):
@@ -272,7 +273,7 @@ def _split_groups(kernel: Tensor, groups: int, merged: int) -> Tensor:
         return kernel
     taps, width, out_channels = kernel.shape
     parts = kernel.view(taps, merged, width // merged, groups, merged, out_channels // (groups * merged))
-    return parts.diagonal(0, 1, 4).transpose(3, 4).reshape(taps, width // merged, out_channels)
+    return parts.diagonal(0, 1, 4).transpose(3, 4).reshape(taps, width // merged, out_channels).contiguous()
 
 
 # Through memory.
@@ -313,7 +314,7 @@ def _gathered_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: int
         grads = grad[part].reshape(-1, groups, out_width).transpose(0, 1)
         total += torch.bmm(_gather(padded, table[part], groups).transpose(1, 2), grads)
     parts = total.view(groups, taps, width, out_width).permute(1, 2, 0, 3)
-    return parts.reshape(taps, width, groups * out_width).to(rows.dtype)
+    return parts.reshape(taps, width, groups * out_width).to(rows.dtype).contiguous()
 
 
 def _exchange(kernel: Tensor, groups: int) -> Tensor:

@@ -53,6 +53,9 @@ class SparseEncoder(nn.Module):
     def set_engine(self, name: str) -> SparseEncoder:
         """Chooses the kernels: `cuda_ext`, `minkowski`, `masked-dense` or `auto`. The weights stay.
 
+        Kernels are put into the memory order that the engine reads, so choose before optimizers, DistributedDataParallel or
+        CUDA graphs take hold of them.
+
         Raises:
             ValueError: no such engine, or it cannot run on the encoder's device.
         """

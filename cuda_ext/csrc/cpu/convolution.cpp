@@ -5,8 +5,8 @@
 //
 // By taps. For each tap, the rows that have a neighbour are gathered, multiplied by the tap's kernel, and added where they
 // belong: no two rows share a neighbour through one tap, so threads never meet. This multiplies no zeros, and wins where
-// many neighbours are missing, as in patches of one or two pixels. The rows' gradient is always computed so, since it
-// serves any stride without another table.
+// many neighbours are missing, as in patches of one or two pixels. The rows' gradient is computed so, since it serves any
+// stride, but for bfloat16.
 //
 // Measured (3x3 of ResNet-50, batch 8, mask ratio 0.6, float32, one thread; milliseconds for forward / rows' gradient /
 // kernel's gradient), against torch's convolution on patches with a halo:
@@ -29,7 +29,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../checks.h"
+#include "bounds.h"
 #include "gemm.h"
 
 namespace sparkme {
@@ -39,31 +39,36 @@ constexpr int64_t kColumnBytes = int64_t{8} << 20;  // a block of columns; measu
 
 constexpr double kFewPairs = 0.75;  // share of neighbours that exist, below which taps are faster than columns
 
+// The share of a table's entries that name a neighbour.
+double share_of_neighbours(const at::Tensor &table) {
+  const int32_t *entries = table.const_data_ptr<int32_t>();
+  int64_t count = 0;
+  for (int64_t i = 0; i < table.numel(); ++i) count += entries[i] >= 0;
+  return table.numel() ? static_cast<double>(count) / static_cast<double>(table.numel()) : 1;
+}
+
 // The pairs (source, target) of each tap: through it, row `target` of the table's side reads row `source`.
 struct Pairs {
   std::vector<std::vector<int32_t>> sources, targets;
-  double share;  // of the table's entries
 
-  Pairs(const at::Tensor &table, int64_t num_sources) {
-    check_int32("table", table, 2);
+  explicit Pairs(const at::Tensor &table) : sources(table.size(1)), targets(table.size(1)) {
     const int64_t num_rows = table.size(0), taps = table.size(1);
     const int32_t *entries = table.const_data_ptr<int32_t>();
-    sources.resize(taps);
-    targets.resize(taps);
-    int64_t count = 0;
-    for (int64_t n = 0; n < num_rows; ++n) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int32_t source = entries[n * taps + tap];
-        TORCH_CHECK_VALUE(source >= -1 && source < num_sources, "table names row ", source, " of ", num_sources);
-        if (source < 0) continue;
-        sources[tap].push_back(source);
-        targets[tap].push_back(static_cast<int32_t>(n));
-        ++count;
+    at::parallel_for(0, taps, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t tap = begin; tap < end; ++tap) {
+        for (int64_t n = 0; n < num_rows; ++n) {
+          const int32_t source = entries[n * taps + tap];
+          if (source < 0) continue;
+          sources[tap].push_back(source);
+          targets[tap].push_back(static_cast<int32_t>(n));
+        }
       }
-    }
-    share = num_rows ? static_cast<double>(count) / static_cast<double>(num_rows * taps) : 1;
+    });
   }
 };
+
+// Rows that one thread should at least copy at a time.
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
 int64_t block_rows(int64_t num_rows, int64_t row_bytes) {
   const int64_t blocks = std::max<int64_t>(1, (num_rows * row_bytes + kColumnBytes - 1) / kColumnBytes);
@@ -77,7 +82,7 @@ void gather(const at::Tensor &rows, const at::Tensor &table, int64_t first, int6
   const T *source = rows.const_data_ptr<T>() + start;
   const int32_t *entries = table.const_data_ptr<int32_t>() + first * taps;
   T *target = columns.mutable_data_ptr<T>();
-  at::parallel_for(0, columns.size(0) * taps, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, columns.size(0) * taps, grain(width), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (entries[i] < 0) {
         std::memset(static_cast<void *>(target + i * width), 0, width * sizeof(T));
@@ -105,7 +110,7 @@ at::Tensor take(const at::Tensor &rows, const std::vector<int32_t> &index, int64
     const scalar_t *source = rows.const_data_ptr<scalar_t>() + start;
     scalar_t *target = taken.mutable_data_ptr<scalar_t>();
     const int64_t channels = rows.size(1);
-    at::parallel_for(0, count, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) std::copy_n(source + index[i] * channels, width, target + i * width);
     });
     std::fill(target + count * width, target + padded * width, scalar_t(0));
@@ -121,7 +126,7 @@ void add(const at::Tensor &values, const std::vector<int32_t> &index, int64_t st
     const scalar_t *source = values.const_data_ptr<scalar_t>();
     Sum *target = sums.mutable_data_ptr<Sum>() + start;
     const auto count = static_cast<int64_t>(index.size());
-    at::parallel_for(0, count, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Sum *sum = target + index[i] * channels;
         for (int64_t c = 0; c < width; ++c) sum[c] += static_cast<Sum>(source[i * width + c]);
@@ -137,6 +142,11 @@ at::ScalarType sum_type(const at::Tensor &rows) {
 // A tap's kernel for one group, (C_in / groups, C_out / groups).
 at::Tensor tap_of(const at::Tensor &kernel, int64_t tap, int64_t group, int64_t out_width) {
   return kernel[tap].narrow(1, group * out_width, out_width);
+}
+
+// bfloat16 goes by columns, whose sums oneDNN keeps in float32: products tap by tap would be rounded before they are added.
+bool by_taps(const at::Tensor &rows, const at::Tensor &table) {
+  return rows.scalar_type() != at::kBFloat16 && share_of_neighbours(table) < kFewPairs;
 }
 
 at::Tensor conv_by_taps(const at::Tensor &rows, const at::Tensor &kernel, const Pairs &pairs, int64_t num_rows,
@@ -172,11 +182,11 @@ at::Tensor conv_by_columns(const at::Tensor &rows, const at::Tensor &kernel, con
 at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table,
                        const std::optional<at::Tensor> &inverse, int64_t groups) {
   const at::Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous(), table_ = table.contiguous();
-  TORCH_CHECK_VALUE(rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ", kernel_.sizes(),
-                    " does not fit rows ", rows_.sizes());
-  const Pairs pairs(table_, rows_.size(0));
-  return pairs.share < kFewPairs ? conv_by_taps(rows_, kernel_, pairs, table_.size(0), groups)
-                                 : conv_by_columns(rows_, kernel_, table_, groups);
+  TORCH_CHECK_VALUE(groups > 0 && rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ",
+                    kernel_.sizes(), " does not fit rows ", rows_.sizes());
+  check_table("table", table_, rows_.size(0));
+  return by_taps(rows_, table_) ? conv_by_taps(rows_, kernel_, Pairs(table_), table_.size(0), groups)
+                                : conv_by_columns(rows_, kernel_, table_, groups);
 }
 
 at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &table,
@@ -184,9 +194,19 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
   const at::Tensor grad_ = grad.contiguous(), kernel_ = kernel.contiguous(), table_ = table.contiguous();
   const int64_t taps = kernel_.size(0), width = kernel_.size(1), out_width = kernel_.size(2) / groups;
   check_rows("grad", grad_, table_.size(0));
-  TORCH_CHECK_VALUE(grad_.size(1) == kernel_.size(2) && table_.size(1) == taps, "kernel ", kernel_.sizes(),
+  TORCH_CHECK_VALUE(groups > 0 && grad_.size(1) == kernel_.size(2) && table_.size(1) == taps, "kernel ", kernel_.sizes(),
                     " does not fit grad ", grad_.sizes());
-  const Pairs pairs(table_, inverse.size(0));
+  check_table("table", table_, inverse.size(0));
+  if (grad_.scalar_type() == at::kBFloat16) {
+    if (inverse.size(0) > table_.size(0)) {  // strided: by columns, three quarters of the products would be with zeros
+      return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse, groups).to(at::kBFloat16);
+    }
+    const at::Tensor inverse_ = inverse.contiguous();
+    check_table("inverse", inverse_, grad_.size(0));
+    const at::Tensor parts = kernel_.view({taps, width, groups, out_width}).permute({0, 3, 2, 1});
+    return conv_by_columns(grad_, parts.reshape({taps, out_width, groups * width}), inverse_, groups);
+  }
+  const Pairs pairs(table_);
   at::Tensor sums = at::zeros({inverse.size(0), width * groups}, grad_.options().dtype(sum_type(grad_)));
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -200,12 +220,14 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
 
 at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &table, int64_t groups) {
   const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), table_ = table.contiguous();
+  TORCH_CHECK_VALUE(groups > 0, "groups ", groups, " must be positive");
   const int64_t taps = table_.size(1), width = rows_.size(1) / groups, out_width = grad_.size(1) / groups;
   const int64_t num_rows = table_.size(0);
   check_rows("grad", grad_, num_rows);
-  const Pairs pairs(table_, rows_.size(0));
+  check_table("table", table_, rows_.size(0));
   at::Tensor out = at::empty({taps, width, groups * out_width}, grad_.options());
-  if (pairs.share < kFewPairs) {
+  if (share_of_neighbours(table_) < kFewPairs) {
+    const Pairs pairs(table_);
     for (int64_t group = 0; group < groups; ++group) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         const at::Tensor from = take(rows_, pairs.sources[tap], group * width, width);

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../checks.h"
+#include "bounds.h"
 #include "depthwise_kernels.h"
 
 namespace sparkme {
@@ -16,9 +16,10 @@ namespace {
 
 const DepthwiseTable &kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
     return kDepthwiseAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kDepthwiseAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return kDepthwiseAvx2;
 #endif
   return kDepthwiseBaseline;
 }
@@ -109,8 +110,8 @@ at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, cons
                           int64_t pixels, at::IntArrayRef kernel_size, int64_t stride, int64_t dilation) {
   const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("rows", rows_, patches_.size(0) * pixels * pixels);
-  return convolve_patches(rows_, kernel, sites_of(slots_, patches_), patches_.size(0), window_of(kernel_size, stride, dilation),
-                          pixels, 1);
+  return convolve_patches(rows_, kernel, checked_sites(slots_, patches_), patches_.size(0),
+                          window_of(kernel_size, stride, dilation), pixels, 1);
 }
 
 // The convolution of the gradient, spread out to the input's pixels, with the kernel turned round.
@@ -119,7 +120,7 @@ at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &ke
                                     int64_t dilation) {
   const at::Tensor grad_ = grad.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("grad", grad_, patches_.size(0) * (pixels / stride) * (pixels / stride));
-  return convolve_patches(grad_, kernel.flip(0), sites_of(slots_, patches_), patches_.size(0),
+  return convolve_patches(grad_, kernel.flip(0), checked_sites(slots_, patches_), patches_.size(0),
                           window_of(kernel_size, 1, dilation), pixels, stride);
 }
 
@@ -128,7 +129,7 @@ at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &
                                       int64_t dilation) {
   const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), slots_ = slots.contiguous(),
                    patches_ = patches.contiguous();
-  const Sites sites = sites_of(slots_, patches_);
+  const Sites sites = checked_sites(slots_, patches_);
   const Window window = window_of(kernel_size, stride, dilation);
   const int64_t num_patches = patches_.size(0), channels = rows_.size(1), area = (pixels / stride) * (pixels / stride);
   check_rows("rows", rows_, num_patches * pixels * pixels);

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 namespace sparkme {
@@ -30,9 +31,11 @@ at::Tensor packed(const at::Tensor &matrix) {
 }  // namespace
 
 at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias) {
+  const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
   const bool empty = a.numel() == 0 || b.numel() == 0;
   if (a.scalar_type() == at::kFloat && !empty && at::globalContext().userEnabledMkldnn() && onednn_linear()) {
-    return onednn_linear()->call(packed(a), packed(b).t(), bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+    return onednn_linear()->call(packed(a), packed(b).t(), bias ? std::optional(bias->contiguous()) : bias, "none",
+                                 c10::List<std::optional<at::Scalar>>(), "");
   }
   return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
 }

@@ -6,14 +6,14 @@
 
 #include <algorithm>
 
-#include "../checks.h"
+#include "bounds.h"
 
 namespace sparkme {
 namespace {
 
 at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels) {
   const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
-  const Sites sites = sites_of(slots_, patches_);
+  const Sites sites = checked_sites(slots_, patches_);
   TORCH_CHECK_VALUE(dense.dim() == 4 && dense.size(0) == slots_.size(0) && dense.size(2) == sites.f_h * pixels &&
                         dense.size(3) == sites.f_w * pixels,
                     "dense ", dense.sizes(), " does not fit slots ", slots_.sizes(), " of pixels=", pixels);
@@ -47,7 +47,7 @@ at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::
 at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels,
                    const std::optional<at::Tensor> &fill) {
   const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
-  const Sites sites = sites_of(slots_, patches_);
+  const Sites sites = checked_sites(slots_, patches_);
   check_rows("rows", rows_, patches_.size(0) * pixels * pixels);
   const int64_t channels = rows_.size(1), batch = slots_.size(0);
   at::Tensor dense = at::empty({batch, sites.f_h * pixels, sites.f_w * pixels, channels}, rows_.options());

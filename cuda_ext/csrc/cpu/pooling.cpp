@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "bounds.h"
 
 namespace sparkme {
 namespace {
@@ -41,7 +41,7 @@ void max_pool_rows(const T *rows, const int32_t *table, T *out, uint8_t *taken, 
 
 std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
   const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
-  check_int32("table", table_, 2);
+  check_table("table", table_, rows_.size(0));
   const int64_t channels = rows_.size(1), taps = table_.size(1);
   at::Tensor out = at::empty({table_.size(0), channels}, rows_.options());
   at::Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
@@ -79,7 +79,7 @@ void sum_neighbours(const at::Tensor &rows, const at::Tensor &table, at::Tensor 
 
 at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, const at::Tensor &inverse) {
   const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
-  check_int32("inverse", inverse_, 2);
+  check_table("inverse", inverse_, grad_.size(0));
   TORCH_CHECK_VALUE(taken_.sizes() == grad_.sizes(), "taken must have the shape of grad");
   const int64_t channels = grad_.size(1);
   const uint8_t *from = taken_.const_data_ptr<uint8_t>();
@@ -93,7 +93,7 @@ at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, c
 
 at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
   const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
-  check_int32("table", table_, 2);
+  check_table("table", table_, rows_.size(0));
   at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "avg_pool", [&] {
     using Sum = at::opmath_type<scalar_t>;

@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "../checks.h"
+#include "bounds.h"
 
 namespace sparkme {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 at::Tensor neighbour_table(const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
                            int64_t stride, int64_t dilation, bool transposed) {
   const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
-  const Sites sites = sites_of(slots_, patches_);
+  const Sites sites = checked_sites(slots_, patches_);
   const Window window = window_of(kernel_size, stride, dilation);
   TORCH_CHECK_VALUE(stride > 0 && pixels % stride == 0, "stride ", stride, " does not divide the patch of pixels=", pixels);
   const auto side = static_cast<int32_t>(transposed ? pixels : pixels / stride);

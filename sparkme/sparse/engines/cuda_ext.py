@@ -72,7 +72,10 @@ def autocast(value: Tensor) -> Tensor:
     kind = value.device.type
     if not torch.is_autocast_enabled(kind) or value.dtype == torch.float64:
         return value
-    return value.to(torch.get_autocast_dtype(kind))
+    dtype = torch.get_autocast_dtype(kind)
+    if dtype == torch.float16:
+        raise ValueError("the engine cuda_ext has no float16: use torch.autocast(..., dtype=torch.bfloat16)")
+    return value.to(dtype)
 
 
 def table(layer: _SparseConvolution | SparseMaxPool2d | SparseAvgPool2d, x: SparseMap, *, transposed: bool = False) -> Tensor:
