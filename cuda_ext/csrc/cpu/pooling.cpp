@@ -5,7 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -27,10 +27,14 @@ void max_pool_rows(const T *rows, const int32_t *table, T *out, uint8_t *taken, 
       const int32_t entry = table[n * taps + tap];
       if (entry < 0) continue;
       const T *row = rows + entry * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        if (first || row[c] > largest[c] || (std::isnan(row[c]) && !std::isnan(largest[c]))) {
-          largest[c] = row[c];
-          from[c] = static_cast<uint8_t>(tap);
+      if (first) {
+        std::copy_n(row, channels, largest);
+        std::fill_n(from, channels, static_cast<uint8_t>(tap));
+      } else {  // without branches, so that the compiler can vectorise
+        for (int64_t c = 0; c < channels; ++c) {
+          const bool takes = (row[c] > largest[c]) | ((row[c] != row[c]) & (largest[c] == largest[c]));
+          largest[c] = takes ? row[c] : largest[c];
+          from[c] = takes ? static_cast<uint8_t>(tap) : from[c];
         }
       }
       first = false;
@@ -69,7 +73,8 @@ void sum_neighbours(const at::Tensor &rows, const at::Tensor &table, at::Tensor 
         const int32_t entry = entries[n * taps + tap];
         if (entry < 0) continue;
         for (int64_t c = 0; c < channels; ++c) {
-          if (counts(entry, tap, c)) sum[c] += static_cast<at::opmath_type<T>>(source[entry * channels + c]);
+          const auto value = static_cast<at::opmath_type<T>>(source[entry * channels + c]);
+          sum[c] += counts(entry, tap, c) ? value : 0;
         }
       }
       for (int64_t c = 0; c < channels; ++c) target[n * channels + c] = static_cast<T>(sum[c] * scale);
