@@ -259,7 +259,8 @@ def draw_all(stem: str, record: dict[str, Any], folder: Path) -> Iterator[Path]:
     timed = [case for case in record["cases"] if "contenders" in case]
     sweeps: list[list[dict[str, Any]]] = []
     bars: list[list[dict[str, Any]]] = []
-    for cases in grouped(timed, lambda case: (case["what"], case["model"], case["batch_size"])).values():
+    same = ("what", "model", "input_size", "batch_size", "precision", "compile")
+    for cases in grouped(timed, lambda case: tuple(case[key] for key in same)).values():
         (sweeps if is_sweep(cases) else bars).append(cases)
     shown = [case for cases in bars for case in cases if case["what"] != "encoder-forward"]
     if shown:
@@ -289,7 +290,7 @@ def draw_bars(cases: list[dict[str, Any]], record: dict[str, Any], path: Path) -
     works = list(grouped(cases, lambda case: case["what"]))
     settings = list(grouped(cases, setting_of))
     most = max(len(case["contenders"]) for case in cases)
-    fig, axes = figure(len(works), len(settings), 4.6, 0.3 * most + 0.85)
+    fig, axes = figure(len(works), len(settings), 4.6, 0.3 * most + 1)
     for axis in axes.flat:
         axis.set_visible(False)
     for case in cases:
@@ -315,18 +316,19 @@ def draw_bars(cases: list[dict[str, Any]], record: dict[str, Any], path: Path) -
         ]
         axis.set_yticks(range(len(results)), labels)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.32 * max(medians))
+        axis.set_xlim(0, 1.32 * max(median + above for median, above in zip(medians, spread[1])))
         axis.set_xlabel("ms, shorter is better; x: over cuda_ext")
         axis.set_title(f"{WORK[case['what']]}\n{setting_title(case)}", loc="left")
-    save(fig, f"{hardware(record)}, {precision(cases[0])}, {cases[0]['input_size']} pixels", path)
+    save(fig, hardware(record), path)
 
 
 def setting_of(case: dict[str, Any]) -> tuple[Any, ...]:
-    return case["model"], case["batch_size"], case["mask_ratio"]
+    return tuple(case[key] for key in ("model", "input_size", "batch_size", "mask_ratio", "precision", "compile"))
 
 
 def setting_title(case: dict[str, Any]) -> str:
-    return f"{case['model']}, batch {case['batch_size']}, mask ratio {case['mask_ratio']:g}"
+    size = f"{case['model']}, {case['input_size']} px, batch {case['batch_size']}"
+    return f"{size},\nmask ratio {case['mask_ratio']:g}, {precision(case)}"
 
 
 def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path: Path) -> None:
@@ -334,6 +336,11 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
     fig, axes = figure(1, 1, 6.4, 3.6)
     axis = axes[0][0]
     highest = 1.0
+    about: dict[str, Callable[[dict[str, Any]], str]] = {
+        "precision": precision,
+        "input_size": lambda c: f"{c['input_size']} pixels",
+        "batch_size": lambda c: f"batch {c['batch_size']}",
+    }
     for i, cases in enumerate(groups):
         points = sorted((case["mask_ratio"], case["ratios"][TUNED]) for case in cases if TUNED in case["ratios"])
         if not points:
@@ -342,8 +349,9 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
         highest = max(highest, *y)
         case, colour = cases[0], LINES[i % len(LINES)]
         label = f"{case['model']}, {WORK[case['what']].lower()}"
-        if len({c["batch_size"] for of in groups for c in of}) > 1:
-            label += f", batch {case['batch_size']}"
+        for key, text in about.items():
+            if len({c[key] for of in groups for c in of}) > 1:
+                label += f", {text(case)}"
         axis.plot(x, y, "o-", color=colour, label=label, markersize=4.5, linewidth=1.8)
     axis.axhline(1, color="#555555", linestyle="--", linewidth=1)
     axis.annotate(
@@ -355,10 +363,8 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
     axis.grid(axis="y", color="#dddddd", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.legend(frameon=False, loc="upper left")
-    case = groups[0][0]
-    save(
-        fig, f"cuda_ext on {hardware(record)}, {precision(case)}, {case['input_size']} pixels, batch {case['batch_size']}", path
-    )
+    shared = [text(groups[0][0]) for key, text in about.items() if len({c[key] for of in groups for c in of}) == 1]
+    save(fig, ", ".join([f"cuda_ext on {hardware(record)}", *shared]), path)
 
 
 def save(fig: Any, text: str, path: Path) -> None:

@@ -223,6 +223,17 @@ def test_tables_and_pictures_of_a_small_file(numbers: Path, tmp_path: Path) -> N
     assert plot.main(words) == 0 and readme.read_text() == text
 
 
+def test_precisions_get_panels_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panels = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: panels.extend(axis for axis in figure.axes if axis.get_visible()))
+    both = [case("step", 0.6, cuda_ext=16, masked_dense=40) | {"precision": name} for name in ("float32", "bf16")]
+    plot.draw("numbers", record(*both), tmp_path)
+    assert [len(axis.patches) for axis in panels] == [2, 2]
+    assert ["bf16" in axis.get_title("left") for axis in panels] == [False, True]
+    limits = [axis.get_xlim()[1] for axis in panels]
+    assert min(limits) > 44  # the upper quartile in milliseconds
+
+
 def test_counts_get_a_table(capsys: pytest.CaptureFixture) -> None:
     assert plot.main([str(ROOT / "benchmarks" / "results" / "flops.json"), "--no-pictures"]) == 0
     assert "| resnet50 | 8.17 | 2.89 | 0.353 | 4.32 | 20.24 |" in capsys.readouterr().out.splitlines()
