@@ -183,13 +183,13 @@ def _save_densify(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _densify_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     slots, patches = ctx.saved_tensors
     need_rows, *_, need_fill = ctx.needs_input_grad
-    grad_rows = _OPS.voxelise(grad, slots, patches, ctx.pixels) if need_rows else None
+    grad_rows = _OPS.voxelise(grad, slots, patches, ctx.pixels) if need_rows or need_fill else None
     grad_fill = None
-    if need_fill:
-        blocks = grad.unflatten(3, (slots.shape[2], ctx.pixels)).unflatten(2, (slots.shape[1], ctx.pixels))
-        per_patch = blocks.sum((3, 5), dtype=torch.promote_types(grad.dtype, torch.float32))
-        grad_fill = (per_patch * (slots < 0).unsqueeze(1)).sum((0, 2, 3)).to(ctx.fill_dtype)
-    return grad_rows, None, None, None, grad_fill
+    if need_fill and grad_rows is not None:  # of all pixels, less the visible ones
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        pixels = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_fill = (pixels.sum(0, dtype=wide) - grad_rows.sum(0, dtype=wide)).to(ctx.fill_dtype)
+    return grad_rows if need_rows else None, None, None, None, grad_fill
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "bounds.h"
@@ -19,27 +20,35 @@ constexpr int64_t kGrain = 64;  // rows
 template <typename T>
 void max_pool_rows(const T *rows, const int32_t *table, T *out, uint8_t *taken, int64_t begin, int64_t end, int64_t taps,
                    int64_t channels) {
+  using Sum = at::opmath_type<T>;
+  // As wide as the values, and without branches below, so that the compiler can vectorise.
+  using Tap = std::conditional_t<std::is_same_v<Sum, double>, int64_t, int32_t>;
+  std::vector<Sum> largest(channels);
+  std::vector<Tap> from(channels);
+  Sum *__restrict best = largest.data();
+  Tap *__restrict tap_of_best = from.data();
   for (int64_t n = begin; n < end; ++n) {
-    T *largest = out + n * channels;
-    uint8_t *from = taken + n * channels;
     bool first = true;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int32_t entry = table[n * taps + tap];
       if (entry < 0) continue;
-      const T *row = rows + entry * channels;
+      const T *__restrict row = rows + entry * channels;
       if (first) {
-        std::copy_n(row, channels, largest);
-        std::fill_n(from, channels, static_cast<uint8_t>(tap));
-      } else {  // without branches, so that the compiler can vectorise
+        for (int64_t c = 0; c < channels; ++c) best[c] = static_cast<Sum>(row[c]);
+        std::fill_n(tap_of_best, channels, static_cast<Tap>(tap));
+      } else {
         for (int64_t c = 0; c < channels; ++c) {
-          const bool takes = (row[c] > largest[c]) | ((row[c] != row[c]) & (largest[c] == largest[c]));
-          largest[c] = takes ? row[c] : largest[c];
-          from[c] = takes ? static_cast<uint8_t>(tap) : from[c];
+          const Sum value = static_cast<Sum>(row[c]);
+          const bool takes = !(value <= best[c]) & (best[c] == best[c]);  // NaN takes, and is not taken from
+          best[c] = takes ? value : best[c];
+          tap_of_best[c] = takes ? static_cast<Tap>(tap) : tap_of_best[c];
         }
       }
       first = false;
     }
     TORCH_CHECK_VALUE(!first, "table leaves row ", n, " without a neighbour to pool");
+    for (int64_t c = 0; c < channels; ++c) out[n * channels + c] = static_cast<T>(best[c]);
+    for (int64_t c = 0; c < channels; ++c) taken[n * channels + c] = static_cast<uint8_t>(tap_of_best[c]);
   }
 }
 
@@ -58,23 +67,33 @@ std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Te
   return {out, taken};
 }
 
-// Sums, over the taps, the neighbours that `counts(n, tap, c)` accepts.
-template <typename T, typename F>
-void sum_neighbours(const at::Tensor &rows, const at::Tensor &table, at::Tensor &out, at::opmath_type<T> scale, F counts) {
+// Sums, over the taps, the neighbours; with `taken` (of the shape of rows) those channels only whose tap it names.
+template <typename T>
+void sum_neighbours(const at::Tensor &rows, const at::Tensor &table, at::Tensor &out, at::opmath_type<T> scale,
+                    const uint8_t *taken) {
+  using Sum = at::opmath_type<T>;
+  using Tap = std::conditional_t<std::is_same_v<Sum, double>, int64_t, int32_t>;
   const int64_t channels = rows.size(1), taps = table.size(1);
   const T *source = rows.const_data_ptr<T>();
   const int32_t *entries = table.const_data_ptr<int32_t>();
   T *target = out.mutable_data_ptr<T>();
   at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<at::opmath_type<T>> sum(channels);
+    std::vector<Sum> sums(channels);
+    Sum *__restrict sum = sums.data();
     for (int64_t n = begin; n < end; ++n) {
-      std::fill(sum.begin(), sum.end(), 0);
+      std::fill_n(sum, channels, Sum(0));
       for (int64_t tap = 0; tap < taps; ++tap) {
         const int32_t entry = entries[n * taps + tap];
         if (entry < 0) continue;
-        for (int64_t c = 0; c < channels; ++c) {
-          const auto value = static_cast<at::opmath_type<T>>(source[entry * channels + c]);
-          sum[c] += counts(entry, tap, c) ? value : 0;
+        const T *__restrict row = source + entry * channels;
+        if (taken) {
+          const uint8_t *__restrict from = taken + entry * channels;
+          const auto wanted = static_cast<Tap>(tap);
+          for (int64_t c = 0; c < channels; ++c) {
+            sum[c] += static_cast<Tap>(from[c]) == wanted ? static_cast<Sum>(row[c]) : Sum(0);
+          }
+        } else {
+          for (int64_t c = 0; c < channels; ++c) sum[c] += static_cast<Sum>(row[c]);
         }
       }
       for (int64_t c = 0; c < channels; ++c) target[n * channels + c] = static_cast<T>(sum[c] * scale);
@@ -86,13 +105,9 @@ at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, c
   const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
   check_table("inverse", inverse_, grad_.size(0));
   TORCH_CHECK_VALUE(taken_.sizes() == grad_.sizes(), "taken must have the shape of grad");
-  const int64_t channels = grad_.size(1);
-  const uint8_t *from = taken_.const_data_ptr<uint8_t>();
-  at::Tensor out = at::empty({inverse_.size(0), channels}, grad_.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "max_pool_grad_rows", [&] {
-    sum_neighbours<scalar_t>(grad_, inverse_, out, 1,
-                             [=](int64_t entry, int64_t tap, int64_t c) { return from[entry * channels + c] == tap; });
-  });
+  at::Tensor out = at::empty({inverse_.size(0), grad_.size(1)}, grad_.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "max_pool_grad_rows",
+                                 [&] { sum_neighbours<scalar_t>(grad_, inverse_, out, 1, taken_.const_data_ptr<uint8_t>()); });
   return out;
 }
 
@@ -102,8 +117,7 @@ at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::T
   at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "avg_pool", [&] {
     using Sum = at::opmath_type<scalar_t>;
-    sum_neighbours<scalar_t>(rows_, table_, out, Sum(1) / static_cast<Sum>(table_.size(1)),
-                             [](int64_t, int64_t, int64_t) { return true; });
+    sum_neighbours<scalar_t>(rows_, table_, out, Sum(1) / static_cast<Sum>(table_.size(1)), nullptr);
   });
   return out;
 }
