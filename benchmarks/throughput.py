@@ -23,8 +23,10 @@ Each has a copy of the weights, in the memory order that it likes. First all are
 same weights, images and mask: the maps of an encoder pass, the gradients of all its parameters, and for `step` the loss;
 |x - y| / |y|, Euclidean norms, the largest over maps and over parameters. In float64 on the first two images nothing may
 be off by more than 1e-8. In float32 on the whole batch, with the kernels that are timed, maps and loss may be off by 1e-3
-and gradients by 0.1: a single ReLU that flips, its input within rounding of zero, changes them by a hundredth. Who
-disagrees is not timed, and the exit code is 1.
+and gradients by 0.1: a single ReLU that flips, its input within rounding of zero, changes them by a hundredth. What is
+timed in bf16 runs in bf16, too: rounding alone moves the maps of a deep network with random weights far from float32, so
+none may be further off than 1.5 times what it is in masked-dense in bf16. Who disagrees is not timed, and the exit code
+is 1.
 
 Then the contenders take turns, round by round in one process. Drop path is off, and norm weights and layer scales are
 random in [0.5, 1.5]: as initialised, most of them are so close to zero that errors in a branch would not show.
@@ -37,7 +39,8 @@ The JSON file, rewritten after every case, holds `date`, `commit` (marked where 
 `command`, `hardware`, `settings` and `cases`. A case is one model, batch size, mask ratio and kind of work:
 
     model, input_size, patch, num_patches, visible_patches, batch_size, mask_ratio, what, precision, compile
-    agreement   {contender: {float64: {maps, gradients, loss}, float32: {...}}}: relative errors; loss for `step` only
+    agreement   {contender: {float64: {maps, gradients, loss}, float32: {...}, bf16: {maps}}}: relative errors; loss for
+                `step` only, and in bf16 the largest error over that of masked-dense
     left_out    {contender: reason}
     contenders  {contender: {precision, seconds: [...], median_s, quartiles_s: [low, high], images_per_s,
                 activation_bytes, gpu: {step_s, busy_s, idle_share} with --host-wait}}
@@ -89,6 +92,7 @@ LIMITS = {
     torch.float64: {"maps": 1e-8, "gradients": 1e-8, "loss": 1e-8},
     torch.float32: {"maps": 1e-3, "gradients": 0.1, "loss": 1e-3},
 }
+BF16_LIMIT = 1.5  # error of a map in bf16 over the error that masked-dense has there
 EXACT_IMAGES = 2  # that are compared in float64
 DISAGREES = "disagrees with"
 GIB = 2**30
@@ -475,7 +479,7 @@ class Answer:
         """The largest relative errors, by kind."""
         missing = reference.gradients.keys() - self.gradients.keys()
         found = {
-            "maps": max(relative(x, y) for x, y in zip(self.maps, reference.maps, strict=True)),
+            "maps": max(self.map_errors(reference)),
             "gradients": math.inf if missing else max(
                 relative(self.gradients[name], gradient) for name, gradient in reference.gradients.items()
             ),
@@ -483,6 +487,10 @@ class Answer:
         if self.loss is not None and reference.loss is not None:
             found["loss"] = relative(self.loss, reference.loss)
         return found
+
+    def map_errors(self, reference: Answer) -> list[float]:
+        """The relative errors of the maps, shallow to deep."""
+        return [relative(x, y) for x, y in zip(self.maps, reference.maps, strict=True)]
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -493,7 +501,10 @@ def relative(x: Tensor, y: Tensor) -> float:
 def answer(contender: Contender, with_loss: bool) -> Answer:
     setting = contender.setting
     contender.begin()
-    maps = [x * F.interpolate(setting.active.to(x.dtype), x.shape[2:]) for x in contender.dense_maps()]
+    with contender.autocast():
+        maps = contender.dense_maps()
+    shown = setting.active.to(setting.images.dtype)
+    maps = [x.to(shown.dtype) * F.interpolate(shown, x.shape[2:]) for x in maps]
     generator = torch.Generator(setting.device).manual_seed(1)
     gradients = [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in maps]
     torch.autograd.backward(maps, gradients)
@@ -509,7 +520,7 @@ def answer(contender: Contender, with_loss: bool) -> Answer:
 def check_agreement(
     contenders: list[Contender], setting: Setting, with_loss: bool
 ) -> tuple[list[Contender], dict[str, dict[str, dict[str, float]]], dict[str, str]]:
-    """Compares every contender with the engine masked-dense, in float64 and then in float32.
+    """Compares every contender with the engine masked-dense, in float64, in float32 and, where it is timed, in bf16.
 
     Returns:
         Those that agree, all errors, and why the others do not stay.
@@ -540,6 +551,21 @@ def check_agreement(
                 if name in left_out:
                     agreed.remove(contender)
                     release(setting.device)
+    if setting.autocast:
+        rounding = answer(Contender("masked-dense", replace(setting, compiled=False)), False).map_errors(expected)
+        for contender in list(agreed):
+            name = contender.name
+            try:
+                pairs = zip(answer(contender, False).map_errors(expected), rounding, strict=True)
+                worst = max(error / own for error, own in pairs)
+                errors[name]["bf16"] = {"maps": worst}
+                if not worst <= BF16_LIMIT:
+                    left_out[name] = f"{DISAGREES} masked-dense in bf16: maps {worst:.1f} times as far from float32"
+            except Exception as error:
+                left_out[name] = describe(error)
+            if name in left_out:
+                agreed.remove(contender)
+                release(setting.device)
     return agreed, errors, left_out
 
 

@@ -102,6 +102,25 @@ def test_a_contender_that_computes_something_else_is_not_timed(
     assert case["agreement"]["cuda_ext"]["float64"][kind] > throughput.LIMITS[torch.float64][kind]
 
 
+class WrongInBf16(CudaExtEngine):
+    """Right in float64 and float32; in bf16 its maps are 5 % too large."""
+
+    def convolution(self, layer, x):  # type: ignore[no-untyped-def]
+        out = super().convolution(layer, x)
+        return out.replace(1.05 * out.data) if out.dtype == torch.bfloat16 and layer.bias is not None else out
+
+
+def test_a_contender_that_is_wrong_in_bf16_only_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--what", "encoder-forward", "--contenders", "cuda_ext", "minkowski", "rows-dense", "--precision", "bf16"]
+    (case,) = run(tmp_path, *words, "--model", "convnext_tiny")["cases"]
+    assert set(case["contenders"]) == {"cuda_ext", "minkowski", "rows-dense"}
+    assert case["agreement"]["minkowski"]["bf16"]["maps"] < 0.1 < case["agreement"]["cuda_ext"]["bf16"]["maps"] < 1.5
+    monkeypatch.setitem(ENGINES, "cuda_ext", WrongInBf16)
+    (case,) = run(tmp_path, *words, "--model", "convnext_tiny", code=1)["cases"]
+    assert set(case["contenders"]) == {"minkowski", "rows-dense"}
+    assert case["left_out"]["cuda_ext"].startswith("disagrees with masked-dense in bf16: ")
+
+
 def test_a_contender_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

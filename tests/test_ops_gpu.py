@@ -332,3 +332,56 @@ def test_compiled_equals_eager() -> None:
         return torch.relu(operator(rows, *rest)) * 2
 
     assert relative_error(torch.compile(layer, fullgraph=True)(*arguments), layer(*arguments)) < 1e-6
+
+
+def encoder_step(name: str) -> tuple[Callable[[], Tensor], Any]:
+    """A forward and backward pass of a whole encoder on the engine cuda_ext, in bf16, and the encoder."""
+    import sparkme
+    from sparkme.models import create_encoder
+
+    torch.manual_seed(0)
+    encoder = create_encoder(name, drop_path=0.0).cuda().set_engine("cuda_ext").train()
+    images = torch.randn(4, 3, 64, 96, device="cuda")
+    active = sparkme.random_active(4, (2, 3), 0.5, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def step() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            maps = encoder(images, active, 3)
+        loss = sum((x.rows.float().square().mean() for x in maps), torch.zeros((), device="cuda"))
+        loss.backward()
+        return loss.detach()
+
+    return step, encoder
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_an_encoder_step_does_not_wait_for_the_device(name: str) -> None:
+    step, _ = encoder_step(name)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_a_captured_encoder_step_equals_an_eager_one(name: str) -> None:
+    step, encoder = encoder_step(name)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            encoder.zero_grad(set_to_none=True)
+            expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    gradients = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    encoder.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert relative_error(captured, expected) < 1e-6
+    for ours, theirs in zip((p.grad for p in encoder.parameters() if p.grad is not None), gradients, strict=True):
+        assert relative_error(ours, theirs) < 1e-2
