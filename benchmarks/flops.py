@@ -38,7 +38,7 @@ from sparkme.errors import UserError, first_line, run_command, user_errors
 if TYPE_CHECKING:
     from sparkme.grid import Grid
     from sparkme.spark import SparK
-    from sparkme.sparse.layers import SparseConv2d, SparseDepthwiseConv2d
+    from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d
     from sparkme.sparse.map import SparseMap
 
     SparseConvolution = SparseConv2d | SparseDepthwiseConv2d
@@ -170,13 +170,13 @@ def build(name: str, input_size: list[int], mask_ratio: float, decoder_width: in
 @torch.no_grad()
 def count_network(network: SparK) -> list[Count]:
     """Runs one image through the network and counts each call of a layer, in the order of the calls."""
-    from sparkme.sparse.layers import SparseConv2d, SparseDepthwiseConv2d, SparseLinear
+    from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d, SparseLinear
 
     counts: list[Count] = []
     strides = network.encoder.strides
 
     def encoder_layer(layer: nn.Module, args: tuple[SparseMap], out: SparseMap) -> None:
-        stage = strides[len(args[0].taps or ())]  # the maps that were reached before this layer
+        stage = strides[len(args[0].recorder.maps)]  # the maps that were reached before this layer
         counts.append(Count("encoder", stage, kind_of(layer), sparse_macs(layer, args[0], out)))
 
     def dense_layer(part: str, layer: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
@@ -204,7 +204,7 @@ def count_network(network: SparK) -> list[Count]:
 
 def kind_of(layer: Any) -> str:
     """`1x1`, `depthwise 7x7`, `grouped 3x3`, `transposed 4x4`, `linear`."""
-    from sparkme.sparse.layers import SparseDepthwiseConv2d
+    from sparkme.sparse.forms import SparseDepthwiseConv2d
 
     if not hasattr(layer, "kernel_size"):
         return "linear"

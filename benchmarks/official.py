@@ -154,7 +154,7 @@ class OfficialSparK(nn.Module):
         if not name.startswith("convnext"):
             add_drop_path(cast(SparseEncoder, self), drop_path)  # it asks for nothing but `network`
         self.maps: dict[int, Tensor] = {}
-        attach(self.network, self.taps, self.maps.__setitem__)
+        attach(self.network, self.taps, self._keep)
 
         self.densify_norms = nn.ModuleList(
             _RowNorm(copy.deepcopy(norm), self.visibility, channels_last=False) for norm in model.densify_norms
@@ -186,6 +186,10 @@ class OfficialSparK(nn.Module):
         maps = [self.maps[i] for i in range(len(self.taps))]
         self.maps.clear()
         return maps
+
+    def _keep(self, i: int, x: Tensor) -> bool:
+        self.maps[i] = x
+        return len(self.maps) == len(self.taps)
 
     def _densify(self, i: int, x: Tensor) -> Tensor:
         visible = self.visibility.pixels(*x.shape[2:]).expand_as(x)

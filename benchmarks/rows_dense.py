@@ -7,17 +7,13 @@ what is visible of its output is copied out again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.sparse.engines.base import RowEngine
+from sparkme.sparse.engines.base import Features, RowEngine
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
-from sparkme.sparse.map import SparseMap
-
-if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseAvgPool2d, SparseLinear, SparseMaxPool2d, _SparseConvolution
+from sparkme.sparse.layout import kernel_to_weight
+from sparkme.sparse.window import Window
 
 
 class RowsDenseEngine(RowEngine):
@@ -29,27 +25,26 @@ class RowsDenseEngine(RowEngine):
     def __init__(self) -> None:
         self.dense_engine = MaskedDenseEngine()
 
-    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
-        if layer.kernel_size == (1, 1) and layer.stride == layer.groups == 1:
-            bias = layer.operands()[1]
-            return x.replace(_pointwise(x.data, layer.dense_weight, None if bias is None else bias.flatten()))
-        return self._rows(self.dense_engine.convolution(layer, self._dense(x)))
+    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+        if window.kernel_size == (1, 1) and window.stride == groups == 1:
+            weight = kernel_to_weight(kernel, (1, 1))
+            return x.replace(_pointwise(x.data, weight, None if bias is None else bias.flatten()))
+        return self._rows(self.dense_engine.convolution(self._dense(x), kernel, bias, window, groups))
 
-    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap:
-        return self._rows(self.dense_engine.max_pool(layer, self._dense(x)))
+    def max_pool(self, x: Features, window: Window) -> Features:
+        return self._rows(self.dense_engine.max_pool(self._dense(x), window))
 
-    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
-        return self._rows(self.dense_engine.avg_pool(layer, self._dense(x)))
+    def avg_pool(self, x: Features, window: Window) -> Features:
+        return self._rows(self.dense_engine.avg_pool(self._dense(x), window))
 
-    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
-        return x.replace(_pointwise(x.data, layer.linear.weight[:, :, None, None], layer.linear.bias))
+    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+        return x.replace(_pointwise(x.data, weight[:, :, None, None], bias))
 
-    def _dense(self, x: SparseMap) -> SparseMap:
-        return SparseMap(self.to_dense(x), x.grid, x.stride, self.dense_engine, x.taps, x.channels_last)
+    def _dense(self, x: Features) -> Features:
+        return x.replace(self.to_dense(x))
 
-    def _rows(self, x: SparseMap) -> SparseMap:
-        rows = self.from_rows(x.rows, x.grid, x.stride)
-        return SparseMap(rows, x.grid, x.stride, self, x.taps, x.channels_last)
+    def _rows(self, x: Features) -> Features:
+        return x.replace(self.from_rows(self.dense_engine.to_rows(x), x.grid, x.stride))
 
 
 def _pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

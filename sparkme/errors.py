@@ -15,7 +15,7 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def python_command() -> str:

@@ -123,6 +123,14 @@ class Grid:
             self._cache[key] = ((sample * self.f_h * p + y) * self.f_w + column).flatten()
         return self._cache[key]
 
+    def row_numbers(self, stride: int) -> Tensor:
+        """(B, H / stride, W / stride) int64: the row of every pixel, -1 where it is hidden."""
+        key = "numbers", stride
+        if key not in self._cache:
+            numbers = torch.arange(1, self.num_rows(stride) + 1, device=self.device).view(-1, 1)
+            self._cache[key] = self.to_dense(numbers, stride).squeeze(1) - 1
+        return self._cache[key]
+
     def to_rows(self, dense: Tensor, stride: int) -> Tensor:
         """Copies the visible patches of a (B, C, H / stride, W / stride) map to (N, C) rows; fast in channels_last memory."""
         runs = dense.permute(0, 2, 3, 1).reshape(-1, self.pixels(stride) * dense.shape[1])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import flops
 from sparkme.decoder import Decoder
 from sparkme.grid import Grid
-from sparkme.sparse.layers import SparseConv2d
+from sparkme.sparse.forms import SparseConv2d
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "flops.json"
 

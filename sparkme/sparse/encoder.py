@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from sparkme.grid import Grid
 from sparkme.sparse.engines import create_engine
+from sparkme.sparse.engines.base import Features
+from sparkme.sparse.forms.convolution import SparseConvolution
+from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
-from sparkme.sparse.layers import SparseBatchNorm2d, SparseLayer, _SparseConvolution
-from sparkme.sparse.map import SparseMap
+from sparkme.sparse.map import Recorder, SparseMap
 
 
 class SparseEncoder(nn.Module):
@@ -29,7 +31,7 @@ class SparseEncoder(nn.Module):
         self.network = network
         self.hierarchy = hierarchy
         self.set_engine("auto")
-        attach(network, hierarchy.taps, _store)
+        attach(network, hierarchy.taps, _reached)
 
     @property
     def in_channels(self) -> int:
@@ -48,7 +50,7 @@ class SparseEncoder(nn.Module):
     @property
     def norm(self) -> str:
         """The network's kind of normalisation, `bn` or `ln`; densify uses the same."""
-        return "bn" if any(isinstance(m, SparseBatchNorm2d) for m in self.modules()) else "ln"
+        return "bn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()) else "ln"
 
     def set_engine(self, name: str) -> SparseEncoder:
         """Chooses the kernels: `cuda_ext`, `minkowski`, `masked-dense` or `auto`. The weights stay.
@@ -65,7 +67,7 @@ class SparseEncoder(nn.Module):
         self.engine, self.engine_reason = create_engine(name, device)
         self._engine_choice = name, device.type
         for layer in self.modules():
-            if isinstance(layer, _SparseConvolution):
+            if isinstance(layer, SparseConvolution):
                 layer.arrange(dense=self.engine.dense)
         return self
 
@@ -106,7 +108,7 @@ class SparseEncoder(nn.Module):
 
     def encode(self, images: Tensor, grid: Grid) -> list[SparseMap]:
         """`forward` on a grid that the caller made."""
-        taps: dict[int, SparseMap] = {}
+        recorder = Recorder([tap.call for tap in self.hierarchy.taps])
         device_type = images.device.type
         name, chosen_for = self._engine_choice
         if chosen_for != device_type:  # the encoder has moved since
@@ -116,10 +118,8 @@ class SparseEncoder(nn.Module):
                 images = images.to(next(self.parameters()).dtype)
             pixels = self.engine.voxelise(images, grid)
             with suppress(ReachedDeepest):
-                self.network(SparseMap(pixels, grid, 1, self.engine, taps))
-        maps = [taps[i] for i in range(len(self.strides))]
-        taps.clear()  # every map refers to it: a cycle would keep the whole batch alive until the garbage is collected
-        return maps
+                self.network(SparseMap(Features(pixels, grid, 1), self.engine, recorder))
+        return [recorder.maps[i] for i in range(len(self.strides))]
 
     def _patch(self, images: Tensor, active: Tensor) -> int:
         total = self.strides[-1]
@@ -168,9 +168,8 @@ class SparseEncoder(nn.Module):
         return [name for name in state if name not in own]
 
 
-def _store(i: int, value: SparseMap) -> None:
-    if value.taps is not None:
-        value.taps[i] = value
+def _reached(i: int, value: Any) -> bool:
+    return value.recorder.reached(i, value)
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

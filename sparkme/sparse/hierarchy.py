@@ -1,22 +1,27 @@
 """Finds the hierarchy of a dense network: where its feature maps of each stride come out, and how wide they are.
 
-Nothing is listed by hand. A dense probe records every call of a module with the strides of its input and output. The map
-of stride s is what enters the outermost module that leads from s to the next stride, and the deepest map is what enters
+Nothing is listed by hand. A dense probe records every call of a module with the strides of its inputs and outputs. The map
+of stride s is what enters the last, outermost module that leads from s to the next stride, and the deepest map is what enters
 the head. So for torchvision's ResNet these are the outputs of layer1 to layer4, for ConvNeXt the outputs of the four
 stages (and not of the norms of the downsampling layers that follow them), as in SparK.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Not square, so that neither a (B, H, W, C) map nor a pooled (B, C, 1, 1) one can be taken for a feature map.
+from sparkme.errors import first_line
+from sparkme.sparse.map import Recorder, SparseMap
+
+# Neither square nor powers of two, so that neither a (B, H, W, C) map nor a pooled (B, C, 1, 1) one can be mistaken.
 _PROBE_CELLS = (2, 3)
+_PROBE_STRIDE = 64  # strides up to this are seen
 
 
 class ReachedDeepest(Exception):
@@ -25,156 +30,356 @@ class ReachedDeepest(Exception):
 
 @dataclass(frozen=True)
 class Tap:
-    """Where one map of the hierarchy is read: at a module's input or output."""
+    """Where one map of the hierarchy is read.
+
+    Attributes:
+        stride: input pixels per pixel of the map.
+        channels: its width.
+        module: the path of a module in the network.
+        at_input: whether the map enters the module, or comes out of it.
+        call: which call of the module in a forward pass, from 1.
+        path: where in (args, kwargs), or in the output, the map is: keys and indices, outermost first.
+    """
 
     stride: int
     channels: int
     module: str
     at_input: bool
+    call: int = 1
+    path: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """The taps, shallow to deep, and the modules that run before the last one."""
+    """The taps, shallow to deep, and what the probe saw.
+
+    Attributes:
+        in_channels: of the images.
+        taps: shallow to deep.
+        called: the modules that run before the last tap.
+        left_out: the modules that the maps do not depend on: the head, and branches that end elsewhere, such as auxiliary heads.
+        on_maps: the modules all of whose calls before the last tap take a feature map first.
+    """
 
     in_channels: int
     taps: tuple[Tap, ...]
     called: frozenset[str]
+    left_out: frozenset[str]
+    on_maps: frozenset[str]
+
+
+@dataclass
+class _Found:
+    """A feature map among the arguments or results of a call."""
+
+    path: tuple[Any, ...]
+    stride: int
+    channels: int
+    made: int  # when it was made: the number of the call that gave it, or -1
 
 
 @dataclass
 class _Call:
     module: str
-    stride_in: int | None
-    stride_out: int | None = None
-    channels: int = 0
-    channels_in: int = 0
-    parents: tuple[str, ...] = ()
+    number: int  # of the calls of this module, from 1
+    entered: int
+    parents: tuple[_Call, ...]
+    inputs: list[_Found]
+    outputs: list[_Found] = field(default_factory=list)
+    left: int = 0
+    unaligned: tuple[int, ...] = ()  # the size of the map that it gives, where that is aligned to nothing
+    is_window: bool = False
+
+    def takes(self, stride: int) -> bool:
+        return any(found.stride == stride for found in self.inputs)
+
+    def gives(self, stride: int) -> bool:
+        return any(found.stride == stride for found in self.outputs)
 
 
-def find_hierarchy(model: nn.Module, num_scales: int = 4) -> Hierarchy:
-    """Runs a small dense image through the model, in eval mode, and reads the hierarchy off its calls.
+def find_hierarchy(
+    model: nn.Module, num_scales: int = 4, *, taps: Sequence[str] | None = None, in_channels: int | None = None
+) -> Hierarchy:
+    """Runs a small dense image through the model, in eval and in training mode, and reads the hierarchy off its calls.
+
+    Args:
+        model: its buffers, modes and what requires gradients are changed: pass a copy.
+        num_scales: how many maps at most; the deepest ones are taken.
+        taps: the modules whose outputs are the maps, instead of those that are found.
+        in_channels: of the images; found if None.
 
     Raises:
-        ValueError: the model has no convolution, or fewer than `num_scales` strides.
+        ValueError: the model has no convolution, cannot be run, or has no hierarchy of feature maps.
     """
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d: it is not a convolutional network")
-    in_channels = first.in_channels
-    size = tuple(64 * cells for cells in _PROBE_CELLS)  # strides up to 64
-    calls = _record(model, first, in_channels, size)
+    name = type(model).__name__
+    if next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None) is None:
+        raise ValueError(f"{name} has no nn.Conv2d: it is not a convolutional network")
+    in_channels, calls = _probe(model, in_channels)
+    chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(name, calls, num_scales)
+    called, on_maps, ends_elsewhere = _before_last_tap(model, chosen, in_channels)
+    head = {call.module for call in calls} - called
+    return Hierarchy(in_channels, tuple(chosen), frozenset(called), frozenset(head | ends_elsewhere), frozenset(on_maps))
 
-    strides = sorted({c.stride_out for c in calls if c.stride_out})[-num_scales:]
-    if len(strides) < num_scales:
-        raise ValueError(f"{type(model).__name__} has feature maps at strides {strides}; SparK needs {num_scales}")
-    taps = []
+
+def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
+    strides = sorted({f.stride for call in calls for f in call.outputs if f.stride > 1 and _goes_on(call, f.stride)})
+    strides = strides[-num_scales:]
+    if any(call.is_window and call.unaligned for call in calls):
+        leaves = [c for c in calls if c.unaligned and not any(o.unaligned and c in o.parents for o in calls)]
+        bad, (h, w) = leaves[0], (_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
+        raise ValueError(
+            f"{name} cannot be aligned to a grid of patches: of an image of {h}x{w} pixels its layer {bad.module!r} makes "
+            f"{'x'.join(map(str, bad.unaligned))}; pad what is not padded, so that a layer of stride s, a power of two, makes n "
+            "pixels of n * s"
+        )
+    if len(strides) < 2:
+        at = f"at stride {strides[0]} only" if strides else "of no stride"
+        raise ValueError(f"{name} has feature maps {at}: it is not hierarchical, as ResNets and ConvNeXts are")
+    chosen = []
     for stride, following in zip(strides, [*strides[1:], None], strict=True):
-        if consumer := _consumer(calls, stride, following):
-            taps.append(Tap(stride, consumer.channels_in, consumer.module, at_input=True))
+        consumer = _consumer(calls, stride, following)
+        if consumer is not None:
+            found = max((f for f in consumer.inputs if f.stride == stride), key=lambda f: f.made)
+            chosen.append(Tap(stride, found.channels, consumer.module, True, consumer.number, found.path))
         else:  # what follows is a function and no module
-            producer = _outermost_last(calls, stride)
-            taps.append(Tap(stride, producer.channels, producer.module, at_input=False))
-    called: set[str] = set()
-    probe = torch.zeros(1, in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
-    handles = [
-        module.register_forward_pre_hook(lambda _m, _a, name=name: called.add(name)) for name, module in model.named_modules()
-    ]
-    try:
-        dense_features(model, tuple(taps), probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if taps[-1].at_input:
-        called.discard(taps[-1].module)  # entered, but not run
-    return Hierarchy(in_channels, tuple(taps), frozenset(called))
+            producer = _last_producer(calls, stride)
+            found = next(f for f in reversed(producer.outputs) if f.stride == stride)
+            chosen.append(Tap(stride, found.channels, producer.module, False, producer.number, found.path))
+    return chosen
 
 
-def attach(model: nn.Module, taps: tuple[Tap, ...], found: Callable[[int, Any], None]) -> list[Any]:
-    """Calls `found(i, map)` when the map of tap i is reached; the last tap ends the run with `ReachedDeepest`."""
+def _goes_on(call: _Call, stride: int) -> bool:
+    """Whether a map of this stride leaves the block that it is made in, or a deeper one does."""
+    return all(max(f.stride for f in parent.outputs) >= stride for parent in call.parents if parent.outputs)
 
-    def reached(i: int, value: Any) -> None:
-        found(i, value)
-        if i == len(taps) - 1:
+
+def _consumer(calls: list[_Call], stride: int, following: int | None) -> _Call | None:
+    """The last outermost call that leads from `stride` to the following one or, from the deepest, to the head."""
+    if following is None:
+        done = _last_producer(calls, stride).left
+        fits = [c for c in calls if c.entered > done and c.takes(stride) and not c.outputs]
+    else:
+        fits = [c for c in calls if c.takes(stride) and c.gives(following)]
+    inside = {id(c) for c in fits}
+    outermost = [c for c in fits if not any(id(parent) in inside for parent in c.parents)]
+    return outermost[-1] if outermost else None
+
+
+def _last_producer(calls: list[_Call], stride: int) -> _Call:
+    """The call that gives a map of `stride` and ends last; of a block and its last layer that is the block."""
+    return max((c for c in calls if c.gives(stride)), key=lambda c: c.left)
+
+
+def _given_taps(model: nn.Module, calls: list[_Call], names: Sequence[str]) -> list[Tap]:
+    chosen = []
+    for name in names:
+        of_module = [c for c in calls if c.module == name and c.outputs]
+        if not of_module:
+            known = name in dict(model.named_modules())
+            raise ValueError(f"taps names {name!r}, which {'gives no aligned feature map' if known else 'is no module'}")
+        found = of_module[-1].outputs[-1]
+        chosen.append(Tap(found.stride, found.channels, name, False, of_module[-1].number, found.path))
+    strides = [tap.stride for tap in chosen]
+    if strides != sorted(set(strides)) or not strides:
+        raise ValueError(f"taps must go from shallow to deep, one for each stride; their strides are {strides}")
+    return chosen
+
+
+class TapHook:
+    """What stands at the module of a tap; calls `reached(i, map)`, which says when the last map is there."""
+
+    def __init__(self, i: int, tap: Tap, reached: Callable[[int, Any], bool]) -> None:
+        self.i, self.path, self.reached = i, tap.path, reached
+
+    def at_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._look((args, kwargs))
+
+    def at_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._look(output)
+
+    def _look(self, value: Any) -> None:
+        for key in self.path:
+            value = value[key]
+        if self.reached(self.i, value):
             raise ReachedDeepest
 
+
+def attach(model: nn.Module, taps: tuple[Tap, ...], reached: Callable[[int, Any], bool]) -> list[Any]:
+    """Calls `reached(i, map)` at every call of the module of tap i; the run ends with `ReachedDeepest` when it returns True."""
     handles = []
     for i, tap in enumerate(taps):
-        module = model.get_submodule(tap.module)
+        module, hook = model.get_submodule(tap.module), TapHook(i, tap, reached)
         if tap.at_input:
-            handles.append(module.register_forward_pre_hook(lambda _m, args, i=i: reached(i, args[0])))
+            handles.append(module.register_forward_pre_hook(hook.at_input, with_kwargs=True))
         else:
-            handles.append(module.register_forward_hook(lambda _m, _a, out, i=i: reached(i, out)))
+            handles.append(module.register_forward_hook(hook.at_output))
     return handles
 
 
 @torch.no_grad()
 def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor) -> list[Tensor]:
     """The hierarchy of a dense model on images (B, C, H, W), in eval mode: maps (B, D, H / s, W / s), shallow to deep."""
-    maps: dict[int, Tensor] = {}
-    was_training = model.training
-    handles = attach(model, taps, lambda i, value: maps.update({i: value.clone()}))
+    recorder = Recorder([tap.call for tap in taps])
+    modes = {module: module.training for module in model.modules()}
+    handles = attach(model, taps, recorder.reached)
     try:
         model.eval()(images)
     except ReachedDeepest:
         pass
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
-    return [maps[i] for i in range(len(taps))]
+    h, w = images.shape[2:]
+    maps = []
+    for i, tap in enumerate(taps):
+        value = recorder.maps[i]
+        is_first = value.shape[2:] == (h // tap.stride, w // tap.stride)
+        maps.append(value if is_first else value.permute(0, 3, 1, 2))
+    return maps
+
+
+def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call]]:
+    """The calls of the model on a small image, of as many channels as it takes."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    candidates = [in_channels] if in_channels else list(dict.fromkeys([*(m.in_channels for m in convolutions), 3, 1]))
+    problems = []
+    for channels in candidates:
+        try:
+            return channels, _record(model, channels)
+        except Exception as error:  # whatever the network makes of an image that it does not take
+            problems.append(f"{type(error).__name__}: {first_line(error)}")
+    raise ValueError(
+        f"{type(model).__name__} cannot be run as model(images) on images of {candidates[0]} channels and "
+        f"{_PROBE_CELLS[0] * _PROBE_STRIDE}x{_PROBE_CELLS[1] * _PROBE_STRIDE} pixels: {problems[0]}"
+    )
+
+
+def probe_images(model: nn.Module, in_channels: int) -> Tensor:
+    like = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    size = tuple(_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
+    return torch.randn(2, in_channels, *size, generator=generator).to(like.device, like.dtype)
+
+
+def _stride_and_channels(value: Any) -> tuple[int, int] | None:
+    """Of a map (B, C, H, W) or (B, H, W, C) of the probe; None for what is no map, or not aligned."""
+    if not isinstance(value, Tensor) or value.ndim != 4 or type(value) is SparseMap:
+        return None
+    for sizes, channels in ((value.shape[2:], value.shape[1]), (value.shape[1:3], value.shape[3])):
+        full = [_PROBE_STRIDE * cells for cells in _PROBE_CELLS]
+        strides = {n // size if size and n % size == 0 else 0 for n, size in zip(full, sizes, strict=True)}
+        if len(strides) == 1 and 0 not in strides and sizes[1] > 1:
+            return strides.pop(), channels
+    return None
+
+
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _tensors(part, (*path, key))
+    elif isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from _tensors(part, (*path, i))
 
 
 @torch.no_grad()
-def _record(model: nn.Module, first: nn.Conv2d, in_channels: int, size: tuple[int, ...]) -> list[_Call]:
+def _record(model: nn.Module, in_channels: int) -> list[_Call]:
     calls: list[_Call] = []
     open_calls: list[_Call] = []
+    made: dict[int, int] = {}  # by the address of a tensor: the number of the call that gave it
+    kept: list[Tensor] = []  # so that no address comes twice
+    clock = 0
 
-    def stride_of(value: Any) -> int | None:
-        if not isinstance(value, Tensor) or value.ndim != 4:
-            return None
-        h, w = value.shape[2:]
-        exact = size[0] % h == 0 and size[1] % w == 0 and size[0] // h == size[1] // w
-        return size[0] // h if exact else None
+    def maps_in(value: Any) -> list[_Found]:
+        found = []
+        for path, tensor in _tensors(value):
+            if seen := _stride_and_channels(tensor):
+                found.append(_Found(path, *seen, made.get(id(tensor), -1)))
+        return found
 
-    def enter(name: str, args: tuple[Any, ...]) -> None:
-        value = args[0] if args else None
-        channels = value.shape[1] if isinstance(value, Tensor) and value.ndim == 4 else 0
-        call = _Call(name, stride_of(value), channels_in=channels, parents=tuple(c.module for c in open_calls))
+    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal clock
+        clock += 1
+        number = 1 + sum(c.module == name for c in calls)
+        call = _Call(name, number, clock, tuple(open_calls), maps_in((args, kwargs)))
+        call.is_window = isinstance(model.get_submodule(name), nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
         calls.append(call)
         open_calls.append(call)
 
     def leave(out: Any) -> None:
+        nonlocal clock
+        clock += 1
         call = open_calls.pop()
-        call.stride_out = stride_of(out)
-        call.channels = out.shape[1] if call.stride_out else 0
+        call.left, call.outputs = clock, maps_in(out)
+        if not call.outputs:
+            call.unaligned = next((tuple(t.shape[2:]) for _, t in _tensors(out) if _is_unaligned(t)), ())
+        for _, tensor in _tensors(out):
+            made[id(tensor)] = clock
+            kept.append(tensor)
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, args, name=name: enter(name, args)))
-        handles.append(module.register_forward_hook(lambda _m, _a, out: leave(out)))
-    was_training = model.training
+        if name:
+            handles.append(module.register_forward_pre_hook(lambda _m, a, k, name=name: enter(name, a, k), with_kwargs=True))
+            handles.append(module.register_forward_hook(lambda _m, _a, out: leave(out)))
+    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(torch.zeros(1, in_channels, *size, device=first.weight.device, dtype=first.weight.dtype))
+        model.eval()(probe_images(model, in_channels))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
     return calls
 
 
-def _consumer(calls: list[_Call], stride: int, following: int | None) -> _Call | None:
-    """The outermost call that leads from `stride` to the following one or, from the deepest, to the head."""
-    start = 0 if following else max(i for i, c in enumerate(calls) if c.stride_out == stride)
-    # Calls are in the order of entry, so the first that qualifies is the outermost.
-    return next((c for c in calls[start:] if (c.stride_in, c.stride_out) == (stride, following)), None)
+def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int) -> tuple[set[str], set[str], set[str]]:
+    """The modules that run before the last tap, in either mode; those of them that take a map first at every call; and the
+    outermost ones of those that no map depends on."""
+    called: set[str] = set()
+    on_vectors: set[str] = set()
+    needed: set[str] = set()
+
+    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.add(name)
+        first = next(_tensors((args, kwargs)), ((), None))[1]
+        if _stride_and_channels(first) is None and not _is_unaligned(first):
+            on_vectors.add(name)
+
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
+    for training in (False, True):
+        recorder = Recorder([tap.call for tap in taps])
+        # The taps come first, so that a module at whose input the last map is taken does not count as called.
+        handles = attach(model, tuple(taps), recorder.reached)
+        handles += [
+            module.register_forward_pre_hook(lambda _m, a, k, name=name: enter(name, a, k), with_kwargs=True)
+            for name, module in model.named_modules()
+            if name
+        ]
+        try:
+            with torch.enable_grad(), suppress(ReachedDeepest):
+                model.train(training)(probe_images(model, in_channels))
+        except Exception as error:
+            mode = "training" if training else "eval"
+            raise ValueError(f"{type(model).__name__} cannot be run in {mode} mode: {first_line(error)}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = sum(x.float().sum() for x in recorder.maps.values())
+        gradients = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
+        needed |= {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    unneeded = set()
+    for name, module in model.named_modules():
+        inside = [f"{name}.{p}" for p, _ in module.named_parameters(remove_duplicate=False)]
+        if name in called and inside and needed.isdisjoint(inside):
+            unneeded.add(name)
+    return called, called - on_vectors, {name for name in unneeded if name.rpartition(".")[0] not in unneeded}
 
 
-def _outermost_last(calls: list[_Call], stride: int) -> _Call:
-    """The last call that gives a map of `stride`, and of those that end there the outermost."""
-    last = max(i for i, c in enumerate(calls) if c.stride_out == stride)
-    for name in calls[last].parents:
-        parent = next(c for c in calls if c.module == name)
-        if parent.stride_out == stride:
-            return parent
-    return calls[last]
+def _is_unaligned(value: Any) -> bool:
+    """Whether a tensor is some map, though not one of the hierarchy: its layers have to say why they cannot be sparse."""
+    return isinstance(value, Tensor) and value.ndim == 4 and min(value.shape[2:]) > 1

@@ -44,3 +44,8 @@ def block_diagonal(kernel: Tensor, groups: int) -> Tensor:
     group = torch.arange(groups, device=kernel.device)
     full[:, group, :, group, :] = blocks.permute(2, 0, 1, 3)
     return full.view(volume, groups * width, out_channels)
+
+
+def embed(kernel: Tensor, taps: list[int], volume: int) -> Tensor:
+    """A kernel (K, ...) as one of `volume` taps, of which the given ones are its own and the others zero."""
+    return kernel.new_zeros(volume, *kernel.shape[1:]).index_copy(0, torch.tensor(taps, device=kernel.device), kernel)

@@ -1,194 +1,357 @@
 """The value that flows through a sparse network: features at the visible pixels of a batch.
 
-The blocks of a dense network run unmodified on `SparseMap`s. Their layers have been replaced by sparse ones; what they
-do in between (`out += identity`, `layer_scale * x`, `x.permute(0, 2, 3, 1)`, `F.relu(x)`) arrives here, through Python's
-operators and torch's `__torch_function__` protocol, and is applied to the visible pixels only. A function that mixes
-pixels and has no sparse form is refused by name.
+The code of a dense network runs unmodified on `SparseMap`s. Its convolutions, norms and poolings have been replaced by sparse
+layers; what it does in between (`out += identity`, `layer_scale * x`, `x.permute(0, 2, 3, 1)`, `x.mean((2, 3))`, `torch.cat`)
+arrives here, through Python's operators and torch's `__torch_function__` protocol. `FUNCTIONS` says what each of torch's
+functions does to a map; `sparkme.sparse.forms` fills it. A function that is not there may mix visible and hidden pixels, and
+is refused by name.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import Grid
+from sparkme.sparse.engines.base import Engine, Features
 
 if TYPE_CHECKING:
     import MinkowskiEngine as ME
 
-    from sparkme.sparse.engines.base import Engine
 
-# Functions of one pixel at a time. The value says whether zero stays zero when there is no second tensor operand: others
-# may turn what hidden pixels hold into infinity or NaN.
-_POINTWISE = {
-    "abs": True, "add": False, "celu": True, "clamp": False, "clone": True, "detach": True, "div": False, "dropout": True,
-    "elu": True, "exp": False, "gelu": True, "hardsigmoid": False, "hardswish": True, "hardtanh": True,
-    "leaky_relu": True, "mish": True, "mul": True, "neg": True, "pow": False, "relu": True, "relu6": True, "selu": True,
-    "sigmoid": False, "silu": True, "softplus": False, "sub": False, "tanh": True, "truediv": False,
-}  # fmt: skip
-_SUMS = {"add", "sub"}  # of two maps: zero plus zero is zero
-_NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+class Padding(NamedTuple):
+    """Pixels that `F.pad` put around a map, waiting for the convolution or pooling that reads them."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    mode: str = "constant"
+    value: float = 0.0
 
 
-def _spellings() -> dict[Callable[..., Any], tuple[str, Callable[..., Any]]]:
-    """All of torch's functions that the table above means (`add`, `add_`, `__iadd__`, `F.relu_`, ...), with the name there
-    and the function to call instead, which is never in place. Looked up as objects, since torch.compile cannot ask a
-    function for its name."""
-    found: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {}
-    for name in _POINTWISE:
-        for owner in (torch.Tensor, torch, F):
-            for spelling in (name, f"__{name}__", f"__r{name}__"):
-                if function := getattr(owner, spelling, None):
-                    found[function] = name, function
-        out_of_place = next(getattr(owner, name) for owner in (torch, F, operator) if hasattr(owner, name))
-        for owner in (torch.Tensor, torch, F):
-            for spelling in (f"{name}_", f"__i{name}__"):
-                if function := getattr(owner, spelling, None):
-                    found[function] = name, out_of_place
-    return found
+class Recorder:
+    """Collects the maps of the hierarchy during one run of the encoder.
+
+    Args:
+        calls: for each map the number of the call of its module at which it is taken, from 1.
+    """
+
+    def __init__(self, calls: Sequence[int]) -> None:
+        self.calls = calls
+        self.counts = [0] * len(calls)
+        self.maps: dict[int, Any] = {}
+
+    def reached(self, i: int, value: Any) -> bool:
+        """Notes a call of the module of map i; true once all maps are there."""
+        self.counts[i] += 1
+        if self.counts[i] == self.calls[i]:
+            self.maps[i] = value.snapshot() if type(value) is SparseMap else value.clone()
+        return len(self.maps) == len(self.calls)
 
 
-_FUNCTIONS = _spellings()
-_PERMUTE = (torch.permute, torch.Tensor.permute)
+class Storage:
+    """What a map and its views share, so that an operation in place on one is seen by the others, or refused.
+
+    Args:
+        features: what it holds.
+        root: the storage that it is a view of.
+        span: the channels of the root that it shows, (first, one after the last); None for all, in whatever order.
+    """
+
+    def __init__(self, features: Features, root: Storage | None = None, span: tuple[int, int] | None = None) -> None:
+        self.features = features
+        self.root = root
+        self.span = span
+        self.views = 0
+        self.writes: list[tuple[int, tuple[int, int] | None]] = []  # in place: by which view (0 is the root), to which channels
+        self.number = 0
+        self.seen = 0
+        if root is not None:
+            root.views += 1
+            self.number, self.seen = root.views, len(root.writes)
+
+    def read(self) -> Features:
+        root = self if self.root is None else self.root
+        for number, span in root.writes[self.seen :]:
+            if number != self.number and _overlap(span, self.span):
+                raise NotImplementedError(
+                    "a map and a view of it (a slice, a chunk, a reshaped one), of which one was changed in place before the "
+                    "other was used, have no sparse form; write x = x + y for x += y there, or inplace=False"
+                )
+        return self.features
+
+    def write(self, features: Features) -> None:
+        self.read()
+        root = self if self.root is None else self.root
+        if root.views:
+            root.writes.append((self.number, self.span))
+        self.features = features
+
+
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
 
 class SparseMap:
     """Features at the visible pixels of a batch, at one stride.
 
     Args:
-        data: what the engine computes on: (B, L, C) patch-major rows of each sample, or (B, C, H, W) for a dense engine.
-        grid: the sites.
-        stride: input pixels per pixel of this map.
+        features: what the engine computes on.
         engine: the kernels that the layers use on it.
-        taps: collects the encoder's outputs as this map and its descendants reach them.
-        channels_last: whether the network sees it as (B, H, W, C), after a `permute(0, 2, 3, 1)`.
-        clean: whether the hidden pixels of a dense engine's `data` are zero; else they hold what no visible pixel may read.
+        recorder: collects the encoder's outputs as this map and its descendants reach them.
+        dims: what the axes are to the network: B, C (the channel axes in their order, usually one), H and W. `BCHW`, or
+            `BHWC` after a `permute(0, 2, 3, 1)`, or `BCCHW` after channels were split into groups.
+        padding: around it, after `F.pad`.
 
-    Every operation is out of place, also `x += y` and `inplace=True`: MinkowskiEngine's layers keep a reference to
-    their input for the backward pass, and would not notice that it has changed.
+    An operation in place replaces what the map holds, so that everyone who has the map sees it; the tensor itself stays as it
+    was, since MinkowskiEngine's layers keep a reference to their input for the backward pass.
     """
 
     def __init__(
         self,
-        data: Tensor,
-        grid: Grid,
-        stride: int,
+        features: Features,
         engine: Engine,
-        taps: dict[int, SparseMap] | None = None,
-        channels_last: bool = False,
-        clean: bool = True,
+        recorder: Recorder | None = None,
+        dims: str = "BCHW",
+        padding: Padding | None = None,
+        storage: Storage | None = None,
     ) -> None:
-        self.data = data
-        self.grid = grid
-        self.stride = stride
+        self.storage = Storage(features) if storage is None else storage
         self.engine = engine
-        self.taps = taps
-        self.channels_last = channels_last
-        self.clean = clean
-
-    def replace(self, data: Tensor, stride: int | None = None, *, clean: bool = True) -> SparseMap:
-        """The same sites (or those of another stride) with other features."""
-        return SparseMap(data, self.grid, stride or self.stride, self.engine, self.taps, self.channels_last, clean)
+        self.recorder = recorder
+        self.dims = dims
+        self.padding = padding
 
     # What users read.
 
     @property
+    def grid(self) -> Grid:
+        return self.storage.features.grid
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per pixel of this map."""
+        return self.storage.features.stride
+
+    @property
     def rows(self) -> Tensor:
         """(N, C), one row per visible pixel, patch-major."""
-        return self.engine.to_rows(self)
+        return self.engine.to_rows(self.features)
 
     @property
     def channels(self) -> int:
-        return self.data.shape[1] if self.engine.dense else self.data.shape[2]
+        return int(torch.Size(self.channel_shape).numel())
 
     def dense(self) -> Tensor:
         """(B, C, H / stride, W / stride), zero at hidden pixels."""
-        return self.engine.to_dense(self)
+        return self.engine.to_dense(self.features)
 
     def minkowski(self) -> ME.SparseTensor:
         """The same features as a MinkowskiEngine sparse tensor, with coordinates (sample, y, x) in input pixels."""
         from sparkme.sparse.engines.minkowski import to_minkowski
 
-        return to_minkowski(self)
+        rows = self.rows.view(self.grid.batch, -1, self.channels)
+        return to_minkowski(Features(rows, self.grid, self.stride))
 
-    def with_rows(self, rows: Tensor) -> SparseMap:
-        """The same sites with (N, C') rows, in whatever form the engine computes on."""
-        return self.replace(self.engine.from_rows(rows, self.grid, self.stride))
+    # What the forms use.
+
+    @property
+    def features(self) -> Features:
+        """What the engine computes on."""
+        if self.padding is not None:
+            raise NotImplementedError("only a convolution or a pooling can follow F.pad of a sparse map")
+        return self.storage.read()
+
+    @property
+    def data(self) -> Tensor:
+        """The tensor in it, in the engine's form."""
+        return self.features.data
+
+    @property
+    def flat(self) -> Features:
+        """`features`, with one channel axis.
+
+        Raises:
+            NotImplementedError: the channels are split into groups, or there are none.
+        """
+        if self.dims.count("C") != 1:
+            raise NotImplementedError(f"a map with axes {self.dims} has no sparse form here, only one with one channel axis")
+        return self.features
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        shape = self.storage.features.data.shape
+        return tuple(shape[1:-2] if self.engine.dense else shape[2:])
+
+    @property
+    def channel_axis(self) -> int:
+        """The first channel axis of the engine's data."""
+        return 1 if self.engine.dense else 2
+
+    def channel(self, dim: int) -> int:
+        """Which of the channel axes an axis of the map is.
+
+        Raises:
+            NotImplementedError: it is no channel axis.
+        """
+        dim = self.axis(dim)
+        if self.dims[dim] != "C":
+            raise NotImplementedError(f"axis {dim} ({self.dims[dim]}) of a map {self.dims}: only channels can be taken apart")
+        return self.dims[:dim].count("C")
+
+    def axis(self, dim: int) -> int:
+        if not -self.ndim <= dim < self.ndim:
+            raise IndexError(f"a map {self.dims} has no axis {dim}")
+        return dim % self.ndim
+
+    @property
+    def row_axes(self) -> Tensor:
+        """(B, L, channels...), whatever the engine computes on."""
+        features = self.features
+        if not self.engine.dense:
+            return features.data
+        data = features.data.flatten(1, -3) if features.data.ndim != 4 else features.data
+        rows = self.engine.to_rows(features.replace(data, clean=features.clean))
+        return rows.view(self.grid.batch, -1, *self.channel_shape)
+
+    def replace(self, features: Features, dims: str | None = None) -> SparseMap:
+        """A map with other features, otherwise like this one."""
+        return SparseMap(features, self.engine, self.recorder, dims or self.dims)
+
+    def with_data(self, data: Tensor, dims: str | None = None, *, clean: bool | None = None) -> SparseMap:
+        """The same sites with other data in the engine's form."""
+        features = self.features
+        return self.replace(features.replace(data, clean=features.clean if clean is None else clean), dims)
+
+    def with_rows(self, rows: Tensor, dims: str | None = None) -> SparseMap:
+        """The same sites with (N, C') or (B, L, channels...) rows, in whatever form the engine computes on."""
+        shape = rows.shape[2:] if rows.ndim != 2 else rows.shape[1:]
+        data = self.engine.from_rows(rows.reshape(-1, shape.numel()), self.grid, self.stride)
+        if len(shape) != 1:
+            axis = self.channel_axis
+            data = data.reshape(*data.shape[:axis], *shape, *data.shape[axis + 1 :])
+        return self.replace(self.features.replace(data), dims)
+
+    def view_of(self, data: Tensor, dims: str | None = None, span: tuple[int, int] | None = None) -> SparseMap:
+        """A map that shares its memory with this one, as the network sees it."""
+        features, storage = self.features, self.storage
+        if storage.root is not None:  # a view of a view
+            first = None if storage.span is None or span is None else storage.span[0]
+            span = None if first is None or span is None else (first + span[0], first + span[1])
+            storage = storage.root
+        shared = Storage(features.replace(data, clean=features.clean), storage, span)
+        return SparseMap(shared.features, self.engine, self.recorder, dims or self.dims, storage=shared)
+
+    def same_storage(self, dims: str) -> SparseMap:
+        """The same map with its axes in another order: a change of one in place is a change of the other."""
+        return SparseMap(self.features, self.engine, self.recorder, dims, storage=self.storage)
+
+    def padded(self, padding: Padding) -> SparseMap:
+        return SparseMap(self.features, self.engine, self.recorder, self.dims, padding, self.storage)
+
+    def without_padding(self) -> SparseMap:
+        features = self.storage.read()
+        return SparseMap(features, self.engine, self.recorder, self.dims, storage=self.storage)
+
+    def write(self, new: SparseMap) -> SparseMap:
+        """Replaces what this map holds, for operations in place."""
+        self.storage.write(new.features)
+        return self
+
+    def snapshot(self) -> SparseMap:
+        """The map as it is now, (B, C, H, W); what happens to this one in place later does not reach it."""
+        if sorted(self.dims) != sorted("BCHW"):
+            raise NotImplementedError(f"a map {self.dims} cannot be an output of the encoder")
+        return SparseMap(self.features, self.engine, None, "BCHW")
 
     # What the code of dense networks asks of a tensor.
 
     @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """Networks ask `isinstance(x, torch.Tensor)` to tell one map from a list of them. `type(x)` is SparseMap."""
+        return Tensor
+
+    @property
     def shape(self) -> torch.Size:
-        h, w = self.grid.size(self.stride)
-        sizes = (h, w, self.channels) if self.channels_last else (self.channels, h, w)
-        return torch.Size((self.grid.batch, *sizes))
+        features, channels = self.storage.features, iter(self.channel_shape)
+        h, w = features.grid.size(features.stride)
+        if self.padding is not None:
+            h, w = h + self.padding.top + self.padding.bottom, w + self.padding.left + self.padding.right
+        sizes = {"B": features.grid.batch, "H": h, "W": w}
+        return torch.Size(next(channels) if label == "C" else sizes[label] for label in self.dims)
 
     @property
     def ndim(self) -> int:
-        return 4
+        return len(self.dims)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.data.dtype
+        return self.storage.features.data.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.data.device
+        return self.storage.features.data.device
 
     @property
     def requires_grad(self) -> bool:
-        return self.data.requires_grad
+        return self.storage.features.data.requires_grad
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    is_sparse = is_quantized = is_nested = is_mkldnn = is_meta = is_leaf = False
+    layout = torch.strided
 
     def dim(self) -> int:
-        return 4
+        return self.ndim
 
-    def size(self, dim: int | None = None) -> torch.Size | int:
+    ndimension = dim
+
+    def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> SparseMap:
-        return self  # the memory layout is the engine's affair
+    def numel(self) -> int:
+        return self.shape.numel()
 
-    def permute(self, *dims: Any) -> SparseMap:
-        order = tuple(d % 4 for d in (dims[0] if len(dims) == 1 else dims))
-        wanted = _NCHW if self.channels_last else _NHWC
-        if order != wanted:
-            raise NotImplementedError(f"permute{order} of a sparse map: only {wanted} (channels moved) has a sparse form")
-        return SparseMap(self.data, self.grid, self.stride, self.engine, self.taps, not self.channels_last, self.clean)
+    def get_device(self) -> int:
+        return self.storage.features.data.get_device()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def is_complex(self) -> bool:
+        return False
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return True  # the memory layout is the engine's affair
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> SparseMap:
+        return self
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        raise NotImplementedError("the truth value of a sparse map is not defined")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError("a sparse map cannot be taken apart by sample")
 
     def __repr__(self) -> str:
-        return f"SparseMap(shape={tuple(self.shape)}, stride={self.stride}, rows={self.grid.num_rows(self.stride)})"
+        rows = self.grid.num_rows(self.stride)
+        return f"SparseMap(shape={tuple(self.shape)}, dims={self.dims}, stride={self.stride}, rows={rows})"
 
-    def __add__(self, other: Any) -> SparseMap:
-        return self._pointwise(torch.add, "add", (self, other))
+    def __getitem__(self, index: Any) -> SparseMap:
+        return SparseMap.__torch_function__(torch.Tensor.__getitem__, (), (self, index))
 
-    def __sub__(self, other: Any) -> SparseMap:
-        return self._pointwise(torch.sub, "sub", (self, other))
-
-    def __rsub__(self, other: Any) -> SparseMap:
-        return -self + other
-
-    def __mul__(self, other: Any) -> SparseMap:
-        return self._pointwise(torch.mul, "mul", (self, other))
-
-    def __truediv__(self, other: Any) -> SparseMap:
-        return self._pointwise(torch.div, "div", (self, other))
-
-    def __rtruediv__(self, other: Any) -> SparseMap:
-        return self._pointwise(torch.div, "div", (other, self))
-
-    def __pow__(self, exponent: Any) -> SparseMap:
-        return self._pointwise(torch.pow, "pow", (self, exponent))
-
-    def __neg__(self) -> SparseMap:
-        return self._pointwise(torch.neg, "neg", (self,))
-
-    __radd__ = __add__
-    __rmul__ = __mul__
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise NotImplementedError("assigning to a part of a sparse map has no sparse form; build it with torch.cat")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -196,8 +359,8 @@ class SparseMap:
         function = getattr(torch.Tensor, name, None)
         if function is None:
             raise AttributeError(f"a tensor has no attribute {name!r}")
-        if name.endswith("_") and name.strip("_") in _POINTWISE:
-            raise NotImplementedError(f"in-place {name!r} of a sparse map; write x = x.{name.rstrip('_')}(...)")
+        if not callable(function):  # a property, such as x.T
+            raise NotImplementedError(f"torch.Tensor.{name} has no sparse form")
         return lambda *args, **kwargs: SparseMap.__torch_function__(function, (), (self, *args), kwargs)
 
     @classmethod
@@ -207,41 +370,52 @@ class SparseMap:
         types: tuple[type, ...],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> SparseMap:
-        kwargs = dict(kwargs or {})
-        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, SparseMap))
-        if func in _PERMUTE:
-            return first.permute(*args[1:], *kwargs.values())
-        if func not in _FUNCTIONS:
+    ) -> Any:
+        if func not in FUNCTIONS:
             raise NotImplementedError(
-                f"torch function {func.__name__!r} has no sparse form: it may mix visible and hidden pixels; "
-                "put it into a module and give that module a sparse form (sparkme.sparse.sparsify.SPARSE_FORMS)"
+                f"torch function {getattr(func, '__name__', func)!r} has no sparse form: it may mix visible and hidden pixels"
             )
-        kwargs.pop("inplace", None)
-        name, function = _FUNCTIONS[func]
-        return first._pointwise(function, name, args, kwargs)
+        return FUNCTIONS[func](*args, **(kwargs or {}))
 
-    def _pointwise(
-        self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> SparseMap:
-        named = {key: self._operand(value) for key, value in (kwargs or {}).items()}
-        data = function(*(self._operand(a) for a in args), **named)
-        keeps_zero = _POINTWISE[name] or (name in _SUMS and all(isinstance(a, SparseMap) for a in args))
-        if self.engine.dense and not keeps_zero:
-            return self.replace(torch.where(self.grid.mask(self.stride, torch.bool), data, 0.0))
-        return self.replace(data, clean=all(a.clean for a in (*args, *(kwargs or {}).values()) if isinstance(a, SparseMap)))
 
-    def _operand(self, value: Any) -> Any:
-        """An argument as the engine's data: other maps as they are, parameters broadcast along pixels."""
-        if isinstance(value, SparseMap):
-            if value.grid is not self.grid or value.stride != self.stride or value.channels_last != self.channels_last:
-                raise ValueError(f"{value!r} and {self!r} do not lie on the same sites")
-            return value.data
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        b, h, w, c = (1,) * (4 - value.ndim) + tuple(value.shape)
-        if not self.channels_last:
-            h, w, c = w, c, h
-        if (h, w) != (1, 1):
-            raise NotImplementedError(f"operand of shape {tuple(value.shape)} varies along the pixels of {self!r}")
-        return value.reshape(b, c, 1, 1) if self.engine.dense else value.reshape(b, 1, c)
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(torch.Tensor, name)
+    return lambda self, *args: SparseMap.__torch_function__(function, (), (self, *args))
+
+
+for _name in (
+    "add", "sub", "mul", "truediv", "pow", "radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv", "neg", "abs",
+    "gt", "ge", "lt", "le", "eq", "ne", "matmul",
+):  # fmt: skip
+    setattr(SparseMap, f"__{_name}__", _operator(f"__{_name}__"))
+SparseMap.__hash__ = object.__hash__  # type: ignore[assignment,method-assign]
+
+
+# What torch's functions do to maps, by the function object, since torch.compile cannot ask a function for its name.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+_OWNERS = (torch.Tensor, torch, F, torch._C._nn, torch.linalg, torch.special)
+
+
+def sparse_function(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what all of torch's functions of these names do when one of their arguments is a map.
+
+    `mean` stands for torch.mean, Tensor.mean and whatever else has that name in torch's namespaces.
+    """
+
+    def register(form: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            found = [function for owner in _OWNERS if (function := getattr(owner, name, None)) is not None]
+            if not found:
+                raise ValueError(f"torch has no function {name!r}")
+            FUNCTIONS.update(dict.fromkeys(found, form))
+        return form
+
+    return register
+
+
+def is_map(value: Any) -> bool:
+    return type(value) is SparseMap
+
+
+def first_map(values: Sequence[Any]) -> SparseMap:
+    return next(value for value in values if type(value) is SparseMap)

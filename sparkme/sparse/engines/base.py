@@ -1,26 +1,40 @@
-"""What an engine does: the kernels behind the sparse layers. All engines give the same numbers."""
+"""What an engine does: the kernels behind the sparse layers. All engines give the same numbers.
+
+An engine takes tensors and geometry and gives tensors: it knows neither layers nor the network.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import Grid
-from sparkme.sparse.map import SparseMap
+from sparkme.sparse.window import Window
 
-if TYPE_CHECKING:
-    from sparkme.sparse.layers import (
-        SparseAvgPool2d,
-        SparseLayerNorm,
-        SparseLinear,
-        SparseMaxPool2d,
-        _SparseConvolution,
-    )
+
+class Features(NamedTuple):
+    """What the visible pixels of a batch hold, as an engine computes on it.
+
+    Attributes:
+        data: (B, L, C) patch-major rows of each sample, or (B, C, H, W) for a dense engine. Between layers there may be
+            several channel axes in the place of C, or none.
+        grid: the sites.
+        stride: input pixels per pixel.
+        clean: whether the hidden pixels of a dense engine's data are zero; else they hold what no visible pixel may read.
+    """
+
+    data: Tensor
+    grid: Grid
+    stride: int
+    clean: bool = True
+
+    def replace(self, data: Tensor, stride: int | None = None, *, clean: bool = True) -> Features:
+        return Features(data, self.grid, stride or self.stride, clean)
 
 
 class Engine(ABC):
@@ -39,16 +53,33 @@ class Engine(ABC):
         return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
 
     @abstractmethod
-    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap: ...
+    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+        """A hidden neighbour counts as zero.
+
+        Args:
+            x: (B, L, C_in) or (B, C_in, H, W).
+            kernel: (taps, C_in / groups, C_out) in MinkowskiEngine's order of taps, or (C_in, C_out) where there is one; of a
+                depthwise convolution (taps, C).
+            bias: (C_out,), or (1, C_out).
+            window: where the taps are.
+            groups: as in torch.nn.Conv2d.
+        """
 
     @abstractmethod
-    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap: ...
+    def max_pool(self, x: Features, window: Window) -> Features:
+        """The maximum over the visible pixels of the window."""
 
     @abstractmethod
-    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap: ...
+    def avg_pool(self, x: Features, window: Window) -> Features:
+        """The sum over the visible pixels of the window, divided by the number of its taps."""
 
     @abstractmethod
-    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap: ...
+    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+        """The same for every pixel: (C_out, C_in) weight and (C_out,) bias."""
+
+    @abstractmethod
+    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+        """Over the channels of every pixel."""
 
     def voxelise(self, images: Tensor, grid: Grid) -> Tensor:
         """The visible pixels of (B, C, H, W) images, in the form that the engine computes on."""
@@ -59,15 +90,12 @@ class Engine(ABC):
         return grid.to_dense(rows, stride, fill)
 
     @abstractmethod
-    def layer_norm(self, layer: SparseLayerNorm, x: SparseMap) -> SparseMap: ...
-
-    @abstractmethod
-    def to_dense(self, x: SparseMap) -> Tensor:
+    def to_dense(self, x: Features) -> Tensor:
         """(B, C, H, W), zero at hidden pixels."""
 
     @abstractmethod
-    def to_rows(self, x: SparseMap) -> Tensor:
-        """(N, C) patch-major rows of the map."""
+    def to_rows(self, x: Features) -> Tensor:
+        """(N, C) patch-major rows."""
 
     @abstractmethod
     def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
@@ -79,17 +107,69 @@ class RowEngine(Engine):
 
     dense = False
 
-    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
-        return x.replace(layer.linear(x.data))
+    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+        return x.replace(F.linear(x.data, weight, bias))
 
-    def layer_norm(self, layer: SparseLayerNorm, x: SparseMap) -> SparseMap:
-        return x.replace(F.layer_norm(x.data, layer.normalized_shape, layer.weight, layer.bias, layer.eps))
+    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+        return x.replace(F.layer_norm(x.data, x.data.shape[-1:], weight, bias, eps))
 
-    def to_dense(self, x: SparseMap) -> Tensor:
-        return x.grid.to_dense(x.rows, x.stride)
+    def to_dense(self, x: Features) -> Tensor:
+        return x.grid.to_dense(self.to_rows(x), x.stride)
 
-    def to_rows(self, x: SparseMap) -> Tensor:
+    def to_rows(self, x: Features) -> Tensor:
         return x.data.flatten(0, 1)
 
     def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
         return rows.view(grid.batch, -1, rows.shape[-1])
+
+    def bordered_convolution(
+        self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+    ) -> Features:
+        """A convolution whose window is reflected or repeated at the image's border, tap by tap, in plain torch.
+
+        No network spends much of its time there: it is the fixed filter of anti-aliased downsampling.
+        """
+        rows = torch.cat([self.to_rows(x), x.data.new_zeros(1, x.data.shape[-1])])  # the last one is read as number -1
+        kernels = kernel.view(-1, *kernel.shape[-2:]) if kernel.ndim != 2 or groups == 1 else kernel
+        out: Tensor | None = None
+        for k, source in enumerate(tap_rows(x.grid, x.stride, window)):
+            taken = rows[source]
+            if kernels.ndim == 2:
+                part = taken * kernels[k]
+            else:
+                width, channels = kernels.shape[1:]
+                weight = kernels[k].view(width, groups, channels // groups)
+                part = torch.einsum("ngi,igo->ngo", taken.view(-1, groups, width), weight).flatten(1)
+            out = part if out is None else out + part
+        assert out is not None
+        out = out if bias is None else out + bias
+        return x.replace(self.from_rows(out, x.grid, x.stride * window.stride), x.stride * window.stride)
+
+
+def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
+    """For each tap the row that each output row reads, (N_out,) int64, or -1 where it is hidden or outside of the image.
+
+    Kept on the grid. Works for any border.
+    """
+    key = "taps", stride, window
+    if key not in grid._cache:
+        numbers = grid.row_numbers(stride)
+        h, w = grid.size(stride)
+        down, across = (torch.arange(0, n, window.stride, device=grid.device) for n in (h, w))
+        found = []
+        for dy, dx in window:
+            (y, y_inside), (x, x_inside) = _at(down + dy, h, window.border), _at(across + dx, w, window.border)
+            taken = torch.where(y_inside.view(-1, 1) & x_inside, numbers[:, y][:, :, x], -1)
+            found.append(grid.to_rows(taken.unsqueeze(1), stride * window.stride).flatten())
+        grid._cache[key] = found
+    return grid._cache[key]
+
+
+def _at(position: Tensor, size: int, border: str) -> tuple[Tensor, Tensor]:
+    """The pixel that a position stands for, in range, and whether there is one."""
+    inside = (position >= 0) & (position < size)
+    if border == "reflect":
+        position = (size - 1) - ((size - 1) - position.abs()).abs()
+    if border != "zeros":
+        inside = torch.ones_like(inside)
+    return position.clamp(0, size - 1), inside

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from sparkme import ops
 from sparkme.grid import Grid
-from sparkme.sparse.engines.base import RowEngine
-from sparkme.sparse.map import SparseMap
-
-if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseAvgPool2d, SparseLinear, SparseMaxPool2d, _SparseConvolution
+from sparkme.sparse.engines.base import Features, RowEngine
+from sparkme.sparse.layout import embed
+from sparkme.sparse.window import Window
 
 
 class CudaExtEngine(RowEngine):
@@ -25,38 +21,46 @@ class CudaExtEngine(RowEngine):
     name = "cuda_ext"
     bf16 = True
 
-    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
-        grid, pixels, stride = x.grid, x.grid.pixels(x.stride), layer.stride
-        rows = autocast(x.data.flatten(0, 1))
-        kernel, bias = layer.operands()
-        kernel, bias = autocast(kernel), None if bias is None else autocast(bias).flatten()
-        odd = layer.kernel_size[0] % 2 == layer.kernel_size[1] % 2 == 1
-        if layer.kernel_size == (1, 1) and layer.groups == 1:
-            if stride > 1:
-                rows = every_nth_pixel(rows, pixels, stride)
+    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+        grid, stride = x.grid, x.stride * window.stride
+        rows, kernel = autocast(x.data.flatten(0, 1)), autocast(kernel)
+        bias = None if bias is None else autocast(bias).flatten()
+        if window.border != "zeros":
+            return self.bordered_convolution(
+                x._replace(data=self.from_rows(rows, grid, x.stride)), kernel, bias, window, groups
+            )
+        if window.kernel_size == (1, 1) and groups == 1 and window.is_plain:
+            if window.stride > 1:
+                rows = every_nth_pixel(rows, grid.pixels(x.stride), window.stride)
             out, bias = ops.linear(rows, kernel.flatten(0, -2), bias), None
-        elif kernel.ndim == 2 and odd:
-            sites = grid.slots, grid.patches, pixels
-            out = ops.depthwise_conv(rows, kernel, *sites, layer.kernel_size, stride=stride, dilation=layer.dilation)
+        elif kernel.ndim == 2 and groups > 1:
+            around, taps = window.enclosing()
+            if around.kernel_size[0] % 2 == around.kernel_size[1] % 2 == 1:
+                sites, options = (grid.slots, grid.patches, grid.pixels(x.stride)), (around.stride, around.dilation)
+                kernel = kernel if taps is None else embed(kernel, taps, around.taps)
+                out = ops.depthwise_conv(rows, kernel, *sites, around.kernel_size, stride=options[0], dilation=options[1])
+            else:
+                out = self._by_table(rows, kernel.unsqueeze(1), x, window, groups)
         else:
-            inverse = table(layer, x, transposed=True) if rows.requires_grad else None
-            kernel = kernel.unsqueeze(1) if kernel.ndim == 2 else kernel
-            out = ops.sparse_conv(rows, kernel, table(layer, x), inverse, layer.groups)
+            out = self._by_table(rows, kernel.view(-1, *kernel.shape[-2:]), x, window, groups)
         out = out if bias is None else out + bias
-        return x.replace(self.from_rows(out, grid, x.stride * stride), x.stride * stride)
+        return x.replace(self.from_rows(out, grid, stride), stride)
 
-    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap:
-        return self._pool(ops.max_pool, layer, x)
+    def _by_table(self, rows: Tensor, kernel: Tensor, x: Features, window: Window, groups: int) -> Tensor:
+        inverse = table(window, x, transposed=True) if rows.requires_grad else None
+        return ops.sparse_conv(rows, kernel, table(window, x), inverse, groups)
 
-    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
-        return self._pool(ops.avg_pool, layer, x)
+    def max_pool(self, x: Features, window: Window) -> Features:
+        return self._pool(ops.max_pool, x, window)
 
-    def _pool(self, function: ops.Pooling, layer: SparseMaxPool2d | SparseAvgPool2d, x: SparseMap) -> SparseMap:
-        out = function(x.data.flatten(0, 1), table(layer, x), table(layer, x, transposed=True))
-        return x.replace(self.from_rows(out, x.grid, x.stride * layer.stride), x.stride * layer.stride)
+    def avg_pool(self, x: Features, window: Window) -> Features:
+        return self._pool(ops.avg_pool, x, window)
 
-    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
-        weight, bias = layer.linear.weight, layer.linear.bias
+    def _pool(self, function: ops.Pooling, x: Features, window: Window) -> Features:
+        out = function(x.data.flatten(0, 1), table(window, x), table(window, x, transposed=True))
+        return x.replace(self.from_rows(out, x.grid, x.stride * window.stride), x.stride * window.stride)
+
+    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
         out = ops.linear(autocast(x.data.flatten(0, 1)), autocast(weight).t(), None if bias is None else autocast(bias))
         return x.replace(self.from_rows(out, x.grid, x.stride))
 
@@ -78,15 +82,20 @@ def autocast(value: Tensor) -> Tensor:
     return value.to(dtype)
 
 
-def table(layer: _SparseConvolution | SparseMaxPool2d | SparseAvgPool2d, x: SparseMap, *, transposed: bool = False) -> Tensor:
-    """The neighbour table of a layer's geometry, kept on the grid, since all blocks of a stage share it."""
-    key = "table", x.stride, tuple(layer.kernel_size), layer.stride, layer.dilation, transposed
+def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:
+    """The neighbour table of a window, kept on the grid, since all blocks of a stage share it.
+
+    The operator knows plain windows; of another one the table is some columns of that of the window around it.
+    """
+    key = "table", x.stride, window, transposed
     cache = x.grid._cache
     if key not in cache:
-        cache[key] = ops.neighbour_table(
-            x.grid.slots, x.grid.patches, x.grid.pixels(x.stride), layer.kernel_size, stride=layer.stride,
-            dilation=layer.dilation, transposed=transposed,
+        around, taps = window.enclosing()
+        found = ops.neighbour_table(
+            x.grid.slots, x.grid.patches, x.grid.pixels(x.stride), around.kernel_size, stride=around.stride,
+            dilation=around.dilation, transposed=transposed,
         )  # fmt: skip
+        cache[key] = found if taps is None else found[:, taps].contiguous()
     return cache[key]
 
 

@@ -7,24 +7,14 @@ not after every layer, since layers of one pixel may hold anything at hidden one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import Grid
-from sparkme.sparse.engines.base import Engine
-from sparkme.sparse.map import SparseMap
-
-if TYPE_CHECKING:
-    from sparkme.sparse.layers import (
-        SparseAvgPool2d,
-        SparseLayerNorm,
-        SparseLinear,
-        SparseMaxPool2d,
-        _SparseConvolution,
-    )
+from sparkme.sparse.engines.base import Engine, Features
+from sparkme.sparse.layout import channelwise_kernel_to_weight, kernel_to_weight
+from sparkme.sparse.window import Window
 
 
 class MaskedDenseEngine(Engine):
@@ -42,45 +32,69 @@ class MaskedDenseEngine(Engine):
     def __init__(self, memory_format: torch.memory_format = torch.channels_last) -> None:
         self.memory_format = memory_format
 
-    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
-        # Without padding a window is one pixel or tiles the map, so it stays within a patch.
-        within_patch = layer.padding == (0, 0)
-        bias = layer.operands()[1]
+    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
         bias = None if bias is None else bias.flatten()
-        data = (x.data if within_patch else self.to_dense(x)).contiguous(memory_format=self.memory_format)
-        weight = layer.dense_weight
+        data = x.data if window.within_patch else self.to_dense(x)
+        channelwise = kernel.ndim == 2 and groups > 1
+        weight = (channelwise_kernel_to_weight if channelwise else kernel_to_weight)(kernel, window.kernel_size)
         if self.memory_format == torch.contiguous_format:  # a 1x1 weight may pass for channels_last, and so would the output
             weight = weight.clone(memory_format=self.memory_format)
-        out = F.conv2d(data, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return x.replace(out, x.stride * layer.stride, clean=x.clean and within_patch and bias is None)
+        elif 1 in window.kernel_size and window.kernel_size != (1, 1):
+            weight = weight.contiguous()  # torch cannot differentiate a channels_last kernel that is one pixel wide
+        data, padding = _padded(data, x, window)
+        data = data.contiguous(memory_format=self.memory_format)
+        out = F.conv2d(data, weight, bias, window.stride, padding, window.dilation, groups)
+        return x.replace(out, x.stride * window.stride, clean=x.clean and window.within_patch and bias is None)
 
-    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap:
-        stride = x.stride * layer.stride
+    def max_pool(self, x: Features, window: Window) -> Features:
+        stride = x.stride * window.stride
         lowest = torch.where(x.grid.mask(x.stride, torch.bool), x.data, float("-inf"))
-        out = F.max_pool2d(lowest, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        lowest, padding = _padded(lowest, x, window, float("-inf"))
+        if any(p > k // 2 for p, k in zip(padding, window.kernel_size, strict=True)):  # torch's pooling pads no further
+            across, down = padding[1], padding[0]
+            lowest, padding = F.pad(lowest, (across, across, down, down), value=float("-inf")), (0, 0)
+        out = F.max_pool2d(lowest, window.kernel_size, window.stride, padding, window.dilation)
         return x.replace(torch.where(x.grid.mask(stride, torch.bool), out, 0.0), stride)
 
-    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
-        stride = x.stride * layer.stride
-        out = F.avg_pool2d(self.to_dense(x), layer.kernel_size, layer.stride, layer.padding)
-        return x.replace(out, stride, clean=layer.padding == (0, 0))
+    def avg_pool(self, x: Features, window: Window) -> Features:
+        data, padding = _padded(self.to_dense(x), x, window)
+        if any(p > k // 2 for p, k in zip(padding, window.kernel_size, strict=True)):
+            data, padding = F.pad(data, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
+        out = F.avg_pool2d(data, window.kernel_size, window.stride, padding)
+        return x.replace(out, x.stride * window.stride, clean=window.within_patch)
 
-    def linear(self, layer: SparseLinear, x: SparseMap) -> SparseMap:
+    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
         # As a convolution, since oneDNN's is faster than the matrix product of torch's BLAS library on many CPUs.
-        weight = layer.linear.weight[:, :, None, None]
-        return x.replace(F.conv2d(x.data, weight, layer.linear.bias), clean=x.clean and layer.linear.bias is None)
+        return x.replace(F.conv2d(x.data, weight[:, :, None, None], bias), clean=x.clean and bias is None)
 
-    def layer_norm(self, layer: SparseLayerNorm, x: SparseMap) -> SparseMap:
+    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
         """Of every pixel: cheaper than taking the visible ones out and putting them back."""
         pixels = x.data.permute(0, 2, 3, 1)
-        out = F.layer_norm(pixels, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-        return x.replace(out.permute(0, 3, 1, 2), clean=x.clean and layer.bias is None)
+        out = F.layer_norm(pixels, pixels.shape[-1:], weight, bias, eps)
+        return x.replace(out.permute(0, 3, 1, 2), clean=x.clean and bias is None)
 
-    def to_dense(self, x: SparseMap) -> Tensor:
-        return x.data if x.clean else x.data * x.grid.mask(x.stride, x.dtype)
+    def to_dense(self, x: Features) -> Tensor:
+        return x.data if x.clean else x.data * x.grid.mask(x.stride, x.data.dtype)
 
-    def to_rows(self, x: SparseMap) -> Tensor:
+    def to_rows(self, x: Features) -> Tensor:
         return x.grid.to_rows(x.data, x.stride)
 
     def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
         return grid.to_dense(rows, stride)
+
+
+def _padded(data: Tensor, x: Features, window: Window, value: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
+    """The map with those pixels around it that torch's own symmetric padding would not give, and that padding."""
+    sizes = x.grid.size(x.stride)
+    behind = [
+        (n // window.stride - 1) * window.stride + window.dilation * (k - 1) + 1 - n - before
+        for n, k, before in zip(sizes, window.kernel_size, window.padding, strict=True)
+    ]
+    # As much behind as in front, or less, makes as many outputs, as long as no further window fits.
+    symmetric = all(after <= before < after + window.stride for before, after in zip(window.padding, behind, strict=True))
+    if symmetric and window.border == "zeros":
+        return data, window.padding
+    around = (window.padding[1], behind[1], window.padding[0], behind[0])
+    if window.border == "zeros":
+        return F.pad(data, around, value=value), (0, 0)
+    return F.pad(data, tuple(max(0, side) for side in around), mode=window.border), (0, 0)

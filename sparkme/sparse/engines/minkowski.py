@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import MinkowskiEngine as ME
 import torch
+from MinkowskiEngineBackend._C import ConvolutionMode
 from torch import Tensor
 
 from sparkme.grid import Grid
-from sparkme.sparse.engines.base import RowEngine
-from sparkme.sparse.layout import block_diagonal
-from sparkme.sparse.map import SparseMap
-
-if TYPE_CHECKING:
-    from sparkme.sparse.layers import SparseAvgPool2d, SparseMaxPool2d, _SparseConvolution
+from sparkme.sparse.engines.base import Features, RowEngine
+from sparkme.sparse.layout import block_diagonal, embed
+from sparkme.sparse.window import Window
 
 
 class Sites(NamedTuple):
@@ -78,103 +77,120 @@ def _is_permuted(index: Tensor) -> bool:
     return not torch.equal(index, torch.arange(len(index), device=index.device))
 
 
-def to_minkowski(x: SparseMap) -> ME.SparseTensor:
+def to_minkowski(x: Features) -> ME.SparseTensor:
     """(N, C) rows on MinkowskiEngine's coordinate map, in that map's order."""
-    sites = sites_of(x.grid, x.stride)
-    rows = x.rows if sites.to_engine is None else x.rows[sites.to_engine]
+    sites, rows = sites_of(x.grid, x.stride), x.data.flatten(0, 1)
+    rows = rows if sites.to_engine is None else rows[sites.to_engine]
     return ME.SparseTensor(rows, coordinate_map_key=sites.key, coordinate_manager=manager_of(x.grid))
 
 
-def from_minkowski(features: Tensor, x: SparseMap, stride: int) -> SparseMap:
-    """Features on the map of `stride`, in that map's order, as a map like `x`."""
+def from_minkowski(rows: Tensor, x: Features, stride: int) -> Features:
+    """Rows on the map of `stride`, in that map's order, as features on the sites of `x`."""
     sites = sites_of(x.grid, stride)
-    rows = features if sites.from_engine is None else features[sites.from_engine]
+    rows = rows if sites.from_engine is None else rows[sites.from_engine]
     return x.replace(rows.view(x.grid.batch, -1, rows.shape[1]), stride)
 
 
-def kernel_pairs(grid: Grid, stride: int, layer: _SparseConvolution | SparseAvgPool2d) -> dict[int, Tensor]:
-    """MinkowskiEngine's kernel map of a layer: per kernel offset the int64 (2, M) pairs (input row, output row).
+@lru_cache
+def generator_of(window: Window) -> ME.KernelGenerator:
+    """MinkowskiEngine's description of a plain window."""
+    size, stride, dilation = list(window.kernel_size), window.stride, window.dilation
+    return ME.KernelGenerator(kernel_size=size, stride=[stride] * 2, dilation=[dilation] * 2, dimension=2)
 
-    Kept on the grid, since all blocks of a stage share it.
+
+def kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False) -> dict[int, Tensor]:
+    """MinkowskiEngine's kernel map of a plain window: per offset the (2, M) pairs (input row, output row).
+
+    Built by one thread; the manager keeps it, and layers with the same window find it there.
     """
-    generator: Any = layer.kernel_generator
-    geometry = (generator.kernel_stride, generator.kernel_size, generator.kernel_dilation)
-    cache_key = "pairs", stride, tuple(tuple(part) for part in geometry)
-    if cache_key not in grid._cache:
-        source, target = sites_of(grid, stride).key, sites_of(grid, stride * layer.stride).key
-        with one_thread():
-            pairs = manager_of(grid).kernel_map(source, target, *geometry)
-        grid._cache[cache_key] = {k: pair.long().to(grid.device) for k, pair in pairs.items()}
-    return grid._cache[cache_key]
+    generator = generator_of(window)
+    source, target = sites_of(grid, stride).key, sites_of(grid, stride * window.stride).key
+    geometry = generator.kernel_stride, generator.kernel_size, generator.kernel_dilation
+    with one_thread():
+        return manager_of(grid).kernel_map(source, target, *geometry, is_pool=is_pool)
 
 
-def build_kernel_map(grid: Grid, stride: int, layer: _SparseConvolution | SparseMaxPool2d) -> None:
-    """Has the manager build the kernel map of a layer, which its forward pass then finds, by one thread."""
-    generator: Any = layer.kernel_generator
-    is_pool = isinstance(layer, ME.MinkowskiMaxPooling)
-    geometry = (generator.kernel_stride, generator.kernel_size, generator.kernel_dilation)
-    cache_key = "built", stride, is_pool, tuple(tuple(part) for part in geometry)
-    if grid.device.type == "cpu" and cache_key not in grid._cache:
-        source, target = sites_of(grid, stride).key, sites_of(grid, stride * layer.stride).key
-        with one_thread():
-            manager_of(grid).kernel_map(source, target, *geometry, is_pool=is_pool)
-        grid._cache[cache_key] = True
+def kernel_pairs(grid: Grid, stride: int, window: Window) -> dict[int, Tensor]:
+    """The int64 pairs of each tap of any window, in the window's own order. Kept on the grid."""
+    key = "pairs", stride, window
+    if key not in grid._cache:
+        around, taps = window.enclosing()
+        pairs = {k: pair.long().to(grid.device) for k, pair in kernel_map(grid, stride, around).items()}
+        numbers = range(around.taps) if taps is None else taps
+        grid._cache[key] = {k: pairs[number] for k, number in enumerate(numbers) if number in pairs}
+    return grid._cache[key]
+
+
+def build_kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False) -> None:
+    """Has the manager build a kernel map, if no layer has asked for it yet."""
+    key = "built", stride, window, is_pool
+    if grid.device.type == "cpu" and key not in grid._cache:
+        kernel_map(grid, stride, window, is_pool=is_pool)
+        grid._cache[key] = True
 
 
 class MinkowskiEngine(RowEngine):
-    """Stock MinkowskiEngine layers on given output coordinates; float32 and float64 only."""
+    """MinkowskiEngine's own functions on given output coordinates; float32 and float64 only."""
 
     name = "minkowski"
     bf16 = False  # under autocast a 1x1 convolution would come out in bf16, and the next 3x3 would refuse it
 
-    def convolution(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
-        if isinstance(layer, ME.MinkowskiChannelwiseConvolution):
-            return self._depthwise(layer, x)
-        stride = x.stride * layer.stride
-        build_kernel_map(x.grid, x.stride, layer)
+    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+        if window.border != "zeros":
+            return self.bordered_convolution(x, kernel, bias, window, groups)
+        stride = x.stride * window.stride
         source, key = to_minkowski(x), sites_of(x.grid, stride).key
-        if layer.groups == 1:
-            out = ME.MinkowskiConvolution.forward(layer, source, coordinates=key).F
+        if kernel.ndim == 2 and groups > 1:
+            # MinkowskiEngine's own layer is this loop too, but lets the coordinate manager choose the output sites.
+            out = ChannelwiseConvolution.apply(
+                source.F, kernel, kernel_pairs(x.grid, x.stride, window), x.grid.num_rows(stride)
+            )
+        elif kernel.ndim == 2:
+            out = source.F.mm(kernel)
         else:
+            around, taps = window.enclosing()  # its regions begin at the output pixel or are centred on it
+            kernel = kernel if taps is None else embed(kernel, taps, around.taps)
+            build_kernel_map(x.grid, x.stride, around)
             out = ME.MinkowskiConvolutionFunction.apply(
                 source.F,
-                block_diagonal(layer.kernel, layer.groups),
-                layer.kernel_generator,
-                layer.convolution_mode,
+                kernel.contiguous() if groups == 1 else block_diagonal(kernel, groups),
+                generator_of(around),
+                ConvolutionMode.DEFAULT,
                 source.coordinate_map_key,
                 key,
                 source.coordinate_manager,
             )
-            out = out if layer.bias is None else out + layer.bias
-        return from_minkowski(out, x, stride)
+        return from_minkowski(out if bias is None else out + bias, x, stride)
 
-    def _depthwise(self, layer: _SparseConvolution, x: SparseMap) -> SparseMap:
-        """One multiply-add per kernel offset over MinkowskiEngine's kernel map.
-
-        MinkowskiEngine's own layer is this loop too, but lets the coordinate manager choose the output sites.
-        """
-        stride = x.stride * layer.stride
-        pairs = kernel_pairs(x.grid, x.stride, layer)
-        out = ChannelwiseConvolution.apply(to_minkowski(x).F, layer.kernel, pairs, x.grid.num_rows(stride))
-        return from_minkowski(out if layer.bias is None else out + layer.bias, x, stride)
-
-    def max_pool(self, layer: SparseMaxPool2d, x: SparseMap) -> SparseMap:
+    def max_pool(self, x: Features, window: Window) -> Features:
+        stride = x.stride * window.stride
+        if not window.is_plain:
+            return from_minkowski(self._gathered_maximum(x, window), x, stride)
         # MinkowskiEngine's pooling looks for a value above the lowest number. Where it finds none, as among NaN, it passes
         # no index to its backward pass, which then writes out of bounds. So NaN goes through as infinity.
-        finite = torch.finfo(x.dtype)
-        source = x.replace(torch.nan_to_num(x.data, nan=torch.inf, posinf=torch.inf, neginf=finite.min / 2))
-        stride = x.stride * layer.stride
-        build_kernel_map(x.grid, x.stride, layer)
-        out = ME.MinkowskiMaxPooling.forward(layer, to_minkowski(source), coordinates=sites_of(x.grid, stride).key)
-        return from_minkowski(out.F, x, stride)
+        lowest = torch.finfo(x.data.dtype).min / 2
+        source = to_minkowski(x.replace(torch.nan_to_num(x.data, nan=torch.inf, posinf=torch.inf, neginf=lowest)))
+        build_kernel_map(x.grid, x.stride, window, is_pool=True)
+        key, manager = sites_of(x.grid, stride).key, source.coordinate_manager
+        out = ME.MinkowskiLocalPoolingFunction.apply(
+            source.F, ME.PoolingMode.LOCAL_MAX_POOLING, generator_of(window), source.coordinate_map_key, key, manager
+        )
+        return from_minkowski(out, x, stride)
 
-    def avg_pool(self, layer: SparseAvgPool2d, x: SparseMap) -> SparseMap:
-        """A depthwise convolution by one over the window: MinkowskiEngine's own pooling divides by the visible pixels."""
-        stride = x.stride * layer.stride
-        taps = layer.kernel_size[0] * layer.kernel_size[1]
+    def _gathered_maximum(self, x: Features, window: Window) -> Tensor:
+        """Over the pairs of the kernel map, since MinkowskiEngine has no pooling over an off-centre region."""
         rows = to_minkowski(x).F
-        kernel = rows.new_full((taps, rows.shape[1]), 1 / taps)
-        out = ChannelwiseConvolution.apply(rows, kernel, kernel_pairs(x.grid, x.stride, layer), x.grid.num_rows(stride))
+        shape = x.grid.num_rows(x.stride * window.stride), rows.shape[1]
+        pairs = kernel_pairs(x.grid, x.stride, window)
+        taken = [rows.new_full(shape, -torch.inf).index_copy(0, target, rows[source]) for source, target in pairs.values()]
+        return torch.stack(taken).max(0).values
+
+    def avg_pool(self, x: Features, window: Window) -> Features:
+        """A depthwise convolution by one over the window: MinkowskiEngine's own pooling divides by the visible pixels."""
+        kernel = x.data.new_full((window.taps, x.data.shape[-1]), 1 / window.taps)
+        stride = x.stride * window.stride
+        pairs = kernel_pairs(x.grid, x.stride, window)
+        out = ChannelwiseConvolution.apply(to_minkowski(x).F, kernel, pairs, x.grid.num_rows(stride))
         return from_minkowski(out, x, stride)
 
 

@@ -1,0 +1,80 @@
+"""What becomes of each layer and each function of a dense network.
+
+A layer is looked up in `SPARSE_FORMS`; one that is not there runs its own code, on maps, and each of torch's functions it calls
+does what the table below says. Hidden pixels are never read. On a whole image everything equals the dense network.
+
+| in the dense network | sparse form | where |
+|---|---|---|
+| Conv2d, depthwise, grouped, dilated; conv2d with weights made at every step (StdConv2d, ScaledStdConv2d, spectral norm) | a hidden neighbour counts as zero | convolution |
+| padding that is asymmetric, `same`, or `F.pad` | becomes the window's offset; what is outside of the image counts as zero, or is reflected or repeated | convolution |
+| Linear, matmul with a matrix | along the channels | convolution |
+| BatchNorm2d, BatchNormAct2d | statistics over the visible pixels of the batch; then the activation | norm |
+| LayerNorm, LayerNorm2d, RMSNorm | over the channels of each pixel | norm |
+| GroupNorm, InstanceNorm | over the visible pixels of each sample | norm |
+| GRN | its L2 norm over the visible pixels of each sample; ConvNeXt V2's own sparse code takes it over the batch | pooling |
+| MaxPool2d, also with ceil_mode | maximum over the visible pixels | pooling |
+| AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |
+| global pooling, squeeze-excite, ECA and other gates: mean, amax, var, ... over H and W | over the visible pixels of each sample; then a dense vector | pooling |
+| reductions and softmax over channels | pixel by pixel | pooling |
+| nearest upsampling | within a patch | pooling |
+| BlurPool2d | a convolution with fixed weights, reflected at the image's border | convolution |
+| cat, stack, split, chunk, slices, channel shuffle, permute to channels-last and back | of channels | shape |
+| SpaceToDepth, pixel_unshuffle | within a patch | shape |
+| activations, arithmetic, LayerScale, affine, gates times maps | pixel by pixel | pointwise |
+| DropPath, StochasticDepth, Dropout2d, DropBlock2d | per sample, by their own code | pointwise |
+| attention, FFT, bilinear resizing, slices of H or W, unpadded strided windows | refused | |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import nn
+
+from sparkme.sparse.forms import pointwise, pooling, shape  # noqa: F401  (register what functions do)
+from sparkme.sparse.forms.convolution import SparseConv2d, SparseDepthwiseConv2d, SparseLinear, convolution_form
+from sparkme.sparse.forms.layer import SparseLayer
+from sparkme.sparse.forms.norm import SparseBatchNorm2d, SparseBatchNormAct2d
+from sparkme.sparse.forms.pooling import SparseAvgPool2d, SparseMaxPool2d
+
+SPARSE_FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Conv2d: convolution_form,
+    nn.Linear: SparseLinear,
+    nn.BatchNorm2d: SparseBatchNorm2d,
+    nn.SyncBatchNorm: SparseBatchNorm2d,
+    BatchNormAct2d: SparseBatchNormAct2d,
+    SyncBatchNormAct: SparseBatchNormAct2d,
+    nn.MaxPool2d: SparseMaxPool2d,
+    nn.AvgPool2d: SparseAvgPool2d,
+}
+
+__all__ = [
+    "SPARSE_FORMS", "SparseAvgPool2d", "SparseBatchNorm2d", "SparseBatchNormAct2d", "SparseConv2d", "SparseDepthwiseConv2d",
+    "SparseLayer", "SparseLinear", "SparseMaxPool2d", "sparse_form",
+]  # fmt: skip
+
+# Methods that a subclass may have without computing anything else.
+_HARMLESS = {"__init__", "__module__", "__doc__", "__annotations__", "__constants__", "__qualname__", "__firstlineno__",
+             "__static_attributes__", "__parameters__", "reset_parameters", "extra_repr", "__repr__", "__annotate__",
+             "__annotate_func__", "__annotations_cache__"}  # fmt: skip
+
+
+def sparse_form(layer: nn.Module) -> nn.Module | None:
+    """The sparse layer in the place of a dense one, or None where its own code is run on maps.
+
+    A subclass that computes what its base does has the base's form. Hooks and parametrizations belong to the layer that they
+    are registered on, so a layer that has any is left to run.
+
+    Raises:
+        ValueError: the layer has no sparse form; says why.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations"):
+        return None
+    for base in type(layer).__mro__:
+        if base in SPARSE_FORMS:
+            form = SPARSE_FORMS[base](layer)
+            return None if form is layer else form
+        if set(vars(base)) - _HARMLESS:
+            return None
+    return None

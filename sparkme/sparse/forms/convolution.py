@@ -1,0 +1,275 @@
+"""Convolutions and linear layers: a hidden neighbour counts as zero, and outputs exist at visible pixels only.
+
+`nn.Conv2d` and `nn.Linear` become MinkowskiEngine's layers. What calls `F.conv2d` or `F.linear` itself, with weights that it
+works out at every step (standardised, scaled, normalised), runs its own code and arrives at the functions here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import MinkowskiEngine as ME
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparkme.sparse.forms.layer import SparseLayer, take_state
+from sparkme.sparse.layout import (
+    channelwise_kernel_to_weight,
+    channelwise_weight_to_kernel,
+    dense_order,
+    kernel_to_weight,
+    weight_to_kernel,
+)
+from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
+from sparkme.sparse.window import Window, pair
+
+
+class SparseConvolution(SparseLayer):
+    """Geometry, and weights in the dense layout, of both kinds of convolution."""
+
+    kernel: nn.Parameter
+    bias: nn.Parameter | None
+    window: Window
+    kernel_size: tuple[int, int]
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+    groups: int
+    alignment: ValueError | None
+
+    def _take(self, conv: nn.Conv2d) -> None:
+        self.dense_geometry = conv.stride, conv.padding, conv.dilation
+        self.groups = conv.groups
+        self.to(conv.weight.device, conv.weight.dtype)
+        self.load_dense_state(dict(conv.state_dict()))
+        self.train(conv.training)
+        for name, parameter in conv.named_parameters():
+            (self.kernel if name == "weight" else self.bias).requires_grad_(parameter.requires_grad)  # type: ignore[union-attr]
+
+    def _take_geometry(self, conv: nn.Conv2d) -> Window | None:
+        """Its window, or None where only pixels that `F.pad` put around the map would align it."""
+        size, stride, dilation = pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation)
+        self.kernel_size, self.stride, self.dilation = size, stride[0], dilation[0]
+        try:
+            window = Window.of(size, stride, _hashable(conv.padding), dilation)
+        except ValueError:
+            self.padding = (0, 0)
+            return None
+        self.padding = window.padding
+        return window
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias, from where torch keeps them.
+
+        MinkowskiEngine declares slots of the same names, which stay empty; torch.compile looks there and no further.
+        """
+        return self._parameters["kernel"], self._parameters.get("bias")  # type: ignore[return-value]
+
+    @property
+    def dense_weight(self) -> Tensor:
+        """(C_out, C_in / groups, kh, kw), a differentiable view of the kernel."""
+        raise NotImplementedError
+
+    def _to_kernel(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def arrange(self, *, dense: bool) -> None:
+        """Orders the kernel in memory for a dense engine, or as MinkowskiEngine has it. Its shape and values stay."""
+        self.kernel.data = dense_order(self.kernel.data) if dense else self.kernel.data.contiguous()
+
+    def dense_state(self) -> dict[str, Tensor]:
+        state = {"weight": self.dense_weight.detach().contiguous()}
+        if self.bias is not None:
+            state["bias"] = self.bias.detach().flatten()
+        return state
+
+    @torch.no_grad()
+    def load_dense_state(self, state: dict[str, Tensor]) -> None:
+        expected = {"weight": self.dense_weight.shape}
+        if self.bias is not None:
+            expected["bias"] = self.bias.flatten().shape
+        if {k: v.shape for k, v in state.items()} != expected:
+            got = {name: tuple(value.shape) for name, value in state.items()}
+            raise RuntimeError(f"expected {dict(expected)}, got {got}")
+        self.kernel.copy_(self._to_kernel(state["weight"]))
+        if self.bias is not None:
+            self.bias.copy_(state["bias"].view_as(self.bias))
+
+    def forward(self, x: Any) -> Any:
+        kernel, bias = self.operands()
+        if type(x) is not SparseMap:
+            bias = None if bias is None else bias.flatten()
+            return F.conv2d(x, self.dense_weight, bias, *self.dense_geometry, self.groups)
+        window = self.window
+        if window is None or x.padding is not None:
+            stride, padding, dilation = self.dense_geometry
+            x, window = padded_window(x, self.kernel_size, stride, padding, dilation)
+        _check_channels(x)
+        return x.replace(x.engine.convolution(x.flat, kernel, bias, window, self.groups))
+
+
+class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):
+    """Convolution.
+
+    A grouped kernel is stored as (K, C_in / groups, C_out), since MinkowskiEngine has no groups.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        ME.MinkowskiConvolution.__init__(
+            self,
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=list(conv.kernel_size),
+            stride=list(conv.stride),
+            dilation=list(conv.dilation),
+            bias=conv.bias is not None,
+            dimension=2,
+        )
+        if conv.groups > 1:
+            volume = conv.kernel_size[0] * conv.kernel_size[1]
+            self.kernel = nn.Parameter(torch.empty(volume, conv.in_channels // conv.groups, conv.out_channels))
+            self.use_mm = False
+        self.window = self._take_geometry(conv)
+        self._take(conv)
+
+    @property
+    def dense_weight(self) -> Tensor:
+        return kernel_to_weight(self.operands()[0], self.kernel_size)
+
+    def _to_kernel(self, weight: Tensor) -> Tensor:
+        return weight_to_kernel(weight, self.kernel.shape)
+
+
+class SparseDepthwiseConv2d(SparseConvolution, ME.MinkowskiChannelwiseConvolution):
+    """Convolution with one filter per channel."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        ME.MinkowskiChannelwiseConvolution.__init__(
+            self,
+            conv.in_channels,
+            kernel_size=list(conv.kernel_size),
+            stride=list(conv.stride),
+            dilation=list(conv.dilation),
+            bias=conv.bias is not None,
+            dimension=2,
+        )
+        self.window = self._take_geometry(conv)
+        self._take(conv)
+
+    @property
+    def dense_weight(self) -> Tensor:
+        return channelwise_kernel_to_weight(self.operands()[0], self.kernel_size)
+
+    def _to_kernel(self, weight: Tensor) -> Tensor:
+        return channelwise_weight_to_kernel(weight, self.kernel.shape)
+
+
+class SparseLinear(SparseLayer, ME.MinkowskiLinear):
+    """Linear layer along the channels of a channels-last map."""
+
+    inner = "linear"
+    linear: nn.Linear
+
+    def __init__(self, linear: nn.Linear) -> None:
+        ME.MinkowskiLinear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None)
+        take_state(self.linear, linear)
+
+    def forward(self, x: Any) -> Any:
+        return F.linear(x, self.linear.weight, self.linear.bias)
+
+
+def convolution_form(conv: nn.Conv2d) -> nn.Module:
+    """MinkowskiEngine's convolution, or its channelwise one where there is a filter per channel."""
+    if conv.padding_mode != "zeros":
+        return conv  # its own code pads
+    return (SparseDepthwiseConv2d if is_depthwise(conv.weight, conv.groups) else SparseConv2d)(conv)
+
+
+def is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1
+
+
+def padded_window(
+    x: SparseMap, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1, *, ceil_mode: bool = False
+) -> tuple[SparseMap, Window]:
+    """The window of a layer after `F.pad`, which becomes part of it, and the map without it."""
+    if x.padding is None:
+        return x, Window.of(_hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation),
+                            ceil_mode=ceil_mode)  # fmt: skip
+    around = x.padding
+    if isinstance(padding, str) or any(pair(padding)):
+        if padding != "valid":
+            raise NotImplementedError("a window with padding of its own after F.pad has no sparse form; pad in one place")
+    border = "zeros" if around.mode == "constant" else around.mode
+    sides = around.top, around.bottom, around.left, around.right
+    window = Window.of(
+        _hashable(kernel_size), _hashable(stride), sides, _hashable(dilation), ceil_mode=ceil_mode, border=border
+    )
+    return x.without_padding(), window
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_channels(x: SparseMap) -> None:
+    if x.dims != "BCHW":
+        raise NotImplementedError(f"a convolution of a map with axes {x.dims} has no sparse form, only of BCHW")
+
+
+@sparse_function("conv2d")
+def conv2d(
+    x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> SparseMap:
+    """Convolution with a (C_out, C_in / groups, kh, kw) weight that the network worked out itself."""
+    if not is_map(x) or x.padding is not None and x.padding.value != 0:
+        raise NotImplementedError("conv2d with a map as its weight, or after padding with another value than zero")
+    _check_channels(x)
+    height, width = weight.shape[2:]
+    bare, window = padded_window(x, (height, width), stride, padding, dilation)
+    taps = height * width
+    if is_depthwise(weight, groups):
+        kernel = channelwise_weight_to_kernel(weight, torch.Size((taps, len(weight))))
+    else:
+        kernel = weight_to_kernel(weight, torch.Size((taps, weight.shape[1], len(weight))))
+    return bare.replace(bare.engine.convolution(bare.flat, kernel, bias, window, groups))
+
+
+@sparse_function("linear")
+def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
+    """Along the channels, the last axis."""
+    if not is_map(x) or not x.dims.endswith("C"):
+        raise NotImplementedError("a linear layer along the width of a map mixes visible and hidden pixels")
+    return x.replace(x.engine.linear(x.flat, weight, bias))
+
+
+@sparse_function("matmul")
+def matmul(x: Any, other: Any) -> SparseMap:
+    """A map times a (C_in, C_out) matrix, along the channels."""
+    if not is_map(x) or is_map(other) or other.ndim != 2:
+        raise NotImplementedError("matmul of maps, as in attention, mixes visible and hidden pixels")
+    return linear(x, other.t())
+
+
+@sparse_function("pad")
+def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = None) -> SparseMap:
+    """Waits for the window that reads it; zeros for more channels are there at once."""
+    left, right, top, bottom, *rest = (*pad, *(0,) * (4 - len(pad)))
+    if x.dims != "BCHW" or len(pad) % 2 or any(side < 0 for side in pad):
+        raise NotImplementedError(f"pad{tuple(pad)} of a map {x.dims} has no sparse form; only BCHW, and nothing cut off")
+    if mode not in ("constant", "reflect", "replicate"):
+        raise NotImplementedError(f"pad with mode={mode!r} has no sparse form")
+    if any(rest):
+        if any((left, right, top, bottom)) or mode != "constant" or any(rest[2:]):
+            raise NotImplementedError(f"pad{tuple(pad)} of pixels and channels at once has no sparse form")
+        before, after = (x.data.new_full((1, n, 1, 1), value or 0.0) for n in rest[:2])
+        return torch.cat([before, x, after], 1)  # type: ignore[list-item, return-value]
+    if not any((left, right, top, bottom)):
+        return x
+    new = Padding(top, bottom, left, right, mode, value or 0.0)
+    if (old := x.padding) is not None:
+        if (old.mode, old.value) != (new.mode, new.value) or mode != "constant":
+            raise NotImplementedError("several paddings of different kinds, one after the other")
+        new = Padding(*(a + b for a, b in zip(old[:4], new[:4], strict=True)), mode, new.value)
+    return x.padded(new)

@@ -1,0 +1,53 @@
+"""What the sparse layers share, whatever they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SparseLayer(nn.Module):
+    """A layer in the place of a dense one: its weights in the dense layout, and that it can be copied.
+
+    The default serves layers that hold a dense layer (`inner`) or are one. Each takes tensors as well as maps, since a network
+    may use one layer for both.
+    """
+
+    inner: str | None = None  # the child that keeps the dense names, as MinkowskiEngine's wrappers have it
+
+    def __getstate__(self) -> dict[str, Any]:
+        # MinkowskiEngine keeps attributes in slots, which torch's modules do not copy.
+        names = self._slots() - self._parameters.keys() - self._modules.keys()
+        return {**self.__dict__, **{name: getattr(self, name) for name in names if hasattr(self, name)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        slots = self._slots()
+        super().__setstate__({name: value for name, value in state.items() if name not in slots})
+        for name in slots & state.keys():
+            object.__setattr__(self, name, state[name])
+
+    @classmethod
+    def _slots(cls) -> set[str]:
+        return {name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ())}
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the names and in the layout of the dense layer."""
+        return dict((self.get_submodule(self.inner) if self.inner else self).state_dict())
+
+    @torch.no_grad()
+    def load_dense_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what `dense_state` gives. Raises RuntimeError where names or shapes differ."""
+        (self.get_submodule(self.inner) if self.inner else self).load_state_dict(state)
+
+
+def take_state(layer: nn.Module, dense: nn.Module) -> None:
+    """Makes `layer` equal to the dense layer: weights, dtype, device, mode, what is trained."""
+    tensors = [*dense.parameters(), *dense.buffers()]
+    if tensors:
+        layer.to(tensors[0].device, tensors[0].dtype)
+    layer.load_state_dict(dict(dense.state_dict()))  # a plain one: it says nothing of versions
+    layer.train(dense.training)
+    for ours, theirs in zip(layer.parameters(), dense.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)

@@ -1,0 +1,111 @@
+"""Norms: statistics come from visible pixels only. Of the batch, where the dense norm's are; else of each pixel or sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import MinkowskiEngine as ME
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+
+from sparkme.sparse.forms.layer import SparseLayer, take_state
+from sparkme.sparse.map import SparseMap, sparse_function
+
+
+class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
+    """Batch normalisation with statistics over the visible pixels of the batch."""
+
+    inner = "bn"
+    bn: nn.Module
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        ME.MinkowskiBatchNorm.__init__(self, norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        take_state(self.bn, _without_children(norm))
+
+    def forward(self, x: Any) -> Any:
+        if type(x) is not SparseMap:  # pooled vectors, (B, C, 1, 1)
+            return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
+        if x.dims != "BCHW":
+            raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
+        return x.with_rows(self.bn(x.rows))
+
+    def _dense(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        rows: Tensor = self.bn(x.permute(0, 2, 3, 1).flatten(0, 2))
+        return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class SparseBatchNormAct2d(SparseBatchNorm2d):
+    """timm's batch norm with an activation (and, rarely, a drop) behind it in one module."""
+
+    def __init__(self, norm: BatchNormAct2d) -> None:
+        super().__init__(norm)
+        self.drop, self.act = norm.drop, norm.act
+
+    def dense_state(self) -> dict[str, Tensor]:
+        return super().dense_state() | {f"act.{name}": value for name, value in self.act.state_dict().items()}
+
+    def load_dense_state(self, state: dict[str, Tensor]) -> None:
+        super().load_dense_state({name: value for name, value in state.items() if not name.startswith("act.")})
+        self.act.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("act.")})
+
+    def forward(self, x: Any) -> Any:
+        return self.act(self.drop(super().forward(x)))
+
+
+def _without_children(norm: nn.BatchNorm2d) -> nn.Module:
+    """The norm's own parameters and buffers, as a module."""
+    bare = nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    bare._parameters, bare._buffers, bare.training = norm._parameters, norm._buffers, norm.training
+    return bare
+
+
+@sparse_function("batch_norm")
+def batch_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
+    """Over the visible pixels of the batch."""
+    if x.dims != "BCHW":
+        raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
+    return x.with_rows(F.batch_norm(x.rows, *args, **kwargs))
+
+
+@sparse_function("layer_norm")
+def layer_norm(
+    x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> SparseMap:
+    """Over the channels of each pixel, the last axis."""
+    if len(normalized_shape) != 1 or not x.dims.endswith("C"):
+        raise NotImplementedError(f"layer norm over {tuple(normalized_shape)} of a map {x.dims}: only over the channels, last")
+    return x.replace(x.engine.layer_norm(x.flat, weight, bias, eps))
+
+
+@sparse_function("rms_norm")
+def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> SparseMap:
+    """Over the channels of each pixel, the last axis."""
+    if len(normalized_shape) != 1 or not x.dims.endswith("C"):
+        raise NotImplementedError(f"RMS norm over {tuple(normalized_shape)} of a map {x.dims}: only over the channels, last")
+    return x.with_rows(F.rms_norm(x.row_axes, normalized_shape, weight, eps))
+
+
+@sparse_function("group_norm")
+def group_norm(
+    x: SparseMap, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> SparseMap:
+    """Over the visible pixels of each sample, group by group of the channels."""
+    if x.dims != "BCHW":
+        raise NotImplementedError(f"group norm of a map with axes {x.dims} has no sparse form, only of BCHW")
+    return x.with_rows(F.group_norm(x.row_axes.transpose(1, 2), num_groups, weight, bias, eps).transpose(1, 2))
+
+
+@sparse_function("instance_norm")
+def instance_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
+    """Over the visible pixels of each sample, channel by channel."""
+    if x.dims != "BCHW":
+        raise NotImplementedError(f"instance norm of a map with axes {x.dims} has no sparse form, only of BCHW")
+    return x.with_rows(F.instance_norm(x.row_axes.transpose(1, 2), *args, **kwargs).transpose(1, 2))
+
+
+@sparse_function("normalize")
+def normalize(x: SparseMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> SparseMap:
+    """Channels of unit length."""
+    return x.with_rows(F.normalize(x.row_axes, p, 2 + x.channel(dim), eps))

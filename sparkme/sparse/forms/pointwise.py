@@ -1,0 +1,190 @@
+"""Functions of one pixel at a time: arithmetic and activations. They are applied to what the engine holds, as they are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
+
+# What a dense engine's hidden pixels hold afterwards, if it was zero: `zero` again, whatever the other arguments; some
+# `number`, since the function has other arguments or moves zero; or perhaps `infinity` or NaN, which a product with the mask
+# would not remove.
+_ZERO, _NUMBER, _INFINITY = "zero", "number", "infinity"
+_POINTWISE = {
+    **dict.fromkeys(
+        ("abs", "alpha_dropout", "asinh", "atan", "celu", "clone", "detach", "dropout", "elu", "erf", "gelu", "hardshrink",
+         "hardswish", "leaky_relu", "mish", "neg", "negative", "positive", "relu", "relu6", "rrelu", "selu", "sign", "silu", "sin",
+         "softshrink", "softsign", "square", "tanh", "tanhshrink"),
+        _ZERO,
+    ),
+    **dict.fromkeys(
+        ("clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid", "maximum", "minimum",
+         "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_not", "zeros_like", "ones_like"),
+        _NUMBER,
+    ),
+    **dict.fromkeys(
+        ("addcdiv", "addcmul", "div", "divide", "exp", "expm1", "log", "log1p", "log2", "masked_fill", "mul", "multiply", "pow",
+         "reciprocal", "rsqrt", "sqrt", "true_divide", "truediv", "where"),
+        _INFINITY,
+    ),
+}  # fmt: skip
+_SUMS = ("add", "sub", "subtract", "rsub")  # of two maps: zero plus zero is zero
+
+
+def _out_of_place(name: str) -> Callable[..., Any]:
+    return next(getattr(owner, name) for owner in (torch, F, operator) if hasattr(owner, name))
+
+
+def _register() -> None:
+    for name in (*_POINTWISE, *_SUMS):
+        for owner in (torch.Tensor, torch, F, torch._C._nn, torch.special):
+            for spelling in (name, f"__{name}__"):
+                if function := getattr(owner, spelling, None):
+                    FUNCTIONS[function] = _Pointwise(name, function)
+            # A tensor on the left of a map: torch calls its __radd__ with the map first.
+            if function := getattr(owner, f"__r{name}__", None):
+                FUNCTIONS[function] = _Pointwise(name, function)
+            for spelling in (f"{name}_", f"__i{name}__"):
+                if function := getattr(owner, spelling, None):
+                    FUNCTIONS[function] = _Pointwise(name, _out_of_place(name), in_place=True)
+
+
+class _Pointwise:
+    """One of torch's functions as a function of maps.
+
+    Args:
+        name: in the tables above.
+        function: what to call, never in place.
+        in_place: whether the network means its first argument to change.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], *, in_place: bool = False) -> None:
+        self.function = function
+        self.in_place = in_place
+        self.hidden = _POINTWISE.get(name, _NUMBER)
+        self.is_sum = name in _SUMS
+        self.is_product = name in ("mul", "multiply")
+
+    def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
+        values = (*args, *kwargs.values())
+        first = first_map(values)
+        data = self.function(*(operand(a, first) for a in args), **{k: operand(v, first) for k, v in kwargs.items()})
+        features = first.features
+        if not first.engine.dense:
+            out = first.replace(features.replace(data))
+        elif self._keeps_zero(values):
+            out = first.replace(features.replace(data, clean=all(v.features.clean for v in values if is_map(v))))
+        elif self._is_finite(values):
+            out = first.replace(features.replace(data, clean=False))
+        else:
+            mask = features.grid.mask(features.stride, torch.bool)
+            mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
+            out = first.replace(
+                features.replace(torch.where(mask, data, torch.zeros((), dtype=data.dtype, device=data.device)))
+            )
+        if inplace or self.in_place:
+            target = args[0] if args else first
+            if not is_map(target):
+                raise NotImplementedError("a tensor that is changed in place by a sparse map has no sparse form")
+            return target.write(out)
+        return out
+
+    def _keeps_zero(self, values: tuple[Any, ...]) -> bool:
+        """Whether zero and zero make zero."""
+        if self.hidden == _ZERO:
+            return True
+        others = [value for value in values if not is_map(value)]
+        return (self.is_sum and not others) or (self.is_product and not any(_may_be_infinite(o) for o in others))
+
+    def _is_finite(self, values: tuple[Any, ...]) -> bool:
+        return self.hidden == _NUMBER and not any(_may_be_infinite(v) for v in values if not is_map(v))
+
+
+def _may_be_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not abs(value) < float("inf")
+
+
+def operand(value: Any, like: SparseMap) -> Any:
+    """An argument as the data of the map's engine: other maps as they are, tensors spread over the pixels.
+
+    A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken.
+    """
+    if is_map(value):
+        if value.grid is not like.grid or value.stride != like.stride:
+            raise ValueError(f"{value!r} and {like!r} do not lie on the same sites")
+        if value.dims != like.dims:
+            raise NotImplementedError(f"maps with axes {value.dims} and {like.dims} cannot be combined; permute one of them")
+        return value.data
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if value.ndim > like.ndim:
+        raise NotImplementedError(f"operand of shape {tuple(value.shape)} has more axes than {like!r}")
+    value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
+    y, x = like.dims.index("H"), like.dims.index("W")
+    channels = [i for i, label in enumerate(like.dims) if label == "C"]
+    value = value.permute(0, *channels, y, x)
+    if value.shape[-2:] == (1, 1):
+        return value if like.engine.dense else value.flatten(-2).movedim(-1, 1)
+    h, w = like.grid.size(like.stride)
+    value = value.expand(like.grid.batch, *value.shape[1:-2], h, w)
+    if like.engine.dense:
+        return value
+    rows = like.grid.to_rows(value.flatten(1, -3), like.stride)
+    return rows.view(like.grid.batch, -1, *value.shape[1:-2])
+
+
+@sparse_function("prelu")
+def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
+    """A slope for each channel, which is axis 1."""
+    shape = [1] * x.ndim
+    shape[1] = weight.numel()
+    slope = operand(weight.view(shape), x)
+    return x.with_data(torch.where(x.data >= 0, x.data, x.data * slope))
+
+
+@sparse_function("glu")
+def glu(x: SparseMap, dim: int = -1) -> SparseMap:
+    """Half of the channels, times the sigmoid of the other half."""
+    return x.with_data(F.glu(x.data, x.channel(dim) + x.channel_axis))
+
+
+@sparse_function("dropout2d", "feature_dropout")
+def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseMap:
+    """Whole channels of each sample."""
+    noise = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
+    out = x * noise
+    return x.write(out) if inplace else out
+
+
+def _converted(method: str) -> Callable[..., Any]:
+    def convert(x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Another precision. Devices stay: a map lies where its batch lies."""
+        args = tuple(a.data if is_map(a) else a for a in args)
+        if not is_map(x):  # a tensor, as a map
+            return getattr(x, method)(*args, **kwargs)
+        data = getattr(x.data, method)(*args, **kwargs)
+        return x if data is x.data else x.with_data(data)
+
+    return convert
+
+
+def _created(method: str) -> Callable[..., Tensor]:
+    def create(x: SparseMap, *args: Any, **kwargs: Any) -> Tensor:
+        """A dense tensor of the map's type, such as the noise of drop path."""
+        made: Tensor = getattr(x.storage.features.data, method)(*args, **kwargs)
+        return made
+
+    return create
+
+
+_register()
+for _method in ("to", "type", "type_as", "float", "double", "half", "bfloat16"):
+    FUNCTIONS[getattr(torch.Tensor, _method)] = _converted(_method)
+for _method in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
+    FUNCTIONS[getattr(torch.Tensor, _method)] = _created(_method)

@@ -1,0 +1,272 @@
+"""Pooling and gates: over windows, over the whole map, over the channels.
+
+What is taken over the whole map (global pooling, squeeze-excite and its relatives, the norm in GRN) is taken over the visible
+pixels of each sample. A mean over H and W gives a dense tensor; what follows it, up to the product with a map, is plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import MinkowskiEngine as ME
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparkme.grid import Grid
+from sparkme.sparse.engines.base import tap_rows
+from sparkme.sparse.forms.convolution import padded_window
+from sparkme.sparse.forms.layer import SparseLayer
+from sparkme.sparse.map import SparseMap, is_map, sparse_function
+from sparkme.sparse.window import Window, pair
+
+
+class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
+    """Maximum over the visible pixels of the window.
+
+    The official code takes hidden pixels for zeros, which is the same on non-negative maps, where networks pool.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        _minkowski_pooling(ME.MinkowskiMaxPooling, self, pool)
+        self.options = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+
+    def forward(self, x: Any) -> Any:
+        return F.max_pool2d(x, *self.options)
+
+
+class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
+    """Mean over the window, in which hidden pixels count as zeros, as in the official code."""
+
+    def __init__(self, pool: nn.AvgPool2d) -> None:
+        _minkowski_pooling(ME.MinkowskiAvgPooling, self, pool)
+        self.options = (
+            pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
+        )  # fmt: skip
+
+    def forward(self, x: Any) -> Any:
+        return F.avg_pool2d(x, *self.options)
+
+
+def _minkowski_pooling(kind: Any, layer: Any, pool: nn.MaxPool2d | nn.AvgPool2d) -> None:
+    dilation = list(pair(getattr(pool, "dilation", 1)))
+    stride = list(pair(pool.stride))
+    kind.__init__(layer, kernel_size=list(pair(pool.kernel_size)), stride=stride, dilation=dilation, dimension=2)
+
+
+@sparse_function("max_pool2d")
+def max_pool2d(
+    x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> SparseMap:  # fmt: skip
+    """Maximum over the visible pixels of the window."""
+    if return_indices:
+        raise NotImplementedError("max_pool2d with return_indices has no sparse form")
+    bare, window = padded_window(x, kernel_size, stride or kernel_size, padding, dilation, ceil_mode=ceil_mode)
+    out = bare.replace(bare.engine.max_pool(bare.flat, _bounded(bare, window)))
+    if x.padding is None or x.padding.value == -float("inf") or window.border != "zeros":
+        return out
+    # What was padded takes part, unlike the padding of the pooling itself.
+    outside = _reaches_out(bare.grid, bare.stride, window)
+    return out.with_rows(torch.where(outside, out.rows.clamp(min=x.padding.value), out.rows))
+
+
+def _bounded(x: SparseMap, window: Window) -> Window:
+    if window.border != "zeros":
+        raise NotImplementedError(f"pooling after padding by {window.border!r} has no sparse form")
+    return window
+
+
+def _reaches_out(grid: Grid, stride: int, window: Window) -> Tensor:
+    """(N, 1) bool: whether the window of an output row reaches out of the image."""
+    key = "reaches out", stride, window
+    if key not in grid._cache:
+        whole = Grid(torch.ones_like(grid.active), grid.patch, grid.f_h * grid.f_w)
+        missing = torch.stack(tap_rows(whole, stride, window)).min(0).values < 0
+        out = stride * window.stride
+        grid._cache[key] = grid.to_rows(whole.to_dense(missing.view(-1, 1), out), out)
+    return grid._cache[key]
+
+
+@sparse_function("avg_pool2d")
+def avg_pool2d(
+    x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> SparseMap:  # fmt: skip
+    """Sum over the window, in which hidden pixels count as zeros, over what torch divides by in a whole image."""
+    size = pair(kernel_size)
+    if x.padding is None and size == tuple(x.grid.size(x.stride)) and not any(pair(padding)) and size != (1, 1):
+        return mean(x, (2, 3), keepdim=True)  # type: ignore[return-value]
+    if x.padding is not None and x.padding.value != 0:
+        raise NotImplementedError("avg_pool2d after padding with another value than zero has no sparse form")
+    bare, window = padded_window(x, size, stride or kernel_size, padding, ceil_mode=ceil_mode)
+    out = bare.replace(bare.engine.avg_pool(bare.flat, _bounded(bare, window)))
+    if divisor_override is not None:
+        return out * (window.taps / divisor_override)
+    if x.padding is not None or (not ceil_mode and (count_include_pad or window.padding == (0, 0))):
+        return out
+    key = "divisor", x.stride, window, ceil_mode, count_include_pad
+    if key not in x.grid._cache:  # by torch's own pooling of ones
+        ones = torch.ones(1, 1, *x.grid.size(x.stride), dtype=torch.float64, device=x.device)
+        options = size, pair(stride or kernel_size), pair(padding), ceil_mode
+        means, sums = F.avg_pool2d(ones, *options, count_include_pad), F.avg_pool2d(ones, *options, divisor_override=1)
+        x.grid._cache[key] = window.taps * means / sums
+    factor = x.grid._cache[key]
+    return out * factor.to(out.dtype)
+
+
+@sparse_function("adaptive_avg_pool2d")
+def adaptive_avg_pool2d(x: SparseMap, output_size: Any) -> Any:
+    """To one pixel: the mean over the visible pixels of each sample."""
+    return _adaptive(x, output_size, mean)
+
+
+@sparse_function("adaptive_max_pool2d")
+def adaptive_max_pool2d(x: SparseMap, output_size: Any, return_indices: bool = False) -> Any:
+    """As `adaptive_avg_pool2d`, the maximum."""
+    if return_indices:
+        raise NotImplementedError("adaptive_max_pool2d with return_indices has no sparse form")
+    return _adaptive(x, output_size, amax)
+
+
+def _adaptive(x: SparseMap, output_size: Any, pool: Callable[..., Any]) -> Any:
+    sizes = (output_size, output_size) if output_size is None or isinstance(output_size, int) else tuple(output_size)
+    if sizes != (1, 1):
+        raise NotImplementedError(f"adaptive pooling to {sizes} pixels mixes patches; only to 1 has a sparse form")
+    return pool(x, (-2, -1), keepdim=True)
+
+
+def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, dim: Any, keepdim: bool) -> Any:
+    """Applies a reduction, `function(values, axes)` that keeps the axes, over the visible pixels of each sample, over
+    channels, or both.
+
+    Returns:
+        A dense tensor where pixels were reduced, else a map.
+    """
+    if dim is None or (isinstance(dim, tuple | list) and not len(dim)):
+        raise NotImplementedError(
+            "a reduction over all axes mixes samples; only channels, or H and W together, have a sparse form"
+        )
+    axes = sorted({x.axis(d) for d in ((dim,) if isinstance(dim, int) else dim)})
+    labels = {x.dims[a] for a in axes}
+    if "B" in labels:
+        raise NotImplementedError("a reduction over the batch mixes samples")
+    if len(labels & {"H", "W"}) == 1:
+        raise NotImplementedError(f"a reduction over {' and '.join(labels)} alone mixes visible and hidden pixels")
+    channels = [x.channel(a) for a in axes if x.dims[a] == "C"]
+    rows = x.row_axes
+    if "H" not in labels:
+        out = function(rows, tuple(2 + c for c in channels))
+        if keepdim:
+            return x.with_rows(out)
+        for c in reversed(channels):
+            out = out.squeeze(2 + c)
+        return x.with_rows(out, "".join(label for a, label in enumerate(x.dims) if a not in axes))
+    out = function(rows, (1, *(2 + c for c in channels)))
+    sizes = iter(out.shape[2:])  # of the channels, in their order
+    shape = [out.shape[0] if label == "B" else next(sizes) if label == "C" else 1 for label in x.dims]
+    return out.reshape(shape if keepdim else [n for a, n in enumerate(shape) if a not in axes])
+
+
+@sparse_function("mean")
+def mean(x: SparseMap, dim: Any = None, keepdim: bool = False, *more: Any, dtype: Any = None) -> Any:
+    return reduce(lambda v, axes: v.mean(axes, keepdim=True, dtype=dtype), x, dim, keepdim)
+
+
+@sparse_function("sum")
+def sum_(x: SparseMap, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    return reduce(lambda v, axes: v.sum(axes, keepdim=True, dtype=dtype), x, dim, keepdim)
+
+
+@sparse_function("amax")
+def amax(x: SparseMap, dim: Any = (), keepdim: bool = False) -> Any:
+    return reduce(lambda v, axes: v.amax(axes, keepdim=True), x, dim, keepdim)
+
+
+@sparse_function("amin")
+def amin(x: SparseMap, dim: Any = (), keepdim: bool = False) -> Any:
+    return reduce(lambda v, axes: v.amin(axes, keepdim=True), x, dim, keepdim)
+
+
+@sparse_function("var")
+def var(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
+    """The variance over the visible pixels; without the correction it equals the mean of squares less the squared mean."""
+    correction = correction if unbiased is None else int(unbiased)
+    return reduce(lambda v, axes: v.var(axes, correction=correction, keepdim=True), x, dim, keepdim)
+
+
+@sparse_function("std")
+def std(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
+    correction = correction if unbiased is None else int(unbiased)
+    return reduce(lambda v, axes: v.std(axes, correction=correction, keepdim=True), x, dim, keepdim)
+
+
+@sparse_function("var_mean")
+def var_mean(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
+    return var(x, dim, unbiased, keepdim, correction=correction), mean(x, dim, keepdim)
+
+
+@sparse_function("max")
+def max_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    """Over one axis of channels, with the indices; of two maps, pixel by pixel."""
+    return _extreme(x, dim, keepdim, "max", torch.maximum)
+
+
+@sparse_function("min")
+def min_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return _extreme(x, dim, keepdim, "min", torch.minimum)
+
+
+def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., Any]) -> Any:
+    if is_map(dim) or isinstance(dim, Tensor):
+        return of_two(x, dim)
+    if not isinstance(dim, int) or x.dims[x.axis(dim)] != "C":
+        raise NotImplementedError(f"{name} of a sparse map over axis {dim}: use amax or amin over H and W")
+    values, indices = getattr(x.row_axes, name)(2 + x.channel(dim), keepdim=keepdim)
+    dims = x.dims if keepdim else x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :]
+    return x.with_rows(values, dims), x.with_rows(indices, dims)
+
+
+@sparse_function("norm", "vector_norm")
+def norm(x: SparseMap, p: Any = 2, dim: Any = None, keepdim: bool = False, *, ord: Any = None, dtype: Any = None) -> Any:
+    """The norm over the visible pixels of each sample (GRN), or over channels."""
+    order = ord if ord is not None else 2 if p in (None, "fro") else p
+    return reduce(lambda v, axes: torch.linalg.vector_norm(v, order, axes, keepdim=True, dtype=dtype), x, dim, keepdim)
+
+
+@sparse_function("softmax", "log_softmax")
+def softmax(x: SparseMap, dim: int | None = None, *args: Any, **kwargs: Any) -> SparseMap:
+    """Over an axis of channels, as between the branches of selective kernels. Over pixels it would be attention."""
+    if dim is None or x.dims[x.axis(dim)] != "C":
+        raise NotImplementedError("softmax over pixels, as in attention, mixes visible and hidden pixels")
+    return x.with_rows(torch.softmax(x.row_axes, 2 + x.channel(dim)))
+
+
+@sparse_function("interpolate", "upsample")
+def interpolate(
+    x: SparseMap, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
+) -> Any:
+    """Nearest upsampling by a whole number: each pixel is repeated within its patch."""
+    h, w = x.shape[-2:]
+    if scale_factor is not None:
+        factors = tuple(scale_factor) if isinstance(scale_factor, tuple | list) else (scale_factor, scale_factor)
+    else:
+        wanted = (size, size) if isinstance(size, int) else tuple(size)
+        factors = (wanted[0] / h, wanted[1] / w)
+    factor = int(factors[0])
+    if factors == (1, 1):
+        return x
+    if mode not in ("nearest", "nearest-exact") or factors != (factor, factor) or factor < 1 or x.stride % factor:
+        raise NotImplementedError(
+            f"interpolate with mode={mode!r} by {factors} has no sparse form; only mode='nearest' by a whole number that divides "
+            f"the stride {x.stride}"
+        )
+    p, features = x.grid.pixels(x.stride), x.flat
+    if x.engine.dense:
+        data = features.data.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    else:
+        b, _, c = features.data.shape
+        patches = features.data.view(b, -1, p, p, c)
+        data = patches.repeat_interleave(factor, 2).repeat_interleave(factor, 3).reshape(b, -1, c)
+    return x.replace(features.replace(data, x.stride // factor, clean=features.clean))

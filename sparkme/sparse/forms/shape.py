@@ -1,0 +1,335 @@
+"""Functions that move values without changing them: channels may be split, joined and shuffled; pixels stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkme.sparse.map import SparseMap, first_map, is_map, sparse_function
+from sparkme.sparse.forms.pointwise import operand
+
+_REMEDY = "only channels can be moved, pixels stay where they are"
+
+
+@sparse_function("cat", "concat", "concatenate")
+def cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None) -> SparseMap:
+    """Channels side by side; tensors that hold a number for each channel are spread over the pixels."""
+    like = first_map(tensors)
+    at = like.channel(dim if axis is None else axis) + like.channel_axis
+    pieces = []
+    for value in tensors:
+        piece = operand(value, like)
+        if not is_map(value):
+            shape = list(like.data.shape)
+            shape[at] = piece.shape[at]
+            piece = piece.expand(shape)
+        pieces.append(piece)
+    clean = all(is_map(value) and value.features.clean for value in tensors)
+    return like.with_data(torch.cat(pieces, at), clean=clean)
+
+
+@sparse_function("stack")
+def stack(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
+    """A new axis of channels."""
+    first = first_map(tensors)
+    return cat([unsqueeze(value, dim) for value in tensors], dim % (first.ndim + 1))
+
+
+@sparse_function("unsqueeze")
+def unsqueeze(x: SparseMap, dim: int) -> SparseMap:
+    dim = dim % (x.ndim + 1)
+    if dim == 0:
+        raise NotImplementedError(f"unsqueeze of a sparse map in front of the samples: {_REMEDY}")
+    at = x.dims[:dim].count("C") + x.channel_axis
+    return x.view_of(x.data.unsqueeze(at), x.dims[:dim] + "C" + x.dims[dim:])
+
+
+@sparse_function("squeeze")
+def squeeze(x: SparseMap, dim: int) -> SparseMap:
+    if x.shape[dim] != 1:
+        return x
+    at = x.channel(dim) + x.channel_axis
+    return x.view_of(x.data.squeeze(at), x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :])
+
+
+@sparse_function("narrow")
+def narrow(x: SparseMap, dim: int, start: int, length: int) -> SparseMap:
+    axis = x.channel(dim)
+    start = start % x.shape[dim] if start < 0 else start
+    span = (start, start + length) if x.dims.count("C") == 1 else None
+    return x.view_of(x.data.narrow(axis + x.channel_axis, start, length), span=span)
+
+
+@sparse_function("split", "split_with_sizes")
+def split(x: SparseMap, split_size_or_sections: Any = None, dim: int = 0, *, split_size: Any = None) -> tuple[SparseMap, ...]:
+    sizes = split_size if split_size_or_sections is None else split_size_or_sections
+    total = x.shape[dim]
+    x.channel(dim)
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(narrow(x, dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+
+@sparse_function("chunk")
+def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
+    return split(x, -(-x.shape[dim] // chunks), dim)
+
+
+@sparse_function("tensor_split")
+def tensor_split(x: SparseMap, indices_or_sections: Any, dim: int = 0) -> tuple[SparseMap, ...]:
+    total, parts = x.shape[dim], indices_or_sections
+    edges = [total * i // parts for i in range(parts + 1)] if isinstance(parts, int) else [0, *parts, total]
+    if isinstance(parts, int):  # the first ones are the larger ones
+        size, larger = divmod(total, parts)
+        edges = [i * size + min(i, larger) for i in range(parts + 1)]
+    return split(x, [b - a for a, b in zip(edges, edges[1:])], dim)
+
+
+@sparse_function("unbind")
+def unbind(x: SparseMap, dim: int = 0) -> tuple[SparseMap, ...]:
+    return tuple(select(x, dim, i) for i in range(x.shape[x.axis(dim)]))
+
+
+@sparse_function("select")
+def select(x: SparseMap, dim: int, index: int) -> SparseMap:
+    dim = x.axis(dim)
+    at = x.channel(dim) + x.channel_axis
+    return x.view_of(x.data.select(at, index), x.dims[:dim] + x.dims[dim + 1 :])
+
+
+@sparse_function("index_select")
+def index_select(x: SparseMap, dim: int, index: Tensor) -> SparseMap:
+    return x.with_data(x.data.index_select(x.channel(dim) + x.channel_axis, index))
+
+
+@sparse_function("flip")
+def flip(x: SparseMap, *dims: Any) -> SparseMap:
+    axes = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    return x.with_data(x.data.flip([x.channel(d) + x.channel_axis for d in axes]))
+
+
+@sparse_function("__getitem__")
+def getitem(x: SparseMap, index: Any) -> SparseMap:
+    """Slices, numbers and lists of numbers for channels; everything of all other axes."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [part for part in parts if part is Ellipsis]:
+        at = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        given = sum(part is not None for part in parts) - 1
+        parts[at : at + 1] = [slice(None)] * (x.ndim - given)
+    dim, out = 0, x
+    for part in parts:
+        if part is None:
+            out = unsqueeze(out, dim)
+        elif isinstance(part, slice):
+            start, stop, step = part.indices(out.shape[dim])
+            if (start, stop, step) != (0, out.shape[dim], 1):
+                if out.dims[dim] != "C":
+                    raise NotImplementedError(f"a slice of axis {dim} ({out.dims[dim]}) of a map {out.dims}: {_REMEDY}")
+                if step == 1:
+                    out = narrow(out, dim, start, max(0, stop - start))
+                else:
+                    at = out.channel(dim) + out.channel_axis
+                    picked = torch.arange(start, stop, step, device=out.device)
+                    out = out.view_of(out.data.index_select(at, picked))
+        elif isinstance(part, int):
+            out = select(out, dim, part)
+            continue
+        else:
+            numbers = torch.as_tensor(part, device=out.device)
+            if numbers.ndim != 1 or numbers.dtype == torch.bool or sum(not isinstance(p, slice | None) for p in parts) != 1:
+                raise NotImplementedError(f"a sparse map indexed by {type(part).__name__}: {_REMEDY}")
+            out = index_select(out, dim, numbers)
+        dim += 1
+    return out
+
+
+@sparse_function("permute")
+def permute(x: SparseMap, *dims: Any) -> SparseMap:
+    order = [x.axis(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
+    labels = "".join(x.dims[d] for d in order)
+    if sorted(order) != list(range(x.ndim)) or labels[0] != "B" or labels.index("H") > labels.index("W"):
+        raise NotImplementedError(f"permute{tuple(order)} of a map {x.dims} turns pixels round: {_REMEDY}")
+    channels = [x.channel(d) for d in order if x.dims[d] == "C"]
+    if channels == sorted(channels):
+        return x.same_storage(labels)
+    first = x.channel_axis
+    axes = [*range(first), *(first + c for c in channels), *range(first + len(channels), x.data.ndim)]
+    return x.view_of(x.data.permute(axes), labels)
+
+
+@sparse_function("transpose", "swapaxes", "swapdims")
+def transpose(x: SparseMap, dim0: int, dim1: int) -> SparseMap:
+    order = list(range(x.ndim))
+    a, b = x.axis(dim0), x.axis(dim1)
+    order[a], order[b] = b, a
+    return permute(x, order)
+
+
+@sparse_function("movedim", "moveaxis")
+def movedim(x: SparseMap, source: int, destination: int) -> SparseMap:
+    order = [d for d in range(x.ndim) if d != x.axis(source)]
+    order.insert(x.axis(destination), x.axis(source))
+    return permute(x, order)
+
+
+@sparse_function("expand")
+def expand(x: SparseMap, *sizes: Any) -> SparseMap:
+    wanted = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+    own = list(x.shape)
+    if len(wanted) != len(own) or any(w not in (-1, n) and (n != 1 or x.dims[d] != "C")
+                                      for d, (w, n) in enumerate(zip(wanted, own))):  # fmt: skip
+        raise NotImplementedError(f"expand of a map {x.dims} of shape {tuple(own)} to {tuple(wanted)}: {_REMEDY}")
+    channels = [max(w, n) for w, n, label in zip(wanted, own, x.dims) if label == "C"]
+    data, first = x.data, x.channel_axis
+    return x.view_of(data.expand(*data.shape[:first], *channels, *data.shape[first + len(channels) :]))
+
+
+@sparse_function("expand_as", "view_as", "reshape_as")
+def expand_as(x: Any, other: Any) -> Any:
+    """A tensor as a map stays what it is: products spread it over the pixels by themselves."""
+    if is_map(x):
+        return expand(x, other.shape)
+    if x.ndim == other.ndim and all(n in (1, m) for n, m in zip(x.shape, other.shape)):
+        return x
+    raise NotImplementedError(f"a tensor of shape {tuple(x.shape)} as {other!r}")
+
+
+@sparse_function("repeat")
+def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
+    times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+    if len(times) != x.ndim or any(n != 1 and label != "C" for n, label in zip(times, x.dims)):
+        raise NotImplementedError(f"repeat{tuple(times)} of a map {x.dims}: {_REMEDY}")
+    out = x
+    for dim, n in enumerate(times):
+        out = cat([out] * n, dim) if n != 1 else out
+    return out
+
+
+@sparse_function("repeat_interleave")
+def repeat_interleave(x: SparseMap, repeats: int, dim: int) -> SparseMap:
+    return x.with_data(x.data.repeat_interleave(repeats, x.channel(dim) + x.channel_axis))
+
+
+@sparse_function("flatten")
+def flatten(x: SparseMap, start_dim: int = 0, end_dim: int = -1) -> SparseMap:
+    start, end = x.axis(start_dim), x.axis(end_dim)
+    shape = list(x.shape)
+    return view(x, [*shape[:start], torch.Size(shape[start : end + 1]).numel(), *shape[end + 1 :]])
+
+
+@sparse_function("unflatten")
+def unflatten(x: SparseMap, dim: int, sizes: Any) -> SparseMap:
+    shape, at = list(x.shape), x.axis(dim)
+    return view(x, [*shape[:at], *sizes, *shape[at + 1 :]])
+
+
+@sparse_function("channel_shuffle")
+def channel_shuffle(x: SparseMap, groups: int) -> SparseMap:
+    return flatten(transpose(unflatten(x, 1, (groups, -1)), 1, 2), 1, 2)
+
+
+@sparse_function("pixel_unshuffle")
+def pixel_unshuffle(x: SparseMap, downscale_factor: int) -> SparseMap:
+    b, c, h, w = x.shape
+    r = downscale_factor
+    blocks = view(x, [b, c, h // r, r, w // r, r])
+    return view(permute(blocks, 0, 1, 3, 5, 2, 4), [b, c * r * r, h // r, w // r])
+
+
+@sparse_function("view", "reshape")
+def view(x: SparseMap, *shape: Any) -> SparseMap:
+    """Splits and joins channels; splits H and W together into smaller ones and the pixels of a block."""
+    sizes = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    if not all(isinstance(size, int) for size in sizes):
+        raise NotImplementedError(f"view as {shape} of a sparse map")
+    if -1 in sizes:
+        known = torch.Size(size for size in sizes if size != -1).numel()
+        sizes[sizes.index(-1)] = x.numel() // max(1, known)
+    if sizes == list(x.shape):
+        return x
+    return _regroup(x, _groups(x, sizes))
+
+
+def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
+    """Which axes become which: the labels of some neighbouring axes and the sizes they turn into, for all of them."""
+    refusal = NotImplementedError(f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)}: {_REMEDY}")
+    old, new = list(zip(x.dims, x.shape)), list(sizes)
+    found: list[tuple[str, list[int]]] = []
+    while old:
+        label, before = old.pop(0)
+        if not new:
+            raise refusal
+        labels, into = label, [new.pop(0)]
+        after = into[0]
+        while before != after:
+            if before < after:
+                if not old:
+                    raise refusal
+                label, size = old.pop(0)
+                labels, before = labels + label, before * size
+            else:
+                if not new:
+                    raise refusal
+                into.append(new.pop(0))
+                after *= into[-1]
+        found.append((labels, into))
+    if any(size != 1 for size in new):
+        raise refusal
+    found[-1][1].extend(new)
+    for labels, into in found:
+        whole_channels = set(labels) == {"C"}
+        block = labels in ("H", "W") and len(into) == 2
+        if "HW" in labels:
+            raise NotImplementedError(
+                f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)} makes one axis of all pixels, as attention and "
+                "linear layers over whole maps do, and mixes visible and hidden ones"
+            )
+        if (len(labels) > 1 and not whole_channels) or not (whole_channels or block or len(into) == 1):
+            raise refusal
+    return found
+
+
+def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
+    first = x.channel_axis
+    channels = [size for labels, into in groups if set(labels) == {"C"} for size in into]
+    dims = "".join("C" * len(into) if set(labels) == {"C"} else labels for labels, into in groups)
+    data = x.data
+    behind = data.shape[first + len(x.channel_shape) :]
+    data = data.reshape(*data.shape[:first], *channels, *behind)
+    out = x.view_of(data, dims)
+    blocks = [into[1] for labels, into in groups if labels in ("H", "W") and len(into) == 2]
+    if not blocks:
+        return out
+    if len(blocks) != 2 or blocks[0] != blocks[1]:
+        raise NotImplementedError(f"blocks of {blocks} pixels: only square ones, within a patch, have a sparse form")
+    return _blocks(out, blocks[0])
+
+
+def _blocks(x: SparseMap, r: int) -> SparseMap:
+    """(.., H, .., W, ..) as (.., H / r, r, .., W / r, r, ..): the pixels of a block are new axes of channels."""
+    p, stride, first = x.grid.pixels(x.stride), x.stride * r, x.channel_axis
+    if p % r:
+        raise NotImplementedError(f"blocks of {r} x {r} pixels do not tile a patch of {p} x {p}")
+    count, data = len(x.channel_shape), x.data
+    if x.engine.dense:
+        b, (h, w) = data.shape[0], data.shape[-2:]
+        data = data.reshape(b, *data.shape[1 : 1 + count], h // r, r, w // r, r)
+        y, column, rows = data.ndim - 3, data.ndim - 1, (data.ndim - 4, data.ndim - 2)
+    else:
+        b = data.shape[0]
+        data = data.reshape(b, -1, p // r, r, p // r, r, *data.shape[2:])
+        y, column, rows = 3, 5, (1, 2, 4)
+    where_y = x.dims[: x.dims.index("H")].count("C")  # channel axes in front of the new ones
+    where_x = x.dims[: x.dims.index("W")].count("C")
+    old = [*range(1, 1 + count)] if x.engine.dense else [*range(6, 6 + count)]
+    axes = [*old[:where_y], y, *old[where_y:where_x], column, *old[where_x:]]
+    if x.engine.dense:
+        data = data.permute(0, *axes, *rows)
+    else:
+        data = data.permute(0, *rows, *axes).flatten(1, 3)
+    dims = x.dims.replace("H", "HC").replace("W", "WC")
+    return x.replace(x.features.replace(data, stride, clean=x.features.clean), dims)
