@@ -176,7 +176,7 @@ def count_network(network: SparK) -> list[Count]:
     strides = network.encoder.strides
 
     def encoder_layer(layer: nn.Module, args: tuple[SparseMap], out: SparseMap) -> None:
-        stage = strides[len(args[0].recorder.maps)]  # the maps that were reached before this layer
+        stage = strides[len(args[0].recorder.maps if args[0].recorder else ())]  # the maps that were reached before this layer
         counts.append(Count("encoder", stage, kind_of(layer), sparse_macs(layer, args[0], out)))
 
     def dense_layer(part: str, layer: nn.Module, args: tuple[Tensor], out: Tensor) -> None:

@@ -170,7 +170,7 @@ class OfficialSparK(nn.Module):
 
     def forward(self, images: Tensor, active: Tensor) -> Tensor:
         """Loss of (B, C, H, W) images and a (B, 1, f_h, f_w) bool mask, True = visible."""
-        dense = [self._densify(i, x) for i, x in enumerate(reversed(self.encode(images, active)))]
+        dense = {i: self._densify(i, x) for i, x in enumerate(reversed(self.encode(images, active)))}
         prediction = _patches(self.decoder(dense), self.patch)
         target = _patches(images, self.patch)
         mean, variance = target.mean(2, keepdim=True), target.var(2, keepdim=True)

@@ -53,11 +53,12 @@ class Decoder(nn.Module):
         self.proj = nn.Conv2d(widths[-1], out_channels, kernel_size=1)
         self.apply(_initialise)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Takes maps (B, width / 2^i, f_h 2^i, f_w 2^i) for i = 0, 1, ...; returns (B, out_channels, H, W)."""
+    def forward(self, maps: dict[int, Tensor]) -> Tensor:
+        """Takes maps (B, width / 2^i, f_h 2^i, f_w 2^i) by i, of which the first, i = 0, must be there; returns
+        (B, out_channels, H, W). The others are added where the resolution is theirs."""
         x = maps[0]
         for i, block in enumerate(self.dec):
-            if 0 < i < len(maps):
+            if i and i in maps:
                 x = x + maps[i]
             x = block(x)
         image: Tensor = self.proj(x)

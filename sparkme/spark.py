@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -67,7 +68,9 @@ class SparK(nn.Module):
         norm = encoder.norm if densify_norm == "auto" else densify_norm
         if norm not in DENSIFY_NORMS:
             raise ValueError(f"unknown densify norm {densify_norm!r}; choose one of auto, {', '.join(DENSIFY_NORMS)}")
-        for i, channels in enumerate(reversed(encoder.channels)):  # deepest first, as the decoder takes them
+        # Deepest first, as the decoder takes them; a map of level i has 2^i times the resolution of the deepest.
+        self.levels = [round(math.log2(stride / s)) for s in reversed(encoder.strides)]
+        for i, channels in zip(self.levels, reversed(encoder.channels), strict=True):
             token = torch.empty(1, channels, 1, 1)
             self.mask_tokens.append(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
             self.densify_norms.append(DENSIFY_NORMS[norm](channels))
@@ -110,21 +113,21 @@ class SparK(nn.Module):
         self.decoder.compile()
         return self
 
-    def densify(self, maps: list[SparseMap]) -> list[Tensor]:
+    def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:
         """Normalises visible pixels, puts a mask token at hidden ones, and projects to the decoder's widths.
 
         Args:
             maps: the encoder's maps, shallow to deep.
 
         Returns:
-            Dense maps (B, decoder_width / 2^i, H / s, W / s), deepest first.
+            Dense maps (B, decoder_width / 2^i, H / s, W / s) by i, deepest first.
         """
-        dense = []
-        for x, norm, token, projection in zip(
-            reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
+        dense = {}
+        for level, x, norm, token, projection in zip(
+            self.levels, reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
         ):
             filled = x.engine.densify(norm(x.rows), x.grid, x.stride, token.flatten())
-            dense.append(projection(filled))
+            dense[level] = projection(filled)
         return dense
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -24,11 +25,13 @@ class SparseEncoder(nn.Module):
     Args:
         network: the module tree with sparse layers.
         hierarchy: where the maps come out.
+        versions: of the weights of each module of the dense network, by its path, as torch keeps them in state dicts.
     """
 
-    def __init__(self, network: nn.Module, hierarchy: Hierarchy) -> None:
+    def __init__(self, network: nn.Module, hierarchy: Hierarchy, versions: dict[str, int | None] | None = None) -> None:
         super().__init__()
         self.network = network
+        self.versions = versions or {}
         self.hierarchy = hierarchy
         self.set_engine("auto")
         attach(network, hierarchy.taps, _reached)
@@ -139,9 +142,14 @@ class SparseEncoder(nn.Module):
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names and in the layout of the dense model it came from, without its head.
 
-        Tensors are copies where the layout differs and share memory where it does not.
+        Tensors are copies where the layout differs and share memory where it does not. As torch's own state dicts it says
+        which version each module's weights are of, which some models ask for when they load it.
         """
-        return {prefix + name: value for prefix, module in _walk(self.network) for name, value in _dense_state(module).items()}
+        state = OrderedDict(
+            (prefix + name, value) for prefix, module in _walk(self.network) for name, value in _dense_state(module).items()
+        )
+        state._metadata = {name: {"version": version} for name, version in self.versions.items()}  # type: ignore[attr-defined]
+        return state
 
     @torch.no_grad()
     def load_dense_state_dict(self, state: dict[str, Tensor]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.errors import first_line
-from sparkme.sparse.map import Recorder, SparseMap
+from sparkme.sparse.map import Recorder
 
 # Neither square nor powers of two, so that neither a (B, H, W, C) map nor a pooled (B, C, 1, 1) one can be mistaken.
 _PROBE_CELLS = (2, 3)
@@ -57,7 +57,7 @@ class Hierarchy:
         in_channels: of the images.
         taps: shallow to deep.
         called: the modules that run before the last tap.
-        left_out: the modules that the maps do not depend on: the head, and branches that end elsewhere, such as auxiliary heads.
+        left_out: the modules that the maps do not depend on: the head, and branches such as auxiliary heads.
         on_maps: the modules all of whose calls before the last tap take a feature map first.
     """
 
@@ -129,8 +129,8 @@ def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
         bad, (h, w) = leaves[0], (_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
         raise ValueError(
             f"{name} cannot be aligned to a grid of patches: of an image of {h}x{w} pixels its layer {bad.module!r} makes "
-            f"{'x'.join(map(str, bad.unaligned))}; pad what is not padded, so that a layer of stride s, a power of two, makes n "
-            "pixels of n * s"
+            f"{'x'.join(map(str, bad.unaligned))}; pad what is not padded, so that a layer of stride s, a power of two, makes "
+            "n pixels of n * s"
         )
     if len(strides) < 2:
         at = f"at stride {strides[0]} only" if strides else "of no stride"
@@ -265,7 +265,7 @@ def probe_images(model: nn.Module, in_channels: int) -> Tensor:
 
 def _stride_and_channels(value: Any) -> tuple[int, int] | None:
     """Of a map (B, C, H, W) or (B, H, W, C) of the probe; None for what is no map, or not aligned."""
-    if not isinstance(value, Tensor) or value.ndim != 4 or type(value) is SparseMap:
+    if not isinstance(value, Tensor) or value.ndim != 4:
         return None
     for sizes, channels in ((value.shape[2:], value.shape[1]), (value.shape[1:3], value.shape[3])):
         full = [_PROBE_STRIDE * cells for cells in _PROBE_CELLS]
@@ -351,7 +351,8 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int) -> tup
             on_vectors.add(name)
 
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
-    for training in (False, True):
+
+    def run(training: bool) -> None:
         recorder = Recorder([tap.call for tap in taps])
         # The taps come first, so that a module at whose input the last map is taken does not count as called.
         handles = attach(model, tuple(taps), recorder.reached)
@@ -361,17 +362,28 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int) -> tup
             if name
         ]
         try:
-            with torch.enable_grad(), suppress(ReachedDeepest):
+            with suppress(ReachedDeepest):
                 model.train(training)(probe_images(model, in_channels))
-        except Exception as error:
-            mode = "training" if training else "eval"
-            raise ValueError(f"{type(model).__name__} cannot be run in {mode} mode: {first_line(error)}") from error
         finally:
             for handle in handles:
                 handle.remove()
-        total = sum(x.float().sum() for x in recorder.maps.values())
-        gradients = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
-        needed |= {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        if torch.is_grad_enabled():
+            total = sum(x.float().sum() for x in recorder.maps.values())
+            gradients = torch.autograd.grad(total, [*parameters.values()], allow_unused=True)
+            needed.update(name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
+
+    for training in (False, True):
+        try:
+            with torch.enable_grad():
+                run(training)
+        except RuntimeError:  # operations in place of which autograd keeps the inputs: it runs, but what is needed stays open
+            needed.update(parameters)
+            try:
+                with torch.no_grad():
+                    run(training)
+            except Exception as error:
+                mode = "training" if training else "eval"
+                raise ValueError(f"{type(model).__name__} cannot be run in {mode} mode: {first_line(error)}") from error
     unneeded = set()
     for name, module in model.named_modules():
         inside = [f"{name}.{p}" for p, _ in module.named_parameters(remove_duplicate=False)]

@@ -271,8 +271,8 @@ class SparseMap:
 
     # What the code of dense networks asks of a tensor.
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """Networks ask `isinstance(x, torch.Tensor)` to tell one map from a list of them. `type(x)` is SparseMap."""
         return Tensor
 
@@ -388,7 +388,7 @@ for _name in (
     "gt", "ge", "lt", "le", "eq", "ne", "matmul",
 ):  # fmt: skip
     setattr(SparseMap, f"__{_name}__", _operator(f"__{_name}__"))
-SparseMap.__hash__ = object.__hash__  # type: ignore[assignment,method-assign]
+SparseMap.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 # What torch's functions do to maps, by the function object, since torch.compile cannot ask a function for its name.

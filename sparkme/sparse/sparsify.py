@@ -54,7 +54,8 @@ def sparsify(
     with _undisturbed():
         dense = copy.deepcopy(model)
         hierarchy = find_hierarchy(copy.deepcopy(dense), num_scales, taps=taps, in_channels=in_channels)
-        encoder = SparseEncoder(_sparse_network(dense, hierarchy), hierarchy)
+        versions = {name: module._version for name, module in dense.named_modules()}
+        encoder = SparseEncoder(_sparse_network(dense, hierarchy), hierarchy, versions)
         if next(encoder.parameters()).device.type != "meta":  # without values there is nothing to try
             _try_out(encoder, copy.deepcopy(model))
     return encoder
@@ -74,7 +75,7 @@ def _sparse_network(network: nn.Module, hierarchy: Hierarchy) -> nn.Module:
             continue
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedLayerError(
-                f"layer {name!r} ({type(module).__name__}) has backward hooks, which nothing calls in a sparse network; remove them"
+                f"layer {name!r} ({type(module).__name__}) has backward hooks, which nothing calls in a sparse network"
             )
         if name.startswith(tuple(replaced)):
             continue

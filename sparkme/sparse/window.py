@@ -12,8 +12,8 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """Output pixel (y, x) reads the input pixels (y * stride - padding[0] + i * dilation, x * stride - padding[1] + j * dilation)
-    for i < kernel_size[0], j < kernel_size[1].
+    """Output pixel (y, x) reads input pixels (y * stride - padding[0] + i * dilation, x * stride - padding[1] + j * dilation),
+    i < kernel_size[0], j < kernel_size[1].
 
     An input of n * stride pixels gives n outputs, so the outputs lie on the grid of patches; `Window.of` sees to it. What
     the network pads below and to the right follows from that.

@@ -5,16 +5,17 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 
 | in the dense network | sparse form | where |
 |---|---|---|
-| Conv2d, depthwise, grouped, dilated; conv2d with weights made at every step (StdConv2d, ScaledStdConv2d, spectral norm) | a hidden neighbour counts as zero | convolution |
-| padding that is asymmetric, `same`, or `F.pad` | becomes the window's offset; what is outside of the image counts as zero, or is reflected or repeated | convolution |
+| Conv2d, depthwise, grouped, dilated | a hidden neighbour counts as zero | convolution |
+| conv2d with weights made at every step (StdConv2d, ScaledStdConv2d, spectral norm) | the same | convolution |
+| asymmetric and `same` padding, `F.pad` | part of the window; zero, reflected or repeated outside of the image | convolution |
 | Linear, matmul with a matrix | along the channels | convolution |
 | BatchNorm2d, BatchNormAct2d | statistics over the visible pixels of the batch; then the activation | norm |
 | LayerNorm, LayerNorm2d, RMSNorm | over the channels of each pixel | norm |
 | GroupNorm, InstanceNorm | over the visible pixels of each sample | norm |
-| GRN | its L2 norm over the visible pixels of each sample; ConvNeXt V2's own sparse code takes it over the batch | pooling |
+| GRN | norm over each sample's visible pixels; ConvNeXt V2's own sparse code takes it over the batch | pooling |
 | MaxPool2d, also with ceil_mode | maximum over the visible pixels | pooling |
 | AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |
-| global pooling, squeeze-excite, ECA and other gates: mean, amax, var, ... over H and W | over the visible pixels of each sample; then a dense vector | pooling |
+| global pooling, squeeze-excite, ECA and other gates | over each sample's visible pixels; then a dense vector | pooling |
 | reductions and softmax over channels | pixel by pixel | pooling |
 | nearest upsampling | within a patch | pooling |
 | BlurPool2d | a convolution with fixed weights, reflected at the image's border | convolution |

@@ -30,16 +30,15 @@ class SparseConvolution(SparseLayer):
 
     kernel: nn.Parameter
     bias: nn.Parameter | None
-    window: Window
+    window: Window | None
     kernel_size: tuple[int, int]
     stride: int
     dilation: int
     padding: tuple[int, int]
     groups: int
-    alignment: ValueError | None
 
     def _take(self, conv: nn.Conv2d) -> None:
-        self.dense_geometry = conv.stride, conv.padding, conv.dilation
+        self.dense_geometry: Any = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups
         self.to(conv.weight.device, conv.weight.dtype)
         self.load_dense_state(dict(conv.state_dict()))
@@ -100,7 +99,8 @@ class SparseConvolution(SparseLayer):
         kernel, bias = self.operands()
         if type(x) is not SparseMap:
             bias = None if bias is None else bias.flatten()
-            return F.conv2d(x, self.dense_weight, bias, *self.dense_geometry, self.groups)
+            stride, padding, dilation = self.dense_geometry
+            return F.conv2d(x, self.dense_weight, bias, stride, padding, dilation, self.groups)
         window = self.window
         if window is None or x.padding is not None:
             stride, padding, dilation = self.dense_geometry
@@ -198,9 +198,8 @@ def padded_window(
         return x, Window.of(_hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation),
                             ceil_mode=ceil_mode)  # fmt: skip
     around = x.padding
-    if isinstance(padding, str) or any(pair(padding)):
-        if padding != "valid":
-            raise NotImplementedError("a window with padding of its own after F.pad has no sparse form; pad in one place")
+    if padding != "valid" and (isinstance(padding, str) or any(pair(padding))):
+        raise NotImplementedError("a window with padding of its own after F.pad has no sparse form; pad in one place")
     border = "zeros" if around.mode == "constant" else around.mode
     sides = around.top, around.bottom, around.left, around.right
     window = Window.of(
@@ -223,7 +222,7 @@ def conv2d(
     x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> SparseMap:
     """Convolution with a (C_out, C_in / groups, kh, kw) weight that the network worked out itself."""
-    if not is_map(x) or x.padding is not None and x.padding.value != 0:
+    if not is_map(x) or (x.padding is not None and x.padding.value != 0):
         raise NotImplementedError("conv2d with a map as its weight, or after padding with another value than zero")
     _check_channels(x)
     height, width = weight.shape[2:]
@@ -255,7 +254,8 @@ def matmul(x: Any, other: Any) -> SparseMap:
 @sparse_function("pad")
 def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = None) -> SparseMap:
     """Waits for the window that reads it; zeros for more channels are there at once."""
-    left, right, top, bottom, *rest = (*pad, *(0,) * (4 - len(pad)))
+    sides: list[int] = [*pad, *[0] * (4 - len(pad))]
+    (left, right, top, bottom), rest = sides[:4], sides[4:]
     if x.dims != "BCHW" or len(pad) % 2 or any(side < 0 for side in pad):
         raise NotImplementedError(f"pad{tuple(pad)} of a map {x.dims} has no sparse form; only BCHW, and nothing cut off")
     if mode not in ("constant", "reflect", "replicate"):
@@ -264,12 +264,14 @@ def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = No
         if any((left, right, top, bottom)) or mode != "constant" or any(rest[2:]):
             raise NotImplementedError(f"pad{tuple(pad)} of pixels and channels at once has no sparse form")
         before, after = (x.data.new_full((1, n, 1, 1), value or 0.0) for n in rest[:2])
-        return torch.cat([before, x, after], 1)  # type: ignore[list-item, return-value]
+        joined: Any = [before, x, after]
+        return torch.cat(joined, 1)  # type: ignore[return-value]
     if not any((left, right, top, bottom)):
         return x
     new = Padding(top, bottom, left, right, mode, value or 0.0)
     if (old := x.padding) is not None:
         if (old.mode, old.value) != (new.mode, new.value) or mode != "constant":
             raise NotImplementedError("several paddings of different kinds, one after the other")
-        new = Padding(*(a + b for a, b in zip(old[:4], new[:4], strict=True)), mode, new.value)
+        top, bottom, left, right = (a + b for a, b in zip(old[:4], new[:4], strict=True))
+        new = Padding(top, bottom, left, right, mode, new.value)
     return x.padded(new)

@@ -19,13 +19,14 @@ _ZERO, _NUMBER, _INFINITY = "zero", "number", "infinity"
 _POINTWISE = {
     **dict.fromkeys(
         ("abs", "alpha_dropout", "asinh", "atan", "celu", "clone", "detach", "dropout", "elu", "erf", "gelu", "hardshrink",
-         "hardswish", "leaky_relu", "mish", "neg", "negative", "positive", "relu", "relu6", "rrelu", "selu", "sign", "silu", "sin",
-         "softshrink", "softsign", "square", "tanh", "tanhshrink"),
+         "hardswish", "leaky_relu", "mish", "neg", "negative", "positive", "relu", "relu6", "rrelu", "selu", "sign", "silu",
+         "sin", "softshrink", "softsign", "square", "tanh", "tanhshrink"),
         _ZERO,
     ),
     **dict.fromkeys(
-        ("clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid", "maximum", "minimum",
-         "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_not", "zeros_like", "ones_like"),
+        ("clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid", "maximum",
+         "minimum", "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_not", "zeros_like",
+         "ones_like"),
         _NUMBER,
     ),
     **dict.fromkeys(
@@ -158,7 +159,7 @@ def glu(x: SparseMap, dim: int = -1) -> SparseMap:
 def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseMap:
     """Whole channels of each sample."""
     noise = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
-    out = x * noise
+    out: SparseMap = FUNCTIONS[torch.mul](x, noise)
     return x.write(out) if inplace else out
 
 

@@ -33,7 +33,8 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
         self.options = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
 
     def forward(self, x: Any) -> Any:
-        return F.max_pool2d(x, *self.options)
+        size, stride, padding, dilation, ceil_mode, return_indices = self.options
+        return F.max_pool2d(x, size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
 
 
 class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
@@ -97,13 +98,13 @@ def avg_pool2d(
     """Sum over the window, in which hidden pixels count as zeros, over what torch divides by in a whole image."""
     size = pair(kernel_size)
     if x.padding is None and size == tuple(x.grid.size(x.stride)) and not any(pair(padding)) and size != (1, 1):
-        return mean(x, (2, 3), keepdim=True)  # type: ignore[return-value]
+        return mean(x, (2, 3), keepdim=True)
     if x.padding is not None and x.padding.value != 0:
         raise NotImplementedError("avg_pool2d after padding with another value than zero has no sparse form")
     bare, window = padded_window(x, size, stride or kernel_size, padding, ceil_mode=ceil_mode)
     out = bare.replace(bare.engine.avg_pool(bare.flat, _bounded(bare, window)))
     if divisor_override is not None:
-        return out * (window.taps / divisor_override)
+        return out.with_data(out.data * (window.taps / divisor_override))
     if x.padding is not None or (not ceil_mode and (count_include_pad or window.padding == (0, 0))):
         return out
     key = "divisor", x.stride, window, ceil_mode, count_include_pad
@@ -259,8 +260,8 @@ def interpolate(
         return x
     if mode not in ("nearest", "nearest-exact") or factors != (factor, factor) or factor < 1 or x.stride % factor:
         raise NotImplementedError(
-            f"interpolate with mode={mode!r} by {factors} has no sparse form; only mode='nearest' by a whole number that divides "
-            f"the stride {x.stride}"
+            f"interpolate with mode={mode!r} by {factors} has no sparse form; only mode='nearest' by a whole number that "
+            f"divides the stride {x.stride}"
         )
     p, features = x.grid.pixels(x.stride), x.flat
     if x.engine.dense:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparkme.sparse.map import SparseMap, first_map, is_map, sparse_function
 from sparkme.sparse.forms.pointwise import operand
+from sparkme.sparse.map import SparseMap, first_map, is_map, sparse_function
 
 _REMEDY = "only channels can be moved, pixels stay where they are"
 
@@ -86,7 +87,7 @@ def tensor_split(x: SparseMap, indices_or_sections: Any, dim: int = 0) -> tuple[
     if isinstance(parts, int):  # the first ones are the larger ones
         size, larger = divmod(total, parts)
         edges = [i * size + min(i, larger) for i in range(parts + 1)]
-    return split(x, [b - a for a, b in zip(edges, edges[1:])], dim)
+    return split(x, [b - a for a, b in pairwise(edges)], dim)
 
 
 @sparse_function("unbind")
@@ -285,8 +286,8 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
         block = labels in ("H", "W") and len(into) == 2
         if "HW" in labels:
             raise NotImplementedError(
-                f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)} makes one axis of all pixels, as attention and "
-                "linear layers over whole maps do, and mixes visible and hidden ones"
+                f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)} makes one axis of all pixels, as "
+                "attention and linear layers over whole maps do, and mixes visible and hidden ones"
             )
         if (len(labels) > 1 and not whole_channels) or not (whole_channels or block or len(into) == 1):
             raise refusal
@@ -311,25 +312,23 @@ def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
 
 def _blocks(x: SparseMap, r: int) -> SparseMap:
     """(.., H, .., W, ..) as (.., H / r, r, .., W / r, r, ..): the pixels of a block are new axes of channels."""
-    p, stride, first = x.grid.pixels(x.stride), x.stride * r, x.channel_axis
+    p, stride = x.grid.pixels(x.stride), x.stride * r
     if p % r:
         raise NotImplementedError(f"blocks of {r} x {r} pixels do not tile a patch of {p} x {p}")
     count, data = len(x.channel_shape), x.data
     if x.engine.dense:
         b, (h, w) = data.shape[0], data.shape[-2:]
         data = data.reshape(b, *data.shape[1 : 1 + count], h // r, r, w // r, r)
-        y, column, rows = data.ndim - 3, data.ndim - 1, (data.ndim - 4, data.ndim - 2)
+        y, column, pixels = data.ndim - 3, data.ndim - 1, [data.ndim - 4, data.ndim - 2]
     else:
         b = data.shape[0]
         data = data.reshape(b, -1, p // r, r, p // r, r, *data.shape[2:])
-        y, column, rows = 3, 5, (1, 2, 4)
+        y, column, pixels = 3, 5, [1, 2, 4]
     where_y = x.dims[: x.dims.index("H")].count("C")  # channel axes in front of the new ones
     where_x = x.dims[: x.dims.index("W")].count("C")
     old = [*range(1, 1 + count)] if x.engine.dense else [*range(6, 6 + count)]
     axes = [*old[:where_y], y, *old[where_y:where_x], column, *old[where_x:]]
-    if x.engine.dense:
-        data = data.permute(0, *axes, *rows)
-    else:
-        data = data.permute(0, *rows, *axes).flatten(1, 3)
+    dense = x.engine.dense
+    data = data.permute(0, *axes, *pixels) if dense else data.permute(0, *pixels, *axes).flatten(1, 3)
     dims = x.dims.replace("H", "HC").replace("W", "WC")
     return x.replace(x.features.replace(data, stride, clean=x.features.clean), dims)

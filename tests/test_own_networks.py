@@ -1,0 +1,531 @@
+"""Networks of a user's own, with what real code has: aliases, shared modules, hooks. Right, or refused by name."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+import sparkme
+
+ENGINES = ("cuda_ext", "minkowski", "masked-dense")
+ACTIVE = oracle.random_active(2, (2, 3), 3, seed=1)
+
+
+class Block(nn.Module):
+    """3x3 convolution by 2, and whatever is under test."""
+
+    def __init__(self, channels_in: int, channels: int, body: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels_in, channels, 3, 2, 1)
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, self.down(x))
+
+
+class Network(nn.Module):
+    def __init__(self, body: Callable[[nn.Module, Tensor], Tensor], blocks: int = 4) -> None:
+        super().__init__()
+        widths = [3, *range(4, 4 + 2 * blocks, 2)]
+        self.blocks = nn.Sequential(*(Block(a, b, body) for a, b in pairwise(widths)))
+        self.fc = nn.Linear(widths[-1], 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
+def make(body: Callable[[nn.Module, Tensor], Tensor], blocks: int = 4) -> Network:
+    torch.manual_seed(0)
+    network = Network(body, blocks).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2), nn.init.normal_(module.bias, std=0.3)
+    return network
+
+
+def images(size: tuple[int, int] = (64, 96)) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+class Masked:
+    """Runs a network's own blocks on dense maps, setting hidden pixels to zero after every function, as the oracle does."""
+
+    def __init__(self, network: Network, active: Tensor) -> None:
+        self.network, self.active = network, active
+
+    def __call__(self, x: Tensor, body: Callable[[Block, Tensor], Tensor]) -> list[Tensor]:
+        found, x = [], oracle.masked(x, self.active)
+        for block in self.network.blocks:
+            x = oracle.masked_conv2d(x, self.active, block.down.weight, block.down.bias, 2, 1)
+            x = body(block, x)
+            found.append(x)
+        return found
+
+    def conv(self, block: Block, x: Tensor) -> Tensor:
+        return oracle.masked_conv2d(x, self.active, block.conv.weight, block.conv.bias, padding=1)
+
+    def norm(self, block: Block, x: Tensor) -> Tensor:
+        norm = block.norm
+        return oracle.masked_batch_norm(
+            x, self.active, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training
+        )[0]
+
+    def hide(self, x: Tensor) -> Tensor:
+        return oracle.masked(x, self.active)
+
+
+def check(network: Network, expected: list[Tensor]) -> None:
+    """All engines give the expected maps, in training mode; gradients of the weights agree with autograd through them."""
+    dense = dict(network.named_parameters())
+    loss = sum((y * y.detach().cos()).sum() for y in expected)
+    names = [name for name in dense if not name.startswith("fc.")]
+    gradients = torch.autograd.grad(loss, [dense[name] for name in names], allow_unused=True)
+    encoder = sparkme.sparsify(network).train(network.training)
+    for engine in ENGINES:
+        encoder.set_engine(engine).zero_grad()
+        maps = encoder(images(), ACTIVE)
+        for x, y in zip(maps, expected, strict=True):
+            assert oracle.relative_error(x.dense(), y) < 1e-10, engine
+        sum((x.dense() * y.detach().cos()).sum() for x, y in zip(maps, expected, strict=True)).backward()
+        values = [p.detach().clone() for p in encoder.parameters()]
+        with torch.no_grad():
+            for p in encoder.parameters():
+                p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+            found = {name: value.clone() for name, value in encoder.dense_state_dict().items()}
+            for p, value in zip(encoder.parameters(), values, strict=True):
+                p.copy_(value)
+        scale = max(g.abs().max() for g in gradients if g is not None)
+        for name, gradient in zip(names, gradients, strict=True):
+            expected_gradient = torch.zeros_like(dense[name]) if gradient is None else gradient
+            assert (found[name] - expected_gradient).abs().max() <= 1e-10 * scale, (engine, name)
+
+
+# --- operations in place ----------------------------------------------------------------------------------------------
+
+
+def test_a_relu_in_place_changes_the_shortcut_too() -> None:
+    network = make(lambda m, x: x + m.norm(m.conv(m.relu(x))))
+    masked = Masked(network, ACTIVE)
+
+    def body(m: Block, x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        return x + masked.norm(m, masked.conv(m, x))
+
+    check(network, masked(images(), body))
+
+
+def test_an_addition_in_place_reaches_the_alias() -> None:
+    def aliased(m: Block, x: Tensor) -> Tensor:
+        y = x
+        x += m.conv(x)
+        return x + y
+
+    network = make(aliased)
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), lambda m, x: 2 * x + 2 * masked.conv(m, x)))
+
+
+@pytest.mark.parametrize(
+    "function", [F.relu_, lambda x: F.relu(x, inplace=True), lambda x: x.clamp_(min=0), lambda x: x.relu_()]
+)
+def test_a_discarded_result_in_place_counts(function: Callable[[Tensor], Tensor]) -> None:
+    def discarded(m: Block, x: Tensor) -> Tensor:
+        function(x)
+        return m.norm(x)
+
+    network = make(discarded)
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), lambda m, x: masked.norm(m, torch.relu(x))))
+
+
+def test_a_map_of_the_hierarchy_is_not_changed_by_what_follows_it() -> None:
+    """A first operation in place of the next stage, as in pre-activation networks."""
+
+    class PreActivation(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.down(F.relu(x, inplace=True)))
+
+    torch.manual_seed(0)
+    widths = (3, 4, 6, 8, 10)
+    network = nn.Sequential(*(PreActivation(a, b, lambda m, x: x) for a, b in pairwise(widths))).double().eval()
+    encoder = sparkme.sparsify(network)
+    features, x = [], images()
+    for block in network:
+        x = block(x.clone())
+        features.append(x)
+    assert (features[0] < 0).any()
+    for y, expected in zip(encoder.eval()(images(), torch.ones_like(ACTIVE)), features, strict=True):
+        assert oracle.relative_error(y.dense(), expected) < 1e-10
+
+
+def halves_relu_first(m: Block, x: Tensor) -> Tensor:
+    first, second = x.chunk(2, 1)
+    return torch.cat([first.relu_(), second], 1)
+
+
+def halves_then_the_whole(m: Block, x: Tensor) -> Tensor:
+    first, _ = x.chunk(2, 1)
+    first.relu_()
+    return m.norm(x)
+
+
+def whole_then_a_half(m: Block, x: Tensor) -> Tensor:
+    first, second = x.split(x.shape[1] // 2, 1)
+    x.relu_()
+    return torch.cat([second, first], 1)
+
+
+def reshaped_then_the_whole(m: Block, x: Tensor) -> Tensor:
+    x.view(x.shape[0], 2, -1, *x.shape[2:]).mul_(2)
+    return m.norm(x)
+
+
+def test_a_view_changed_in_place_is_right_where_only_it_is_used() -> None:
+    network = make(halves_relu_first)
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), lambda m, x: torch.cat([torch.relu(x.chunk(2, 1)[0]), x.chunk(2, 1)[1]], 1)))
+
+
+@pytest.mark.parametrize("body", [halves_then_the_whole, whole_then_a_half, reshaped_then_the_whole])
+def test_a_view_and_its_map_one_changed_in_place_are_refused(body: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'blocks.0.*changed in place"):
+        sparkme.sparsify(make(body))
+
+
+# --- modules used twice, or in another way than others -----------------------------------------------------------------
+
+
+def test_one_pooling_and_one_relu_serve_all_stages() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in [(3, 4), (4, 6), (6, 8), (8, 10)])
+            self.pool, self.relu = nn.MaxPool2d(2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv in self.convs:
+                x = self.pool(self.relu(conv(x)))
+            return x.mean((2, 3))
+
+    torch.manual_seed(0)
+    network = Shared().double()
+    encoder = sparkme.sparsify(network)
+    assert (encoder.strides, encoder.channels) == ((2, 4, 8, 16), (6, 8, 10, 10))  # what each call of the pooling takes
+    x, active = oracle.masked(images(), ACTIVE), ACTIVE
+    expected = []
+    for conv in network.convs:
+        x = torch.relu(oracle.masked_conv2d(x, active, conv.weight, conv.bias, padding=1))
+        expected.append(x)
+        x = oracle.masked_max_pool2d(x, active, 2)
+    expected = [*expected[1:], x]
+    for engine in ENGINES:
+        for y, z in zip(encoder.set_engine(engine)(images(), active), expected, strict=True):
+            assert oracle.relative_error(y.dense(), z) < 1e-10
+
+
+def test_one_convolution_used_twice_has_the_sum_of_both_gradients() -> None:
+    network = make(lambda m, x: m.conv(torch.relu(m.conv(x))))
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), lambda m, x: masked.conv(m, torch.relu(masked.conv(m, x)))))
+
+
+def test_maps_that_travel_channels_last_are_recognised() -> None:
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.downs = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in [(3, 4), (4, 6), (6, 8), (8, 10)])
+            self.mixers = nn.ModuleList(nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU()) for c in (4, 6, 8, 10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.permute(0, 2, 3, 1)
+            for down, mixer in zip(self.downs, self.mixers, strict=True):
+                x = down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+                x = x + mixer(x)
+            return x.mean((1, 2))
+
+    torch.manual_seed(0)
+    network = ChannelsLast().double()
+    encoder = sparkme.sparsify(network, num_scales=4)
+    assert (encoder.strides, encoder.channels) == ((2, 4, 8, 16), (4, 6, 8, 10))
+    for engine in ENGINES:
+        maps = encoder.set_engine(engine)(images(), ACTIVE)
+        assert [x.dense().shape[1] for x in maps] == [4, 6, 8, 10]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.hardtanh(x, 0.5, 6), lambda x: torch.add(x, other=1.0), lambda x: x.clamp(min=0.3), torch.sigmoid,
+        lambda x: F.threshold(x, 0.1, 20.0), lambda x: torch.add(x, 1.0), lambda x: x.exp(), lambda x: F.softplus(x),
+        lambda x: torch.clamp(input=x, min=0.3), lambda x: torch.maximum(x, torch.ones((), dtype=x.dtype)),
+    ],
+)  # fmt: skip
+def test_functions_that_move_zero_do_not_leak_into_the_next_window(function: Callable[[Tensor], Tensor]) -> None:
+    network = make(lambda m, x: m.conv(function(x)))
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), lambda m, x: masked.conv(m, masked.hide(function(x)))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 3), (3, 1), (1, 5), (7, 1)])
+def test_kernels_of_one_row_or_column_can_be_trained(size: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(a, b, 2, 2), nn.Conv2d(b, b, size, 1, (size[0] // 2, size[1] // 2)))
+              for a, b in [(3, 4), (4, 6), (6, 8), (8, 10)]]  # fmt: skip
+    encoder = sparkme.sparsify(nn.Sequential(*layers).to(dtype))
+    results = []
+    for engine in ENGINES:
+        encoder.set_engine(engine).zero_grad()
+        sum(x.rows.square().sum() for x in encoder(images().to(dtype), ACTIVE)).backward()
+        results.append([p.grad.clone() for p in encoder.parameters()])
+    for ours, *others in zip(*results, strict=True):
+        assert all(oracle.relative_error(ours, theirs) < (1e-10 if dtype == torch.float64 else 1e-5) for theirs in others)
+
+
+def test_a_network_may_ask_what_kind_of_tensor_it_has() -> None:
+    def asks(m: Block, x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor) and torch.is_tensor(x)
+        if x.is_cuda or x.is_sparse or x.is_quantized or not x.is_floating_point() or x.dim() != 4:
+            return x
+        return m.norm(x)
+
+    network = make(asks)
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), masked.norm))
+
+
+class ScaledConv(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
+class ShiftedNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_subclasses_that_compute_something_else_run_their_own_code() -> None:
+    def replaced(network: Network) -> Network:
+        for block in network.blocks:
+            conv, norm = ScaledConv(*block.conv.weight.shape[:2], 3, padding=1), ShiftedNorm(len(block.norm.weight))
+            conv.load_state_dict(block.conv.state_dict()), norm.load_state_dict(block.norm.state_dict())
+            block.conv, block.norm = conv.double(), norm.double()
+        return network
+
+    network = replaced(make(lambda m, x: m.norm(m.conv(x))))
+    masked = Masked(network, ACTIVE)
+
+    def body(m: Block, x: Tensor) -> Tensor:
+        x = oracle.masked_conv2d(x, ACTIVE, 2 * m.conv.weight, m.conv.bias, padding=1)
+        return masked.hide(masked.norm(m, x) + 1)
+
+    check(network, masked(images(), body))
+
+
+def test_hooks_on_layers_do_what_they_do() -> None:
+    network = make(lambda m, x: m.norm(m.conv(x)))
+    for block in network.blocks:
+        block.conv.register_forward_hook(lambda m, args, out: 3 * out)
+        block.norm.register_forward_pre_hook(lambda m, args: (args[0] - 1,))
+    masked = Masked(network, ACTIVE)
+    check(network, masked(images(), lambda m, x: masked.norm(m, masked.hide(3 * masked.conv(m, x) - 1))))
+
+
+def test_backward_hooks_are_refused_by_name() -> None:
+    network = make(lambda m, x: m.norm(m.conv(x)))
+    network.blocks[1].conv.register_full_backward_hook(lambda m, a, b: None)
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'blocks.1.conv' \(Conv2d\) has backward hooks"):
+        sparkme.sparsify(network)
+
+
+@pytest.mark.parametrize("kind", [spectral_norm, parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_weights_that_are_worked_out_at_every_step(kind: Callable[[nn.Module], nn.Module]) -> None:
+    network = make(lambda m, x: m.norm(m.conv(x)))
+    for block in network.blocks:
+        block.conv = kind(block.conv)
+    encoder = sparkme.sparsify(network.eval()).eval()
+    masked = Masked(network, ACTIVE)
+    with torch.no_grad():
+        network(images())  # old-style ones work the weight out in a hook
+        expected = masked(images(), lambda m, x: masked.norm(m, masked.conv(m, x)))
+    for engine in ENGINES:
+        for x, y in zip(encoder.set_engine(engine)(images(), ACTIVE), expected, strict=True):
+            assert oracle.relative_error(x.dense(), y) < 1e-10
+    encoder.train()
+    sum(x.rows.square().mean() for x in encoder(images(), ACTIVE)).backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters())
+
+
+def test_layers_of_training_only_are_trained() -> None:
+    network = make(lambda m, x: m.norm(m.conv(x)) if m.training else m.norm(x))
+    masked = Masked(network, ACTIVE)
+    check(network.train(), masked(images(), lambda m, x: masked.norm(m, masked.conv(m, x))))
+    network.eval()
+    check(network, masked(images(), masked.norm))
+
+
+def test_branches_that_end_elsewhere_are_left_out() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.fc = nn.AdaptiveAvgPool2d(4), nn.Linear(16 * 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.pool(x).flatten(1))
+
+    class WithAuxiliary(Network):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: m.norm(m.conv(x)))
+            self.aux = Auxiliary()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            first = self.blocks[0](x)
+            aux = self.aux(first) if self.training else None
+            return self.fc(self.blocks[1:](first).mean((2, 3))), aux
+
+    encoder = sparkme.sparsify(WithAuxiliary().double())
+    assert not any(name.startswith(("aux.", "fc.")) for name in encoder.dense_state_dict())
+    sum(x.rows.square().mean() for x in encoder.train()(images(), ACTIVE)).backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_the_first_convolution_may_be_registered_last() -> None:
+    class LateStem(Network):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: m.norm(x))
+            self.stem = nn.Conv2d(1, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.stem(x))
+
+    assert sparkme.sparsify(LateStem()).in_channels == 1
+
+
+def test_weights_without_metadata_are_taken_back() -> None:
+    encoder = sparkme.sparsify(torchvision.models.mnasnet1_0())
+    state = {name: value + 1 for name, value in encoder.dense_state_dict().items()}
+    encoder.load_dense_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in encoder.dense_state_dict().items())
+    twin = torchvision.models.mnasnet1_0()
+    assert not twin.load_state_dict(encoder.dense_state_dict(), strict=False).unexpected_keys
+
+
+# --- the hierarchy ----------------------------------------------------------------------------------------------------
+
+
+def test_taps_can_be_given() -> None:
+    model = torchvision.models.resnet18()
+    encoder = sparkme.sparsify(model, taps=["layer1", "layer2.0", "layer4"])
+    assert (encoder.strides, encoder.channels) == ((4, 8, 32), (64, 128, 512))
+    with pytest.raises(ValueError, match="taps names 'layer5', which is no module"):
+        sparkme.sparsify(model, taps=["layer5"])
+    with pytest.raises(ValueError, match="shallow to deep"):
+        sparkme.sparsify(model, taps=["layer2", "layer1"])
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(3, (32, 48)), (6, (128, 64))])
+def test_three_scales_and_a_stride_of_64_can_be_pretrained(blocks: int, size: tuple[int, int]) -> None:
+    encoder = sparkme.sparsify(make(lambda m, x: m.norm(m.conv(x)), blocks))
+    assert encoder.strides == tuple(2**i for i in range(1, blocks + 1))[-4:]
+    model = sparkme.SparK(encoder, input_size=size, decoder_width=64).double()
+    loss = model(images(size))
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in model.parameters())
+
+
+def test_a_scale_may_be_missing_in_between() -> None:
+    """The map of stride 16 joins the decoder where it has that resolution."""
+    encoder = sparkme.sparsify(torchvision.models.resnet18(), taps=["layer1", "layer3", "layer4"]).double()
+    model = sparkme.SparK(encoder, input_size=64, decoder_width=32).double()
+    model(images((64, 64))).backward()
+    assert all(p.grad is not None for p in model.densify_projs.parameters())
+
+
+# --- refused at construction, by name ---------------------------------------------------------------------------------
+
+
+def attention(m: Block, x: Tensor) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    return (torch.softmax(tokens @ tokens.transpose(1, 2), -1) @ tokens).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (attention, "attention"),
+        (lambda m, x: torch.fft.fft2(x).real, "fft"),
+        (lambda m, x: x.flip(3), "only channels"),
+        (lambda m, x: x.roll(1, 2), "'roll'"),
+        (lambda m, x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear"), "mode='bilinear'"),
+        (lambda m, x: x - x.mean(2, keepdim=True), "over H alone"),
+        (lambda m, x: x * x.mean(), "mixes samples"),
+        (lambda m, x: x[:, :, 1:, 1:], "pixels stay where they are|cannot be aligned"),
+        (lambda m, x: F.pad(x, (0, -1, 0, -1)), "nothing cut off|cannot be aligned"),
+        (lambda m, x: x * float(x.flatten()[0]), "."),
+        (lambda m, x: F.conv2d(x, m.conv.weight), "aligned|stride"),
+        (lambda m, x: x.transpose(2, 3).contiguous().transpose(2, 3), "turns pixels round"),
+        (lambda m, x: m.norm(x) if x.shape[0] % 2 else x.cumsum(3), "'cumsum'"),
+        (lambda m, x: torch.nn.functional.grid_sample(x, torch.zeros(len(x), *x.shape[2:], 2, dtype=x.dtype)), "grid_sample"),
+        (lambda m, x: x.sort(1).values + x.argmax(1, keepdim=True), "'sort'"),
+    ],
+)
+def test_what_mixes_pixels_is_refused_at_construction(body: Callable[[nn.Module, Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        sparkme.sparsify(make(body))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_refused_is_named_by_path_class_and_function() -> None:
+    network = make(lambda m, x: m.norm(x))
+    network.blocks[2].body = lambda m, x: x.cumsum(3)
+    with pytest.raises(
+        sparkme.UnsupportedLayerError, match=r"layer 'blocks.2' \(Block\) has no sparse form: .*'cumsum'.*replace"
+    ):
+        sparkme.sparsify(network)
+
+
+def test_an_unpadded_stem_is_refused_for_its_alignment() -> None:
+    network = make(lambda m, x: m.norm(x))
+    network.blocks[0].down = nn.Conv2d(3, 4, 3, 2).double()
+    with pytest.raises(ValueError, match=r"aligned to a grid of patches: .* layer 'blocks.0.down' makes 63x95; pad"):
+        sparkme.sparsify(network)
+
+
+def test_state_that_changes_from_call_to_call_is_noticed() -> None:
+    def counts(m: Block, x: Tensor) -> Tensor:
+        m.calls = getattr(m, "calls", 0) + 1
+        return x * m.calls
+
+    with pytest.raises(sparkme.UnsupportedLayerError, match="does not compute what the dense one does"):
+        sparkme.sparsify(make(counts))
+
+
+# --- what sparsify leaves alone ---------------------------------------------------------------------------------------
+
+
+def test_the_dense_model_and_the_random_state_stay_as_they_were() -> None:
+    network = make(lambda m, x: F.dropout(m.norm(m.conv(x)), 0.5, m.training))
+    network.blocks[1].eval()
+    network.blocks[2].conv.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    torch.manual_seed(5)
+    encoder = sparkme.sparsify(network)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert modes == [module.training for module in network.modules()]
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["blocks.2.conv.weight"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == ["network.blocks.2.conv.kernel"]
+    assert all(torch.equal(value, before[name]) for name, value in encoder.dense_state_dict().items())
+    assert not encoder.network.blocks[1].training and encoder.network.blocks[0].training
