@@ -141,8 +141,7 @@ class OfficialSparK(nn.Module):
         self.patch, self.visibility = model.patch, Visibility()
         self.taps = model.encoder.hierarchy.taps
         example = next(model.parameters())
-        options = {"stochastic_depth_prob": drop_path} if name.startswith("convnext") else {}
-        self.network = create_dense(name, **options).to(example)
+        self.network = create_dense(name, drop_path=drop_path).to(example)
         state = model.encoder.dense_state_dict()
         if unexpected := self.network.load_state_dict(state, strict=False).unexpected_keys:
             raise ValueError(f"{name} has no {', '.join(unexpected[:5])}")

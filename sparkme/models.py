@@ -1,67 +1,87 @@
-"""The networks that can be pretrained by name, and their drop path."""
+"""The networks that can be pretrained by name: torchvision's, timm's (`timm:NAME`), and a user's own (`package.module:factory`).
+
+Any convolutional network is taken that `sparkme.sparsify` takes; what it cannot take it refuses by the name of a layer. The
+names that were tried and work stand in networks.txt, which `python -m benchmarks.networks` writes.
+"""
 
 from __future__ import annotations
 
 import difflib
-import re
+import importlib
+import inspect
+import os
+import sys
+from contextlib import suppress
+from fnmatch import fnmatch
+from importlib import resources
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
+from sparkme.errors import first_line
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.map import SparseMap
 from sparkme.sparse.sparsify import sparsify
 
-_FAMILIES = re.compile(r"(resnet|wide_resnet|resnext|convnext)\d*_?.*")
-
-# Drop path of the paper (models/__init__.py:34 of the official code); other networks train without.
+# Drop path of the paper (models/__init__.py:34 of the official code), for torchvision's and timm's networks of these names;
+# other networks train without.
 PAPER_DROP_PATH = {
-    "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10,
+    "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10, "resnet200": 0.15,
     "convnext_small": 0.2, "convnext_base": 0.3, "convnext_large": 0.4,
 }  # fmt: skip
 
 
-def model_names() -> list[str]:
-    """Names of the supported torchvision models."""
-    return [name for name in torchvision.models.list_models(torchvision.models) if _FAMILIES.fullmatch(name)]
+def paper_drop_path(name: str) -> float:
+    """The paper's drop path for a network of this name, whoever's it is; 0 if it has none."""
+    return PAPER_DROP_PATH.get(name.removeprefix("timm:").partition(".")[0], 0.0)
 
 
-def create_dense(name: str, **kwargs: Any) -> nn.Module:
-    """A torchvision model with random weights.
+def model_names(pattern: str = "*") -> list[str]:
+    """The names that were tried and work, those that match a shell pattern."""
+    lines = resources.files("sparkme").joinpath("networks.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#") and fnmatch(line, pattern)]
+
+
+def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0) -> nn.Module:
+    """A dense network with random weights; nothing is downloaded.
+
+    Args:
+        name: `resnet50` of torchvision, `timm:resnet50`, or `package.module:factory`, which is imported, also from the
+            working directory, and called.
+        in_channels: of the images.
+        drop_path: probability of the deepest block to be left out, growing linearly from 0 at the first. torchvision's
+            ResNets, which have none, get theirs from `create_encoder`.
 
     Raises:
-        ValueError: an unknown name; says which are close.
+        ValueError: no such network, or it cannot have that many channels or a drop path; says what to change.
     """
-    if name not in model_names():
-        close = difflib.get_close_matches(name, model_names(), 3, 0.6)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(model_names())}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **kwargs)
-    return model
+    kind, colon, rest = name.rpartition(":")
+    if not colon:
+        return _torchvision_model(name, in_channels, drop_path)
+    return _timm_model(rest, in_channels, drop_path) if kind == "timm" else _own_model(kind, rest, in_channels, drop_path)
 
 
-def create_encoder(name: str, *, drop_path: float | None = None) -> SparseEncoder:
+def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None = None) -> SparseEncoder:
     """A sparse encoder with random weights.
 
     Args:
-        name: one of `model_names()`.
-        drop_path: probability of the deepest block to be left out, growing linearly from 0 at the first; the paper's
-            for this network if None.
+        name: see `create_dense`.
+        in_channels: of the images.
+        drop_path: see `create_dense`; the paper's for this network if None.
 
     Raises:
-        ValueError: an unknown name, or a probability outside [0, 1).
+        ValueError: no such network, a probability outside [0, 1), or a network that cannot be sparse.
     """
-    rate = PAPER_DROP_PATH.get(name, 0.0) if drop_path is None else drop_path
+    rate = paper_drop_path(name) if drop_path is None else drop_path
     if not 0 <= rate < 1:
         raise ValueError(f"drop path {rate} is outside [0, 1)")
-    if name.startswith("convnext"):
-        return sparsify(create_dense(name, stochastic_depth_prob=rate))
-    # Residual branches start at zero, as in timm's ResNets, which the official code trains.
-    encoder = sparsify(create_dense(name, zero_init_residual=True))
-    add_drop_path(encoder, rate)
+    encoder = sparsify(create_dense(name, in_channels=in_channels, drop_path=rate), in_channels=in_channels)
+    if ":" not in name:
+        add_drop_path(encoder, rate)
     return encoder
 
 
@@ -87,3 +107,104 @@ class _DropBranch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: SparseMap) -> SparseMap:
         dropped: SparseMap = self.drop.train(module.training)(out)
         return dropped
+
+
+def _torchvision_model(name: str, in_channels: int, drop_path: float) -> nn.Module:
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}; {_suggestion(name, known, 'torchvision')}")
+    options: dict[str, Any] = {"weights": None}
+    if name in ("googlenet", "inception_v3"):  # else a warning that the default will change
+        options["init_weights"] = True
+    # Residual branches start at zero where that can be had, as in timm's ResNets, which the official code trains.
+    model: nn.Module | None = None
+    for extra in ({"stochastic_depth_prob": drop_path}, {"zero_init_residual": True}, {}):
+        with suppress(TypeError):  # no such option
+            model = torchvision.models.get_model(name, **options, **extra)
+            break
+    assert model is not None
+    if drop_path and not any(isinstance(m, BasicBlock | Bottleneck | StochasticDepth) for m in model.modules()):
+        raise ValueError(f"--drop-path {drop_path}: {name} has no drop path; use --drop-path 0")
+    return model if in_channels == 3 else with_in_channels(model, in_channels)
+
+
+def _timm_model(name: str, in_channels: int, drop_path: float) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model 'timm:{name}'; {_suggestion(name, timm.list_models(), 'timm', 'timm:')}")
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, in_chans=in_channels, **options)
+    except TypeError as error:
+        if not drop_path:
+            raise
+        raise ValueError(f"--drop-path {drop_path}: timm's {name} has no drop path; use --drop-path 0") from error
+    return model
+
+
+def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path: float) -> nn.Module:
+    where = f"--model {module_name}:{factory_name}"
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{where} cannot be imported: {first_line(error)}; it stands for `package.module:factory`") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise ValueError(f"{where}: {module_name} has no function {factory_name!r} that makes a network")
+    takes = inspect.signature(factory).parameters
+    wanted = {"in_channels": in_channels, "drop_path": drop_path}
+    if drop_path and "drop_path" not in takes:
+        raise ValueError(f"--drop-path {drop_path}: {factory_name} takes no drop_path; use --drop-path 0 or add the parameter")
+    try:
+        model = factory(**{key: value for key, value in wanted.items() if key in takes})
+    except Exception as error:  # the user's code
+        raise ValueError(f"{where} failed: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{where} made a {type(model).__name__}, which is no torch.nn.Module")
+    return model
+
+
+def with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:
+    """Replaces the convolution that is called first by one for other images, with new weights as its class draws them.
+
+    Raises:
+        ValueError: what is called first is grouped, or no plain nn.Conv2d.
+    """
+    found: list[str] = []
+    names = {id(module): name for name, module in model.named_modules()}
+    handles = [
+        m.register_forward_pre_hook(lambda m, args: found.append(names[id(m)]))
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, 64, 64))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    name = found[0]
+    old = model.get_submodule(name)
+    if type(old) is not nn.Conv2d or old.groups != 1:
+        raise ValueError(f"--channels {in_channels}: layer {name!r} ({type(old).__name__}) cannot take other images than RGB")
+    new = nn.Conv2d(
+        in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
+        bias=old.bias is not None, padding_mode=old.padding_mode,
+    )  # fmt: skip
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def _suggestion(name: str, known: list[str], library: str, prefix: str = "") -> str:
+    close = [prefix + match for match in difflib.get_close_matches(name, known, 3, 0.6)]
+    elsewhere = "" if prefix else "; timm's are `timm:NAME`, your own is `package.module:factory`"
+    if close:
+        return f"did you mean {' or '.join(close)}?{elsewhere}"
+    return f"{library} has none like it; --list-models prints those that are known to work{elsewhere}"

@@ -38,7 +38,19 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
+    if args.list_models is not None:
+        return run_command(lambda: list_models(args.list_models))
     return run_command(lambda: pretrain(args))
+
+
+def list_models(pattern: str) -> int:
+    """Prints the names of networks that are known to work. Returns the exit code."""
+    from sparkme.models import model_names
+
+    if not (names := model_names(pattern)):
+        raise UserError(f"--list-models {pattern} matches none of the networks that were tried; any other may be tried, too")
+    print("\n".join(names))
+    return 0
 
 
 def pretrain(args: argparse.Namespace) -> int:

@@ -310,10 +310,10 @@ def test_the_hierarchy_is_found(name: str) -> None:
 
 
 def test_all_of_both_families_are_offered() -> None:
-    names = model_names()
+    names = set(model_names())
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet101_2", "resnext101_64x4d",
             "convnext_tiny", "convnext_small", "convnext_base", "convnext_large"} <= set(names)  # fmt: skip
-    assert not any(name.startswith(("mobilenet", "vit", "swin")) for name in names)
+    assert not any(name.startswith(("vit", "swin", "alexnet")) for name in names)
     with pytest.raises(ValueError, match=r"unknown model 'resnet5'; did you mean .*resnet50"):
         create_encoder("resnet5")
 
@@ -358,7 +358,7 @@ def test_a_network_without_sparse_form_is_refused_by_the_layers_name() -> None:
     dense.layer2[0].relu = Odd()
     with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'layer2.0.relu' \(Odd\) has no sparse form"):
         sparkme.sparsify(dense)
-    with pytest.raises(ValueError, match=r"SqueezeNet cannot be aligned to a grid .* layer 'features.0' makes 63x95"):
+    with pytest.raises(ValueError, match=r"SqueezeNet cannot be aligned to a grid .* layer 'features.0' makes 61x93"):
         sparkme.sparsify(torchvision.models.squeezenet1_0())  # its convolutions are not padded
     with pytest.raises(ValueError, match="not a convolutional network"):
         sparkme.sparsify(nn.Sequential(nn.Linear(3, 3)))

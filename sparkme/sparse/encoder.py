@@ -32,6 +32,7 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.network = network
         self.versions = versions or {}
+        self.compiled = False
         self.hierarchy = hierarchy
         self.set_engine("auto")
         attach(network, hierarchy.taps, _reached)
@@ -84,6 +85,7 @@ class SparseEncoder(nn.Module):
             The names of the stages: the largest modules of several layers with no map of the hierarchy inside of them.
         """
         stages: list[str] = []
+        self.compiled = True
         for name, module in self.network.named_modules():
             inside = name.startswith(tuple(f"{stage}." for stage in stages))
             layers = sum(isinstance(m, SparseLayer) for m in module.modules())
@@ -111,7 +113,7 @@ class SparseEncoder(nn.Module):
 
     def encode(self, images: Tensor, grid: Grid) -> list[SparseMap]:
         """`forward` on a grid that the caller made."""
-        recorder = Recorder([tap.call for tap in self.hierarchy.taps])
+        recorder = Recorder([tap.call for tap in self.hierarchy.taps], compiled=self.compiled)
         device_type = images.device.type
         name, chosen_for = self._engine_choice
         if chosen_for != device_type:  # the encoder has moved since

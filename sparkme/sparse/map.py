@@ -39,10 +39,12 @@ class Recorder:
 
     Args:
         calls: for each map the number of the call of its module at which it is taken, from 1.
+        compiled: whether parts of the network are compiled.
     """
 
-    def __init__(self, calls: Sequence[int]) -> None:
+    def __init__(self, calls: Sequence[int], *, compiled: bool = False) -> None:
         self.calls = calls
+        self.compiled = compiled
         self.counts = [0] * len(calls)
         self.maps: dict[int, Any] = {}
 
@@ -273,8 +275,9 @@ class SparseMap:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """Networks ask `isinstance(x, torch.Tensor)` to tell one map from a list of them. `type(x)` is SparseMap."""
-        return Tensor
+        """Networks ask `isinstance(x, torch.Tensor)` to tell one map from a list of them, so it is true of a map on its way
+        through a network, except under torch.compile, which would look for a tensor's memory. `type(x)` is SparseMap."""
+        return SparseMap if self.recorder is None or self.recorder.compiled else Tensor
 
     @property
     def shape(self) -> torch.Size:

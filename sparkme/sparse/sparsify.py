@@ -52,12 +52,15 @@ def sparsify(
         ValueError: the network is not hierarchical, or cannot be run.
     """
     with _undisturbed():
-        dense = copy.deepcopy(model)
-        hierarchy = find_hierarchy(copy.deepcopy(dense), num_scales, taps=taps, in_channels=in_channels)
+        dense, reference = copy.deepcopy(model), copy.deepcopy(model)
+        hierarchy = find_hierarchy(reference, num_scales, taps=taps, in_channels=in_channels)
         versions = {name: module._version for name, module in dense.named_modules()}
         encoder = SparseEncoder(_sparse_network(dense, hierarchy), hierarchy, versions)
         if next(encoder.parameters()).device.type != "meta":  # without values there is nothing to try
-            _try_out(encoder, copy.deepcopy(model))
+            with torch.no_grad():  # the probe has moved its running statistics
+                for value, before in zip(reference.buffers(), model.buffers(), strict=True):
+                    value.copy_(before)
+            _try_out(encoder, reference)
     return encoder
 
 

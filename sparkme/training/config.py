@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,14 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--model",
         default="resnet50",
-        help="resnet18/34/50/101/152, wide_resnet50_2/101_2, resnext50_32x4d/101_32x8d/101_64x4d, "
-        "convnext_tiny/small/base/large (%(default)s)",
+        help="a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory (%(default)s)",
+    )
+    group.add_argument(
+        "--list-models",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="print the names that were tried and work, those like PATTERN, such as 'timm:*next*', and leave",
     )
     group.add_argument(
         "--init",
@@ -168,7 +175,8 @@ _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The run folder that was asked for, or the one that the model and the size stand for."""
-    return args.output or Path("runs", f"{args.model}-{'x'.join(map(str, args.input_size))}")
+    model = re.sub(r"[^\w.]+", "-", args.model)
+    return args.output or Path("runs", f"{model}-{'x'.join(map(str, args.input_size))}")
 
 
 def resolve_config(
@@ -185,9 +193,9 @@ def resolve_config(
     Raises:
         UserError: values that are out of range or do not fit together; names the flag.
     """
-    from sparkme.models import PAPER_DROP_PATH
+    from sparkme.models import paper_drop_path
 
-    config = {name: value for name, value in vars(args).items() if name != "resume"}
+    config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
     config |= {"data": str(args.data) if args.data else None, "init": str(args.init) if args.init else None}
     config |= {"output": str(output_folder(args)), "num_images": num_images}
     for name, least in _AT_LEAST.items():
@@ -211,7 +219,7 @@ def resolve_config(
         "samples_per_epoch": saved["samples_per_epoch"] if saved else num_images if args.data else 512,
         "batch_size": saved["batch_size"] if saved else None,
         "warmup_epochs": min(PAPER_WARMUP, args.epochs / 10),
-        "drop_path": PAPER_DROP_PATH.get(args.model, 0.0),
+        "drop_path": paper_drop_path(args.model),
         "beta2": 0.999 if args.model.startswith("convnext") else 0.95,
         "workers": min(8, max(1, len(os.sched_getaffinity(0)) // local_world)),
         "max_unreadable": max(10, num_images // 100),
