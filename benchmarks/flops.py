@@ -34,14 +34,15 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.errors import UserError, first_line, run_command, user_errors
+from sparkme.sparse.engines.base import Features
+from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.sparse.window import Window
 
 if TYPE_CHECKING:
     from sparkme.grid import Grid
     from sparkme.spark import SparK
-    from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d
-    from sparkme.sparse.map import SparseMap
-
-    SparseConvolution = SparseConv2d | SparseDepthwiseConv2d
+    from sparkme.sparse.encoder import SparseEncoder
+    from sparkme.sparse.map import Recorder
 
 PARTS = ("encoder", "densify", "decoder")
 LEGEND = """\
@@ -167,53 +168,83 @@ def build(name: str, input_size: list[int], mask_ratio: float, decoder_width: in
     return network
 
 
+class CountingEngine(MaskedDenseEngine):
+    """Computes as the engine masked-dense does, and counts what a convolution or linear layer of any engine has to.
+
+    Args:
+        note: called with the kind of each layer and its MACs per image.
+    """
+
+    def __init__(self, note: Callable[[str, Macs], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+        out = super().convolution(x, kernel, bias, window, groups)
+        depthwise = kernel.ndim == 2 and groups > 1
+        self.note(
+            kind_of(window, "depthwise" if depthwise else "grouped" if groups > 1 else ""), sparse_macs(kernel, x, out, window)
+        )
+        return out
+
+    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+        out = super().linear(x, weight, bias)
+        self.note("linear", sparse_macs(weight, x, out, Window((1, 1))))
+        return out
+
+
+def count_encoder(encoder: SparseEncoder, images: Tensor, grid: Grid) -> list[Count]:
+    """Runs an image through the encoder and counts each convolution and linear layer on its maps, in the order of the calls.
+
+    What works on pooled vectors, as in squeeze-excite, is not counted.
+    """
+    counts: list[Count] = []
+    recorders: list[Recorder] = []
+
+    def note(kind: str, macs: Macs) -> None:
+        stage = encoder.strides[len(recorders[-1].maps)]  # the maps that were reached before this layer
+        counts.append(Count("encoder", stage, kind, macs))
+
+    handle = encoder.network.register_forward_pre_hook(lambda _, args: recorders.append(args[0].recorder))
+    before, encoder.engine = encoder.engine, CountingEngine(note)
+    try:
+        encoder.encode(images, grid)
+    finally:
+        handle.remove()
+        encoder.engine = before
+    return counts
+
+
 @torch.no_grad()
 def count_network(network: SparK) -> list[Count]:
     """Runs one image through the network and counts each call of a layer, in the order of the calls."""
-    from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d, SparseLinear
-
     counts: list[Count] = []
-    strides = network.encoder.strides
-
-    def encoder_layer(layer: nn.Module, args: tuple[SparseMap], out: SparseMap) -> None:
-        stage = strides[len(args[0].recorder.maps if args[0].recorder else ())]  # the maps that were reached before this layer
-        counts.append(Count("encoder", stage, kind_of(layer), sparse_macs(layer, args[0], out)))
 
     def dense_layer(part: str, layer: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-        macs = dense_macs(layer, args[0], out)
-        counts.append(Count(part, network.input_size[0] // out.shape[2], kind_of(layer), every(macs)))
+        window = kind_of(layer, "transposed" if isinstance(layer, nn.ConvTranspose2d) else "")
+        counts.append(Count(part, network.input_size[0] // out.shape[2], window, every(dense_macs(layer, args[0], out))))
 
-    hooks: list[tuple[nn.Module, tuple[type, ...], Callable[..., None]]] = [
-        (network.encoder, (SparseConv2d, SparseDepthwiseConv2d, SparseLinear), encoder_layer),
-        (network.densify_projs, (nn.Conv2d,), partial(dense_layer, "densify")),
-        (network.decoder, (nn.Conv2d, nn.ConvTranspose2d), partial(dense_layer, "decoder")),
-    ]
+    hooks: list[tuple[nn.Module, str]] = [(network.densify_projs, "densify"), (network.decoder, "decoder")]
     handles = [
-        module.register_forward_hook(hook)
-        for root, kinds, hook in hooks
+        module.register_forward_hook(partial(dense_layer, part))
+        for root, part in hooks
         for module in root.modules()
-        if isinstance(module, kinds)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
     ]
+    images = torch.zeros(1, network.encoder.in_channels, *network.input_size)
+    grid = network.grid(images)
     try:
-        network(torch.zeros(1, network.encoder.in_channels, *network.input_size))
+        counts += count_encoder(network.encoder, images, grid)
+        network.decoder(network.densify(network.encoder.encode(images, grid)))
     finally:
         for handle in handles:
             handle.remove()
     return counts
 
 
-def kind_of(layer: Any) -> str:
-    """`1x1`, `depthwise 7x7`, `grouped 3x3`, `transposed 4x4`, `linear`."""
-    from sparkme.sparse.forms import SparseDepthwiseConv2d
-
-    if not hasattr(layer, "kernel_size"):
-        return "linear"
-    window = "x".join(map(str, layer.kernel_size))
-    if isinstance(layer, nn.ConvTranspose2d):
-        return f"transposed {window}"
-    if isinstance(layer, SparseDepthwiseConv2d):
-        return f"depthwise {window}"
-    return window if layer.groups == 1 else f"grouped {window}"
+def kind_of(layer: Any, kind: str = "") -> str:
+    """`1x1`, `depthwise 7x7`, `grouped 3x3`, `transposed 4x4`."""
+    return f"{kind} {'x'.join(map(str, layer.kernel_size))}".strip()
 
 
 def dense_macs(layer: nn.Module, x: Tensor, out: Tensor) -> int:
@@ -222,20 +253,16 @@ def dense_macs(layer: nn.Module, x: Tensor, out: Tensor) -> int:
     return pixels * layer.get_parameter("weight").numel()
 
 
-def sparse_macs(layer: Any, x: SparseMap, out: SparseMap) -> Macs:
+def sparse_macs(kernel: Tensor, x: Features, out: Features, window: Window) -> Macs:
     """Of a sparse convolution or linear layer, per image."""
-    grid = out.grid
-    num_weights = layer.dense_state()["weight"].numel()
+    grid, num_weights = out.grid, kernel.numel()
     h, w = grid.size(out.stride)
     visible = grid.keep * grid.pixels(out.stride) ** 2
-    if not hasattr(layer, "kernel_size"):
-        return Macs(h * w * num_weights, visible * num_weights, visible * num_weights)
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
-    pairs = mean_visible_pairs(layer, grid, x.stride)
-    return Macs(h * w * num_weights, visible * num_weights, pairs * num_weights / taps)
+    pairs = mean_visible_pairs(window, grid, x.stride)
+    return Macs(h * w * num_weights, visible * num_weights, pairs * num_weights / window.taps)
 
 
-def mean_visible_pairs(layer: SparseConvolution, grid: Grid, stride: int) -> float:
+def mean_visible_pairs(layer: Window, grid: Grid, stride: int) -> float:
     """Pairs of a visible output pixel and a visible input pixel that a tap connects, per image.
 
     The exact mean over all masks with `grid.keep` visible patches. Of L patches one is visible with probability keep / L,
@@ -243,7 +270,7 @@ def mean_visible_pairs(layer: SparseConvolution, grid: Grid, stride: int) -> flo
     those between patches in a wholly visible image. A tap moves down and across independently, so both are products.
 
     Args:
-        layer: its kernel size, stride, padding and dilation are used.
+        layer: where its taps are.
         grid: number and size of the patches, and how many are visible.
         stride: of the layer's input map.
     """
@@ -257,7 +284,7 @@ def mean_visible_pairs(layer: SparseConvolution, grid: Grid, stride: int) -> flo
     return one * within + two * (seen - within)
 
 
-def axis_pairs(layer: SparseConvolution, axis: int, patches: int, pixels: int) -> Tensor:
+def axis_pairs(layer: Window, axis: int, patches: int, pixels: int) -> Tensor:
     """Pairs of output and input pixel along one axis of a wholly visible image.
 
     Args:

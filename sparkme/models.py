@@ -1,4 +1,4 @@
-"""The networks that can be pretrained by name: torchvision's, timm's (`timm:NAME`), and a user's own (`package.module:factory`).
+"""The networks that can be pretrained: torchvision's by NAME, timm's by timm:NAME, a user's own by package.module:factory.
 
 Any convolutional network is taken that `sparkme.sparsify` takes; what it cannot take it refuses by the name of a layer. The
 names that were tried and work stand in networks.txt, which `python -m benchmarks.networks` writes.

@@ -29,7 +29,7 @@ def macs_of(counts: list[flops.Count], part: str) -> flops.Macs:
 
 
 @torch.no_grad()
-def torchs_count(model: nn.Module, x: torch.Tensor | list[torch.Tensor]) -> float:
+def torchs_count(model: nn.Module, x: torch.Tensor | dict[int, torch.Tensor]) -> float:
     """MACs that torch counts in the operators that run, by formulas of its own."""
     with FlopCounterMode(display=False) as counter:
         model.eval()(x)
@@ -54,7 +54,7 @@ def test_dense_encoder_is_what_torch_counts_in_torchvisions_model(name: str) -> 
 
 def test_decoder_is_what_torch_counts_and_the_same_in_every_column() -> None:
     decoder = Decoder(32, 64).to("meta")
-    maps = [torch.empty(1, 64 >> i, 2 << i, 3 << i, device="meta") for i in range(4)]
+    maps = {i: torch.empty(1, 64 >> i, 2 << i, 3 << i, device="meta") for i in range(4)}
     assert macs_of(count("resnet18"), "decoder") == flops.every(torchs_count(decoder, maps))
 
 

@@ -1,0 +1,356 @@
+"""Tries networks by name: which can be pretrained, whether they are right, and what sparsity saves in each.
+
+    python -m benchmarks.networks --json benchmarks/results/networks.json     # all of them: about 40 minutes on two cores
+    python -m benchmarks.networks resnet18 timm:resnetv2_50 --json /dev/null  # some
+    python -m benchmarks.networks --write                                     # from the JSON file: README.md, networks.txt
+
+The names are every convolutional classification network of torchvision, and of timm at least one of every family (file of its
+models) that is convolutional. A network is `supported` when `sparkme.sparsify` takes it and all of these hold, with random
+weights, norms and layer scales, in float64 (float32 above 100 million parameters; then 1e-4 instead of 1e-10):
+
+- a whole image gives the features that the dense network gives, at every stride, in eval mode;
+- the three engines give the same features and the same gradients of all parameters with half of the patches hidden, in
+  training mode;
+- NaN in the hidden pixels changes no bit of any engine's features;
+- the weights come back under the dense network's names, bit for bit.
+
+The maps are compared with timm's `feature_info` where a network has one: `equal`, `later` where ours lies behind timm's at
+the same stride (as behind the last convolution of an EfficientNet, which is pretrained, too), or `earlier` (timm reads some
+inside of a block). GFLOP are 2 x MAC of the encoder's convolutions and linear layers, forward, 224 pixels, 20 of 49 patches
+of 32 pixels visible (or as many, where patches are larger); `sparse` is the submanifold count of benchmarks/flops.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from benchmarks.flops import count_encoder, provenance, total
+from sparkme.errors import UserError, first_line, run_command
+
+RESULTS = Path(__file__).parent / "results" / "networks.json"
+README = Path(__file__).parents[1] / "README.md"
+PACKAGED = Path(__file__).parents[1] / "sparkme" / "networks.txt"
+EXACT, ROUNDED = 1e-10, 1e-4
+LARGE = 100e6  # parameters
+ENGINES = ("cuda_ext", "minkowski", "masked-dense")
+
+# Not convolutional, by the file of torchvision's that they are in.
+TRANSFORMERS = ("vision_transformer", "swin_transformer", "maxvit")
+
+# timm's convolutional families, with one or more networks of each, and at the end some that mix convolution with attention.
+TIMM = """
+convnext_atto convnext_atto_ols convnext_atto_rms convnext_tiny convnext_tiny_hnf convnext_large_mlp convnextv2_atto
+convnextv2_tiny convnextv2_base convmixer_768_32 cs3darknet_s cs3darknet_focus_s cs3sedarknet_l cspdarknet53 cspresnet50
+cspresnext50 darknet53 darknetaa53 sedarknet21 cspnext_tiny densenet121 densenetblur121d densenet264d dla34 dla60_res2net
+dpn48b dpn68 efficientnet_b0 efficientnet_b0_gn efficientnet_cc_b0_4e efficientnet_el efficientnet_lite0 efficientnet_blur_b0
+efficientnetv2_rw_t fbnetc_100 mixnet_s mnasnet_100 mobilenet_edgetpu_v2_xs mobilenetv1_100 mobilenetv2_100
+mobilenetv4_conv_small semnasnet_100 spnasnet_100 tf_efficientnet_b0 tf_efficientnetv2_s tf_mixnet_s tinynet_a fasternet_t0
+fastvit_t8 focalnet_tiny_srf ghostnet_100 ghostnetv2_100 ghostnetv3_100 hardcorenas_a hgnet_tiny hgnetv2_b0 hrnet_w18_small
+inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small mambaout_femto convformer_s18 poolformer_s12
+poolformerv2_s12 fbnetv3_b lcnet_050 mobilenetv3_small_100 mobilenetv3_large_100 tf_mobilenetv3_small_100 nasnetalarge
+dm_nfnet_f0 eca_nfnet_l0 nf_regnet_b0 nf_resnet26 pnasnet5large rdnet_tiny regnetv_040 regnetx_002 regnety_002 regnetz_005
+repghostnet_050 repvit_m0_9 res2net50_26w_4s res2next50 resnest14d resnest26d bat_resnext26ts eca_resnext26ts
+gcresnet33ts gcresnext26ts gernet_s mobileone_s0 regnetz_b16 regnetz_b16_evos repvgg_a0 resnet32ts resnet50_clip
+seresnet33ts test_byobnet ecaresnet50t resnet18 resnet18d resnet26t resnet50 resnet50d resnet50_gn resnetaa50 resnetblur50
+resnetrs50 resnext50_32x4d seresnet50 test_resnet wide_resnet50_2 resnetv2_50 resnetv2_50x1_bit resnetv2_50d_evos
+resnetv2_50d_gn rexnet_100 selecsls42b legacy_seresnet18 legacy_seresnext26_32x4d skresnet18 skresnext50_32x4d starnet_s1
+tresnet_m vgg11 vgg11_bn ese_vovnet19b_dw vovnet39a eca_vovnet39b legacy_xception xception41 xception41p
+caformer_s18 coatnet_0_rw_224 edgenext_xx_small efficientformer_l1 efficientvit_b0 mobilenetv4_hybrid_medium
+mobilenetv5_base mobilevit_xxs nextvit_small swiftformer_xs
+""".split()  # noqa: SIM905  (a list of 120 strings reads worse)
+MIXED = TIMM[TIMM.index("caformer_s18") :]
+
+
+def names() -> list[str]:
+    """Every name that is tried, as --model takes them."""
+    models = torchvision.models
+    ours = [
+        n for n in models.list_models(models) if models.get_model_builder(n).__module__.rpartition(".")[2] not in TRANSFORMERS
+    ]
+    return ours + [f"timm:{name}" for name in TIMM]
+
+
+def family(name: str) -> str:
+    """The library and its file of models that a network is in: `timm resnetv2`."""
+    if name.startswith("timm:"):
+        import timm
+
+        return "timm " + timm.model_entrypoint(name[5:]).__module__.rpartition(".")[2]
+    return "torchvision " + torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+
+
+def is_mixed(name: str) -> bool:
+    """Whether convolutions are mixed with attention."""
+    return name.removeprefix("timm:") in MIXED
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.networks",
+        description="Try networks by name: which can be pretrained, whether they are right, what sparsity saves.",
+        epilog="What is checked, and the fields of the JSON file, are in the head of benchmarks/networks.py.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="as --model of sparkme.pretrain takes them (all)")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, rewritten after each network")
+    parser.add_argument("--missing", action="store_true", help="only those that are not in the JSON file yet")
+    parser.add_argument(
+        "--write", action="store_true", help="put the JSON file's table into README.md, its names into networks.txt"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = create_parser().parse_args(words)
+    return run_command(lambda: write(args.json) if args.write else run(args, words))
+
+
+def run(args: argparse.Namespace, words: list[str]) -> int:
+    record: dict[str, Any] = {"networks": {}}
+    if args.json.is_file() and (args.missing or args.names):
+        record = json.loads(args.json.read_text())
+    wanted = [n for n in args.names or names() if not (args.missing and n in record["networks"])]
+    record |= {"command": shlex.join(["python", "-m", "benchmarks.networks", *words]), **_provenance()}
+    for i, name in enumerate(wanted):
+        result = examine(name)
+        record["networks"][name] = result
+        print(f"[{i + 1}/{len(wanted)}] {describe(name, result)}", flush=True)
+        try:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {first_line(error)}") from None
+        gc.collect()
+    good = sum(result["supported"] for result in record["networks"].values())
+    print(f"{good} of {len(record['networks'])} supported")
+    return 0
+
+
+def _provenance() -> dict[str, Any]:
+    from importlib import metadata
+
+    found = provenance()
+    found["versions"]["timm"] = metadata.version("timm")
+    return found
+
+
+def describe(name: str, result: dict[str, Any]) -> str:
+    if not result["supported"]:
+        return f"- {name}: {result['reason']}"
+    worst = max(result["errors"].values())
+    return (
+        f"+ {name}: {worst:.0e}, {result['gflop_sparse']:.2f} of {result['gflop_dense']:.2f} GFLOP, {result['seconds']:.0f} s"
+    )
+
+
+def examine(name: str) -> dict[str, Any]:
+    """What the head of this file says, of one network."""
+    started = time.monotonic()
+    result: dict[str, Any] = {"family": family(name), "supported": False}
+    try:
+        result |= _examine(name)
+        result["supported"] = True
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        result["reason"] = first_line(error)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    return result
+
+
+def _examine(name: str) -> dict[str, Any]:
+    import sparkme
+    from sparkme.models import create_dense
+    from sparkme.sparse.hierarchy import dense_features
+
+    torch.manual_seed(0)
+    model = create_dense(name)
+    size = sum(p.numel() for p in model.parameters())
+    exact = size <= LARGE
+    limit = EXACT if exact else ROUNDED
+    randomise(model)
+    model = model.double() if exact else model.float()
+    dtype = next(model.parameters()).dtype
+    encoder = sparkme.sparsify(model)
+    state = encoder.dense_state_dict()
+    theirs = model.state_dict()
+    if not all(torch.equal(value, theirs[key]) for key, value in state.items()):
+        raise ArithmeticError("the weights do not come back as they went in")
+
+    patch = encoder.strides[-1]
+    images = torch.randn(2, encoder.in_channels, 2 * patch, 3 * patch, dtype=dtype)
+    whole = torch.ones(2, 1, 2, 3, dtype=torch.bool)
+    some = torch.tensor([[1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 0, 0]], dtype=torch.bool).view(2, 1, 2, 3)
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        expected = dense_features(model, encoder.hierarchy.taps, images)
+        maps = encoder.eval().set_engine("cuda_ext")(images, whole)
+        errors["dense"] = max(relative(x.dense(), y) for x, y in zip(maps, expected, strict=True))
+        del maps, expected
+        hidden = some.repeat_interleave(patch, 2).repeat_interleave(patch, 3).logical_not()
+        spoiled = images.masked_fill(hidden, float("nan"))
+        for engine in ENGINES:
+            encoder.set_engine(engine)
+            for x, y in zip(encoder(images, some), encoder(spoiled, some), strict=True):
+                if not torch.equal(x.rows, y.rows):
+                    raise ArithmeticError(f"engine {engine}: hidden pixels change the map at stride {x.stride}")
+    feature_info = compare_feature_info(model, encoder)
+    del model, theirs
+    results = []
+    buffers = {key: value.clone() for key, value in encoder.named_buffers()}
+    for engine in ENGINES:
+        encoder.train().set_engine(engine).zero_grad()
+        torch.manual_seed(1)
+        maps = encoder(images, some)
+        torch.stack([(x.rows * x.rows.detach().cos()).mean() for x in maps]).sum().backward()
+        gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
+        results.append(([x.rows.detach() for x in maps], [g.clone() for g in gradients]))
+        for key, value in encoder.named_buffers():
+            value.copy_(buffers[key])
+    for kind, i in (("engines", 0), ("gradients", 1)):
+        scale = max(float(g.abs().max()) for g in results[0][1]) if i else 0.0
+        errors[kind] = max(
+            float((x - y).abs().max()) / (scale or float(y.abs().max()))
+            for other in results[1:]
+            for x, y in zip(other[i], results[0][i], strict=True)
+        )
+    encoder.zero_grad()
+    del results
+    bad = [f"{kind} {error:.1e}" for kind, error in errors.items() if not error <= limit]
+    if bad:
+        raise ArithmeticError(f"differs by {', '.join(bad)} of the largest value")
+    return {
+        "strides": encoder.strides,
+        "channels": encoder.channels,
+        "feature_info": feature_info,
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "errors": {kind: float(f"{error:.2e}") for kind, error in errors.items()},
+        **count(encoder),
+    }
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Gives norms, layer scales and their like values that are not the identity, so that an error in them would show."""
+    for key, value in model.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 2)
+        elif key.endswith(("running_mean", "bias", "beta")):
+            value.normal_(std=0.1)
+        elif value.ndim <= 1 or 0 < value.numel() == max(value.shape):  # gains, which may start at zero
+            value.uniform_(0.5, 1.5)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def compare_feature_info(model: nn.Module, encoder: Any) -> str | dict[str, str] | None:
+    """Our maps and those that timm declares for a network, see the head; None where it declares none."""
+    if not hasattr(model, "feature_info"):
+        return None
+    info: Any = model.feature_info
+    declared = {entry["reduction"]: entry for entry in (info if isinstance(info, list) else info.info)}
+    order: dict[str, int] = {}
+    clock = iter(range(10**9))
+    handles = [
+        m.register_forward_hook(lambda _m, _a, _o, n=n: order.__setitem__(n, next(clock)))
+        for n, m in model.named_modules()
+        if n
+    ]
+    before: dict[int, int] = {}
+    for tap in encoder.hierarchy.taps:
+        hook = lambda *_, s=tap.stride: before.__setitem__(s, next(clock))  # noqa: E731
+        module = model.get_submodule(tap.module)
+        handles.append(module.register_forward_pre_hook(hook) if tap.at_input else module.register_forward_hook(hook))
+    like = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(torch.randn(2, encoder.in_channels, 128, 192, dtype=like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for stride, channels in zip(encoder.strides, encoder.channels, strict=True):
+        entry = declared.get(stride)
+        if entry is None:
+            found[str(stride)] = "not declared"
+        elif entry["num_chs"] == channels:
+            found[str(stride)] = "equal"
+        else:
+            side = "later" if order.get(entry["module"], -1) < before[stride] else "earlier"
+            found[str(stride)] = f"{side}: {channels} channels, timm's {entry['num_chs']}"
+    return "equal" if set(found.values()) == {"equal"} else found
+
+
+def count(encoder: Any) -> dict[str, float]:
+    """GFLOP of the encoder, dense and sparse, per image."""
+    from sparkme.grid import Grid
+
+    patch = encoder.strides[-1]
+    side = max(1, 224 // patch)
+    active = torch.zeros(1, 1, side, side, dtype=torch.bool)
+    keep = round(0.4 * side * side)
+    active.view(-1)[:keep] = True
+    images = torch.zeros(1, encoder.in_channels, side * patch, side * patch)
+    encoder.float().eval().set_engine("masked-dense")
+    with torch.no_grad():
+        macs = total(count_encoder(encoder, images, Grid(active, patch)))
+    return {"gflop_dense": round(2e-9 * macs.dense, 3), "gflop_sparse": round(2e-9 * macs.submanifold, 3)}
+
+
+def write(path: Path) -> int:
+    """Writes the names that are supported, and the README's table of families."""
+    if not path.is_file():
+        raise UserError(f"--json {path} does not exist; run python -m benchmarks.networks first")
+    networks: dict[str, Any] = json.loads(path.read_text())["networks"]
+    comments = [line for line in PACKAGED.read_text().splitlines() if line.startswith("#")]
+    PACKAGED.write_text("\n".join([*comments, *(name for name, result in networks.items() if result["supported"])]) + "\n")
+    text = README.read_text()
+    begin, end = "<!-- networks:begin -->", "<!-- networks:end -->"
+    if begin not in text or end not in text:
+        raise UserError(f"README.md has no {begin} and {end} to put the table between")
+    README.write_text(text.partition(begin)[0] + f"{begin}\n{markdown(networks)}\n{end}" + text.partition(end)[2])
+    print(f"wrote {PACKAGED.name} and the table in {README.name}")
+    return 0
+
+
+def markdown(networks: dict[str, Any]) -> str:
+    """A row for each family: how many are supported, or why not; largest error; size and GFLOP of the first."""
+    groups: dict[str, list[str]] = {}
+    for name, result in networks.items():
+        groups.setdefault(result["family"] + (" (with attention)" if is_mixed(name) else ""), []).append(name)
+    lines = [
+        "| family | tried | supported | largest error | for example | parameters | GFLOP dense | GFLOP sparse |",
+        "|---|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    refused = []
+    for group, members in groups.items():
+        good = [name for name in members if networks[name]["supported"]]
+        refused += [name for name in members if name not in good]
+        row = f"| {group} | {len(members)} | {len(good)} |"
+        if good:
+            first = networks[good[0]]
+            worst = max(max(networks[name]["errors"].values()) for name in good if networks[name]["dtype"] == "float64")
+            row += f" {worst:.0e} | `{good[0]}` | {first['parameters'] / 1e6:.1f} M | {first['gflop_dense']:.2f} |"
+            row += f" {first['gflop_sparse']:.2f} |"
+        else:
+            row += " | | | | |"
+        lines.append(row)
+    lines += ["", "Refused:", "", *(f"- `{name}`: {networks[name]['reason']}" for name in refused)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
