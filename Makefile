@@ -9,8 +9,8 @@ SHELL := bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 # The first Python on PATH that the project is tested with; `make demo PYTHON=/path/to/python3.12` takes another.
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
-PYTHON ?= $(shell for name in python3 python3.12 python3.11 python; do \
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	"$$name" -c "$(SUPPORTED)" 2>/dev/null && { echo "$$name"; exit; }; done)
 
 DEMO_DIR := runs/demo
@@ -84,9 +84,9 @@ distclean: clean
 
 # What is missing is found before the first gigabyte is loaded.
 $(VENV)/.venv-done:
-	@$(if $(PYTHON),true,echo 'Python 3.11 or 3.12 was not found. Install it or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1)
+	@$(if $(PYTHON),true,echo 'Python 3.11 to 3.14 was not found. Install it or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1)
 	@'$(PYTHON)' -c '$(SUPPORTED)' || \
-	  { echo '$(PYTHON) does not run or is not Python 3.11 or 3.12: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
+	  { echo '$(PYTHON) does not run or is not Python 3.11 to 3.14: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo '$(PYTHON) cannot make virtual environments: install its venv module (apt-get install python3-venv)'; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || \
