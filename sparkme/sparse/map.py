@@ -106,8 +106,8 @@ class SparseMap:
         features: what the engine computes on.
         engine: the kernels that the layers use on it.
         recorder: collects the encoder's outputs as this map and its descendants reach them.
-        dims: what the axes are to the network: B, C (the channel axes in their order, usually one), H and W. `BCHW`, or
-            `BHWC` after a `permute(0, 2, 3, 1)`, or `BCCHW` after channels were split into groups.
+        dims: what the axes are to the network: B, C (the channel axes in their order, usually one), H and W, or P for both in
+            one. `BCHW`, or `BHWC` after a `permute(0, 2, 3, 1)`, or `BCCHW` after channels were split into groups.
         padding: around it, after `F.pad`.
 
     An operation in place replaces what the map holds, so that everyone who has the map sees it; the tensor itself stays as it
@@ -285,7 +285,7 @@ class SparseMap:
         h, w = features.grid.size(features.stride)
         if self.padding is not None:
             h, w = h + self.padding.top + self.padding.bottom, w + self.padding.left + self.padding.right
-        sizes = {"B": features.grid.batch, "H": h, "W": w}
+        sizes = {"B": features.grid.batch, "H": h, "W": w, "P": h * w}
         return torch.Size(next(channels) if label == "C" else sizes[label] for label in self.dims)
 
     @property
@@ -376,7 +376,8 @@ class SparseMap:
     ) -> Any:
         if func not in FUNCTIONS:
             raise NotImplementedError(
-                f"torch function {getattr(func, '__name__', func)!r} has no sparse form: it may mix visible and hidden pixels"
+                f"torch function {getattr(func, '__name__', func)!r} has no sparse form: it may mix visible and "
+                "hidden pixels, as attention does"
             )
         return FUNCTIONS[func](*args, **(kwargs or {}))
 

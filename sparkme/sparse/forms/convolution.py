@@ -70,6 +70,11 @@ class SparseConvolution(SparseLayer):
         """(C_out, C_in / groups, kh, kw), a differentiable view of the kernel."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight`, for code that asks a layer for its weight."""
+        return self.dense_weight
+
     def _to_kernel(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -241,14 +246,6 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     if not is_map(x) or not x.dims.endswith("C"):
         raise NotImplementedError("a linear layer along the width of a map mixes visible and hidden pixels")
     return x.replace(x.engine.linear(x.flat, weight, bias))
-
-
-@sparse_function("matmul")
-def matmul(x: Any, other: Any) -> SparseMap:
-    """A map times a (C_in, C_out) matrix, along the channels."""
-    if not is_map(x) or is_map(other) or other.ndim != 2:
-        raise NotImplementedError("matmul of maps, as in attention, mixes visible and hidden pixels")
-    return linear(x, other.t())
 
 
 @sparse_function("pad")

@@ -17,6 +17,15 @@ class SparseLayer(nn.Module):
 
     inner: str | None = None  # the child that keeps the dense names, as MinkowskiEngine's wrappers have it
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what code may ask of the dense layer: its weight, its running statistics
+            inner = self.__dict__.get("_modules", {}).get(type(self).inner)
+            if inner is None:
+                raise
+            return getattr(inner, name)
+
     def __getstate__(self) -> dict[str, Any]:
         # MinkowskiEngine keeps attributes in slots, which torch's modules do not copy.
         names = self._slots() - self._parameters.keys() - self._modules.keys()

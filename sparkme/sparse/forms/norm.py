@@ -106,6 +106,6 @@ def instance_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
 
 
 @sparse_function("normalize")
-def normalize(x: SparseMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> SparseMap:
+def normalize(x: SparseMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> SparseMap:
     """Channels of unit length."""
     return x.with_rows(F.normalize(x.row_axes, p, 2 + x.channel(dim), eps))

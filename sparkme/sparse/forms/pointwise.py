@@ -127,9 +127,11 @@ def operand(value: Any, like: SparseMap) -> Any:
     if value.ndim > like.ndim:
         raise NotImplementedError(f"operand of shape {tuple(value.shape)} has more axes than {like!r}")
     value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
-    y, x = like.dims.index("H"), like.dims.index("W")
     channels = [i for i, label in enumerate(like.dims) if label == "C"]
-    value = value.permute(0, *channels, y, x)
+    pixels = [i for i, label in enumerate(like.dims) if label in "HWP"]
+    value = value.permute(0, *channels, *pixels)
+    if len(pixels) == 1:
+        value = value.unsqueeze(-1)
     if value.shape[-2:] == (1, 1):
         return value if like.engine.dense else value.flatten(-2).movedim(-1, 1)
     h, w = like.grid.size(like.stride)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparkme.grid import Grid
 from sparkme.sparse.engines.base import tap_rows
-from sparkme.sparse.forms.convolution import padded_window
+from sparkme.sparse.forms.convolution import linear, padded_window
 from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.map import SparseMap, is_map, sparse_function
 from sparkme.sparse.window import Window, pair
@@ -153,6 +153,8 @@ def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, 
     labels = {x.dims[a] for a in axes}
     if "B" in labels:
         raise NotImplementedError("a reduction over the batch mixes samples")
+    if "P" in labels:
+        labels |= {"H", "W"}
     if len(labels & {"H", "W"}) == 1:
         raise NotImplementedError(f"a reduction over {' and '.join(labels)} alone mixes visible and hidden pixels")
     channels = [x.channel(a) for a in axes if x.dims[a] == "C"]
@@ -236,12 +238,22 @@ def norm(x: SparseMap, p: Any = 2, dim: Any = None, keepdim: bool = False, *, or
     return reduce(lambda v, axes: torch.linalg.vector_norm(v, order, axes, keepdim=True, dtype=dtype), x, dim, keepdim)
 
 
-@sparse_function("softmax", "log_softmax")
+@sparse_function("softmax")
 def softmax(x: SparseMap, dim: int | None = None, *args: Any, **kwargs: Any) -> SparseMap:
-    """Over an axis of channels, as between the branches of selective kernels. Over pixels it would be attention."""
-    if dim is None or x.dims[x.axis(dim)] != "C":
-        raise NotImplementedError("softmax over pixels, as in attention, mixes visible and hidden pixels")
-    return x.with_rows(torch.softmax(x.row_axes, 2 + x.channel(dim)))
+    """Over an axis of channels, as between the branches of selective kernels, or over all visible pixels of a sample."""
+    if dim is None or x.dims[x.axis(dim)] not in "CP":
+        raise NotImplementedError(f"softmax over axis {dim} of a map {x.dims} mixes visible and hidden pixels")
+    return x.with_rows(torch.softmax(x.row_axes, 1 if x.dims[x.axis(dim)] == "P" else 2 + x.channel(dim)))
+
+
+@sparse_function("matmul", "__matmul__")
+def matmul(x: Any, other: Any) -> Any:
+    """A map times a (C_in, C_out) matrix, along the channels; or the sum of all visible pixels by a weight for each."""
+    if is_map(x) and not is_map(other) and other.ndim == 2:
+        return linear(x, other.t())
+    if is_map(x) and is_map(other) and x.dims.endswith("CP") and other.dims == x.dims[:-2] + "PC" and other.shape[-1] == 1:
+        return (x.row_axes * other.row_axes).sum(1).unsqueeze(-1)
+    raise NotImplementedError("matmul of maps, as in attention, mixes visible and hidden pixels")
 
 
 @sparse_function("interpolate", "upsample")

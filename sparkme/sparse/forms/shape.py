@@ -152,7 +152,7 @@ def getitem(x: SparseMap, index: Any) -> SparseMap:
 def permute(x: SparseMap, *dims: Any) -> SparseMap:
     order = [x.axis(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
     labels = "".join(x.dims[d] for d in order)
-    if sorted(order) != list(range(x.ndim)) or labels[0] != "B" or labels.index("H") > labels.index("W"):
+    if sorted(order) != list(range(x.ndim)) or labels[0] != "B" or labels.find("H") > labels.find("W"):
         raise NotImplementedError(f"permute{tuple(order)} of a map {x.dims} turns pixels round: {_REMEDY}")
     channels = [x.channel(d) for d in order if x.dims[d] == "C"]
     if channels == sorted(channels):
@@ -284,11 +284,13 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
     for labels, into in found:
         whole_channels = set(labels) == {"C"}
         block = labels in ("H", "W") and len(into) == 2
-        if "HW" in labels:
+        if "HW" in labels and labels != "HW":
             raise NotImplementedError(
-                f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)} makes one axis of all pixels, as "
-                "attention and linear layers over whole maps do, and mixes visible and hidden ones"
+                f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)} joins pixels with other axes, as "
+                "linear layers over whole maps want it: it mixes visible and hidden ones"
             )
+        if (labels == "HW" and len(into) == 1) or (labels == "P" and tuple(into) == tuple(x.grid.size(x.stride))):
+            continue
         if (len(labels) > 1 and not whole_channels) or not (whole_channels or block or len(into) == 1):
             raise refusal
     return found
@@ -297,7 +299,11 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
 def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
     first = x.channel_axis
     channels = [size for labels, into in groups if set(labels) == {"C"} for size in into]
-    dims = "".join("C" * len(into) if set(labels) == {"C"} else labels for labels, into in groups)
+    joined = {"HW": "P", "P": "HW"}
+    dims = "".join(
+        "C" * len(into) if set(labels) == {"C"} else labels if len(into) == 1 and labels != "HW" else joined.get(labels, labels)
+        for labels, into in groups
+    )
     data = x.data
     behind = data.shape[first + len(x.channel_shape) :]
     data = data.reshape(*data.shape[:first], *channels, *behind)
