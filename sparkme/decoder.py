@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+MAX_WIDTH = 8192  # which has 2.6 billion weights; the paper's is 768
+
 
 class UNetBlock(nn.Module):
     """Doubles the resolution: (B, in, H, W) -> (B, out, 2 H, 2 W)."""
@@ -38,7 +40,7 @@ class Decoder(nn.Module):
         out_channels: channels of the image.
 
     Raises:
-        ValueError: the stride is no power of two, or the width cannot be halved that often.
+        ValueError: the stride is no power of two, or the width cannot be halved that often, or is absurd.
     """
 
     def __init__(self, stride: int, width: int, out_channels: int = 3) -> None:
@@ -48,6 +50,11 @@ class Decoder(nn.Module):
             raise ValueError(f"the decoder doubles the resolution, so stride {stride} must be a power of two")
         if width <= 0 or width % stride:
             raise ValueError(f"decoder width {width} is not a multiple of {stride}, and is halved {num_blocks} times")
+        if width > MAX_WIDTH:
+            raise ValueError(
+                f"decoder width {width} makes a decoder of about {39 * width**2 / 1e9:,.0f} billion weights; use at most "
+                f"{MAX_WIDTH}"
+            )
         widths = [width >> i for i in range(num_blocks + 1)]
         self.dec = nn.ModuleList(UNetBlock(a, b) for a, b in pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], out_channels, kernel_size=1)

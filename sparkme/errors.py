@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def unreadable_reason(error: Exception) -> str:
+    """Why torch could not load a file, in one line; torch's own advice is to let the file run code."""
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+        return "it holds more than tensors and plain values, which could run code when it is read"
+    return first_line(error)
 
 
 def python_command() -> str:

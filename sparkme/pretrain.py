@@ -150,7 +150,9 @@ class Run:
                 raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
             self.network.compile_parts()
         self.model: nn.Module = DistributedDataParallel(self.network) if process.world > 1 else self.network
-        self.dataset = CropDataset(paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"])
+        self.dataset = CropDataset(
+            paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"], background=config["background"]
+        )
         self.unreadable: set[str] = set()
         if process.is_main:
             self._make_folder(anew=not args.resume)
@@ -316,7 +318,9 @@ class Run:
         from sparkme.masking import random_active
         from sparkme.training.panel import reconstruction_panel
 
-        images = preview_images(self.dataset.paths, self.network.input_size, 6).to(self.process.device)
+        images = preview_images(self.dataset.paths, self.network.input_size, 6, self.config["background"]).to(
+            self.process.device
+        )
         if not len(images):
             return
         generator = torch.Generator().manual_seed(self.config["seed"])

@@ -66,15 +66,19 @@ class CropDataset(Dataset[Sample]):
         size: height and width of a crop.
         min_scale: smallest share of the image's area that a crop covers.
         seed: of the run.
+        background: the colour that transparent images are laid on.
 
     An image that cannot be read is replaced by another, and reported.
     """
 
     TRIES = 16
 
-    def __init__(self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int) -> None:
+    def __init__(
+        self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int, background: str = "white"
+    ) -> None:
         self.paths = paths
         self.seed = seed
+        self.background = background
         self.crop = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
@@ -93,7 +97,7 @@ class CropDataset(Dataset[Sample]):
             number = draw if attempt == 0 else derived_seed(self.seed, "replacement", epoch, draw, attempt)
             path = self.paths[number % len(self.paths)]
             try:
-                image = load_rgb(path)
+                image = load_rgb(path, self.background)
             except OSError as error:
                 unreadable.append(str(error))
                 continue
@@ -127,19 +131,22 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order: Tensor | None = None
+        current, order = (-1, -1), torch.empty(0)
         for step in self.steps:
             epoch, position = divmod(step, self.steps_per_epoch)
-            if order is None or position == 0:
-                order = self._order(epoch)
-            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield [(epoch, draw) for draw in batch[self.rank :: self.world].tolist()]
+            batch = []
+            for place in range(position * self.batch_size + self.rank, (position + 1) * self.batch_size, self.world):
+                copy, place_in_copy = divmod(place, self.num_images)
+                if current != (epoch, copy):
+                    current, order = (epoch, copy), self._order(epoch, copy)
+                batch.append((epoch, copy * self.num_images + int(order[place_in_copy])))
+            yield batch
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-        rounds = -(-self.samples_per_epoch // self.num_images)
-        order = [torch.randperm(self.num_images, generator=generator) + r * self.num_images for r in range(rounds)]
-        return torch.cat(order)[: self.samples_per_epoch]
+    def _order(self, epoch: int, copy: int) -> Tensor:
+        """One shuffled copy of the images. An epoch of many is never in memory as a whole."""
+        words = (copy,) if copy else ()
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch, *words))
+        return torch.randperm(self.num_images, generator=generator)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -166,14 +173,14 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def preview_images(paths: list[Path], size: tuple[int, int], count: int) -> Tensor:
+def preview_images(paths: list[Path], size: tuple[int, int], count: int, background: str = "white") -> Tensor:
     """Centre crops of `count` images spread over the list, (B, 3, H, W) uint8; unreadable ones are passed over."""
     transform = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     step = max(1, len(paths) // count)
     crops = []
     for path in paths[::step] + paths:
         try:
-            crops.append(transform(load_rgb(path)))
+            crops.append(transform(load_rgb(path, background)))
         except OSError:
             continue
         if len(crops) == count:

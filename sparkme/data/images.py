@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from sparkme.errors import UserError
+from sparkme.errors import UserError, first_line
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -67,19 +68,34 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
 
 
-def load_rgb(path: Path) -> Image.Image:
+def printable(path: Path) -> str:
+    """A path in one line, whatever characters its name has."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+
+
+def load_rgb(path: Path, background: str = "white") -> Image.Image:
     """Decodes an image to RGB, upright if it says how it was held; 16 bits a channel are brought down to 8.
+
+    A transparent image is laid on a background: what colour a file keeps under its transparent pixels is of chance.
+
+    Args:
+        path: the file.
+        background: a name or #rrggbb, as PIL.ImageColor reads it.
 
     Raises:
         OSError: it cannot be read, whatever Pillow's own reason, or its numbers have no known range.
     """
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")  # of palettes and tags that Pillow finds odd, and reads nevertheless
             image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
                 raise OSError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
             if image.mode == "I" or image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(f"{printable(path)}: {first_line(error)}") from error

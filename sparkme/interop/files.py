@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparkme.errors import UserError, first_line
+from sparkme.errors import UserError, unreadable_reason
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
@@ -26,7 +26,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
-        raise UserError(f"{path} cannot be read as weights: {first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as weights: {unreadable_reason(error)}") from error
     if isinstance(state, dict) and "format" in state and "config" in state:
         raise UserError(
             f"{path} is a checkpoint of sparkme.pretrain; turn it into weights first: python -m sparkme.export {path}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparkme.errors import UserError, first_line
+from sparkme.errors import UserError, first_line, unreadable_reason
 
 FORMAT = 1
 
@@ -93,7 +93,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a torn file can fail anywhere in the unpickler
         others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
         hint = f"; earlier ones beside it: {', '.join(others)}" if others else ""
-        raise UserError(f"{path} cannot be read as a checkpoint ({first_line(error)}){hint}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){hint}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
@@ -47,6 +48,12 @@ def create_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="stop when more images than this cannot be read (10, or 1%% of the images if that is more)",
+    )
+    group.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what transparent images are laid on, a name or #rrggbb (%(default)s)",
     )
     group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
 
@@ -193,14 +200,22 @@ def resolve_config(
     Raises:
         UserError: values that are out of range or do not fit together; names the flag.
     """
+    from PIL import ImageColor
+
     from sparkme.models import paper_drop_path
 
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
     config |= {"data": str(args.data) if args.data else None, "init": str(args.init) if args.init else None}
     config |= {"output": str(output_folder(args)), "num_images": num_images}
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_of(name)} {value} is not a finite number")
     for name, least in _AT_LEAST.items():
         if config[name] is not None and config[name] < least:
             raise UserError(f"{flag_of(name)} {config[name]} must be at least {least}")
+    cores = len(os.sched_getaffinity(0))
+    if args.workers is not None and args.workers > (most := max(16, 4 * cores)):
+        raise UserError(f"--workers {args.workers} is more than {most}, four for each of {cores} cores or 16; lower it")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} must be below 2^63")
     if not args.base_lr > 0:
@@ -210,6 +225,10 @@ def resolve_config(
     if len(args.input_size) > 2:
         raise UserError(f"--input-size takes a side, or height and width; got {len(args.input_size)} numbers")
     config["input_size"] = [args.input_size[0], args.input_size[-1]]
+    try:
+        ImageColor.getrgb(args.background)
+    except ValueError:
+        raise UserError(f"--background {args.background} is no colour; use a name, such as black, or #rrggbb") from None
 
     on_gpu = process.device.type == "cuda"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -221,7 +240,7 @@ def resolve_config(
         "warmup_epochs": min(PAPER_WARMUP, args.epochs / 10),
         "drop_path": paper_drop_path(args.model),
         "beta2": 0.999 if args.model.startswith("convnext") else 0.95,
-        "workers": min(8, max(1, len(os.sched_getaffinity(0)) // local_world)),
+        "workers": min(8, max(1, cores // local_world)),
         "max_unreadable": max(10, num_images // 100),
         "panel_epochs": max(1, args.epochs // 10),
     })  # fmt: skip
