@@ -155,14 +155,13 @@ def build(name: str, input_size: list[int], mask_ratio: float, decoder_width: in
     Raises:
         ValueError: an unknown name, or sizes, ratio or width that do not fit together.
     """
-    from sparkme.training.build import build_network
+    from sparkme.models import create_encoder
+    from sparkme.spark import SparK
 
-    config = {
-        "model": name, "drop_path": 0.0, "input_size": (input_size[0], input_size[-1]), "mask_ratio": mask_ratio,
-        "decoder_width": decoder_width, "densify_norm": "auto", "patch": patch,
-    }  # fmt: skip
     with torch.device("meta"):
-        network = build_network(config)
+        encoder = create_encoder(name, drop_path=0.0)
+        size = input_size[0], input_size[-1]
+        network = SparK(encoder, input_size=size, mask_ratio=mask_ratio, decoder_width=decoder_width, patch=patch)
     # Drawing values takes longer than all the rest. The engine does not change the count; this one is quick on the CPU.
     network.to_empty(device="cpu").eval().encoder.set_engine("masked-dense")
     return network

@@ -160,8 +160,9 @@ def examine(name: str) -> dict[str, Any]:
     try:
         result |= _examine(name)
         result["supported"] = True
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        result["reason"] = first_line(error)
+    except Exception as error:  # whatever a network comes up with is a result, too
+        kind = "" if isinstance(error, ValueError | ArithmeticError) else f"{type(error).__name__}: "
+        result["reason"] = kind + first_line(error)
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
 

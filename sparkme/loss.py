@@ -21,7 +21,7 @@ def hidden_patches(dense: Tensor, grid: Grid) -> Tensor:
     return blocks[sample, :, grid.hidden // grid.f_w, :, grid.hidden % grid.f_w].flatten(3)
 
 
-def hidden_patch_loss(prediction: Tensor, images: Tensor, grid: Grid) -> Tensor:
+def hidden_patch_loss(prediction: Tensor, images: Tensor, grid: Grid, *, normalise: bool = True) -> Tensor:
     """Mean squared error on hidden patches between the prediction and the normalised image (spark.py:113-120).
 
     Only hidden patches are gathered and compared, in float32 or better.
@@ -30,6 +30,7 @@ def hidden_patch_loss(prediction: Tensor, images: Tensor, grid: Grid) -> Tensor:
         prediction: (B, C, H, W), in units of each patch's deviation.
         images: (B, C, H, W).
         grid: the batch's grid; its mask says which patches are hidden.
+        normalise: whether the image's patches are; else the prediction is in the image's own units.
 
     Returns:
         Scalar.
@@ -42,5 +43,7 @@ def hidden_patch_loss(prediction: Tensor, images: Tensor, grid: Grid) -> Tensor:
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     target = hidden_patches(images, grid).to(dtype)
     predicted = hidden_patches(prediction, grid).to(dtype)
+    if not normalise:
+        return torch.nn.functional.mse_loss(predicted, target)
     mean, deviation = patch_statistics(target)
     return torch.nn.functional.mse_loss(predicted, (target - mean) / deviation)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, python_command, run_command, user_errors
-from sparkme.training.config import FIXED, as_text, create_parser, flag_of, output_folder, resolve_config
+from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, create_parser, flag_of, output_folder, resolve_config
 from sparkme.training.distributed import Process, start_process, stop_process
 
 if TYPE_CHECKING:
@@ -272,8 +272,9 @@ class Run:
         peak = config["base_lr"] * config["batch_size"] / 256
         warmup = round(config["warmup_epochs"] * self.steps_per_epoch)
         decay, decay_end = config["weight_decay"], config["weight_decay_end"]
+        ends = RECIPES[config["recipe"]].rate_ends
         return {
-            "learning_rate": learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
+            "learning_rate": learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total, start=ends[0], end=ends[1]),
             "weight_decay": weight_decay(step, start=decay, end=decay_end, total_steps=total),
         }
 
@@ -315,7 +316,6 @@ class Run:
         from torchvision.utils import save_image
 
         from sparkme.data.dataset import normalise, preview_images
-        from sparkme.masking import random_active
         from sparkme.training.panel import reconstruction_panel
 
         images = preview_images(self.dataset.paths, self.network.input_size, 6, self.config["background"]).to(
@@ -324,7 +324,7 @@ class Run:
         if not len(images):
             return
         generator = torch.Generator().manual_seed(self.config["seed"])
-        active = random_active(len(images), self.network.num_patches, self.config["mask_ratio"], generator=generator)
+        active = self.network.random_active(len(images), generator)
         with self._precision():
             panel = reconstruction_panel(self.network, normalise(images), active.to(images.device))
         path = self.folder / "reconstructions" / f"epoch_{epoch:04d}.png"
@@ -389,6 +389,7 @@ class Run:
         lines = {
             "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
             f"{config['samples_per_epoch']} crops an epoch",
+            "recipe": RECIPES[config["recipe"]].name,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
@@ -418,7 +419,7 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any], path: Path | N
         UserError: names the first flag that differs.
     """
     for name in FIXED:
-        if saved.get(name) != config[name]:
+        if saved.get(name, OLDER.get(name)) != config[name]:
             raise UserError(
                 f"{path} was trained with {flag_of(name)} {as_text(saved.get(name))}, now it is {as_text(config[name])}; use "
                 "the same, another --output, or --no-resume to start anew"

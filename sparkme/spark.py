@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.decoder import Decoder
-from sparkme.grid import Grid, patchify, unpatchify
-from sparkme.loss import hidden_patch_loss, patch_statistics
-from sparkme.masking import num_visible, random_active
+from sparkme.grid import Grid
+from sparkme.masked import MaskedAutoencoder
+from sparkme.masking import num_visible
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.map import SparseMap
 
 
-class SparK(nn.Module):
+class SparK(MaskedAutoencoder):
     """The network that is pretrained.
 
     Args:
@@ -43,25 +43,8 @@ class SparK(nn.Module):
         densify_norm: str = "auto",
         patch: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, input_size, mask_ratio, patch)
         stride = encoder.strides[-1]
-        self.patch = patch or stride
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
-        self.mask_ratio = mask_ratio
-        if self.patch % stride:
-            raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {stride}")
-        if min(self.input_size) < self.patch or any(side % self.patch for side in self.input_size):
-            nearest = [max(1, round(side / self.patch)) * self.patch for side in self.input_size]
-            raise ValueError(
-                f"input size {'x'.join(map(str, self.input_size))} is not a multiple of the patch of {self.patch}; "
-                f"use {'x'.join(map(str, nearest)) if nearest[0] != nearest[1] else nearest[0]}"
-            )
-        self.num_patches = (self.input_size[0] // self.patch, self.input_size[1] // self.patch)
-        total = self.num_patches[0] * self.num_patches[1]
-        self.keep = num_visible(total, mask_ratio)
-        if self.keep == total:
-            raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")
-        self.encoder = encoder
         self.decoder = Decoder(stride, decoder_width, encoder.in_channels)
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
         self.mask_tokens = nn.ParameterList()
@@ -79,39 +62,13 @@ class SparK(nn.Module):
         self.densify_projs.to(memory_format=torch.channels_last)
         self.decoder.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, active: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
-        """Reconstruction loss of a batch.
+    def num_visible(self, num_patches: int, mask_ratio: float) -> int:
+        return num_visible(num_patches, mask_ratio)
 
-        Args:
-            images: (B, C, H, W), normalised.
-            active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
-            generator: for drawing it, on the images' device.
-
-        Returns:
-            Scalar: mean squared error on hidden patches, each normalised.
-        """
-        grid = self.grid(images, active, generator)
+    def predict(self, images: Tensor, grid: Grid) -> Tensor:
         maps = self.encoder.encode(images, grid)
-        prediction = self.decoder(self.densify(maps))
-        return hidden_patch_loss(prediction, images, grid)
-
-    def grid(self, images: Tensor, active: Tensor | None = None, generator: torch.Generator | None = None) -> Grid:
-        """The sites of a batch, for a given or a random mask."""
-        if images.shape[1:] != (self.encoder.in_channels, *self.input_size):
-            expected = ", ".join(map(str, (self.encoder.in_channels, *self.input_size)))
-            raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
-        if active is None:
-            drawn = random_active(len(images), self.num_patches, self.mask_ratio, generator=generator, device=images.device)
-            return Grid(drawn, self.patch, self.keep)
-        if active.shape != (len(images), 1, *self.num_patches):
-            raise ValueError(f"active must be {(len(images), 1, *self.num_patches)}, got {tuple(active.shape)}")
-        return Grid(active, self.patch)
-
-    def compile_parts(self) -> SparK:
-        """Compiles the encoder's stages and the decoder with torch.compile; the first steps then take minutes."""
-        self.encoder.compile_stages()
-        self.decoder.compile()
-        return self
+        prediction: Tensor = self.decoder(self.densify(maps))
+        return prediction
 
     def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:
         """Normalises visible pixels, puts a mask token at hidden ones, and projects to the decoder's widths.
@@ -129,21 +86,6 @@ class SparK(nn.Module):
             filled = x.engine.densify(norm(x.rows), x.grid, x.stride, token.flatten())
             dense[level] = projection(filled)
         return dense
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the network sees and what it makes of it; in the module's current mode, so call `eval()` first.
-
-        Returns:
-            (masked, reconstruction), both (B, C, H, W): the image with hidden pixels at zero, and the image with hidden
-            patches painted by the network, scaled back by each patch's own mean and deviation.
-        """
-        grid = self.grid(images, active)
-        prediction = self.decoder(self.densify(self.encoder.encode(images, grid))).to(images.dtype)
-        mean, deviation = patch_statistics(patchify(images, self.patch))
-        painted = unpatchify(patchify(prediction, self.patch) * deviation + mean, self.num_patches)
-        visible = grid.mask(1, torch.bool)
-        return images * visible, torch.where(visible, images, painted)
 
     def load_official_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes weights under the official SparK names: a whole network, or an encoder alone.

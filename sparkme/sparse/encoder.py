@@ -195,4 +195,4 @@ def _dense_state(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, SparseLayer):
         return module.dense_state()
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {name: value.detach() for name, value in own}
+    return {name: value.detach() for name, value in own if name not in module._non_persistent_buffers_set}

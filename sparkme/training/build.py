@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparkme.fcmae import FCMAE
+from sparkme.masked import MaskedAutoencoder
 from sparkme.models import create_encoder
 from sparkme.spark import SparK
 
 
-def build_network(config: dict[str, Any]) -> SparK:
+def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
     """The network that `config` (of config.json, or of a checkpoint) describes, with random weights.
 
     Raises:
         ValueError: a value of the configuration is not possible.
     """
-    return SparK(
-        create_encoder(config["model"], drop_path=config["drop_path"]),
-        input_size=tuple(config["input_size"]),
-        mask_ratio=config["mask_ratio"],
-        decoder_width=config["decoder_width"],
-        densify_norm=config["densify_norm"],
-        patch=config["patch"],
-    )
+    encoder = create_encoder(config["model"], drop_path=config["drop_path"])
+    options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}
+    options["input_size"] = tuple(config["input_size"])
+    if config.get("recipe", "spark") == "fcmae":  # older checkpoints do not say
+        return FCMAE(encoder, normalise_patches=config["norm_pix_loss"], **options)
+    return SparK(encoder, densify_norm=config["densify_norm"], **options)

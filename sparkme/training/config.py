@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,67 @@ import torch
 from sparkme.errors import UserError
 from sparkme.training.distributed import Process
 
-PAPER_EPOCHS, PAPER_BATCH, PAPER_WARMUP = 1600, 4096, 40
+PAPER_BATCH, PAPER_WARMUP = 4096, 40
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published method with its settings, which stand wherever the command line says nothing else.
+
+    Attributes:
+        name: for people.
+        defaults: by the flags' names.
+        crop_scale: of a data set; the few photographs of the demo have their own.
+        rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
+    """
+
+    name: str
+    defaults: dict[str, Any]
+    crop_scale: float
+    rate_ends: tuple[float, float]
+
+
+RECIPES = {
+    "spark": Recipe(
+        "SparK",
+        {
+            "model": "resnet50", "epochs": 1600, "mask_ratio": 0.6, "decoder_width": 768, "norm_pix_loss": True,
+            "optimizer": "lamb", "base_lr": 2e-4, "weight_decay": 0.04, "weight_decay_end": 0.2, "clip_grad": 5.0,
+        },
+        crop_scale=0.67,
+        rate_ends=(0.005, 0.001),
+    ),
+    "fcmae": Recipe(
+        "FCMAE",
+        {
+            "model": "timm:convnextv2_tiny", "epochs": 800, "mask_ratio": 0.6, "decoder_width": 512, "norm_pix_loss": True,
+            "optimizer": "adamw", "base_lr": 1.5e-4, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0,
+            "beta2": 0.95, "drop_path": 0.0,
+        },
+        crop_scale=0.2,
+        rate_ends=(0.0, 0.0),
+    ),
+}  # fmt: skip
+
+
+def _of_recipes(name: str) -> str:
+    """For --help: the value in each recipe."""
+    values = [recipe.defaults[name] for recipe in RECIPES.values()]
+    return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparkme.pretrain",
         description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023).",
-        epilog="Defaults are the paper's recipe. The same command again resumes an interrupted run.",
+        epilog="Defaults are the recipe's; where two stand with a stroke between them, the first is SparK's and the second "
+        "FCMAE's. The same command again resumes an interrupted run.",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="spark",
+        help="the published method: SparK, or FCMAE of ConvNeXt V2 (%(default)s)",
     )
 
     group = parser.add_argument_group("data")
@@ -35,7 +89,8 @@ def create_parser() -> argparse.ArgumentParser:
         "--crop-scale",
         type=float,
         metavar="S",
-        help="smallest share of an image's area in a crop (0.67; 0.1 for the photographs)",
+        help="smallest share of an image's area in a crop "
+        f"({' / '.join(str(recipe.crop_scale) for recipe in RECIPES.values())}; 0.1 for the photographs)",
     )
     group.add_argument(
         "--samples-per-epoch",
@@ -60,8 +115,8 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--model",
-        default="resnet50",
-        help="a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory (%(default)s)",
+        help="a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory "
+        f"({_of_recipes('model')})",
     )
     group.add_argument(
         "--list-models",
@@ -85,8 +140,14 @@ def create_parser() -> argparse.ArgumentParser:
         help="side of the crops, or height and width (224)",
     )
     group.add_argument("--patch", type=int, metavar="PIXELS", help="side of a patch (the network's total stride, 32)")
-    group.add_argument("--mask-ratio", type=float, default=0.6, help="share of patches to hide (%(default)s)")
-    group.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (%(default)s)")
+    group.add_argument("--mask-ratio", type=float, help=f"share of patches to hide ({_of_recipes('mask_ratio')})")
+    group.add_argument("--decoder-width", type=int, help=f"channels of the decoder's input ({_of_recipes('decoder_width')})")
+    group.add_argument(
+        "--norm-pix-loss",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare patches after taking away mean and deviation of each; SparK always does (on)",
+    )
     group.add_argument(
         "--densify-norm",
         choices=("auto", "bn", "ln", "none"),
@@ -97,11 +158,11 @@ def create_parser() -> argparse.ArgumentParser:
         "--drop-path",
         type=float,
         metavar="P",
-        help="drop path of the deepest block (the paper's for this model, else 0)",
+        help="drop path of the deepest block (SparK's for this model, else 0)",
     )
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=PAPER_EPOCHS, help="(%(default)s)")
+    group.add_argument("--epochs", type=int, help=f"({_of_recipes('epochs')})")
     group.add_argument("--warmup-epochs", type=float, help=f"linear warm-up ({PAPER_WARMUP}, at most a tenth of --epochs)")
     group.add_argument(
         "--batch-size",
@@ -117,12 +178,12 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="split each process's batch into N forward passes, to save memory (%(default)s)",
     )
-    group.add_argument("--base-lr", type=float, default=2e-4, help="peak learning rate per 256 images (%(default)s)")
-    group.add_argument("--weight-decay", type=float, default=0.04, help="at the start (%(default)s)")
-    group.add_argument("--weight-decay-end", type=float, default=0.2, help="at the end, by a cosine (%(default)s)")
-    group.add_argument("--clip-grad", type=float, default=5.0, help="largest gradient norm; 0 for no limit (%(default)s)")
-    group.add_argument("--optimizer", choices=("lamb", "adamw"), default="lamb", help="(%(default)s)")
-    group.add_argument("--beta2", type=float, help="second moment's decay (0.95 with batch norm, 0.999 with layer norm)")
+    group.add_argument("--base-lr", type=float, help=f"peak learning rate per 256 images ({_of_recipes('base_lr')})")
+    group.add_argument("--weight-decay", type=float, help=f"at the start ({_of_recipes('weight_decay')})")
+    group.add_argument("--weight-decay-end", type=float, help=f"at the end, by a cosine ({_of_recipes('weight_decay_end')})")
+    group.add_argument("--clip-grad", type=float, help=f"largest gradient norm; 0 for no limit ({_of_recipes('clip_grad')})")
+    group.add_argument("--optimizer", choices=("lamb", "adamw"), help=f"({_of_recipes('optimizer')})")
+    group.add_argument("--beta2", type=float, help="second moment's decay (0.999 for ConvNeXts with SparK, else 0.95)")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -172,8 +233,10 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 # What a resumed run must share with its checkpoint: the network, the optimiser's state, and what a step is.
-FIXED = ("model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "beta2", "batch_size",
+FIXED = ("recipe", "model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "beta2", "batch_size",
          "samples_per_epoch", "seed")  # fmt: skip
+
+OLDER = {"recipe": "spark"}  # what checkpoints mean that do not say
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "samples_per_epoch": 1,
              "patch": 1, "workers": 0, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0, "clip_grad": 0,
@@ -182,7 +245,8 @@ _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The run folder that was asked for, or the one that the model and the size stand for."""
-    model = re.sub(r"[^\w.]+", "-", args.model)
+    model = re.sub(r"[^\w.]+", "-", args.model or RECIPES[args.recipe].defaults["model"])
+    model = model if args.recipe == "spark" else f"{args.recipe}-{model}"
     return args.output or Path("runs", f"{model}-{'x'.join(map(str, args.input_size))}")
 
 
@@ -207,6 +271,9 @@ def resolve_config(
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
     config |= {"data": str(args.data) if args.data else None, "init": str(args.init) if args.init else None}
     config |= {"output": str(output_folder(args)), "num_images": num_images}
+    recipe = RECIPES[args.recipe]
+    _fill_in(config, recipe.defaults)
+    epochs = config["epochs"]
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag_of(name)} {value} is not a finite number")
@@ -218,10 +285,12 @@ def resolve_config(
         raise UserError(f"--workers {args.workers} is more than {most}, four for each of {cores} cores or 16; lower it")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} must be below 2^63")
-    if not args.base_lr > 0:
-        raise UserError(f"--base-lr {args.base_lr} must be above 0")
-    if args.beta2 is not None and not 0 <= args.beta2 < 1:
-        raise UserError(f"--beta2 {args.beta2} is outside [0, 1)")
+    if not config["base_lr"] > 0:
+        raise UserError(f"--base-lr {config['base_lr']} must be above 0")
+    if args.recipe == "spark" and not config["norm_pix_loss"]:
+        raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
+    if config["beta2"] is not None and not 0 <= config["beta2"] < 1:
+        raise UserError(f"--beta2 {config['beta2']} is outside [0, 1)")
     if len(args.input_size) > 2:
         raise UserError(f"--input-size takes a side, or height and width; got {len(args.input_size)} numbers")
     config["input_size"] = [args.input_size[0], args.input_size[-1]]
@@ -234,22 +303,22 @@ def resolve_config(
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     _fill_in(config, {
-        "crop_scale": 0.67 if args.data else 0.1,
+        "crop_scale": recipe.crop_scale if args.data else 0.1,
         "samples_per_epoch": saved["samples_per_epoch"] if saved else num_images if args.data else 512,
         "batch_size": saved["batch_size"] if saved else None,
-        "warmup_epochs": min(PAPER_WARMUP, args.epochs / 10),
-        "drop_path": paper_drop_path(args.model),
-        "beta2": 0.999 if args.model.startswith("convnext") else 0.95,
+        "warmup_epochs": min(PAPER_WARMUP, epochs / 10),
+        "drop_path": paper_drop_path(config["model"]),
+        "beta2": 0.999 if config["model"].removeprefix("timm:").startswith("convnext") else 0.95,
         "workers": min(8, max(1, cores // local_world)),
         "max_unreadable": max(10, num_images // 100),
-        "panel_epochs": max(1, args.epochs // 10),
+        "panel_epochs": max(1, epochs // 10),
     })  # fmt: skip
     if config["precision"] == "auto":
         config["precision"] = "bf16" if bf16 else "float32"
     if not 0 < config["crop_scale"] <= 1:
         raise UserError(f"--crop-scale {config['crop_scale']} is outside (0, 1]")
-    if config["warmup_epochs"] >= args.epochs:
-        raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be less than --epochs {args.epochs}")
+    if config["warmup_epochs"] >= epochs:
+        raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be less than --epochs {epochs}")
 
     samples = config["samples_per_epoch"]
     share = process.world * args.accumulate  # the global batch is a multiple of it

@@ -41,12 +41,14 @@ def create_optimizer(name: str, model: nn.Module, *, beta2: float, clip_grad: fl
     raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear from 0.5 % of the peak, then cosine to 0.1 % of it at the last step."""
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, total_steps: int, start: float = 0.005, end: float = 0.001
+) -> float:
+    """Linear from `start` times the peak, then cosine to `end` times it at the last step."""
     if step < warmup_steps:
-        return peak * (0.005 + 0.995 * step / warmup_steps)
+        return peak * (start + (1 - start) * step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return peak * (0.001 + 0.999 * _cosine(progress))
+    return peak * (end + (1 - end) * _cosine(progress))
 
 
 def weight_decay(step: int, *, start: float, end: float, total_steps: int) -> float:

@@ -7,10 +7,10 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from sparkme.data.dataset import denormalise
-from sparkme.spark import SparK
+from sparkme.masked import MaskedAutoencoder
 
 
-def reconstruction_panel(model: SparK, images: Tensor, active: Tensor) -> Tensor:
+def reconstruction_panel(model: MaskedAutoencoder, images: Tensor, active: Tensor) -> Tensor:
     """Draws original, masked and reconstructed images side by side, one row per image.
 
     Args:

@@ -1,0 +1,120 @@
+"""What SparK and FCMAE share: hide patches, predict them, compare. How they are predicted is theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkme.grid import Grid, patchify, unpatchify
+from sparkme.loss import hidden_patch_loss, patch_statistics
+from sparkme.masking import random_active
+from sparkme.sparse.encoder import SparseEncoder
+
+
+class MaskedAutoencoder(nn.Module):
+    """A network that is pretrained by painting hidden patches.
+
+    Args:
+        encoder: from `sparkme.sparsify`.
+        input_size: side of the images, or (height, width), in pixels.
+        mask_ratio: share of patches to hide.
+        patch: side of a patch in pixels; the encoder's total stride if None.
+        normalise_patches: whether a hidden patch is compared after taking its own mean and deviation away.
+
+    Raises:
+        ValueError: sizes or ratio do not fit together.
+    """
+
+    decoder: nn.Module
+
+    def __init__(
+        self,
+        encoder: SparseEncoder,
+        input_size: int | tuple[int, int],
+        mask_ratio: float,
+        patch: int | None,
+        *,
+        normalise_patches: bool = True,
+    ) -> None:
+        super().__init__()
+        stride = encoder.strides[-1]
+        self.patch = patch or stride
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.mask_ratio = mask_ratio
+        self.normalise_patches = normalise_patches
+        if self.patch % stride:
+            raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {stride}")
+        if min(self.input_size) < self.patch or any(side % self.patch for side in self.input_size):
+            nearest = [max(1, round(side / self.patch)) * self.patch for side in self.input_size]
+            raise ValueError(
+                f"input size {'x'.join(map(str, self.input_size))} is not a multiple of the patch of {self.patch}; "
+                f"use {'x'.join(map(str, nearest)) if nearest[0] != nearest[1] else nearest[0]}"
+            )
+        self.num_patches = (self.input_size[0] // self.patch, self.input_size[1] // self.patch)
+        total = self.num_patches[0] * self.num_patches[1]
+        self.keep = self.num_visible(total, mask_ratio)
+        if self.keep == total:
+            raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")
+        self.encoder = encoder
+
+    def num_visible(self, num_patches: int, mask_ratio: float) -> int:
+        """How many patches of an image stay visible."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor, grid: Grid) -> Tensor:
+        """What the network makes of the visible pixels: (B, C, H, W), of which the hidden patches are meant."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, active: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """Reconstruction loss of a batch.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
+            generator: for drawing it, on the images' device.
+
+        Returns:
+            Scalar: mean squared error on hidden patches.
+        """
+        grid = self.grid(images, active, generator)
+        return hidden_patch_loss(self.predict(images, grid), images, grid, normalise=self.normalise_patches)
+
+    def random_active(self, batch: int, generator: torch.Generator | None = None, device: Any = None) -> Tensor:
+        """Draws `keep` visible patches for each image: (B, 1, f_h, f_w) bool."""
+        hidden = 1 - self.keep / (self.num_patches[0] * self.num_patches[1])
+        return random_active(batch, self.num_patches, hidden, generator=generator, device=device)
+
+    def grid(self, images: Tensor, active: Tensor | None = None, generator: torch.Generator | None = None) -> Grid:
+        """The sites of a batch, for a given or a random mask."""
+        if images.shape[1:] != (self.encoder.in_channels, *self.input_size):
+            expected = ", ".join(map(str, (self.encoder.in_channels, *self.input_size)))
+            raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
+        if active is None:
+            return Grid(self.random_active(len(images), generator, images.device), self.patch, self.keep)
+        if active.shape != (len(images), 1, *self.num_patches):
+            raise ValueError(f"active must be {(len(images), 1, *self.num_patches)}, got {tuple(active.shape)}")
+        return Grid(active, self.patch)
+
+    def compile_parts(self) -> MaskedAutoencoder:
+        """Compiles the encoder's stages and the decoder with torch.compile; the first steps then take minutes."""
+        self.encoder.compile_stages()
+        self.decoder.compile()
+        return self
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the network sees and what it makes of it; in the module's current mode, so call `eval()` first.
+
+        Returns:
+            (masked, reconstruction), both (B, C, H, W): the image with hidden pixels at zero, and the image with hidden
+            patches painted by the network, scaled back by each patch's own mean and deviation where it learns without.
+        """
+        grid = self.grid(images, active)
+        painted = self.predict(images, grid).to(images.dtype)
+        if self.normalise_patches:
+            mean, deviation = patch_statistics(patchify(images, self.patch))
+            painted = unpatchify(patchify(painted, self.patch) * deviation + mean, self.num_patches)
+        visible = grid.mask(1, torch.bool)
+        return images * visible, torch.where(visible, images, painted)
