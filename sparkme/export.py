@@ -1,8 +1,10 @@
 """Turns a checkpoint into weights for the ordinary dense network, after checking them against the sparse encoder.
 
-    python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --to torchvision --output resnet50.safetensors
+    python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --output resnet50.safetensors
+    python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --to detectron2 --output resnet50.pkl
+    python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --to timm --hub-folder resnet50-hub
 
-What comes out loads into torchvision's own model; only the classifier's weights are missing.
+What comes out loads into the library's own model; only the classifier's weights are missing.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparkme.errors import UserError, run_command
+from sparkme.errors import UserError, run_command, user_errors
 
 if TYPE_CHECKING:
+    from sparkme.masked import MaskedAutoencoder
     from sparkme.sparse.encoder import SparseEncoder
 
 # In float64 both networks differ by rounding alone: about 1e-13 for a hundred layers. A wrong layout differs by about 1.
@@ -31,22 +34,41 @@ def create_parser() -> argparse.ArgumentParser:
         description="Export the encoder of a checkpoint as weights of the ordinary dense network, verified.",
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt")
-    parser.add_argument(
-        "--to", choices=("torchvision",), default="torchvision", help="whose model the weights are for (%(default)s)"
+    group = parser.add_argument_group("what is written")
+    group.add_argument(
+        "--to",
+        choices=("torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"),
+        help="whose names and layouts the weights get: torchvision, timm, the ConvNeXt authors', mmpretrain, detectron2, the "
+        "official SparK code (those of the library that the network came from)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help=".safetensors or .pth (MODEL.safetensors in the run folder)",
+        help=".safetensors or .pth, for detectron2 .pkl (MODEL.safetensors in the run folder)",
     )
-    parser.add_argument(
+    group.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    group.add_argument(
+        "--hub-folder",
+        type=Path,
+        metavar="DIR",
+        help="with --to timm: a folder with config, weights and model card, for timm.create_model('local-dir:DIR')",
+    )
+    group.add_argument("--push-to-hub", metavar="NAME/REPO", help="send the hub folder to the Hugging Face hub")
+    group = parser.add_argument_group("checks and batch norm")
+    group.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare every stage of the dense model with the sparse encoder before writing (%(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    group.add_argument(
+        "--recalibrate-bn",
+        type=Path,
+        metavar="DATA",
+        help="estimate batch norm's running statistics anew, on whole images of this folder",
+    )
+    group.add_argument("--recalibrate-images", type=int, default=1024, metavar="N", help="on at most so many (%(default)s)")
     return parser
 
 
@@ -56,30 +78,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from sparkme.interop.files import TORCH_SUFFIXES, check_suffix, write_state_dict
+    from sparkme.interop.files import TORCH_SUFFIXES, write_state_dict
+    from sparkme.interop.libraries import origin_of, translate
     from sparkme.models import create_dense
     from sparkme.training.build import build_network
     from sparkme.training.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
-    output = args.output or run_folder(args.checkpoint) / f"{config['model']}.safetensors"
-    check_suffix(output)
-    notes = output.with_name(output.name + ".json")  # what a .pth file has no place for
-    for path in (output, notes) if output.suffix in TORCH_SUFFIXES else (output,):
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists; choose another --output, or pass --overwrite")
-    network = build_network(config)
+    model_name, library = config["model"], library_of(config["model"])
+    target = args.to or library
+    output, notes = check_output(args, config, target)
+    with user_errors():
+        network = build_network(config)
     network.load_state_dict(checkpoint["model"])
     encoder = network.encoder
-    state = encoder.dense_state_dict()
 
-    dense = create_dense(config["model"])
-    missing, unexpected = dense.load_state_dict(state, strict=False)
+    with user_errors():
+        dense = create_dense(model_name, in_channels=encoder.in_channels)
+    _, unexpected = dense.load_state_dict(encoder.dense_state_dict(), strict=False)
     if unexpected:
-        raise UserError(f"torchvision's {config['model']} has no weights {', '.join(unexpected[:5])}; is it another version?")
+        raise UserError(f"{library}'s {model_name} has no weights {', '.join(unexpected[:5])}; is it another version?")
+    if args.recalibrate_bn:
+        recalibrate(dense, args.recalibrate_bn, config, args.recalibrate_images)
+        encoder.load_dense_state_dict(dense.state_dict())
+    state = encoder.dense_state_dict()
+    origin = origin_of(library, state)
+    with user_errors():
+        translated = translate(state, origin, target)
+    size = config["input_size"][0], config["input_size"][1]
+    theirs, missing = dense, []
+    if target in ("torchvision", "timm"):
+        with user_errors():
+            theirs = (
+                dense if target == library else create_dense(counterpart(model_name, target), in_channels=encoder.in_channels)
+            )
+        missing, unexpected = theirs.load_state_dict(translated, strict=False)
+        if unexpected:
+            raise UserError(f"{target}'s {counterpart(model_name, target)} has no weights {', '.join(unexpected[:5])}")
     if args.verify:
-        errors = verify(dense, encoder, (config["input_size"][0], config["input_size"][1]))
+        errors = verify(theirs, encoder, size)
         for stride, error in zip(encoder.strides, errors, strict=True):
             print(f"stride {stride:2d}: dense and sparse features differ by {error:.1e} of their largest value")
         if not all(error <= TOLERANCE for error in errors):  # NaN too
@@ -87,15 +125,68 @@ def export(args: argparse.Namespace) -> int:
                   "nothing was written", file=sys.stderr)  # fmt: skip
             return 1
 
-    metadata = describe(config, checkpoint["step"], args)
-    write_state_dict(output, state, metadata)
-    if output.suffix in TORCH_SUFFIXES:
+    metadata = describe(config, checkpoint["step"], args, target)
+    if target == "spark":
+        translated = official_state(network, translated)
+    if args.hub_folder:
+        write_hub_folder(args, config, counterpart(model_name, "timm"), translated, metadata)
+        return 0
+    if output.suffix == ".pkl":
+        from sparkme.interop import detectron2
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        detectron2.write(output, translated)
+    else:
+        write_state_dict(output, translated, metadata)
+    if output.suffix in (*TORCH_SUFFIXES, ".pkl"):
         notes.write_text(json.dumps(metadata, indent=2) + "\n")
-    size = output.stat().st_size / 1e6
-    print(f"wrote {output} ({size:.1f} MB, {'verified' if args.verify else 'NOT verified'}); "
-          f"left to you, the classifier: {', '.join(missing)}")  # fmt: skip
-    print(f"load it:\n\n{_loading_code(config['model'], output)}")
+    megabytes = output.stat().st_size / 1e6
+    verified = "verified" if args.verify else "NOT verified"
+    left = f"; left to you, the classifier: {', '.join(missing)}" if missing else ""
+    print(f"wrote {output} ({megabytes:.1f} MB, {verified}){left}")
+    print(f"load it:\n\n{loading_code(model_name, target, output)}")
     return 0
+
+
+def library_of(model_name: str) -> str:
+    """Whose network a name of --model stands for."""
+    kind, colon, _ = model_name.rpartition(":")
+    return "torchvision" if not colon else "timm" if kind == "timm" else "own"
+
+
+def counterpart(model_name: str, library: str) -> str:
+    """The network of the same name in torchvision or timm."""
+    plain = model_name.removeprefix("timm:")
+    return f"timm:{plain}" if library == "timm" else plain
+
+
+def check_output(args: argparse.Namespace, config: dict[str, Any], target: str) -> tuple[Path, Path]:
+    """The files to write: the weights, and beside them what a .pth or .pkl file has no place for.
+
+    Raises:
+        UserError: a flag that does not fit, or a file that is there already.
+    """
+    from sparkme.interop.files import TORCH_SUFFIXES, check_suffix
+
+    if args.push_to_hub and not args.hub_folder:
+        raise UserError("--push-to-hub sends what --hub-folder DIR writes; name that folder, too")
+    if args.hub_folder and target != "timm":
+        raise UserError("--hub-folder is timm's form of a model; use it with --to timm")
+    if args.recalibrate_images < 2:
+        raise UserError(f"--recalibrate-images {args.recalibrate_images} must be at least 2")
+    name = config["model"].replace(":", "-")
+    suffix = ".pkl" if target == "detectron2" else ".pth" if target == "spark" else ".safetensors"
+    output = args.output or run_folder(args.checkpoint) / f"{name}{suffix}"
+    if target == "detectron2" and output.suffix != ".pkl":
+        raise UserError(f"--output {output}: detectron2 reads .pkl")
+    if output.suffix != ".pkl" or target != "detectron2":
+        check_suffix(output)
+    notes = output.with_name(output.name + ".json")
+    files = [output, notes] if output.suffix in (*TORCH_SUFFIXES, ".pkl") else [output]
+    for path in [args.hub_folder / "config.json"] if args.hub_folder else files:
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} exists; choose another --output, or pass --overwrite")
+    return output, notes
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -109,21 +200,28 @@ def verify(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int]) -> l
     """Compares a dense model with a sparse encoder, in float64 and eval mode, on images with every patch visible.
 
     Args:
-        dense: the model that got the exported weights.
+        dense: the model that got the exported weights; the network that the encoder was made from, or its like in another
+            library.
         encoder: the encoder they came from; moved to float64 on the CPU.
         size: height and width of the images.
 
     Returns:
         Per stage, shallow to deep, the largest difference over the largest value; NaN where a value is not finite.
     """
-    from sparkme.sparse.hierarchy import dense_features
+    import copy
+
+    from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
     dense, encoder = dense.double().eval().cpu(), encoder.double().eval().cpu().set_engine("minkowski")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *size, generator=generator, dtype=torch.float64)
-    patch = encoder.strides[-1]
+    patch = encoder.patch
     active = torch.ones(2, 1, size[0] // patch, size[1] // patch, dtype=torch.bool)
-    expected = dense_features(dense, encoder.hierarchy.taps, images)
+    with torch.enable_grad():
+        taps = find_hierarchy(copy.deepcopy(dense), len(encoder.strides), in_channels=encoder.in_channels).taps
+    if [tap.stride for tap in taps] != [*encoder.strides]:  # chosen by hand
+        taps = encoder.hierarchy.taps
+    expected = dense_features(dense, taps, images)
     return [_difference(x.dense(), y) for x, y in zip(encoder(images, active), expected, strict=True)]
 
 
@@ -131,34 +229,177 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).abs().max() / expected.abs().max())
 
 
-def describe(config: dict[str, Any], step: int, args: argparse.Namespace) -> dict[str, str]:
+def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int) -> None:
+    """Estimates batch norm's running statistics anew, on whole images: those of pretraining saw visible patches, with their
+    borders. Prints how far they moved.
+
+    Raises:
+        UserError: no images there.
+    """
+    from tqdm import tqdm
+
+    from sparkme.data.dataset import normalise, preview_images
+    from sparkme.data.images import find_images
+
+    norms = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
+    if not norms:
+        print("the network has no batch norm: nothing to recalibrate")
+        return
+    paths = find_images(data)
+    step = max(1, len(paths) // count)
+    chosen, size = paths[::step][:count], (config["input_size"][0], config["input_size"][1])
+    before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}  # type: ignore[union-attr]
+    dense.eval()
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+        norm.train()
+    seen = 0
+    with torch.no_grad():
+        for start in tqdm(range(0, len(chosen), 32), desc="recalibrating batch norm", disable=not sys.stderr.isatty()):
+            group = chosen[start : start + 32]
+            images = preview_images(group, size, len(group), config.get("background", "white"))
+            if len(images) > 1:
+                dense(normalise(images))
+                seen += len(images)
+    dense.eval()
+    if not seen:
+        raise UserError(f"--recalibrate-bn {data}: too few of its images can be read")
+    shifts, ratios = [], []
+    for name, norm in norms.items():
+        mean, variance = before[name]
+        new_mean, new_variance = norm.running_mean, norm.running_var
+        assert new_mean is not None and new_variance is not None
+        if norm.num_batches_tracked:
+            shifts.append(((new_mean - mean).abs() / (new_variance + norm.eps).sqrt()).mean())
+            ratios.append(((variance + norm.eps) / (new_variance + norm.eps)).log().abs().mean())
+        else:  # of a layer that whole images do not reach
+            norm.running_mean, norm.running_var = mean, variance
+    print(
+        f"batch norm recalibrated on {seen} whole images: means were off by {torch.stack(shifts).mean():.3f} deviations, "
+        f"variances by a factor of {torch.stack(ratios).mean().exp():.3f}, both now 0 and 1 on these images"
+    )
+
+
+def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole network under the official SparK names; the encoder alone where it was trained in another way."""
+    from sparkme.interop.spark import join_official_state
+    from sparkme.spark import SparK
+
+    rest = {n: v for n, v in network.state_dict().items() if not n.startswith("encoder.")} if isinstance(network, SparK) else {}
+    return join_official_state(encoder, rest)
+
+
+def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target: str) -> dict[str, str]:
     """Where the weights come from, for the file's metadata."""
     import sparkme
+    from sparkme.training.config import RECIPES
 
-    recipe = {
-        k: config[k] for k in ("input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data")
-    }
-    return {
+    settings = (
+        "input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"
+    )  # fmt: skip
+    recipe = RECIPES[config.get("recipe", "spark")]
+    notes = {
         "format": "pt",
-        "model": f"torchvision {config['model']}, encoder without classifier",
-        "method": "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
-        "recipe": json.dumps(recipe),
+        "model": f"{library_of(config['model'])} {config['model']}, encoder without classifier, names of {target}",
+        "method": recipe.reference,
+        "recipe": json.dumps({k: config.get(k) for k in settings}),
         "source": f"{args.checkpoint.name}, step {step}",
         "verified": str(args.verify).lower(),
+        "batch_norm": "recalibrated on whole images" if args.recalibrate_bn else "as pretrained, on visible patches",
         "made_by": f"sparkme {sparkme.__version__}",
     }
+    if target == "detectron2":
+        notes["detectron2"] = (
+            "trained on RGB: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, "
+            "57.375], MODEL.RESNETS.STRIDE_IN_1X1 False; num_batches_tracked is left out"
+        )
+    return notes
 
 
-def _loading_code(model: str, path: Path) -> str:
+CARD = """---
+library_name: timm
+tags: [image-feature-extraction, timm, self-supervised-learning]
+---
+# {name}, pretrained without labels
+
+Encoder of `{name}` without a classifier, pretrained by {method} with sparkme.
+
+| setting | value |
+|---|---|
+{rows}
+
+```python
+import timm
+
+model = timm.create_model({load!r}, pretrained=True, num_classes=10)  # a new classifier, to be fine-tuned
+```
+
+The licence of these weights is for whoever publishes them to choose, with regard to the images they were trained on.
+"""
+
+
+def write_hub_folder(
+    args: argparse.Namespace, config: dict[str, Any], name: str, state: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Writes what `timm.create_model('local-dir:DIR')` loads, with a model card, and sends it where that was asked for.
+
+    Raises:
+        UserError: it cannot be written or sent.
+    """
+    import timm
+    from timm.models._hub import save_for_hf
+
+    from sparkme.data.dataset import MEAN, STD
+
+    plain = name.removeprefix("timm:")
+    channels = next(iter(state.values())).shape[1] if config.get("channels", 3) != 3 else 3
+    model = timm.create_model(plain, pretrained=False, num_classes=0, in_chans=channels)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise UserError(f"--hub-folder: timm's {plain} without a classifier has other weights: {[*missing, *unexpected][:5]}")
+    size = [channels, config["input_size"][0], config["input_size"][1]]
+    preprocessing = {"input_size": size, "mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "crop_pct": 0.95}
+    try:
+        save_for_hf(model, str(args.hub_folder), data_config=preprocessing, safe_serialization=True)
+        rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items() if key not in ("format", "method"))
+        load = f"hf-hub:{args.push_to_hub}" if args.push_to_hub else f"local-dir:{args.hub_folder}"
+        card = CARD.format(name=plain, method=metadata["method"], rows=rows, load=load)
+        (args.hub_folder / "README.md").write_text(card)
+    except OSError as error:
+        raise UserError(f"cannot write {args.hub_folder}: {error}") from error
+    code = f"model = timm.create_model('local-dir:{args.hub_folder}', pretrained=True)"
+    print(f"wrote {args.hub_folder}; load it:\n\nimport timm\n{code}")
+    if args.push_to_hub:
+        from huggingface_hub import HfApi
+
+        try:
+            api = HfApi()
+            api.create_repo(args.push_to_hub, exist_ok=True)
+            url = api.upload_folder(repo_id=args.push_to_hub, folder_path=str(args.hub_folder))
+        except Exception as error:  # the network, a token, a name: whatever it is, the folder is there
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"--push-to-hub {args.push_to_hub} failed: {reason}; {args.hub_folder} is complete") from error
+        print(f"sent to {url}")
+
+
+def loading_code(model: str, target: str, path: Path) -> str:
+    """How the file is loaded, for people."""
+    if target == "detectron2":
+        return f'cfg.MODEL.WEIGHTS = "{path}"; cfg.INPUT.FORMAT = "RGB"  # and what stands in {path.name}.json'
+    if target == "mmpretrain":
+        return f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}, prefix='backbone.')"
     if path.suffix == ".safetensors":
         package, read = "safetensors.torch", f"safetensors.torch.load_file({str(path)!r})"
     else:
         package, read = "torch", f"torch.load({str(path)!r})"
-    return (
-        f"import {package}, torchvision\n"
-        f"model = torchvision.models.{model}()\n"
-        f"model.load_state_dict({read}, strict=False)  # all but the classifier"
-    )
+    if target == "torchvision":
+        library, make = "torchvision", f"torchvision.models.{counterpart(model, target)}()"
+    elif target == "timm":
+        library, make = "timm", f"timm.create_model({counterpart(model, target).removeprefix('timm:')!r})"
+    else:
+        return f"import {package}\nstate = {read}  # for load_state_dict(state, strict=False) of the network"
+    return f"import {package}, {library}\nmodel = {make}\nmodel.load_state_dict({read}, strict=False)  # all but the classifier"
 
 
 if __name__ == "__main__":

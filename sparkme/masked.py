@@ -39,13 +39,12 @@ class MaskedAutoencoder(nn.Module):
         normalise_patches: bool = True,
     ) -> None:
         super().__init__()
-        stride = encoder.strides[-1]
-        self.patch = patch or stride
+        self.patch = patch or encoder.patch
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.mask_ratio = mask_ratio
         self.normalise_patches = normalise_patches
-        if self.patch % stride:
-            raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {stride}")
+        if self.patch % encoder.patch:
+            raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {encoder.patch}")
         if min(self.input_size) < self.patch or any(side % self.patch for side in self.input_size):
             nearest = [max(1, round(side / self.patch)) * self.patch for side in self.input_size]
             raise ValueError(

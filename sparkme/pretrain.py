@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkme.errors import UserError, python_command, run_command, user_errors
+from sparkme.errors import UserError, first_line, python_command, run_command, user_errors
 from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, create_parser, flag_of, output_folder, resolve_config
 from sparkme.training.distributed import Process, start_process, stop_process
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
-    from sparkme.sparse.encoder import SparseEncoder
+    from sparkme.masked import MaskedAutoencoder
     from sparkme.training.log import RunLog, Throughput
 
 
@@ -128,8 +128,9 @@ class Run:
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
         self._check_batch_norm()
+        self.init_report = ""
         if args.init and saved is None:
-            load_initial_weights(self.network.encoder, args.init)
+            self.init_report = load_initial_weights(self.network, args.init, config["model"])
         self.network.to(process.device)
         self.network.encoder.set_engine(config["engine"])
         self.optimizer = create_optimizer(
@@ -399,6 +400,8 @@ class Run:
             "engine": f"{encoder.engine.name}: {encoder.engine_reason}{in_float32}",
             "output": f"{self.folder}" + (f", resumed after step {self.step}" if saved else ""),
         }
+        if self.init_report:
+            lines["init"] = self.init_report
         for name, text in lines.items():
             print(f"{name:9s} {text}")
         for name, before in saved["config"].items() if saved else ():
@@ -426,18 +429,68 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any], path: Path | N
             )
 
 
-def load_initial_weights(encoder: SparseEncoder, path: Path) -> None:
-    """Starts the encoder from a torchvision state dict.
+def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str) -> str:
+    """Starts from weights in a file: of torchvision, timm, the ConvNeXt authors or another library of `sparkme.interop`, of the
+    official SparK code (an encoder alone, or the whole network), or a checkpoint of this project.
+
+    Args:
+        network: takes the weights.
+        path: the file.
+        model: the network's name.
+
+    Returns:
+        What matched, and what did not, in one line.
 
     Raises:
-        UserError: no such file, or weights of another model.
+        UserError: no such file, or weights of another network.
     """
-    from sparkme.interop.files import read_state_dict
+    from sparkme.export import library_of
+    from sparkme.interop.files import read_any_state
+    from sparkme.interop.libraries import Origin, origin_of, recognise, translate
+    from sparkme.interop.spark import is_official, split_official_state
 
+    encoder = network.encoder
+    own = encoder.dense_state_dict()
+    library = library_of(model)
+    origin = origin_of(library, own)
     try:
-        encoder.load_dense_state_dict(read_state_dict(path))
-    except ValueError as error:
-        raise UserError(f"--init {path}: {error}") from error
+        state, checkpoint = read_any_state(path)
+        rest: dict[str, Tensor] = {}
+        if checkpoint is not None:
+            kind = "a checkpoint of sparkme"
+            network.load_state_dict({n: v for n, v in state.items() if n.startswith("encoder.")}, strict=False)
+            wrong = [n for n, p in network.encoder.state_dict().items() if f"encoder.{n}" not in state]
+            if wrong:
+                raise ValueError(f"a checkpoint of another network ({checkpoint['model']}): it has no {', '.join(wrong[:3])}")
+            rest, unused = {n: v for n, v in state.items() if not n.startswith("encoder.")}, []
+            matched = len(state) - len(rest)
+        else:
+            kind = library
+            if is_official(list(state)):
+                kind = "the official SparK code"
+                state, rest = split_official_state(state)
+            if not own.keys() <= state.keys():
+                found = recognise(list(state), library, origin.family)
+                if found:
+                    kind = found[0] if kind == library else kind
+                    state = translate(state, Origin(found[0], origin.family), library)
+            unused = encoder.load_dense_state_dict(state)
+            matched = len(own)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--init {path}: {first_line(error)}") from error
+    theirs = network.state_dict()
+    fitting = {n: v for n, v in rest.items() if n in theirs and theirs[n].shape == v.shape}
+    network.load_state_dict(fitting, strict=False)
+    unused += [name for name in rest if name not in fitting]
+    random = [name for name in theirs if not name.startswith("encoder.") and name not in fitting]
+    report = f"{path}, names of {kind}: {matched + len(fitting)} tensors taken"
+    report += f"; not used: {_some(unused)}" if unused else ""
+    return report + (f"; random: {_some(random)}" if random else "")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 if __name__ == "__main__":

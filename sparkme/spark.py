@@ -93,7 +93,7 @@ class SparK(MaskedAutoencoder):
         Raises:
             ValueError: names are missing, unknown, or have another shape.
         """
-        from sparkme.interop.official import split_official_state
+        from sparkme.interop.spark import split_official_state
 
         encoder, rest = split_official_state(state)
         self.encoder.load_dense_state_dict(encoder)

@@ -13,7 +13,7 @@ from test_pretrain import SMALL
 
 import sparkme.export
 import sparkme.pretrain
-from sparkme.sparse import layers
+from sparkme.sparse import forms
 
 
 @pytest.fixture(scope="module", params=["resnet18", "convnext_tiny"])
@@ -64,7 +64,7 @@ def test_exported_weights_load_into_torchvision(
 def test_a_transposed_kernel_is_found_and_not_written(
     checkpoint: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind in (layers.SparseConv2d, layers.SparseDepthwiseConv2d):
+    for kind in (forms.SparseConv2d, forms.SparseDepthwiseConv2d):
         right = kind.dense_state
         monkeypatch.setattr(kind, "dense_state", lambda self, right=right: {
             k: v.transpose(2, 3).contiguous() if v.ndim == 4 else v for k, v in right(self).items()})  # fmt: skip

@@ -8,7 +8,8 @@ from golden import GoldenCase, feature_statistics, golden_cases
 from torchvision.models import get_model
 
 import sparkme
-from sparkme.interop.official import _BLOCK_TO_TORCHVISION, _ENCODER
+from sparkme.interop.spark import ENCODER
+from sparkme.interop.torchvision import CONVNEXT
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 
@@ -85,10 +86,5 @@ def official_name(name: str, model: str) -> str:
     name = re.sub(r"\.(bn|linear)\.(weight|bias)$", r".\2", name).removesuffix("kernel")
     name += "weight" if name.endswith(".") else ""
     if model.startswith("convnext"):
-        stage, index, leaf = re.fullmatch(r"features\.(\d)\.(\d+)\.(.+)", name).groups()
-        if int(stage) % 2 == 0:
-            name = f"downsample_layers.{int(stage) // 2}.{index}.{leaf}"
-        else:
-            to_official = {ours: theirs for theirs, ours in _BLOCK_TO_TORCHVISION.items()}
-            name = f"stages.{int(stage) // 2}.{index}.{to_official[leaf]}"
-    return _ENCODER + name
+        (name,) = CONVNEXT.to_hub({name: torch.zeros(1)})
+    return ENCODER + name

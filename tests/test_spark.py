@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 import sparkme
-from sparkme.interop.official import split_official_state
+from sparkme.interop.spark import split_official_state
 from sparkme.loss import hidden_patch_loss
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +38,27 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict")
     return state
+
+
+def read_any_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Reads a state dict or, from a checkpoint of sparkme.pretrain, the network's, with the configuration of its run.
+
+    A folder is taken for one that timm writes (`model.safetensors` in it).
+
+    Raises:
+        UserError: no such file, or nothing of that kind in it.
+    """
+    from sparkme.training.checkpoint import load_checkpoint
+
+    path = path / "model.safetensors" if path.is_dir() else path
+    if path.suffix != ".safetensors" and path.is_file():
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError:
+            pass  # then it holds a state dict, or says why it does not
+        else:
+            return checkpoint["model"], checkpoint["config"]
+    return read_state_dict(path), None
 
 
 def check_suffix(path: Path) -> None:

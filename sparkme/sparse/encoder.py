@@ -52,6 +52,12 @@ class SparseEncoder(nn.Module):
         return tuple(tap.channels for tap in self.hierarchy.taps)
 
     @property
+    def patch(self) -> int:
+        """What the side of a patch has to be a multiple of, in pixels: the total stride or, where the network pools further
+        inside of its blocks, that."""
+        return self.hierarchy.patch
+
+    @property
     def norm(self) -> str:
         """The network's kind of normalisation, `bn` or `ln`; densify uses the same."""
         return "bn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()) else "ln"
@@ -127,17 +133,16 @@ class SparseEncoder(nn.Module):
         return [recorder.maps[i] for i in range(len(self.strides))]
 
     def _patch(self, images: Tensor, active: Tensor) -> int:
-        total = self.strides[-1]
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must be (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
         if active.ndim != 4 or len(active) != len(images):
             raise ValueError(f"active must be ({len(images)}, 1, f_h, f_w), got {tuple(active.shape)}")
         (h, w), (f_h, f_w) = images.shape[2:], active.shape[2:]
         patch = h // f_h
-        if (f_h * patch, f_w * patch) != (h, w) or patch % total:
+        if (f_h * patch, f_w * patch) != (h, w) or patch % self.patch:
             raise ValueError(
                 f"images of {h}x{w} pixels and a mask of {f_h}x{f_w} patches: a patch must be square and a multiple of "
-                f"the encoder's total stride {total}"
+                f"the encoder's total stride {self.patch}"
             )
         return patch
 

@@ -56,6 +56,8 @@ class Hierarchy:
     Attributes:
         in_channels: of the images.
         taps: shallow to deep.
+        patch: the coarsest stride of any map before the last tap, of which patches have to be multiples; some networks pool
+            to a coarser map inside of a block than any they hand on.
         called: the modules that run before the last tap.
         left_out: the modules that the maps do not depend on: the head, and branches such as auxiliary heads.
         on_maps: the modules all of whose calls before the last tap take a feature map first.
@@ -63,6 +65,7 @@ class Hierarchy:
 
     in_channels: int
     taps: tuple[Tap, ...]
+    patch: int
     called: frozenset[str]
     left_out: frozenset[str]
     on_maps: frozenset[str]
@@ -118,7 +121,9 @@ def find_hierarchy(
     chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(name, calls, num_scales)
     called, on_maps, ends_elsewhere = _before_last_tap(model, chosen, in_channels)
     head = {call.module for call in calls} - called
-    return Hierarchy(in_channels, tuple(chosen), frozenset(called), frozenset(head | ends_elsewhere), frozenset(on_maps))
+    coarsest = max((f.stride for c in calls if c.module in called for f in c.outputs), default=1)
+    patch = max(coarsest, chosen[-1].stride)
+    return Hierarchy(in_channels, tuple(chosen), patch, frozenset(called), frozenset(head | ends_elsewhere), frozenset(on_maps))
 
 
 def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:

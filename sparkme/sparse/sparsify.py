@@ -116,11 +116,11 @@ def _try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     buffers = {name: value.clone() for name, value in encoder.named_buffers()}
     modes = {module: module.training for module in encoder.modules()}
     like = next(encoder.parameters())
-    patch = encoder.strides[-1]
-    images = torch.randn(2, encoder.in_channels, 2 * patch, 2 * patch, generator=torch.Generator().manual_seed(1))
+    patch = encoder.patch
+    images = torch.randn(2, encoder.in_channels, 2 * patch, 3 * patch, generator=torch.Generator().manual_seed(1))
     images = images.to(like.device, like.dtype)
-    whole = torch.ones(2, 1, 2, 2, dtype=torch.bool, device=like.device)
-    some = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1]], dtype=torch.bool, device=like.device).view(2, 1, 2, 2)
+    whole = torch.ones(2, 1, 2, 3, dtype=torch.bool, device=like.device)
+    some = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool, device=like.device).view(2, 1, 2, 3)
     hidden = Grid(some, patch).mask(1, torch.bool).logical_not()
     try:
         expected = dense_features(dense, encoder.hierarchy.taps, images)

@@ -24,12 +24,14 @@ class Recipe:
 
     Attributes:
         name: for people.
+        reference: the paper.
         defaults: by the flags' names.
         crop_scale: of a data set; the few photographs of the demo have their own.
         rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
     """
 
     name: str
+    reference: str
     defaults: dict[str, Any]
     crop_scale: float
     rate_ends: tuple[float, float]
@@ -38,6 +40,7 @@ class Recipe:
 RECIPES = {
     "spark": Recipe(
         "SparK",
+        "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
         {
             "model": "resnet50", "epochs": 1600, "mask_ratio": 0.6, "decoder_width": 768, "norm_pix_loss": True,
             "optimizer": "lamb", "base_lr": 2e-4, "weight_decay": 0.04, "weight_decay_end": 0.2, "clip_grad": 5.0,
@@ -47,6 +50,7 @@ RECIPES = {
     ),
     "fcmae": Recipe(
         "FCMAE",
+        "FCMAE (Woo et al., ConvNeXt V2, CVPR 2023), arXiv:2301.00808",
         {
             "model": "timm:convnextv2_tiny", "epochs": 800, "mask_ratio": 0.6, "decoder_width": 512, "norm_pix_loss": True,
             "optimizer": "adamw", "base_lr": 1.5e-4, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0,
@@ -129,7 +133,8 @@ def create_parser() -> argparse.ArgumentParser:
         "--init",
         type=Path,
         metavar="FILE",
-        help="start from weights of the same torchvision model, .pth or .safetensors",
+        help="start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official "
+        "SparK code, or a checkpoint of this project",
     )
     group.add_argument(
         "--input-size",

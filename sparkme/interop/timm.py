@@ -1,0 +1,22 @@
+"""timm's names. Those of its plain ResNets are torchvision's; its ConvNeXts hold V1 and V2."""
+
+from __future__ import annotations
+
+from sparkme.interop.names import Rule, Table, resnet_rules, vector
+
+RESNET = Table(resnet_rules(), "timm.models.resnet")
+
+CONVNEXT = Table(
+    (
+        Rule("downsample_layers.0.{n}.{p}", "stem.{n}.{p}"),
+        *(Rule(f"downsample_layers.{i}.{{n}}.{{p}}", f"stages.{i}.downsample.{{n}}.{{p}}") for i in range(1, 4)),
+        Rule("stages.{i}.{b}.dwconv.{p}", "stages.{i}.blocks.{b}.conv_dw.{p}"),
+        Rule("stages.{i}.{b}.norm.{p}", "stages.{i}.blocks.{b}.norm.{p}"),
+        Rule("stages.{i}.{b}.pwconv1.{p}", "stages.{i}.blocks.{b}.mlp.fc1.{p}"),
+        Rule("stages.{i}.{b}.pwconv2.{p}", "stages.{i}.blocks.{b}.mlp.fc2.{p}"),
+        Rule("stages.{i}.{b}.gamma", "stages.{i}.blocks.{b}.gamma"),
+        Rule("stages.{i}.{b}.grn.gamma", "stages.{i}.blocks.{b}.mlp.grn.weight", vector, lambda v: v.view(1, 1, 1, -1)),
+        Rule("stages.{i}.{b}.grn.beta", "stages.{i}.blocks.{b}.mlp.grn.bias", vector, lambda v: v.view(1, 1, 1, -1)),
+    ),
+    "timm.models.convnext",
+)

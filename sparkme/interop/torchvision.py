@@ -1,0 +1,25 @@
+"""torchvision's names. Those of its ResNets are the hub's."""
+
+from __future__ import annotations
+
+from sparkme.interop.names import Rule, Table, resnet_rules, vector
+
+RESNET = Table(resnet_rules(), "torchvision.models.resnet")
+
+# Stage i of the authors' ConvNeXt is features[2 i + 1] of torchvision's, the stem features[0], and the downsampling layer in
+# front of stage i > 0 features[2 i].
+CONVNEXT = Table(
+    tuple(
+        rule
+        for i in range(4)
+        for rule in (
+            Rule(f"downsample_layers.{i}.{{n}}.{{p}}", f"features.{2 * i}.{{n}}.{{p}}"),
+            Rule(f"stages.{i}.{{b}}.dwconv.{{p}}", f"features.{2 * i + 1}.{{b}}.block.0.{{p}}"),
+            Rule(f"stages.{i}.{{b}}.norm.{{p}}", f"features.{2 * i + 1}.{{b}}.block.2.{{p}}"),
+            Rule(f"stages.{i}.{{b}}.pwconv1.{{p}}", f"features.{2 * i + 1}.{{b}}.block.3.{{p}}"),
+            Rule(f"stages.{i}.{{b}}.pwconv2.{{p}}", f"features.{2 * i + 1}.{{b}}.block.5.{{p}}"),
+            Rule(f"stages.{i}.{{b}}.gamma", f"features.{2 * i + 1}.{{b}}.layer_scale", lambda v: v.view(-1, 1, 1), vector),
+        )
+    ),
+    "torchvision.models.convnext",
+)

@@ -1,0 +1,298 @@
+"""Weights under other libraries' names: there and back bit for bit, and loaded by the libraries themselves."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from test_pretrain import SMALL, fails
+from torch import Tensor, nn
+
+import sparkme
+import sparkme.export
+from sparkme import pretrain
+from sparkme.interop.libraries import TABLES, Origin, origin_of, translate
+from sparkme.interop.spark import join_official_state, split_official_state
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        name: torch.randn_like(value) if value.is_floating_point() else value + 3 for name, value in model.state_dict().items()
+    }
+
+
+def headless(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith(("fc.", "classifier.", "head."))}
+
+
+MODELS = {
+    ("torchvision", "resnet"): lambda: torchvision.models.resnext50_32x4d(),
+    ("torchvision", "convnext"): lambda: torchvision.models.convnext_tiny(),
+    ("timm", "resnet"): lambda: timm.create_model("resnet50"),
+    ("timm", "convnext"): lambda: timm.create_model("convnext_tiny"),
+    ("timm", "convnextv2"): lambda: timm.create_model("convnextv2_tiny"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS, ids="-".join)
+def test_every_table_is_read_both_ways(kind: tuple[str, str]) -> None:
+    library, family = kind[0], kind[1].removesuffix("v2")
+    state = headless(weights(MODELS[kind]()))
+    origin = origin_of(library, state)
+    assert origin == Origin(library, family)
+    for target, table in TABLES[family].items():
+        if kind[1] == "convnextv2" and target == "torchvision":  # which has no V2
+            with pytest.raises(ValueError, match=r"weight 'stages.0.0.grn.weight|weight 'stages.0.0.grn.gamma'"):
+                translate(state, origin, target)
+            continue
+        there = translate(state, origin, target)
+        assert len(there) == sum(name.rpartition(".")[2] not in table.dropped for name in state)
+        assert target == library or there.keys() != state.keys() or {target, library} == {"torchvision", "timm"}
+        back = translate(there, Origin(target, family), library)
+        assert all(torch.equal(value, state[name]) for name, value in back.items())
+        assert {name for name in state if name not in back} == {n for n in state if n.endswith(tuple(table.dropped or ("?",)))}
+
+
+@pytest.mark.parametrize(("name", "plain"), [("resnet50", "resnet50"), ("convnext_tiny", "convnext_tiny")])
+def test_timm_loads_torchvisions_weights_and_computes_the_same(name: str, plain: str) -> None:
+    theirs, ours = timm.create_model(plain).eval(), torchvision.models.get_model(name).eval()
+    state = headless(ours.state_dict())
+    missing, unexpected = theirs.load_state_dict(translate(state, origin_of("torchvision", state), "timm"), strict=False)
+    assert not unexpected and all(key.startswith(("fc.", "head.")) for key in missing)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = sparkme.sparsify(ours).eval()(images, torch.ones(2, 1, 2, 2, dtype=torch.bool))[-1].dense()
+        assert torch.allclose(theirs.forward_features(images), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+class Detectron2Block(nn.Module):
+    """The names of detectron2's BottleneckBlock: convolutions that own their norm."""
+
+    def __init__(self, channels_in: int, width: int, shortcut: bool) -> None:
+        super().__init__()
+        out = 4 * width
+        for name, (a, b, k) in {"conv1": (channels_in, width, 1), "conv2": (width, width, 3), "conv3": (width, out, 1)}.items():
+            self.add_module(name, detectron2_conv(a, b, k))
+        if shortcut:
+            self.shortcut = detectron2_conv(channels_in, out, 1)
+
+
+def detectron2_conv(a: int, b: int, k: int) -> nn.Conv2d:
+    conv = nn.Conv2d(a, b, k, bias=False)
+    conv.norm = nn.BatchNorm2d(b)
+    return conv
+
+
+def detectron2_resnet50() -> nn.Module:
+    net = nn.Module()
+    net.stem = nn.Module()
+    net.stem.conv1 = detectron2_conv(3, 64, 7)
+    channels = 64
+    for stage, (width, depth) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], 2):
+        blocks = []
+        for i in range(depth):
+            blocks.append(Detectron2Block(channels, width, i == 0))
+            channels = 4 * width
+        setattr(net, f"res{stage}", nn.Sequential(*blocks))
+    return net
+
+
+def mmpretrain_convnext_tiny() -> nn.Module:
+    """The names of mmpretrain's ConvNeXt under `backbone.`: ModuleLists of downsampling layers and stages."""
+    dims, depths = (96, 192, 384, 768), (3, 3, 9, 3)
+    backbone = nn.Module()
+    norms = [nn.LayerNorm(d) for d in dims]
+    downs = [nn.Sequential(nn.Conv2d(3, 96, 4), norms[0])]
+    downs += [nn.Sequential(nn.LayerNorm(a), nn.Conv2d(a, b, 2)) for a, b in [(96, 192), (192, 384), (384, 768)]]
+    backbone.downsample_layers = nn.ModuleList(downs)
+    stages = []
+    for dim, depth in zip(dims, depths, strict=True):
+        blocks = []
+        for _ in range(depth):
+            block = nn.Module()
+            block.depthwise_conv, block.norm = nn.Conv2d(dim, dim, 7, groups=dim), nn.LayerNorm(dim)
+            block.pointwise_conv1, block.pointwise_conv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+            block.gamma = nn.Parameter(torch.ones(dim))
+            blocks.append(block)
+        stages.append(nn.Sequential(*blocks))
+    backbone.stages = nn.ModuleList(stages)
+    net = nn.Module()
+    net.backbone = backbone
+    return net
+
+
+def test_other_libraries_networks_load_every_name_and_shape() -> None:
+    for model, library, skeleton in (
+        (torchvision.models.resnet50(), "detectron2", detectron2_resnet50()),
+        (torchvision.models.convnext_tiny(), "mmpretrain", mmpretrain_convnext_tiny()),
+    ):
+        state = headless(model.state_dict())
+        missing, unexpected = skeleton.load_state_dict(translate(state, origin_of("torchvision", state), library), strict=False)
+        assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
+
+
+def test_what_no_table_knows_is_refused_with_what_is_possible() -> None:
+    deep_stem = headless(timm.create_model("resnet50d").state_dict())
+    assert origin_of("timm", deep_stem) == Origin("timm", None)
+    with pytest.raises(ValueError, match="this network of timm has no names in detectron2; it can go to timm"):
+        translate(deep_stem, Origin("timm", None), "detectron2")
+    with pytest.raises(
+        ValueError, match="a convnext of torchvision has no names in detectron2; it can go to torchvision, convnext"
+    ):
+        translate({}, Origin("torchvision", "convnext"), "detectron2")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "timm:resnet18", "timm:convnext_atto", "timm:convnextv2_atto"])
+def test_weights_go_through_the_sparse_encoder_unchanged(name: str) -> None:
+    from sparkme.models import create_dense
+
+    dense = create_dense(name)
+    state = weights(dense)
+    encoder = sparkme.sparsify(dense)
+    encoder.load_dense_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in encoder.dense_state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_official_names_there_and_back(name: str) -> None:
+    model = sparkme.SparK(sparkme.sparsify(torchvision.models.get_model(name)), input_size=64, decoder_width=32)
+    state = model.encoder.dense_state_dict()
+    rest = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
+    official = join_official_state(translate(state, origin_of("torchvision", state), "spark"), rest)
+    assert all(key.startswith(("sparse_encoder.sp_cnn.", "dense_decoder.", "densify_", "mask_tokens.")) for key in official)
+    encoder, others = split_official_state(official)
+    assert all(torch.equal(encoder[key], value) for key, value in state.items())
+    assert others.keys() == rest.keys()
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert pretrain.main([*SMALL, "--epochs", "1", "--panel-epochs", "0", "--output", str(folder)]) == 0
+    return folder / "checkpoints" / "last.pt"
+
+
+def export(checkpoint: Path, *words: object) -> int:
+    return sparkme.export.main([str(checkpoint), *map(str, words)])
+
+
+def test_export_to_timm_mmpretrain_detectron2_and_spark(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(run, "--to", "timm", "--output", tmp_path / "a.safetensors") == 0
+    assert capsys.readouterr().out.count("dense and sparse features differ by") == 4
+    model = timm.create_model("resnet18")
+    assert not model.load_state_dict(load_file(tmp_path / "a.safetensors"), strict=False).unexpected_keys
+    assert export(run, "--to", "mmpretrain", "--output", tmp_path / "b.pth") == 0
+    assert all(name.startswith("backbone.") for name in torch.load(tmp_path / "b.pth", weights_only=True))
+    assert export(run, "--to", "detectron2", "--output", tmp_path / "c.pkl") == 0
+    content = pickle.loads((tmp_path / "c.pkl").read_bytes())
+    assert content["matching_heuristics"] and "res2.0.conv1.norm.running_mean" in content["model"]
+    assert "INPUT.FORMAT RGB" in json.loads((tmp_path / "c.pkl.json").read_text())["detectron2"]
+    assert export(run, "--to", "spark", "--output", tmp_path / "d.pth") == 0
+    state = torch.load(tmp_path / "d.pth", weights_only=True)
+    twin = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
+    twin.load_official_state_dict(state)
+    saved = torch.load(run, weights_only=True)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in twin.state_dict().items())
+    capsys.readouterr()
+    assert export(run, "--to", "convnext", "--output", tmp_path / "e.pth") == 2
+    assert "a resnet of torchvision has no names in convnext" in capsys.readouterr().err
+
+
+def test_a_hub_folder_is_loaded_by_timm(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hub"
+    assert export(run, "--to", "timm", "--hub-folder", folder) == 0
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    state = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert "SparK (Tian et al." in (folder / "README.md").read_text()
+    sent: list[tuple[str, str]] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, exist_ok: bool) -> None:
+            if repo_id == "nobody/nothing":
+                raise OSError("no token\nand more")
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> str:
+            sent.append((repo_id, folder_path))
+            return "url"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert export(run, "--to", "timm", "--hub-folder", folder, "--overwrite", "--push-to-hub", "me/mine") == 0
+    assert sent == [("me/mine", str(folder))]
+    capsys.readouterr()
+    assert export(run, "--to", "timm", "--hub-folder", folder, "--overwrite", "--push-to-hub", "nobody/nothing") == 2
+    error = capsys.readouterr().err
+    assert "--push-to-hub nobody/nothing failed: no token;" in error and error.count("\n") == 1
+    assert export(run, "--to", "timm", "--hub-folder", folder) == 2
+    assert export(run, "--push-to-hub", "me/mine") == 2
+
+
+def test_batch_norm_is_recalibrated_on_whole_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_training import make_images
+
+    from sparkme.data.dataset import normalise, preview_images
+
+    make_images(tmp_path / "images", 6)
+    paths = sorted((tmp_path / "images").rglob("*.*"))
+    output = tmp_path / "new.pth"
+    assert export(run, "--output", output, "--recalibrate-bn", tmp_path / "images") == 0
+    assert "batch norm recalibrated on 6 whole images: means were off by" in capsys.readouterr().out
+    model = torchvision.models.resnet18()
+    model.load_state_dict(torch.load(output, weights_only=True), strict=False)
+    images = normalise(preview_images(paths, (64, 64), len(paths)))
+    out = model.conv1(images)
+    assert torch.allclose(model.bn1.running_mean, out.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(model.bn1.running_var, out.var((0, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "mmpretrain", "official", "encoder", "checkpoint", "folder"])
+def test_init_takes_weights_of_every_kind_and_reports(
+    kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "weights.pth"
+    model = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
+    expected = model.encoder.dense_state_dict()
+    if kind == "torchvision":
+        torch.save(expected | {"fc.weight": torch.zeros(2, 512)}, path)
+    elif kind == "mmpretrain":
+        torch.save({"state_dict": translate(expected, Origin("torchvision", "resnet"), "mmpretrain")}, path)
+    elif kind == "folder":
+        save_file({name: value.clone() for name, value in expected.items()}, tmp_path / "model.safetensors")
+        path = tmp_path
+    elif kind == "checkpoint":
+        path = run
+        saved = torch.load(run, weights_only=True)["model"]
+        model.load_state_dict(saved)
+        expected = model.encoder.dense_state_dict()
+    else:
+        rest = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
+        torch.save(join_official_state(expected, rest if kind == "official" else {}), path)
+    fresh = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
+    report = pretrain.load_initial_weights(fresh, path, "resnet18")
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.encoder.dense_state_dict().items())
+    assert ("random: " in report) == (kind not in ("official", "checkpoint"))
+    assert ("not used: fc.weight" in report) == (kind == "torchvision")
+    if kind == "official":
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
+
+
+def test_init_refuses_weights_of_another_network(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "--output", tmp_path / "run", "--init"]
+    torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "other.pth")
+    assert "weights of another model: missing conv1.weight" in fails(capsys, *words, tmp_path / "other.pth")
+    state = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+    torch.save(state, tmp_path / "shape.pth")
+    assert "wrong shape conv1.weight: (64, 1, 7, 7), not (64, 3, 7, 7)" in fails(capsys, *words, tmp_path / "shape.pth")
+    assert "no file" in fails(capsys, *words, tmp_path / "none.pth")
+    assert "checkpoint of another network" in fails(capsys, *words[:-1], "--model", "resnet34", "--init", run)
