@@ -465,3 +465,66 @@ class OracleSparK:
         if tuple(images.shape[-2:]) != self.size or active.shape != (len(images), 1, *grid):
             got = f"images {tuple(images.shape)}, active {tuple(active.shape)}"
             raise ValueError(f"got {got}; expected images of {self.size} pixels and active (B, 1, *{grid})")
+
+
+# --- what other networks are made of ----------------------------------------------------------------------------------
+
+
+def masked_window(x: Tensor, active: Tensor, sides: tuple[int, int, int, int], mode: str = "constant") -> Tensor:
+    """x with hidden sites at zero, and pixels around it: (left, right, top, bottom), zeros or reflected."""
+    return F.pad(masked(x, active), sides, mode=mode)
+
+
+def masked_conv2d_padded(
+    x: Tensor, active: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: tuple[int, int, int, int],
+    groups: int = 1, dilation: int = 1, mode: str = "constant",
+) -> Tensor:  # fmt: skip
+    """Convolution after padding by (left, right, top, bottom); a hidden neighbour counts as zero."""
+    padded = masked_window(x, active, sides, mode)
+    return masked(F.conv2d(padded, weight, bias, stride, 0, dilation, groups), active)
+
+
+def same_sides(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
+    """TensorFlow's `same` padding along one axis: before, after."""
+    total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def visible_max_pool2d(
+    x: Tensor, active: Tensor, kernel_size: int, stride: int, padding: int = 0, ceil_mode: bool = False
+) -> Tensor:
+    """Maximum over the visible sites of the window, of whatever sign."""
+    present = upsample_mask(active, *x.shape[-2:])
+    lowest = torch.where(present, x, x.new_full((), -torch.inf))
+    return masked(F.max_pool2d(lowest, kernel_size, stride, padding, ceil_mode=ceil_mode), active)
+
+
+def averaged_with_zeros(x: Tensor, active: Tensor, *options: object) -> Tensor:
+    """torch's average pooling with hidden sites at zero; what it divides by does not look at the mask."""
+    return masked(F.avg_pool2d(masked(x, active), *options), active)  # type: ignore[arg-type]
+
+
+def masked_global_max(x: Tensor, active: Tensor) -> Tensor:
+    """Maximum of x (B, C, H, W) over the visible sites of each sample, (B, C)."""
+    present = upsample_mask(active, *x.shape[-2:])
+    return torch.where(present, x, x.new_full((), -torch.inf)).amax(dim=(2, 3))
+
+
+def masked_group_norm(x: Tensor, active: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Group norm with statistics over the visible sites of each sample."""
+    b, c, h, w = x.shape
+    present = upsample_mask(active, h, w).to(x.dtype).view(b, 1, 1, h, w)
+    split = masked(x, active).view(b, groups, c // groups, h, w)
+    count = present.sum(dim=(2, 3, 4), keepdim=True) * (c // groups)
+    mean = split.sum(dim=(2, 3, 4), keepdim=True) / count
+    centred = (split - mean) * present
+    variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
+    return masked(_affine((centred / torch.sqrt(variance + eps)).view(b, c, h, w), weight, bias), active)
+
+
+def standardised(weight: Tensor, eps: float, gain: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """A kernel with mean 0 and variance 1 of each output channel (biased), times a gain of shape (C_out, 1, 1, 1)."""
+    flat = weight.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    out = (centred / torch.sqrt(centred.square().mean(1, keepdim=True) + eps)).view_as(weight)
+    return out * scale if gain is None else out * (gain * scale)

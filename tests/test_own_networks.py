@@ -82,16 +82,16 @@ class Masked:
         return oracle.masked(x, self.active)
 
 
-def check(network: Network, expected: list[Tensor]) -> None:
+def check(network: Network, expected: list[Tensor], active: Tensor = ACTIVE, taps: list[str] | None = None) -> None:
     """All engines give the expected maps, in training mode; gradients of the weights agree with autograd through them."""
     dense = dict(network.named_parameters())
     loss = sum((y * y.detach().cos()).sum() for y in expected)
     names = [name for name in dense if not name.startswith("fc.")]
     gradients = torch.autograd.grad(loss, [dense[name] for name in names], allow_unused=True)
-    encoder = sparkme.sparsify(network).train(network.training)
+    encoder = sparkme.sparsify(network, taps=taps).train(network.training)
     for engine in ENGINES:
         encoder.set_engine(engine).zero_grad()
-        maps = encoder(images(), ACTIVE)
+        maps = encoder(images(), active)
         for x, y in zip(maps, expected, strict=True):
             assert oracle.relative_error(x.dense(), y) < 1e-10, engine
         sum((x.dense() * y.detach().cos()).sum() for x, y in zip(maps, expected, strict=True)).backward()

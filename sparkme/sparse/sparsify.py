@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,15 @@ def sparsify(
             with torch.no_grad():  # the probe has moved its running statistics
                 for value, before in zip(reference.buffers(), model.buffers(), strict=True):
                     value.copy_(before)
-            _try_out(encoder, reference)
+            try:
+                _try_out(encoder, reference)
+            except UnsupportedLayerError as error:
+                # A function may pool further than any module shows: then patches have to be larger.
+                encoder.hierarchy = replace(hierarchy, patch=2 * hierarchy.patch)
+                try:
+                    _try_out(encoder, reference)
+                except UnsupportedLayerError:
+                    raise error from None
     return encoder
 
 
@@ -123,7 +132,13 @@ def _try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     some = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool, device=like.device).view(2, 1, 2, 3)
     hidden = Grid(some, patch).mask(1, torch.bool).logical_not()
     try:
-        expected = dense_features(dense, encoder.hierarchy.taps, images)
+        try:
+            expected = dense_features(dense, encoder.hierarchy.taps, images)
+        except Exception as error:
+            sides = " x ".join(map(str, images.shape[2:]))
+            raise UnsupportedLayerError(
+                f"the network cannot be run on images of {sides} pixels: {first_line(error)}"
+            ) from error
         spoiled = images.masked_fill(hidden, float("nan"))
         results = []
         for name in ENGINES:
