@@ -207,30 +207,30 @@ def _examine(name: str) -> dict[str, Any]:
                     raise ArithmeticError(f"engine {engine}: hidden pixels change the map at stride {x.stride}")
     feature_info = compare_feature_info(model, encoder)
     del model, theirs
-    results = []
+    del state
     buffers = {key: value.clone() for key, value in encoder.named_buffers()}
-    for engine in ENGINES:
-        of_engine = []
-        for training in (False, True):
+    for training in (False, True):
+        first: tuple[list[Tensor], list[Tensor]] | None = None
+        for engine in ENGINES:
             encoder.train(training).set_engine(engine).zero_grad()
             torch.manual_seed(1)
             maps = encoder(images, some)
             torch.stack([(x.rows * x.rows.detach().cos()).mean() for x in maps]).sum().backward()
-            gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
-            of_engine += [[x.rows.detach() for x in maps], [g.clone() for g in gradients]]
+            rows, gradients = [x.rows.detach() for x in maps], [p.grad for p in encoder.parameters() if p.grad is not None]
+            del maps
             for key, value in encoder.named_buffers():
                 value.copy_(buffers[key])
-        results.append(of_engine)
-    for kind, i in (("engines", 0), ("gradients", 1), ("training", 2), ("training", 3)):
-        scale = max(float(g.abs().max()) for g in results[0][i]) if i % 2 else 0.0
-        error = max(
-            float((x - y).abs().max()) / (scale or float(y.abs().max()))
-            for other in results[1:]
-            for x, y in zip(other[i], results[0][i], strict=True)
-        )
-        errors[kind] = max(error, errors.get(kind, 0.0))
+            if first is None:
+                first = rows, [g.clone() for g in gradients]
+                continue
+            scale = max(float(g.abs().max()) for g in first[1])
+            of_maps = max(relative(x, y) for x, y in zip(rows, first[0], strict=True))
+            of_gradients = max(float((x - y).abs().max()) / scale for x, y in zip(gradients, first[1], strict=True))
+            for kind, error in (("training", max(of_maps, of_gradients)),) if training else (
+                ("engines", of_maps), ("gradients", of_gradients),
+            ):  # fmt: skip
+                errors[kind] = max(error, errors.get(kind, 0.0))
     encoder.zero_grad()
-    del results
     bad = [f"{kind} {error:.1e}" for kind, error in errors.items() if not error <= LIMITS[dtype][kind]]
     if bad:
         raise ArithmeticError(f"differs by {', '.join(bad)} of the largest value")

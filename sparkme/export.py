@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparkme.errors import UserError, run_command, user_errors
 
 if TYPE_CHECKING:
+    from sparkme.data.dataset import Statistics
     from sparkme.masked import MaskedAutoencoder
     from sparkme.sparse.encoder import SparseEncoder
 
@@ -245,7 +246,7 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     if not norms:
         print("the network has no batch norm: nothing to recalibrate")
         return
-    paths = find_images(data)
+    paths, statistics = find_images(data), statistics_of(config)
     step = max(1, len(paths) // count)
     chosen, size = paths[::step][:count], (config["input_size"][0], config["input_size"][1])
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}  # type: ignore[union-attr]
@@ -258,9 +259,9 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     with torch.no_grad():
         for start in tqdm(range(0, len(chosen), 32), desc="recalibrating batch norm", disable=not sys.stderr.isatty()):
             group = chosen[start : start + 32]
-            images = preview_images(group, size, len(group), config.get("background", "white"))
+            images = preview_images(group, size, len(group), config.get("channels", 3), config.get("background", "white"))
             if len(images) > 1:
-                dense(normalise(images))
+                dense(normalise(images, statistics))
                 seen += len(images)
     dense.eval()
     if not seen:
@@ -279,6 +280,13 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
         f"batch norm recalibrated on {seen} whole images: means were off by {torch.stack(shifts).mean():.3f} deviations, "
         f"variances by a factor of {torch.stack(ratios).mean().exp():.3f}, both now 0 and 1 on these images"
     )
+
+
+def statistics_of(config: dict[str, Any]) -> Statistics:
+    """What a run normalised its images by; older ones had ImageNet's."""
+    from sparkme.data.dataset import Statistics
+
+    return Statistics(tuple(config["mean"]), tuple(config["std"])) if config.get("mean") else Statistics()
 
 
 def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -350,16 +358,20 @@ def write_hub_folder(
     import timm
     from timm.models._hub import save_for_hf
 
-    from sparkme.data.dataset import MEAN, STD
-
-    plain = name.removeprefix("timm:")
-    channels = next(iter(state.values())).shape[1] if config.get("channels", 3) != 3 else 3
+    plain, statistics = name.removeprefix("timm:"), statistics_of(config)
+    channels = config.get("channels", 3)
     model = timm.create_model(plain, pretrained=False, num_classes=0, in_chans=channels)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise UserError(f"--hub-folder: timm's {plain} without a classifier has other weights: {[*missing, *unexpected][:5]}")
     size = [channels, config["input_size"][0], config["input_size"][1]]
-    preprocessing = {"input_size": size, "mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "crop_pct": 0.95}
+    preprocessing = {
+        "input_size": size,
+        "mean": list(statistics.mean),
+        "std": list(statistics.std),
+        "interpolation": "bicubic",
+        "crop_pct": 0.95,
+    }
     try:
         save_for_hf(model, str(args.hub_folder), data_config=preprocessing, safe_serialization=True)
         rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items() if key not in ("format", "method"))

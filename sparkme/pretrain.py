@@ -106,7 +106,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
-        from sparkme.data.dataset import CropDataset
+        from sparkme.data.dataset import CropDataset, Statistics, estimate_statistics
         from sparkme.data.images import demo_photographs, find_images
         from sparkme.training.build import build_network
         from sparkme.training.checkpoint import Checkpoints, load_checkpoint
@@ -122,6 +122,12 @@ class Run:
         newest = self.checkpoints.newest() if args.resume else None
         saved = load_checkpoint(newest) if newest else None
         self.config = config = resolve_config(args, len(paths), process, saved["config"] if saved else None)
+        if config["mean"] is None:
+            found = Statistics()
+            if config["channels"] != 3:
+                found = estimate_statistics(paths, config["channels"], config["background"], seed=config["seed"])
+            config |= {"mean": [*found.mean], "std": [*found.std]}
+        self.statistics = Statistics(tuple(config["mean"]), tuple(config["std"]))
         if saved is not None:
             check_same_run(saved["config"], config, newest)
 
@@ -152,7 +158,12 @@ class Run:
             self.network.compile_parts()
         self.model: nn.Module = DistributedDataParallel(self.network) if process.world > 1 else self.network
         self.dataset = CropDataset(
-            paths, self.network.input_size, min_scale=config["crop_scale"], seed=config["seed"], background=config["background"]
+            paths,
+            self.network.input_size,
+            min_scale=config["crop_scale"],
+            seed=config["seed"],
+            channels=config["channels"],
+            background=config["background"],
         )
         self.unreadable: set[str] = set()
         if process.is_main:
@@ -229,7 +240,7 @@ class Run:
                     log.close()
 
     def _train_step(self, images: Tensor) -> Tensor:
-        """One update of the weights on (B, 3, H, W) uint8 images.
+        """One update of the weights on (B, C, H, W) images, bytes or floats in [0, 1].
 
         Returns:
             The mean loss, scalar, on the device; nothing waits for it.
@@ -246,7 +257,7 @@ class Run:
         for i, part in enumerate(parts):
             with self._gradients_stay_here(until=len(parts) - 1, part=i):
                 with self._precision():
-                    loss = self.model(normalise(part), generator=generator) / len(parts)
+                    loss = self.model(normalise(part, self.statistics), generator=generator) / len(parts)
                 loss.backward()
             total += loss.detach()
         if config["optimizer"] == "adamw" and config["clip_grad"]:  # LAMB clips by itself
@@ -319,15 +330,17 @@ class Run:
         from sparkme.data.dataset import normalise, preview_images
         from sparkme.training.panel import reconstruction_panel
 
-        images = preview_images(self.dataset.paths, self.network.input_size, 6, self.config["background"]).to(
-            self.process.device
-        )
+        images = preview_images(
+            self.dataset.paths, self.network.input_size, 6, self.config["channels"], self.config["background"]
+        ).to(self.process.device)
         if not len(images):
             return
         generator = torch.Generator().manual_seed(self.config["seed"])
         active = self.network.random_active(len(images), generator)
         with self._precision():
-            panel = reconstruction_panel(self.network, normalise(images), active.to(images.device))
+            panel = reconstruction_panel(
+                self.network, normalise(images, self.statistics), active.to(images.device), self.statistics
+            )
         path = self.folder / "reconstructions" / f"epoch_{epoch:04d}.png"
         path.parent.mkdir(exist_ok=True)
         save_image(panel, path)

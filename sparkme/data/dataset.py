@@ -14,45 +14,83 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from sparkme.data.images import load_rgb
+from sparkme.data.images import load_image
+from sparkme.errors import UserError
 from sparkme.training.random import derived_seed
 
 # ImageNet's channel means and deviations, of values in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, 3, H, W) uint8 to the numbers the network sees. Done on the device, so that bytes travel and not floats."""
-    mean, std = _statistics(images.device, dtype)
-    return (images.to(dtype) / 255 - mean) / std
+class Statistics(NamedTuple):
+    """Mean and deviation of each channel, of values in [0, 1]."""
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
 
-def denormalise(images: Tensor) -> Tensor:
+def normalise(images: Tensor, statistics: Statistics = Statistics(), dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: B008
+    """(B, C, H, W) bytes, or floats in [0, 1], to the numbers the network sees. Done on the device, so that bytes travel."""
+    mean, std = _on_device(statistics, images.device, dtype)
+    values = images.to(dtype)
+    return ((values / 255 if images.dtype == torch.uint8 else values) - mean) / std
+
+
+def denormalise(images: Tensor, statistics: Statistics = Statistics()) -> Tensor:  # noqa: B008
     """The inverse: values in [0, 1], clipped."""
-    mean, std = _statistics(images.device, images.dtype)
+    mean, std = _on_device(statistics, images.device, images.dtype)
     return (images * std + mean).clamp(0, 1)
 
 
 @lru_cache
-def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, (3, 1, 1); kept, so that a step copies nothing small to the device."""
-    mean, std = (torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (MEAN, STD))
+def _on_device(statistics: Statistics, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (C, 1, 1); kept, so that a step copies nothing small to the device."""
+    mean, std = (torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1) for values in statistics)
     return mean, std
 
 
+def estimate_statistics(paths: list[Path], channels: int, background: str, *, seed: int, count: int = 256) -> Statistics:
+    """Mean and deviation of each channel over all pixels of `count` images, drawn once.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(seed, "statistics"))
+    sums, squares, pixels, problem = torch.zeros(channels), torch.zeros(channels), 0, ""
+    for number in torch.randperm(len(paths), generator=generator)[:count].tolist():
+        try:
+            values = as_floats(load_image(paths[number], channels, background)).flatten(1).double()
+        except OSError as error:
+            problem = str(error)
+            continue
+        sums, squares, pixels = sums + values.sum(1), squares + values.square().sum(1), pixels + values.shape[1]
+    if not pixels:
+        raise UserError(f"no image could be read to estimate its mean and deviation: {problem}")
+    mean = sums / pixels
+    std = (squares / pixels - mean.square()).clamp_min(1e-6).sqrt()
+    return Statistics(tuple(round(v, 6) for v in mean.tolist()), tuple(round(max(v, 1e-3), 6) for v in std.tolist()))
+
+
+def as_floats(image: Image.Image | Tensor) -> Tensor:
+    """(C, H, W) in [0, 1]."""
+    return image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image).float() / 255
+
+
 class Sample(NamedTuple):
-    """One crop, (3, H, W) uint8, or None if no image could be read; and the images that could not."""
+    """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; and the images that could not."""
 
     image: Tensor | None
     unreadable: tuple[str, ...]
 
 
 class Batch(NamedTuple):
-    """(B, 3, H, W) uint8, or None if too many images in a row could not be read; and those that could not."""
+    """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; and those
+    that could not."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]
@@ -66,6 +104,7 @@ class CropDataset(Dataset[Sample]):
         size: height and width of a crop.
         min_scale: smallest share of the image's area that a crop covers.
         seed: of the run.
+        channels: of the crops.
         background: the colour that transparent images are laid on.
 
     An image that cannot be read is replaced by another, and reported.
@@ -74,14 +113,16 @@ class CropDataset(Dataset[Sample]):
     TRIES = 16
 
     def __init__(
-        self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int, background: str = "white"
-    ) -> None:
+        self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int, channels: int = 3,
+        background: str = "white",
+    ) -> None:  # fmt: skip
         self.paths = paths
         self.seed = seed
+        self.channels = channels
         self.background = background
         self.crop = v2.Compose(
             [
-                v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
             ]
@@ -97,13 +138,14 @@ class CropDataset(Dataset[Sample]):
             number = draw if attempt == 0 else derived_seed(self.seed, "replacement", epoch, draw, attempt)
             path = self.paths[number % len(self.paths)]
             try:
-                image = load_rgb(path, self.background)
+                image = load_image(path, self.channels, self.background)
             except OSError as error:
                 unreadable.append(str(error))
                 continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))
-                return Sample(self.crop(image), tuple(unreadable))
+                crop = self.crop(image)  # by bicubic, which may overshoot
+                return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable))
         return Sample(None, tuple(dict.fromkeys(unreadable)))
 
 
@@ -152,6 +194,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 def collate(samples: list[Sample]) -> Batch:
     images = [sample.image for sample in samples if sample.image is not None]
     unreadable = tuple(path for sample in samples for path in sample.unreadable)
+    if len({image.dtype for image in images}) > 1:
+        images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
     return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable)
 
 
@@ -173,16 +217,20 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def preview_images(paths: list[Path], size: tuple[int, int], count: int, background: str = "white") -> Tensor:
-    """Centre crops of `count` images spread over the list, (B, 3, H, W) uint8; unreadable ones are passed over."""
+def preview_images(
+    paths: list[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white"
+) -> Tensor:
+    """Centre crops of `count` images spread over the list, (B, C, H, W), as `collate` puts them together; unreadable ones are
+    passed over."""
     transform = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     step = max(1, len(paths) // count)
     crops = []
     for path in paths[::step] + paths:
         try:
-            crops.append(transform(load_rgb(path, background)))
+            crops.append(Sample(transform(load_image(path, channels, background)), ()))
         except OSError:
             continue
         if len(crops) == count:
             break
-    return torch.stack(crops) if crops else torch.empty(0, 3, *size, dtype=torch.uint8)
+    images = collate(crops).images if crops else None
+    return torch.empty(0, channels, *size, dtype=torch.uint8) if images is None else images

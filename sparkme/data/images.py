@@ -8,11 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from sparkme.errors import UserError, first_line
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
@@ -98,4 +100,84 @@ def load_rgb(path: Path, background: str = "white") -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise OSError(f"{printable(path)}: {first_line(error)}") from error
+
+
+def load_image(path: Path, channels: int = 3, background: str = "white") -> Image.Image | Tensor:
+    """Decodes an image of any number of channels.
+
+    Args:
+        path: an image file, or a `.npy` array (H, W), (H, W, C) or (C, H, W) of uint8, uint16, or floats from 0 to 1.
+        channels: how many the network takes. With 3, files are read by `load_rgb`; with 1, colours become grey; with another
+            number the channels of an array, or the grey pages of a TIFF file, have to be as many.
+        background: see `load_rgb`.
+
+    Returns:
+        An RGB image of Pillow's, of bytes, which travel to the device as they are; or a (C, H, W) float32 tensor of values
+        from 0 to 1, with all the precision that the file has.
+
+    Raises:
+        OSError: it cannot be read, or has other channels.
+    """
+    if path.suffix.lower() == ".npy":
+        return _load_array(path, channels)
+    if channels == 3:
+        return load_rgb(path, background)
+    try:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")
+            pages = getattr(opened, "n_frames", 1)
+            if channels == 1:
+                return _grey(ImageOps.exif_transpose(opened), background).unsqueeze(0)
+            if pages == channels:
+                planes = []
+                for page in range(pages):
+                    opened.seek(page)
+                    if len(opened.getbands()) != 1:
+                        raise OSError(
+                            f"page {page + 1} has {len(opened.getbands())} channels; pages that are channels have one"
+                        )
+                    planes.append(_grey(opened, background))
+                return torch.stack(planes)
+            if len(opened.getbands()) == channels:
+                values = np.asarray(opened).astype(np.float32) / 255
+                return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+            raise OSError(f"it has {len(opened.getbands())} channels and {pages} pages, --channels is {channels}")
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+        raise OSError(f"{printable(path)}: {first_line(error)}") from error
+
+
+def _grey(image: Image.Image, background: str) -> Tensor:
+    """(H, W) float32 from 0 to 1; 16 bits stay 16 bits."""
+    if image.mode == "F":
+        raise OSError("floating-point pixels have no known range; save them as .npy with values from 0 to 1")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return torch.from_numpy(np.asarray(image).astype(np.float32).clip(0, 65535) / 65535)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return torch.from_numpy(np.asarray(image.convert("L")).astype(np.float32) / 255)
+
+
+def _load_array(path: Path, channels: int) -> Tensor:
+    try:
+        array = np.load(path, allow_pickle=False)
+        if array.ndim == 2:
+            array = array[:, :, None]
+        if array.ndim != 3:
+            raise OSError(f"an array of {array.ndim} axes is no image")
+        if array.shape[2] != channels and array.shape[0] == channels:
+            array = array.transpose(1, 2, 0)
+        if array.shape[2] != channels:
+            raise OSError(f"an array {array.shape} has not {channels} channels, first or last; see --channels")
+        if array.dtype in (np.uint8, np.uint16):
+            values = array.astype(np.float32) / np.iinfo(array.dtype).max
+        elif array.dtype.kind == "f":
+            values = array.astype(np.float32)
+        else:
+            raise OSError(f"an array of {array.dtype} has no known range; use uint8, uint16, or floats from 0 to 1")
+        if not values.size or not (values.min() >= 0 and values.max() <= 1):  # NaN too
+            raise OSError("its values are not all from 0 to 1")
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+    except (OSError, ValueError, EOFError) as error:
         raise OSError(f"{printable(path)}: {first_line(error)}") from error

@@ -16,7 +16,7 @@ def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
     Raises:
         ValueError: a value of the configuration is not possible.
     """
-    encoder = create_encoder(config["model"], drop_path=config["drop_path"])
+    encoder = create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"])
     options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}
     options["input_size"] = tuple(config["input_size"])
     if config.get("recipe", "spark") == "fcmae":  # older checkpoints do not say

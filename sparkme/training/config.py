@@ -109,6 +109,21 @@ def create_parser() -> argparse.ArgumentParser:
         help="stop when more images than this cannot be read (10, or 1%% of the images if that is more)",
     )
     group.add_argument(
+        "--channels",
+        type=int,
+        default=3,
+        metavar="C",
+        help="of the images: 3 for colour, 1 for grey, or as many as .npy arrays or the pages of TIFF files have (%(default)s)",
+    )
+    group.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="M",
+        help="of each channel, of values from 0 to 1 (ImageNet's with 3 channels, else estimated once)",
+    )
+    group.add_argument("--std", type=float, nargs="+", metavar="S", help="deviation of each channel, likewise")
+    group.add_argument(
         "--background",
         default="white",
         metavar="COLOUR",
@@ -238,14 +253,14 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 # What a resumed run must share with its checkpoint: the network, the optimiser's state, and what a step is.
-FIXED = ("recipe", "model", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "beta2", "batch_size",
-         "samples_per_epoch", "seed")  # fmt: skip
+FIXED = ("recipe", "model", "channels", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "beta2",
+         "batch_size", "samples_per_epoch", "seed")  # fmt: skip
 
-OLDER = {"recipe": "spark"}  # what checkpoints mean that do not say
+OLDER = {"recipe": "spark", "channels": 3}  # what checkpoints mean that do not say
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "samples_per_epoch": 1,
-             "patch": 1, "workers": 0, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0, "clip_grad": 0,
-             "checkpoint_minutes": 0, "panel_epochs": 0, "seed": 0, "warmup_epochs": 0}  # fmt: skip
+             "patch": 1, "channels": 1, "workers": 0, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0,
+             "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "seed": 0, "warmup_epochs": 0}  # fmt: skip
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -303,6 +318,16 @@ def resolve_config(
         ImageColor.getrgb(args.background)
     except ValueError:
         raise UserError(f"--background {args.background} is no colour; use a name, such as black, or #rrggbb") from None
+
+    kept = saved if saved and saved.get("channels", 3) == args.channels else {}
+    for name in ("mean", "std"):
+        values = config[name] = config[name] or kept.get(name)
+        if values is not None and len(values) != args.channels:
+            raise UserError(f"--{name} takes {args.channels} numbers, one for each of --channels; got {len(values)}")
+        if values is not None and not all(math.isfinite(v) and (v > 0 or name == "mean") for v in values):
+            raise UserError(f"--{name} {as_text(values)} must be finite{'' if name == 'mean' else ' and above 0'}")
+    if (config["mean"] is None) != (config["std"] is None):
+        raise UserError("--mean and --std go together; give both or none")
 
     on_gpu = process.device.type == "cuda"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
