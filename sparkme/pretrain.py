@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line, python_command, run_command, user_errors
 from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, create_parser, flag_of, output_folder, resolve_config
-from sparkme.training.distributed import Process, start_process, stop_process
+from sparkme.training.distributed import Process, start_process, stop_process, synchronise_batch_norms
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
@@ -151,7 +151,7 @@ class Run:
             self.step = saved["step"]
 
         if process.world > 1 and process.device.type == "cuda":
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            self.network = synchronise_batch_norms(self.network)
         if config["compile"]:
             if self.network.encoder.engine.name == "minkowski":
                 raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")

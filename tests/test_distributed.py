@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_pretrain import SMALL
+from timm.layers.norm_act import BatchNormAct2d
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkme
 from sparkme.models import create_encoder
 from sparkme.pretrain import Run
 from sparkme.training.config import create_parser
-from sparkme.training.distributed import start_process
+from sparkme.training.distributed import start_process, synchronise_batch_norms
 
 
 def network() -> sparkme.SparK:
@@ -99,3 +101,16 @@ def test_processes_mask_differently() -> None:
         8, (7, 7), 0.6, generator=seed_step(0, rank, 3, torch.device("cpu"))
     )
     assert not torch.equal(draw(0), draw(1))
+
+
+def test_batch_norms_with_code_of_their_own_keep_it(capsys: pytest.CaptureFixture[str]) -> None:
+    class Shifted(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), norm(b)) for a, b, norm in
+              [(3, 4, nn.BatchNorm2d), (4, 6, BatchNormAct2d), (6, 8, Shifted), (8, 8, nn.BatchNorm2d)]]  # fmt: skip
+    encoder = synchronise_batch_norms(sparkme.sparsify(nn.Sequential(*stages)))
+    kinds = [type(m) for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert kinds == [nn.SyncBatchNorm, nn.SyncBatchNorm, Shifted, nn.SyncBatchNorm]
+    assert "network.2.1 (Shifted)" in capsys.readouterr().out

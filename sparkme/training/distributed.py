@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from sparkme.errors import UserError, first_line
 
@@ -82,3 +83,20 @@ def start_process(device: str) -> Process:
 def stop_process() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def synchronise_batch_norms(network: nn.Module) -> Any:
+    """Has batch norms share their statistics over all processes; those with code of their own keep to their process's part.
+
+    torch would turn a subclass that computes something else into a plain one.
+    """
+    own_code = []
+    for name, module in list(network.named_modules()):
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            own_code.append(f"{name} ({type(module).__name__})")
+    if own_code and (not dist.is_initialized() or dist.get_rank() == 0):
+        print(f"note: not synchronised over processes, since they have code of their own: {', '.join(own_code[:4])}")
+    return network
