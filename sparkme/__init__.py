@@ -10,6 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "FCMAE": "sparkme.fcmae",
     "Grid": "sparkme.grid",
     "SparK": "sparkme.spark",
     "SparseEncoder": "sparkme.sparse.encoder",
@@ -18,7 +19,7 @@ _PUBLIC = {
     "random_active": "sparkme.masking",
     "sparsify": "sparkme.sparse.sparsify",
 }
-__all__ = ["Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "random_active", "sparsify"]
+__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "random_active", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

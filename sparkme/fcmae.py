@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparkme.grid import Grid
 from sparkme.masked import MaskedAutoencoder
 from sparkme.sparse.encoder import SparseEncoder
-from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d, SparseLinear
+from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d
 
 
 class FCMAE(MaskedAutoencoder):
@@ -19,13 +19,14 @@ class FCMAE(MaskedAutoencoder):
     is fine-tuned over each image; ours is over the visible pixels of each image.
 
     Args:
-        encoder: from `sparkme.sparsify`; the paper's are timm's `convnextv2_*`.
+        encoder: from `sparkme.sparsify`; the paper's are timm's `convnextv2_*`. Its weights stay as they are; a new
+            network's are those of `initialise_encoder`.
         input_size: side of the images, or (height, width), in pixels.
         mask_ratio: share of patches to hide.
         decoder_width: channels of the decoder's block.
         patch: side of a patch in pixels; the encoder's total stride if None.
-        normalise_patches: as the paper has it ("the target is a patch-wise normalized image", section 3.1); its code leaves
-            it off unless told.
+        normalise_patches: whether the target is each patch less its own mean, over its own deviation, as in the paper
+            (section 3, "reconstruction target"). The official class has it off; main_pretrain.py, which trains it, on.
 
     Raises:
         ValueError: sizes or ratio do not fit together.
@@ -72,22 +73,34 @@ class FCMAE(MaskedAutoencoder):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Initial values of the official code (models/fcmae.py, `_init_weights`)."""
-        for module in self.encoder.modules():
-            if isinstance(module, SparseConv2d | SparseDepthwiseConv2d):
-                nn.init.trunc_normal_(module.kernel, std=0.02)
-            elif isinstance(module, SparseLinear):
-                nn.init.trunc_normal_(module.linear.weight, std=0.02)
-            elif isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            else:
-                continue
-            bias = module.linear.bias if isinstance(module, SparseLinear) else module.bias
-            if bias is not None:
-                nn.init.zeros_(bias)
+        """Initial values of the official decoder (models/fcmae.py, `_init_weights`): convolutions of deviation 1, cut off at
+        2, as `trunc_normal_` has it where none is given; what it does not name (linear layers, norms) as torch makes it."""
         for layer in (self.projection, self.prediction, *self.decoder.modules()):
             if isinstance(layer, nn.Conv2d):
-                nn.init.trunc_normal_(layer.weight)  # of deviation 1
+                nn.init.trunc_normal_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         nn.init.normal_(self.mask_token, std=0.02)
+
+
+@torch.no_grad()
+def initialise_encoder(encoder: SparseEncoder) -> None:
+    """Gives an encoder new random weights, as the official one has them (models/convnextv2_sparse.py, `_init_weights`).
+
+    Convolutions and linear layers get a truncated normal of deviation .02, and biases of zero. Norms and GRN start as their
+    layers make them, at one and zero. The official code then runs the initialisation of the whole autoencoder over its encoder,
+    too, so that stem, depthwise and linear layers end with a deviation of 1, like the decoder. That is not repeated here: the
+    published weights come from other code (TRAINING.md), and layer norms hide most of the difference.
+    """
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    for module in encoder.modules():
+        if isinstance(module, SparseConv2d | SparseDepthwiseConv2d):
+            weight, bias = module.kernel, module.bias
+        elif isinstance(module, nn.Conv2d | nn.Linear):  # also what a SparseLinear holds
+            weight, bias = module.weight, module.bias
+        else:
+            continue
+        nn.init.trunc_normal_(weight, std=0.02)
+        if bias is not None:
+            nn.init.zeros_(bias)

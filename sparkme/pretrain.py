@@ -318,7 +318,8 @@ class Run:
     def _refuse(self, problem: str) -> NoReturn:
         newest = self.checkpoints.newest()
         good = f"the last good checkpoint is {newest.resolve()}" if newest else "there is no checkpoint yet"
-        raise UserError(f"{problem}; {good}; lower --base-lr or --clip-grad, or use --precision float32")
+        clip = "lower --base-lr or --clip-grad" if self.config["clip_grad"] else "lower --base-lr, set --clip-grad"
+        raise UserError(f"{problem}; {good}; {clip}, or use --precision float32")
 
     def _panel_is_due(self, epoch: int) -> bool:
         every = self.config["panel_epochs"]
@@ -435,10 +436,11 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any], path: Path | N
         UserError: names the first flag that differs.
     """
     for name in FIXED:
-        if saved.get(name, OLDER.get(name)) != config[name]:
+        before = saved.get(name, OLDER.get(name))
+        if before != config[name]:
             raise UserError(
-                f"{path} was trained with {flag_of(name)} {as_text(saved.get(name))}, now it is {as_text(config[name])}; use "
-                "the same, another --output, or --no-resume to start anew"
+                f"{path} was trained with {flag_of(name)} {as_text(before)}, now it is {as_text(config[name])}; use the same, "
+                "another --output, or --no-resume to start anew"
             )
 
 

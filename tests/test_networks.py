@@ -11,10 +11,12 @@ from sparkme.models import create_encoder, model_names
 TABLE = json.loads(networks.RESULTS.read_text())["networks"]
 SUPPORTED = {name: result for name, result in TABLE.items() if result["supported"]}
 # One for each kind of form; small ones.
-SAMPLE = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "timm:convnextv2_atto",
-          "timm:nf_resnet26", "timm:resnet50_gn", "timm:densenetblur121d", "timm:tf_efficientnet_b0", "timm:mambaout_femto", "timm:res2net50_26w_4s",
-          "timm:resnest14d", "timm:skresnet18", "timm:tresnet_m", "timm:hrnet_w18_small", "timm:ghostnetv2_100",
-          "timm:poolformer_s12", "timm:selecsls42b", "timm:gcresnext26ts", "timm:rdnet_tiny"]  # fmt: skip
+SAMPLE = [
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "timm:convnextv2_atto", "timm:nf_resnet26",
+    "timm:resnet50_gn", "timm:densenetblur121d", "timm:tf_efficientnet_b0", "timm:mambaout_femto", "timm:res2net50_26w_4s",
+    "timm:resnest14d", "timm:skresnet18", "timm:tresnet_m", "timm:hrnet_w18_small", "timm:ghostnetv2_100",
+    "timm:poolformer_s12", "timm:selecsls42b", "timm:gcresnext26ts", "timm:rdnet_tiny",
+]  # fmt: skip
 
 
 def test_the_table_holds_what_was_promised() -> None:

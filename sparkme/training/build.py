@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparkme.fcmae import FCMAE
+from sparkme.fcmae import FCMAE, initialise_encoder
 from sparkme.masked import MaskedAutoencoder
 from sparkme.models import create_encoder
 from sparkme.spark import SparK
@@ -20,5 +20,6 @@ def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
     options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}
     options["input_size"] = tuple(config["input_size"])
     if config.get("recipe", "spark") == "fcmae":  # older checkpoints do not say
+        initialise_encoder(encoder)
         return FCMAE(encoder, normalise_patches=config["norm_pix_loss"], **options)
     return SparK(encoder, densify_norm=config["densify_norm"], **options)

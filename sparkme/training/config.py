@@ -71,7 +71,7 @@ def _of_recipes(name: str) -> str:
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sparkme.pretrain",
-        description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023).",
+        description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
         epilog="Defaults are the recipe's; where two stand with a stroke between them, the first is SparK's and the second "
         "FCMAE's. The same command again resumes an interrupted run.",
     )
@@ -172,7 +172,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--densify-norm",
         choices=("auto", "bn", "ln", "none"),
         default="auto",
-        help="norm before mask tokens are filled in (the network's own kind)",
+        help="norm before mask tokens are filled in, with SparK (the network's own kind)",
     )
     group.add_argument(
         "--drop-path",
@@ -227,7 +227,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="run folder (runs/MODEL-SIZE)")
+    group.add_argument("--output", type=Path, metavar="DIR", help="run folder (runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE)")
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -309,6 +309,8 @@ def resolve_config(
         raise UserError(f"--base-lr {config['base_lr']} must be above 0")
     if args.recipe == "spark" and not config["norm_pix_loss"]:
         raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
+    if args.recipe == "fcmae" and args.densify_norm != "auto":
+        raise UserError(f"--densify-norm {args.densify_norm} is for --recipe spark; FCMAE has no norm there")
     if config["beta2"] is not None and not 0 <= config["beta2"] < 1:
         raise UserError(f"--beta2 {config['beta2']} is outside [0, 1)")
     if len(args.input_size) > 2:

@@ -12,7 +12,9 @@ OPTIMIZERS = ("lamb", "adamw")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two groups: decayed, and not, which are biases, norms, mask tokens and layer scale.
+    """Two groups: decayed, and not, which are biases, norms, mask tokens, GRN and layer scale.
+
+    FCMAE's official code exempts what has one axis or is a bias, and so decays its mask token and its GRN, (1, C), as well.
 
     Some of these have more than one axis: MinkowskiEngine's biases (1, C), mask tokens (1, C, 1, 1), layer scale (C, 1, 1).
     """
@@ -21,7 +23,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_vector = parameter.ndim < 2 or parameter.shape[1:] == (1, 1)
-            exempt = is_vector or name.endswith("bias") or name.startswith("mask_tokens")
+            exempt = is_vector or name.endswith("bias") or name.startswith("mask_token")
             (free if exempt else decayed).append(parameter)
     return [{"params": decayed, "decay": True}, {"params": free, "decay": False, "weight_decay": 0.0}]
 
