@@ -225,9 +225,9 @@ def test_what_hidden_pixels_hold_reaches_no_visible_one() -> None:
     x = sparse_input(values, active, 4, "masked-dense", channels_last=True)
     for layer in (nn.Linear(3, 3, bias=False).double(), linear, norm):
         x = (sparse_form(layer) or layer)(x)
-    assert not x.features.clean and (x.data != oracle.masked(x.data, active)).any()
-    assert torch.equal(x.dense(), oracle.masked(x.data, active))
-    expected = oracle.masked_conv2d(x.data, active, conv.weight, conv.bias, padding=1)
+    assert not x.features.clean and (x.values != oracle.masked(x.values, active)).any()
+    assert torch.equal(x.dense(), oracle.masked(x.values, active))
+    expected = oracle.masked_conv2d(x.values, active, conv.weight, conv.bias, padding=1)
     x = sparse_form(conv)(x.permute(0, 3, 1, 2))
     assert oracle.relative_error(x.dense(), expected) < 1e-12
     assert not any(y.features.clean for y in ((x * 2 + x).relu(), x + 1)) and (x / x).features.clean

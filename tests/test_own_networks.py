@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import oracle
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import sparkme
 
@@ -416,6 +418,138 @@ def test_weights_without_metadata_are_taken_back() -> None:
     assert all(torch.equal(value, state[name]) for name, value in encoder.dense_state_dict().items())
     twin = torchvision.models.mnasnet1_0()
     assert not twin.load_state_dict(encoder.dense_state_dict(), strict=False).unexpected_keys
+
+
+# --- what torch does not show to a map ----------------------------------------------------------------------------------
+
+
+class Swish(torch.autograd.Function):
+    """Saves memory as many networks do: with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return gradient * s * (1 + x * (1 - s))
+
+
+class Louder(torch.autograd.Function):
+    """The identity with another gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 3 * gradient
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda m, x: m.norm(Swish.apply(m.conv(x))), r"gradient does not reach the parameter 'blocks\.\d"),
+        (lambda m, x: m.norm(x + 0.5 * Swish.apply(x)), r"gradient is .* instead of .* at the parameter 'blocks\.\d"),
+        (lambda m, x: m.norm(Louder.apply(m.conv(x)) + x), r"gradient is .* instead of .* at the parameter 'blocks\.\d.down"),
+        (lambda m, x: checkpoint(lambda y: m.norm(m.conv(y)), x, use_reentrant=True), "use_reentrant=True"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_that_torch_does_not_see_are_refused(body: Callable[[nn.Module, Tensor], Tensor], reason: str) -> None:
+    """These once ended the process: what looks like a tensor to Python was one to C++, too."""
+    with pytest.raises(sparkme.UnsupportedLayerError, match=reason) as caught:
+        sparkme.sparsify(make(body))
+    assert "torch.autograd.Function" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_activations_may_be_computed_again() -> None:
+    network = make(lambda m, x: checkpoint(lambda y: m.norm(m.conv(y)), x, use_reentrant=False))
+    masked = Masked(network, ACTIVE)
+    check(network.eval(), masked(images(), lambda m, x: masked.norm(m, masked.conv(m, x))))
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.compile(m, backend="eager")])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_compiled_parts_are_refused_by_name(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    network = make(lambda m, x: m.relu(m.conv(x)))
+    network.blocks[1].relu = compiled(nn.ReLU())
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'blocks.1.relu' is compiled"):
+        sparkme.sparsify(network)
+
+
+def test_a_tensors_memory_is_not_a_maps() -> None:
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"torch.Tensor.data has no sparse form"):
+        sparkme.sparsify(make(lambda m, x: m.conv(x) * x.data.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.relu(x).sqrt(), lambda x: (x * x + 1e-3).log(), lambda x: x / x.abs().sum(1, keepdim=True),
+        lambda x: x / torch.norm(x, p=2, dim=1, keepdim=True), lambda x: 1 / (x.abs() + 1e-3), lambda x: (x * x) ** 0.5,
+    ],
+)  # fmt: skip
+def test_infinite_derivatives_at_hidden_pixels_reach_nothing(function: Callable[[Tensor], Tensor]) -> None:
+    """Hidden pixels are zero on masked-dense after the pooling, and zero times infinity is not zero."""
+    network = make(lambda m, x: m.conv(function(F.max_pool2d(x, 3, 1, 1).abs())), 3)
+    encoder = sparkme.sparsify(network)
+    results = []
+    for engine in ENGINES:
+        encoder.set_engine(engine).zero_grad()
+        sum(x.rows.sin().sum() for x in encoder(images(), ACTIVE)).backward()
+        results.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for ours, *others in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        assert all(oracle.relative_error(theirs, ours) < 1e-10 for theirs in others)
+
+
+# --- shared parameters -------------------------------------------------------------------------------------------------
+
+
+def with_twin(network: Network) -> Network:
+    """Gives each block a second convolution and norm with the weights of the first, and biases of their own."""
+    for block in network.blocks:
+        channels = block.conv.in_channels
+        block.twin, block.other = nn.Conv2d(channels, channels, 3, padding=1).double(), nn.BatchNorm2d(channels).double()
+        block.twin.weight, block.other.weight = block.conv.weight, block.norm.weight
+    return network
+
+
+def test_layers_that_share_a_weight_share_it_in_the_sparse_network() -> None:
+    network = with_twin(make(lambda m, x: m.other(m.twin(torch.relu(m.norm(m.conv(x)))))))
+    masked = Masked(network, ACTIVE)
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = masked.hide(torch.relu(masked.norm(m, masked.conv(m, x))))
+        x = oracle.masked_conv2d(x, ACTIVE, m.conv.weight, m.twin.bias, padding=1)
+        other = m.other
+        return oracle.masked_batch_norm(
+            x, ACTIVE, m.norm.weight, other.bias, other.running_mean, other.running_var, other.training
+        )[0]
+
+    check(network, masked(images(), body))
+    encoder = sparkme.sparsify(network)
+    optimizer = torch.optim.SGD(encoder.parameters(), 0.1)
+    sum(x.rows.square().mean() for x in encoder(images(), ACTIVE)).backward()
+    optimizer.step()
+    state = encoder.dense_state_dict()
+    assert torch.equal(state["blocks.0.twin.weight"], state["blocks.0.conv.weight"])
+    assert not torch.equal(state["blocks.0.twin.weight"], network.blocks[0].conv.weight)
+
+
+def test_a_weight_shared_by_layers_of_different_layout_is_refused() -> None:
+    network = make(lambda m, x: m.hooked(m.conv(x)))
+    for block in network.blocks:
+        block.hooked = nn.Conv2d(block.conv.in_channels, block.conv.in_channels, 3, padding=1).double()
+        block.hooked.weight = block.conv.weight
+        block.hooked.register_forward_hook(lambda m, args, out: 2 * out)
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layers 'blocks.0.conv' and 'blocks.0.hooked' share a weight"):
+        sparkme.sparsify(network)
 
 
 # --- the hierarchy ----------------------------------------------------------------------------------------------------

@@ -221,9 +221,11 @@ def attach(model: nn.Module, taps: tuple[Tap, ...], reached: Callable[[int, Any]
     return handles
 
 
-@torch.no_grad()
 def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor) -> list[Tensor]:
-    """The hierarchy of a dense model on images (B, C, H, W), in eval mode: maps (B, D, H / s, W / s), shallow to deep."""
+    """The hierarchy of a dense model on images (B, C, H, W), in eval mode: maps (B, D, H / s, W / s), shallow to deep.
+
+    Differentiable; call it under torch.no_grad() where no gradients are wanted.
+    """
     recorder = Recorder([tap.call for tap in taps])
     modes = {module: module.training for module in model.modules()}
     handles = attach(model, taps, recorder.reached)

@@ -9,6 +9,7 @@ is refused by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,7 +171,7 @@ class SparseMap:
         return self.storage.read()
 
     @property
-    def data(self) -> Tensor:
+    def values(self) -> Tensor:
         """The tensor in it, in the engine's form."""
         return self.features.data
 
@@ -225,7 +226,7 @@ class SparseMap:
         """A map with other features, otherwise like this one."""
         return SparseMap(features, self.engine, self.recorder, dims or self.dims)
 
-    def with_data(self, data: Tensor, dims: str | None = None, *, clean: bool | None = None) -> SparseMap:
+    def with_values(self, data: Tensor, dims: str | None = None, *, clean: bool | None = None) -> SparseMap:
         """The same sites with other data in the engine's form."""
         features = self.features
         return self.replace(features.replace(data, clean=features.clean if clean is None else clean), dims)
@@ -276,8 +277,14 @@ class SparseMap:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """Networks ask `isinstance(x, torch.Tensor)` to tell one map from a list of them, so it is true of a map on its way
-        through a network, except under torch.compile, which would look for a tensor's memory. `type(x)` is SparseMap."""
-        return SparseMap if self.recorder is None or self.recorder.compiled else Tensor
+        through a network, where code that says `isinstance` or `is_tensor` asks. Torch's own code gets the truth, also in
+        C++ (custom autograd functions, scripted ones) and under torch.compile: it would go on to look for a tensor's memory.
+        `type(x)` is SparseMap."""
+        if self.recorder is None or self.recorder.compiled:
+            return SparseMap
+        asking = sys._getframe(1)
+        is_torch = asking.f_globals.get("__name__", "").startswith("torch.")  # torch.is_tensor itself is in `torch`
+        return Tensor if "isinstance" in asking.f_code.co_names and not is_torch else SparseMap
 
     @property
     def shape(self) -> torch.Size:

@@ -6,6 +6,7 @@ What becomes of which layer and function stands in `sparkme.sparse.forms`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +19,16 @@ from sparkme.errors import first_line
 from sparkme.grid import Grid
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.engines import ENGINES, why_not
-from sparkme.sparse.forms import SPARSE_FORMS, sparse_form
+from sparkme.sparse.forms import SPARSE_FORMS, SparseLayer, sparse_form
+from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.hierarchy import Hierarchy, dense_features, find_hierarchy
 
 # What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays
 # a hundred times below, a wrong layer is off by a hundred times more.
 TRIAL_TOLERANCE = 1e-3
+# The same for the norm of a parameter's gradient, relative to itself and, besides, to the largest of all: where a ReLU's input is
+# within rounding of zero, a whole gradient may move; where a gradient is missing, it is off by itself.
+GRADIENT_TOLERANCE, GRADIENT_FLOOR = 0.2, 1e-4
 
 
 class UnsupportedLayerError(ValueError):
@@ -52,6 +57,12 @@ def sparsify(
         UnsupportedLayerError: a layer, or a function that one calls, has no sparse form; says which one, why, and what to do.
         ValueError: the network is not hierarchical, or cannot be run.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise UnsupportedLayerError(
+                f"{f'layer {name!r}' if name else 'the network'} is compiled, and its code can no longer be run on sparse maps; "
+                "pass it as it was before torch.jit or torch.compile"
+            )
     with _undisturbed():
         dense, reference = copy.deepcopy(model), copy.deepcopy(model)
         hierarchy = find_hierarchy(reference, num_scales, taps=taps, in_channels=in_channels)
@@ -77,6 +88,9 @@ def _sparse_network(network: nn.Module, hierarchy: Hierarchy) -> nn.Module:
     """Replaces the leaves of a network by sparse ones, in place."""
     done: dict[int, nn.Module] = {}
     replaced: list[str] = []
+    tied: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
     names: dict[int, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -106,7 +120,37 @@ def _sparse_network(network: nn.Module, hierarchy: Hierarchy) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, done[id(module)])
             replaced.append(f"{name}.")
+    for group in tied.values():
+        if len(group) > 1:
+            _tie(network, group)
     return network
+
+
+def _tie(network: nn.Module, names: Sequence[str]) -> None:
+    """Has layers that share a parameter in the dense network, by these names, share it in the sparse one.
+
+    Raises:
+        UnsupportedLayerError: they have become layers that keep it in different layouts.
+    """
+    first: tuple[str, type, nn.Parameter] | None = None
+    for name in names:
+        path, _, own = name.rpartition(".")
+        try:
+            layer = network.get_submodule(path)
+            holder, key = layer.holder(own) if isinstance(layer, SparseLayer) else (layer, own)
+            parameter = holder._parameters[key]
+        except (AttributeError, KeyError):  # of the head, which is gone
+            continue
+        layout = type(layer) if isinstance(layer, SparseConvolution) else nn.Module
+        assert parameter is not None
+        if first is None:
+            first = path, layout, parameter
+        elif (layout, parameter.shape) != (first[1], first[2].shape):
+            raise UnsupportedLayerError(
+                f"layers {first[0]!r} and {path!r} share a weight, of which sparse networks have different layouts; give each "
+                "a weight of its own, or use one layer twice"
+            )
+        holder._parameters[key] = first[2]
 
 
 @contextmanager
@@ -133,7 +177,8 @@ def _try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     hidden = Grid(some, patch).mask(1, torch.bool).logical_not()
     try:
         try:
-            expected = dense_features(dense, encoder.hierarchy.taps, images)
+            with torch.no_grad():
+                expected = dense_features(dense, encoder.hierarchy.taps, images)
         except Exception as error:
             sides = " x ".join(map(str, images.shape[2:]))
             raise UnsupportedLayerError(
@@ -152,12 +197,17 @@ def _try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
         for rows in results:
             for x, y, stride in zip(rows, results[0], encoder.strides, strict=True):
                 _compare(x, y, f"with hidden patches, at stride {stride}, from engine to engine")
-        encoder.train().set_engine("auto")
+        encoder.eval().set_engine("auto")
+        with _named_errors(encoder.network), torch.enable_grad():
+            _compare_gradients(encoder, dense, images, whole)
+        encoder.train()
         with _named_errors(encoder.network), torch.enable_grad():
             maps = encoder(images, some)
             reached = [p for p in encoder.parameters() if p.requires_grad]
-            total = sum(x.rows.float().square().mean() for x in maps)
-            gradients = torch.autograd.grad(total, reached, allow_unused=True) if isinstance(total, Tensor) else []
+            total = torch.stack([x.rows.float().square().mean() for x in maps]).sum()
+            if reached and not total.requires_grad:
+                raise UnsupportedLayerError(f"no gradient reaches the parameters of the sparse network; {_BLIND}")
+            gradients = torch.autograd.grad(total, reached, allow_unused=True) if reached else ()
         # Parameters that no map depends on are of branches that end elsewhere; DistributedDataParallel would wait for them.
         for parameter, gradient in zip(reached, gradients, strict=False):
             parameter.requires_grad_(gradient is not None)
@@ -168,6 +218,12 @@ def _try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
             for name, value in encoder.named_buffers():
                 value.copy_(buffers[name])
         encoder.set_engine("auto")
+
+
+_BLIND = (
+    "look for a torch.autograd.Function or a checkpoint with use_reentrant=True, which do not see sparse maps, and write it with "
+    "torch's own functions"
+)
 
 
 def _compare(value: Tensor, expected: Tensor, where: str) -> None:
@@ -181,6 +237,57 @@ def _compare(value: Tensor, expected: Tensor, where: str) -> None:
             f"the sparse network does not compute what the dense one does: {where} they differ by {float(error):.1e} of the "
             "largest value; look for operations in place, state that changes from call to call, or sizes that are hard-coded"
         )
+
+
+def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor, whole: Tensor) -> None:
+    """Compares the gradient of every parameter with the dense network's, in size, on a whole image.
+
+    Raises:
+        UnsupportedLayerError: one differs, since the network does something that torch does not show to a sparse map.
+    """
+    names, weights = zip(*((name, p) for name, p in dense.named_parameters() if p.requires_grad))
+    try:
+        features = dense_features(dense, encoder.hierarchy.taps, images)
+        factors = [y.detach().cos() for y in features]  # every map counts, however large its values are
+        expected = torch.autograd.grad(_weighted(features, factors), weights, allow_unused=True)
+    except RuntimeError:  # operations in place keep the dense network from being trained as it is
+        return
+    del features
+    parameters = [p for p in encoder.parameters() if p.is_floating_point()]
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    total = _weighted([x.dense() for x in encoder(images, whole)], factors)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else [None] * len(parameters)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+    unreached = [torch.full_like(p, torch.nan) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    ours = _in_dense_layout(encoder, parameters, unreached)
+    sizes = [(name, float(ours[name].norm()), float(g.norm())) for name, g in zip(names, expected) if g is not None]
+    least = GRADIENT_FLOOR * max((size for _, _, size in sizes), default=0.0)
+    for name, size, expected_size in sizes:
+        if not abs(size - expected_size) <= GRADIENT_TOLERANCE * expected_size + least:
+            found = "does not reach" if math.isnan(size) else f"is {size:.2g} instead of {expected_size:.2g} at"
+            raise UnsupportedLayerError(
+                f"the gradient {found} the parameter {name!r} of the sparse network; {_BLIND}"
+            )
+
+
+def _weighted(maps: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * factor).mean() for x, factor in zip(maps, factors, strict=True)]).sum()
+
+
+def _in_dense_layout(encoder: SparseEncoder, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Values for the encoder's parameters, such as their gradients, under the dense names and in the dense layout."""
+    kept = [p.data for p in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        return encoder.dense_state_dict()
+    finally:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data = value
 
 
 @contextmanager

@@ -58,6 +58,9 @@ class SparseConvolution(SparseLayer):
         self.padding = window.padding
         return window
 
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        return self, "kernel" if name == "weight" else name
+
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Kernel and bias, from where torch keeps them.
 
@@ -260,7 +263,7 @@ def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = No
     if any(rest):
         if any((left, right, top, bottom)) or mode != "constant" or any(rest[2:]):
             raise NotImplementedError(f"pad{tuple(pad)} of pixels and channels at once has no sparse form")
-        before, after = (x.data.new_full((1, n, 1, 1), value or 0.0) for n in rest[:2])
+        before, after = (x.values.new_full((1, n, 1, 1), value or 0.0) for n in rest[:2])
         joined: Any = [before, x, after]
         return torch.cat(joined, 1)  # type: ignore[return-value]
     if not any((left, right, top, bottom)):

@@ -41,6 +41,10 @@ class SparseLayer(nn.Module):
     def _slots(cls) -> set[str]:
         return {name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ())}
 
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        """Where a parameter of the dense layer is kept: the module, and its name there."""
+        return (self.get_submodule(self.inner) if self.inner else self), name
+
     def dense_state(self) -> dict[str, Tensor]:
         """Parameters and buffers under the names and in the layout of the dense layer."""
         return dict((self.get_submodule(self.inner) if self.inner else self).state_dict())

@@ -75,20 +75,24 @@ class _Pointwise:
     def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
         values = (*args, *kwargs.values())
         first = first_map(values)
-        data = self.function(*(operand(a, first) for a in args), **{k: operand(v, first) for k, v in kwargs.items()})
         features = first.features
-        if not first.engine.dense:
-            out = first.replace(features.replace(data))
-        elif self._keeps_zero(values):
-            out = first.replace(features.replace(data, clean=all(v.features.clean for v in values if is_map(v))))
-        elif self._is_finite(values):
-            out = first.replace(features.replace(data, clean=False))
-        else:
+        keeps_zero, mask = self._keeps_zero(values), None
+        if first.engine.dense and not keeps_zero and not self._is_finite(values):
             mask = features.grid.mask(features.stride, torch.bool)
-            mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
-            out = first.replace(
-                features.replace(torch.where(mask, data, torch.zeros((), dtype=data.dtype, device=data.device)))
-            )
+
+        def argument(value: Any) -> Any:
+            held = operand(value, first)
+            # One is a safe place for all of these functions and their derivatives: an infinite one times zero is not zero.
+            return _hide(held, mask, 1) if mask is not None and is_map(value) else held
+
+        data = self.function(*(argument(a) for a in args), **{key: argument(value) for key, value in kwargs.items()})
+        if mask is not None:
+            out = first.replace(features.replace(_hide(data, mask, 0)))
+        elif first.engine.dense:
+            clean = keeps_zero and all(v.features.clean for v in values if is_map(v))
+            out = first.replace(features.replace(data, clean=clean))
+        else:
+            out = first.replace(features.replace(data))
         if inplace or self.in_place:
             target = args[0] if args else first
             if not is_map(target):
@@ -107,6 +111,12 @@ class _Pointwise:
         return self.hidden == _NUMBER and not any(_may_be_infinite(v) for v in values if not is_map(v))
 
 
+def _hide(data: Tensor, mask: Tensor, value: int) -> Tensor:
+    """A dense engine's data (B, channels..., H, W) with `value` where the mask (B, 1, H, W) is false."""
+    mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
+    return torch.where(mask, data, torch.full((), value, dtype=data.dtype, device=data.device))
+
+
 def _may_be_infinite(value: Any) -> bool:
     return isinstance(value, float) and not abs(value) < float("inf")
 
@@ -121,7 +131,7 @@ def operand(value: Any, like: SparseMap) -> Any:
             raise ValueError(f"{value!r} and {like!r} do not lie on the same sites")
         if value.dims != like.dims:
             raise NotImplementedError(f"maps with axes {value.dims} and {like.dims} cannot be combined; permute one of them")
-        return value.data
+        return value.values
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.ndim > like.ndim:
@@ -148,13 +158,13 @@ def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
     shape = [1] * x.ndim
     shape[1] = weight.numel()
     slope = operand(weight.view(shape), x)
-    return x.with_data(torch.where(x.data >= 0, x.data, x.data * slope))
+    return x.with_values(torch.where(x.values >= 0, x.values, x.values * slope))
 
 
 @sparse_function("glu")
 def glu(x: SparseMap, dim: int = -1) -> SparseMap:
     """Half of the channels, times the sigmoid of the other half."""
-    return x.with_data(F.glu(x.data, x.channel(dim) + x.channel_axis))
+    return x.with_values(F.glu(x.values, x.channel(dim) + x.channel_axis))
 
 
 @sparse_function("dropout2d", "feature_dropout")
@@ -168,11 +178,11 @@ def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool
 def _converted(method: str) -> Callable[..., Any]:
     def convert(x: Any, *args: Any, **kwargs: Any) -> Any:
         """Another precision. Devices stay: a map lies where its batch lies."""
-        args = tuple(a.data if is_map(a) else a for a in args)
+        args = tuple(a.values if is_map(a) else a for a in args)
         if not is_map(x):  # a tensor, as a map
             return getattr(x, method)(*args, **kwargs)
-        data = getattr(x.data, method)(*args, **kwargs)
-        return x if data is x.data else x.with_data(data)
+        data = getattr(x.values, method)(*args, **kwargs)
+        return x if data is x.values else x.with_values(data)
 
     return convert
 

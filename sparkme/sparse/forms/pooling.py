@@ -104,7 +104,7 @@ def avg_pool2d(
     bare, window = padded_window(x, size, stride or kernel_size, padding, ceil_mode=ceil_mode)
     out = bare.replace(bare.engine.avg_pool(bare.flat, _bounded(bare, window)))
     if divisor_override is not None:
-        return out.with_data(out.data * (window.taps / divisor_override))
+        return out.with_values(out.values * (window.taps / divisor_override))
     if x.padding is not None or (not ceil_mode and (count_include_pad or window.padding == (0, 0))):
         return out
     key = "divisor", x.stride, window, ceil_mode, count_include_pad
@@ -232,7 +232,9 @@ def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., A
 
 
 @sparse_function("norm", "vector_norm")
-def norm(x: SparseMap, p: Any = 2, dim: Any = None, keepdim: bool = False, *, ord: Any = None, dtype: Any = None) -> Any:
+def norm(
+    x: SparseMap, p: Any = 2, dim: Any = None, keepdim: bool = False, out: None = None, dtype: Any = None, *, ord: Any = None
+) -> Any:
     """The norm over the visible pixels of each sample (GRN), or over channels."""
     order = ord if ord is not None else 2 if p in (None, "fro") else p
     return reduce(lambda v, axes: torch.linalg.vector_norm(v, order, axes, keepdim=True, dtype=dtype), x, dim, keepdim)

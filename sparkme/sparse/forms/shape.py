@@ -24,12 +24,12 @@ def cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None) -> Spa
     for value in tensors:
         piece = operand(value, like)
         if not is_map(value):
-            shape = list(like.data.shape)
+            shape = list(like.values.shape)
             shape[at] = piece.shape[at]
             piece = piece.expand(shape)
         pieces.append(piece)
     clean = all(is_map(value) and value.features.clean for value in tensors)
-    return like.with_data(torch.cat(pieces, at), clean=clean)
+    return like.with_values(torch.cat(pieces, at), clean=clean)
 
 
 @sparse_function("stack")
@@ -45,7 +45,7 @@ def unsqueeze(x: SparseMap, dim: int) -> SparseMap:
     if dim == 0:
         raise NotImplementedError(f"unsqueeze of a sparse map in front of the samples: {_REMEDY}")
     at = x.dims[:dim].count("C") + x.channel_axis
-    return x.view_of(x.data.unsqueeze(at), x.dims[:dim] + "C" + x.dims[dim:])
+    return x.view_of(x.values.unsqueeze(at), x.dims[:dim] + "C" + x.dims[dim:])
 
 
 @sparse_function("squeeze")
@@ -53,7 +53,7 @@ def squeeze(x: SparseMap, dim: int) -> SparseMap:
     if x.shape[dim] != 1:
         return x
     at = x.channel(dim) + x.channel_axis
-    return x.view_of(x.data.squeeze(at), x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :])
+    return x.view_of(x.values.squeeze(at), x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :])
 
 
 @sparse_function("narrow")
@@ -61,7 +61,7 @@ def narrow(x: SparseMap, dim: int, start: int, length: int) -> SparseMap:
     axis = x.channel(dim)
     start = start % x.shape[dim] if start < 0 else start
     span = (start, start + length) if x.dims.count("C") == 1 else None
-    return x.view_of(x.data.narrow(axis + x.channel_axis, start, length), span=span)
+    return x.view_of(x.values.narrow(axis + x.channel_axis, start, length), span=span)
 
 
 @sparse_function("split", "split_with_sizes")
@@ -99,18 +99,18 @@ def unbind(x: SparseMap, dim: int = 0) -> tuple[SparseMap, ...]:
 def select(x: SparseMap, dim: int, index: int) -> SparseMap:
     dim = x.axis(dim)
     at = x.channel(dim) + x.channel_axis
-    return x.view_of(x.data.select(at, index), x.dims[:dim] + x.dims[dim + 1 :])
+    return x.view_of(x.values.select(at, index), x.dims[:dim] + x.dims[dim + 1 :])
 
 
 @sparse_function("index_select")
 def index_select(x: SparseMap, dim: int, index: Tensor) -> SparseMap:
-    return x.with_data(x.data.index_select(x.channel(dim) + x.channel_axis, index))
+    return x.with_values(x.values.index_select(x.channel(dim) + x.channel_axis, index))
 
 
 @sparse_function("flip")
 def flip(x: SparseMap, *dims: Any) -> SparseMap:
     axes = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    return x.with_data(x.data.flip([x.channel(d) + x.channel_axis for d in axes]))
+    return x.with_values(x.values.flip([x.channel(d) + x.channel_axis for d in axes]))
 
 
 @sparse_function("__getitem__")
@@ -135,7 +135,7 @@ def getitem(x: SparseMap, index: Any) -> SparseMap:
                 else:
                     at = out.channel(dim) + out.channel_axis
                     picked = torch.arange(start, stop, step, device=out.device)
-                    out = out.view_of(out.data.index_select(at, picked))
+                    out = out.view_of(out.values.index_select(at, picked))
         elif isinstance(part, int):
             out = select(out, dim, part)
             continue
@@ -158,8 +158,8 @@ def permute(x: SparseMap, *dims: Any) -> SparseMap:
     if channels == sorted(channels):
         return x.same_storage(labels)
     first = x.channel_axis
-    axes = [*range(first), *(first + c for c in channels), *range(first + len(channels), x.data.ndim)]
-    return x.view_of(x.data.permute(axes), labels)
+    axes = [*range(first), *(first + c for c in channels), *range(first + len(channels), x.values.ndim)]
+    return x.view_of(x.values.permute(axes), labels)
 
 
 @sparse_function("transpose", "swapaxes", "swapdims")
@@ -185,7 +185,7 @@ def expand(x: SparseMap, *sizes: Any) -> SparseMap:
                                       for d, (w, n) in enumerate(zip(wanted, own))):  # fmt: skip
         raise NotImplementedError(f"expand of a map {x.dims} of shape {tuple(own)} to {tuple(wanted)}: {_REMEDY}")
     channels = [max(w, n) for w, n, label in zip(wanted, own, x.dims) if label == "C"]
-    data, first = x.data, x.channel_axis
+    data, first = x.values, x.channel_axis
     return x.view_of(data.expand(*data.shape[:first], *channels, *data.shape[first + len(channels) :]))
 
 
@@ -212,7 +212,7 @@ def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
 
 @sparse_function("repeat_interleave")
 def repeat_interleave(x: SparseMap, repeats: int, dim: int) -> SparseMap:
-    return x.with_data(x.data.repeat_interleave(repeats, x.channel(dim) + x.channel_axis))
+    return x.with_values(x.values.repeat_interleave(repeats, x.channel(dim) + x.channel_axis))
 
 
 @sparse_function("flatten")
@@ -304,7 +304,7 @@ def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
         "C" * len(into) if set(labels) == {"C"} else labels if len(into) == 1 and labels != "HW" else joined.get(labels, labels)
         for labels, into in groups
     )
-    data = x.data
+    data = x.values
     behind = data.shape[first + len(x.channel_shape) :]
     data = data.reshape(*data.shape[:first], *channels, *behind)
     out = x.view_of(data, dims)
@@ -321,7 +321,7 @@ def _blocks(x: SparseMap, r: int) -> SparseMap:
     p, stride = x.grid.pixels(x.stride), x.stride * r
     if p % r:
         raise NotImplementedError(f"blocks of {r} x {r} pixels do not tile a patch of {p} x {p}")
-    count, data = len(x.channel_shape), x.data
+    count, data = len(x.channel_shape), x.values
     if x.engine.dense:
         b, (h, w) = data.shape[0], data.shape[-2:]
         data = data.reshape(b, *data.shape[1 : 1 + count], h // r, r, w // r, r)
