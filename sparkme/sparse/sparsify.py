@@ -26,7 +26,7 @@ from sparkme.sparse.hierarchy import Hierarchy, dense_features, find_hierarchy
 # What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays
 # a hundred times below, a wrong layer is off by a hundred times more.
 TRIAL_TOLERANCE = 1e-3
-# The same for the norm of a parameter's gradient, relative to itself and, besides, to the largest of all: where a ReLU's input is
+# The same for the norm of a gradient, relative to itself and, besides, to the largest of all: where a ReLU's input is
 # within rounding of zero, a whole gradient may move; where a gradient is missing, it is off by itself.
 GRADIENT_TOLERANCE, GRADIENT_FLOOR = 0.2, 1e-4
 
@@ -60,7 +60,7 @@ def sparsify(
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise UnsupportedLayerError(
-                f"{f'layer {name!r}' if name else 'the network'} is compiled, and its code can no longer be run on sparse maps; "
+                f"{f'layer {name!r}' if name else 'the network'} is compiled: its code cannot be run on sparse maps; "
                 "pass it as it was before torch.jit or torch.compile"
             )
     with _undisturbed():
@@ -221,7 +221,7 @@ def _try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
 
 
 _BLIND = (
-    "look for a torch.autograd.Function or a checkpoint with use_reentrant=True, which do not see sparse maps, and write it with "
+    "look for a torch.autograd.Function or a checkpoint with use_reentrant=True, which see no sparse map, and write it with "
     "torch's own functions"
 )
 
@@ -269,9 +269,7 @@ def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor,
     for name, size, expected_size in sizes:
         if not abs(size - expected_size) <= GRADIENT_TOLERANCE * expected_size + least:
             found = "does not reach" if math.isnan(size) else f"is {size:.2g} instead of {expected_size:.2g} at"
-            raise UnsupportedLayerError(
-                f"the gradient {found} the parameter {name!r} of the sparse network; {_BLIND}"
-            )
+            raise UnsupportedLayerError(f"the gradient {found} the parameter {name!r} of the sparse network; {_BLIND}")
 
 
 def _weighted(maps: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
