@@ -92,8 +92,8 @@ def initialise_encoder(encoder: SparseEncoder) -> None:
     too, so that stem, depthwise and linear layers end with a deviation of 1, like the decoder. That is not repeated here: the
     published weights come from other code (TRAINING.md), and layer norms hide most of the difference.
     """
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     for module in encoder.modules():
         if isinstance(module, SparseConv2d | SparseDepthwiseConv2d):
             weight, bias = module.kernel, module.bias
