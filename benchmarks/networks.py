@@ -211,11 +211,13 @@ def _examine(name: str) -> dict[str, Any]:
     buffers = {key: value.clone() for key, value in encoder.named_buffers()}
     for training in (False, True):
         first: tuple[list[Tensor], list[Tensor]] | None = None
+        factors: list[Tensor] = []  # the same for all engines: the cosine of a large number would show its last digits
         for engine in ENGINES:
             encoder.train(training).set_engine(engine).zero_grad()
             torch.manual_seed(1)
             maps = encoder(images, some)
-            torch.stack([(x.rows * x.rows.detach().cos()).mean() for x in maps]).sum().backward()
+            factors = factors or [x.rows.detach().cos() for x in maps]
+            torch.stack([(x.rows * factor).mean() for x, factor in zip(maps, factors, strict=True)]).sum().backward()
             rows, gradients = [x.rows.detach() for x in maps], [p.grad for p in encoder.parameters() if p.grad is not None]
             del maps
             for key, value in encoder.named_buffers():
