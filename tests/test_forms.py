@@ -73,6 +73,19 @@ def same_conv(m: Any, x: Tensor, a: Tensor, weight: Tensor | None = None) -> Ten
     return oracle.masked_conv2d_padded(x, a, weight, m.bias, s, (left, right, top, bottom), m.groups, d)
 
 
+def by_deviation(x: Tensor, groups: int) -> Tensor:
+    """Each group of channels over its deviation, as EvoNorm has it."""
+    split = x.reshape(len(x), groups, -1, *x.shape[2:])
+    deviation = (split.var((2, 3, 4), unbiased=False, keepdim=True) + 0.1).sqrt()
+    return x / deviation.expand(split.shape).reshape(x.shape)
+
+
+def by_visible_deviation(x: Tensor, a: Tensor, groups: int) -> Tensor:
+    mean, square = (oracle.masked_global_average(y, a).view(len(x), groups, -1).mean(2) for y in (x, x * x))
+    deviation = (square - mean.square() + 0.1).sqrt().repeat_interleave(x.shape[1] // groups, 1)
+    return x / deviation[:, :, None, None]
+
+
 def padded_conv(*sides: int) -> Reference:
     return lambda m, x, a: oracle.masked_conv2d_padded(x, a, m.weight, m.bias, m.stride[0], sides, m.groups, m.dilation[0])
 
@@ -160,6 +173,11 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], Reference]] = {
                         lambda m, x, a: shuffled(x, a)),
     "shuffle by reshape": (func(lambda m, x: x.reshape(len(x), 2, -1, *x.shape[2:]).permute(0, 2, 1, 3, 4).flatten(1, 2)),
                            lambda m, x, a: shuffled(x, a)),
+    "groups of one channel": (
+        func(lambda m, x: (x.view(len(x), x.shape[1], 1, *x.shape[2:]) * 2).reshape(x.shape)), lambda m, x, a: 2 * x),
+    "deviation of single channels": (func(lambda m, x: by_deviation(x, x.shape[1])),
+                                     lambda m, x, a: by_visible_deviation(x, a, x.shape[1])),
+    "deviation of groups": (func(lambda m, x: by_deviation(x, 2)), lambda m, x, a: by_visible_deviation(x, a, 2)),
     "ChannelShuffle": (lambda c: nn.ChannelShuffle(2), lambda m, x, a: shuffled(x, a)),
     "LayerScale2d": (lambda c: tl.LayerScale2d(c), lambda m, x, a: x * m.gamma.view(1, -1, 1, 1)),
     "softmax over channels": (func(lambda m, x: torch.softmax(x, 1) + x.mean(1, keepdim=True)),

@@ -277,6 +277,11 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
                     raise refusal
                 into.append(new.pop(0))
                 after *= into[-1]
+        if set(labels) == {"C"} and old:  # axes of one channel come and go
+            while new and new[0] == 1 != old[0][1]:
+                into.append(new.pop(0))
+            while old and old[0] == ("C", 1) and new and new[0] != 1:
+                labels += old.pop(0)[0]
         found.append((labels, into))
     if any(size != 1 for size in new):
         raise refusal
