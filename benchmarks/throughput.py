@@ -351,7 +351,7 @@ class Contender:
     def encode(self) -> list[Tensor]:
         """The maps in the form in which the engine has them: (B, L, C) rows or dense (B, C, H, W)."""
         setting = self.setting
-        return [x.data for x in self.model.encoder(setting.images, setting.active, setting.keep)]
+        return [x.values for x in self.model.encoder(setting.images, setting.active, setting.keep)]
 
     def dense_maps(self) -> list[Tensor]:
         """The maps as (B, C, H, W)."""

@@ -119,10 +119,11 @@ def find_hierarchy(
         raise ValueError(f"{name} has no nn.Conv2d: it is not a convolutional network")
     in_channels, calls = _probe(model, in_channels)
     chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(name, calls, num_scales)
-    called, on_maps, ends_elsewhere = _before_last_tap(model, chosen, in_channels)
+    last = next(c for c in calls if (c.module, c.number) == (chosen[-1].module, chosen[-1].call))
+    end = last.entered if chosen[-1].at_input else last.left
+    patch = max(chosen[-1].stride, *(f.stride for c in calls if c.entered < end for f in c.outputs))
+    called, on_maps, ends_elsewhere = _before_last_tap(model, chosen, in_channels, patch)
     head = {call.module for call in calls} - called
-    coarsest = max((f.stride for c in calls if c.module in called for f in c.outputs), default=1)
-    patch = max(coarsest, chosen[-1].stride)
     return Hierarchy(in_channels, tuple(chosen), patch, frozenset(called), frozenset(head | ends_elsewhere), frozenset(on_maps))
 
 
@@ -263,19 +264,20 @@ def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call]]
     )
 
 
-def probe_images(model: nn.Module, in_channels: int) -> Tensor:
+def _probe_images(model: nn.Module, in_channels: int, stride: int = _PROBE_STRIDE) -> Tensor:
+    """Two images on which strides up to the given one can be told apart."""
     like = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    size = tuple(_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
+    size = tuple(stride * cells for cells in _PROBE_CELLS)
     return torch.randn(2, in_channels, *size, generator=generator).to(like.device, like.dtype)
 
 
-def _stride_and_channels(value: Any) -> tuple[int, int] | None:
+def _stride_and_channels(value: Any, largest: int = _PROBE_STRIDE) -> tuple[int, int] | None:
     """Of a map (B, C, H, W) or (B, H, W, C) of the probe; None for what is no map, or not aligned."""
     if not isinstance(value, Tensor) or value.ndim != 4:
         return None
     for sizes, channels in ((value.shape[2:], value.shape[1]), (value.shape[1:3], value.shape[3])):
-        full = [_PROBE_STRIDE * cells for cells in _PROBE_CELLS]
+        full = [largest * cells for cells in _PROBE_CELLS]
         strides = {n // size if size and n % size == 0 else 0 for n, size in zip(full, sizes, strict=True)}
         if len(strides) == 1 and 0 not in strides and sizes[1] > 1:
             return strides.pop(), channels
@@ -335,7 +337,7 @@ def _record(model: nn.Module, in_channels: int) -> list[_Call]:
             handles.append(module.register_forward_hook(lambda _m, _a, out: leave(out)))
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(probe_images(model, in_channels))
+        model.eval()(_probe_images(model, in_channels))
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -344,9 +346,9 @@ def _record(model: nn.Module, in_channels: int) -> list[_Call]:
     return calls
 
 
-def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int) -> tuple[set[str], set[str], set[str]]:
+def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch: int) -> tuple[set[str], set[str], set[str]]:
     """The modules that run before the last tap, in either mode; those of them that take a map first at every call; and the
-    outermost ones of those that no map depends on."""
+    outermost ones of those that no map depends on. No map is coarser than a pixel for each patch."""
     called: set[str] = set()
     on_vectors: set[str] = set()
     needed: set[str] = set()
@@ -354,7 +356,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int) -> tup
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         called.add(name)
         first = next(_tensors((args, kwargs)), ((), None))[1]
-        if _stride_and_channels(first) is None and not _is_unaligned(first):
+        if _stride_and_channels(first, patch) is None and not _is_unaligned(first):
             on_vectors.add(name)
 
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
@@ -370,7 +372,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int) -> tup
         ]
         try:
             with suppress(ReachedDeepest):
-                model.train(training)(probe_images(model, in_channels))
+                model.train(training)(_probe_images(model, in_channels, patch))
         finally:
             for handle in handles:
                 handle.remove()
