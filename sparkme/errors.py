@@ -13,6 +13,14 @@ class UserError(ValueError):
     """Something the user can mend; the message says what was got and what to change."""
 
 
+class UnsupportedLayerError(ValueError):
+    """A layer of a dense network, or a function it calls, has no sparse form. `layer` is its path, where one is known."""
+
+    def __init__(self, message: str, layer: str = "") -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()

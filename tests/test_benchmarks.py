@@ -95,7 +95,7 @@ class _Louder(torch.autograd.Function):
 def test_a_contender_that_computes_something_else_is_not_timed(
     engine: type[CudaExtEngine], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparsify, "_try_out", lambda *_: None)  # which would refuse to build on such an engine
+    monkeypatch.setattr(sparsify, "try_out", lambda *_: None)  # which would refuse to build on such an engine
     monkeypatch.setitem(ENGINES, "cuda_ext", engine)
     (case,) = run(tmp_path, "--what", "encoder", "--contenders", "cuda_ext", "minkowski", code=1)["cases"]
     assert case["left_out"]["cuda_ext"].startswith("disagrees with masked-dense in torch.float64: ")
@@ -117,7 +117,7 @@ def test_a_contender_that_is_wrong_in_bf16_only_is_not_timed(tmp_path: Path, mon
     (case,) = run(tmp_path, *words, "--model", "convnext_tiny")["cases"]
     assert set(case["contenders"]) == {"cuda_ext", "minkowski", "rows-dense"}
     assert case["agreement"]["minkowski"]["bf16"]["maps"] < 0.1 < case["agreement"]["cuda_ext"]["bf16"]["maps"] < 1.5
-    monkeypatch.setattr(sparsify, "_try_out", lambda *_: None)  # which would refuse to build on such an engine
+    monkeypatch.setattr(sparsify, "try_out", lambda *_: None)  # which would refuse to build on such an engine
     monkeypatch.setitem(ENGINES, "cuda_ext", WrongInBf16)
     (case,) = run(tmp_path, *words, "--model", "convnext_tiny", code=1)["cases"]
     assert set(case["contenders"]) == {"minkowski", "rows-dense"}
@@ -133,7 +133,7 @@ def test_a_contender_that_fails_does_not_stop_the_others(tmp_path: Path, monkeyp
             raise torch.OutOfMemoryError("no memory\nmore lines")
         return CudaExtEngine.voxelise(self, images, grid)
 
-    monkeypatch.setattr(sparsify, "_try_out", lambda *_: None)  # which would refuse to build on such an engine
+    monkeypatch.setattr(sparsify, "try_out", lambda *_: None)  # which would refuse to build on such an engine
     monkeypatch.setitem(ENGINES, "cuda_ext", type("Failing", (CudaExtEngine,), {"voxelise": fails_later}))
     (case,) = run(tmp_path, "--what", "encoder", "--contenders", "cuda_ext", "masked-dense")["cases"]
     assert case["left_out"] == {"cuda_ext": "OutOfMemoryError: no memory"} and list(case["contenders"]) == ["masked-dense"]

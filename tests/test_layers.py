@@ -264,9 +264,9 @@ class Stem(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Conv2d(3, 3, 3), "kernel 3, stride 1, padding 0, dilation 1 cannot be aligned"),
-        (nn.Conv2d(3, 3, 2), "kernel 2, stride 1"),
-        (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 2, padding=1)), "kernel 2, stride 1"),
+        (nn.Conv2d(3, 3, 3), "makes 30x46; pad what is not padded"),
+        (nn.Conv2d(3, 3, 2), "makes 31x47"),
+        (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 2, padding=1)), "makes 31x47"),
         (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), "pad with mode='circular'"),
         (nn.Sequential(nn.AvgPool2d(2, 2), nn.Upsample(scale_factor=2, mode="bilinear")), "mode='bilinear'"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Upsample(scale_factor=2)), "makes 8x8"),

@@ -130,6 +130,10 @@ class SparseEncoder(nn.Module):
             pixels = self.engine.voxelise(images, grid)
             with suppress(ReachedDeepest):
                 self.network(SparseMap(Features(pixels, grid, 1), self.engine, recorder))
+        if missed := [tap for i, tap in enumerate(self.hierarchy.taps) if i not in recorder.maps]:
+            raise RuntimeError(
+                f"this time the network did not call {missed[0].module!r}, where its map of stride {missed[0].stride} comes out"
+            )
         return [recorder.maps[i] for i in range(len(self.strides))]
 
     def _patch(self, images: Tensor, active: Tensor) -> int:

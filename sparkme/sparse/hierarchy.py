@@ -59,7 +59,10 @@ class Hierarchy:
         patch: the coarsest stride of any map before the last tap, of which patches have to be multiples; some networks pool
             to a coarser map inside of a block than any they hand on.
         called: the modules that run before the last tap.
-        left_out: the modules that the maps do not depend on: the head, and branches such as auxiliary heads.
+        left_out: the modules that are not run: the head.
+        branches: the outermost modules that run, and that no gradient of the maps comes from: auxiliary heads, or what runs
+            without gradients.
+        needed: the parameters that a gradient of the maps comes to, in either mode.
         on_maps: the modules all of whose calls before the last tap take a feature map first.
     """
 
@@ -68,6 +71,8 @@ class Hierarchy:
     patch: int
     called: frozenset[str]
     left_out: frozenset[str]
+    branches: frozenset[str]
+    needed: frozenset[str]
     on_maps: frozenset[str]
 
 
@@ -92,6 +97,7 @@ class _Call:
     left: int = 0
     unaligned: tuple[int, ...] = ()  # the size of the map that it gives, where that is aligned to nothing
     is_window: bool = False
+    steps: bool = False  # a window with a stride
 
     def takes(self, stride: int) -> bool:
         return any(found.stride == stride for found in self.inputs)
@@ -122,14 +128,44 @@ def find_hierarchy(
     last = next(c for c in calls if (c.module, c.number) == (chosen[-1].module, chosen[-1].call))
     end = last.entered if chosen[-1].at_input else last.left
     patch = max(chosen[-1].stride, *(f.stride for c in calls if c.entered < end for f in c.outputs))
-    called, on_maps, ends_elsewhere = _before_last_tap(model, chosen, in_channels, patch)
+    try:
+        called, on_maps, needed = _before_last_tap(model, chosen, in_channels, patch)
+    except ValueError:  # functions may pool further than any module shows
+        called, on_maps, needed = _before_last_tap(model, chosen, in_channels, _PROBE_STRIDE)
+    branches = _without_gradient(model, called, needed)
+    if not chosen[-1].at_input and taps is None:
+        _check_last(calls, chosen[-1], branches)
     head = {call.module for call in calls} - called
-    return Hierarchy(in_channels, tuple(chosen), patch, frozenset(called), frozenset(head | ends_elsewhere), frozenset(on_maps))
+    return Hierarchy(
+        in_channels, tuple(chosen), patch, frozenset(called), frozenset(head), branches, frozenset(needed), frozenset(on_maps)
+    )
+
+
+def _without_gradient(model: nn.Module, called: set[str], needed: set[str]) -> frozenset[str]:
+    found = set()
+    for name, module in model.named_modules():
+        inside = [f"{name}.{p}" for p, _ in module.named_parameters()]
+        if name in called and inside and needed.isdisjoint(inside):
+            found.add(name)
+    return frozenset(name for name in found if name.rpartition(".")[0] not in found)
+
+
+def _check_last(calls: list[_Call], last: Tap, branches: frozenset[str]) -> None:
+    """The deepest map has to come out of a module.
+
+    Raises:
+        ValueError: functions put it together from several ones.
+    """
+    others = [c.module for c in calls if c.gives(last.stride) and any(f"{c.module}.".startswith(f"{b}.") for b in branches)]
+    if others:
+        raise ValueError(
+            f"the map of stride {last.stride} is put together by a function behind the layers {last.module!r} and "
+            f"{others[-1]!r}, where it has no name; make that a module, or let an nn.Identity take the result"
+        )
 
 
 def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
     strides = sorted({f.stride for call in calls for f in call.outputs if f.stride > 1 and _goes_on(call, f.stride)})
-    strides = strides[-num_scales:]
     if any(call.is_window and call.unaligned for call in calls):
         leaves = [c for c in calls if c.unaligned and not any(o.unaligned and c in o.parents for o in calls)]
         bad, (h, w) = leaves[0], (_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
@@ -141,6 +177,10 @@ def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
     if len(strides) < 2:
         at = f"at stride {strides[0]} only" if strides else "of no stride"
         raise ValueError(f"{name} has feature maps {at}: it is not hierarchical, as ResNets and ConvNeXts are")
+    for call in calls:
+        if call.is_window and call.takes(_PROBE_STRIDE) and call.steps:
+            raise ValueError(f"layer {call.module!r} of {name} makes maps of a stride above {_PROBE_STRIDE}, the largest")
+    strides = strides[-num_scales:]
     chosen = []
     for stride, following in zip(strides, [*strides[1:], None], strict=True):
         consumer = _consumer(calls, stride, following)
@@ -222,7 +262,7 @@ def attach(model: nn.Module, taps: tuple[Tap, ...], reached: Callable[[int, Any]
     return handles
 
 
-def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor) -> list[Tensor]:
+def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor, *, training: bool = False) -> list[Tensor]:
     """The hierarchy of a dense model on images (B, C, H, W), in eval mode: maps (B, D, H / s, W / s), shallow to deep.
 
     Differentiable; call it under torch.no_grad() where no gradients are wanted.
@@ -231,7 +271,7 @@ def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor) -> l
     modes = {module: module.training for module in model.modules()}
     handles = attach(model, taps, recorder.reached)
     try:
-        model.eval()(images)
+        model.train(training)(images)
     except ReachedDeepest:
         pass
     finally:
@@ -315,7 +355,9 @@ def _record(model: nn.Module, in_channels: int) -> list[_Call]:
         clock += 1
         number = 1 + sum(c.module == name for c in calls)
         call = _Call(name, number, clock, tuple(open_calls), maps_in((args, kwargs)))
-        call.is_window = isinstance(model.get_submodule(name), nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+        module = model.get_submodule(name)
+        call.is_window = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+        call.steps = call.is_window and module.stride not in (1, (1, 1))
         calls.append(call)
         open_calls.append(call)
 
@@ -348,7 +390,7 @@ def _record(model: nn.Module, in_channels: int) -> list[_Call]:
 
 def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch: int) -> tuple[set[str], set[str], set[str]]:
     """The modules that run before the last tap, in either mode; those of them that take a map first at every call; and the
-    outermost ones of those that no map depends on. No map is coarser than a pixel for each patch."""
+    parameters that a gradient comes to. No module's map is coarser than a pixel for each patch."""
     called: set[str] = set()
     on_vectors: set[str] = set()
     needed: set[str] = set()
@@ -393,12 +435,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
             except Exception as error:
                 mode = "training" if training else "eval"
                 raise ValueError(f"{type(model).__name__} cannot be run in {mode} mode: {first_line(error)}") from error
-    unneeded = set()
-    for name, module in model.named_modules():
-        inside = [f"{name}.{p}" for p, _ in module.named_parameters(remove_duplicate=False)]
-        if name in called and inside and needed.isdisjoint(inside):
-            unneeded.add(name)
-    return called, called - on_vectors, {name for name in unneeded if name.rpartition(".")[0] not in unneeded}
+    return called, called - on_vectors, needed
 
 
 def _is_unaligned(value: Any) -> bool:

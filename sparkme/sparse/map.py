@@ -233,7 +233,8 @@ class SparseMap:
 
     def with_rows(self, rows: Tensor, dims: str | None = None) -> SparseMap:
         """The same sites with (N, C') or (B, L, channels...) rows, in whatever form the engine computes on."""
-        shape = rows.shape[2:] if rows.ndim != 2 else rows.shape[1:]
+        is_flat = rows.ndim == 2 and (dims or self.dims).count("C") == 1
+        shape = rows.shape[1:] if is_flat else rows.shape[2:]
         data = self.engine.from_rows(rows.reshape(-1, shape.numel()), self.grid, self.stride)
         if len(shape) != 1:
             axis = self.channel_axis
@@ -386,7 +387,12 @@ class SparseMap:
                 f"torch function {getattr(func, '__name__', func)!r} has no sparse form: it may mix visible and "
                 "hidden pixels, as attention does"
             )
-        return FUNCTIONS[func](*args, **(kwargs or {}))
+        named = {_SPELLINGS.get(name, name): value for name, value in (kwargs or {}).items()}
+        if "input" in named:
+            args = (named.pop("input"), *args)
+        if "dims" in named:
+            args = (*args, named.pop("dims"))
+        return FUNCTIONS[func](*args, **named)
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -396,11 +402,13 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _name in (
     "add", "sub", "mul", "truediv", "pow", "radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv", "neg", "abs",
-    "gt", "ge", "lt", "le", "eq", "ne", "matmul",
+    "gt", "ge", "lt", "le", "eq", "ne", "matmul", "pos", "invert", "and", "or", "xor", "rpow", "ipow",
 ):  # fmt: skip
     setattr(SparseMap, f"__{_name}__", _operator(f"__{_name}__"))
 SparseMap.__hash__ = object.__hash__  # type: ignore[method-assign]
 
+
+_SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}  # numpy's, which torch takes, too
 
 # What torch's functions do to maps, by the function object, since torch.compile cannot ask a function for its name.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -90,12 +90,12 @@ def synchronise_batch_norms(network: nn.Module) -> Any:
 
     torch would turn a subclass that computes something else into a plain one.
     """
-    own_code = []
+    norms, own_code = nn.modules.batchnorm._BatchNorm, []
     for name, module in list(network.named_modules()):
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if isinstance(module, norms) and type(module).forward is norms.forward and not isinstance(module, nn.SyncBatchNorm):
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, nn.SyncBatchNorm.convert_sync_batchnorm(module))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        elif isinstance(module, norms) and not isinstance(module, nn.SyncBatchNorm):
             own_code.append(f"{name} ({type(module).__name__})")
     if own_code and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"note: not synchronised over processes, since they have code of their own: {', '.join(own_code[:4])}")

@@ -70,7 +70,7 @@ def sparse_form(layer: nn.Module) -> nn.Module | None:
     Raises:
         ValueError: the layer has no sparse form; says why.
     """
-    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations"):
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations") or "forward" in vars(layer):
         return None
     for base in type(layer).__mro__:
         if base in SPARSE_FORMS:

@@ -103,14 +103,15 @@ class SparseConvolution(SparseLayer):
         if self.bias is not None:
             self.bias.copy_(state["bias"].view_as(self.bias))
 
-    def forward(self, x: Any) -> Any:
-        kernel, bias = self.operands()
+    def forward(self, input: Any) -> Any:
+        x, (kernel, bias) = input, self.operands()
         if type(x) is not SparseMap:
             bias = None if bias is None else bias.flatten()
             stride, padding, dilation = self.dense_geometry
             return F.conv2d(x, self.dense_weight, bias, stride, padding, dilation, self.groups)
         window = self.window
         if window is None or x.padding is not None:
+            _check_padding(x)
             stride, padding, dilation = self.dense_geometry
             x, window = padded_window(x, self.kernel_size, stride, padding, dilation)
         _check_channels(x)
@@ -183,8 +184,8 @@ class SparseLinear(SparseLayer, ME.MinkowskiLinear):
         ME.MinkowskiLinear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None)
         take_state(self.linear, linear)
 
-    def forward(self, x: Any) -> Any:
-        return F.linear(x, self.linear.weight, self.linear.bias)
+    def forward(self, input: Any) -> Any:
+        return F.linear(input, self.linear.weight, self.linear.bias)
 
 
 def convolution_form(conv: nn.Conv2d) -> nn.Module:
@@ -220,6 +221,11 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _check_padding(x: SparseMap) -> None:
+    if x.padding is not None and x.padding.value != 0:
+        raise NotImplementedError(f"a convolution after padding with {x.padding.value:g} has no sparse form, only with zero")
+
+
 def _check_channels(x: SparseMap) -> None:
     if x.dims != "BCHW":
         raise NotImplementedError(f"a convolution of a map with axes {x.dims} has no sparse form, only of BCHW")
@@ -230,9 +236,10 @@ def conv2d(
     x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> SparseMap:
     """Convolution with a (C_out, C_in / groups, kh, kw) weight that the network worked out itself."""
-    if not is_map(x) or (x.padding is not None and x.padding.value != 0):
-        raise NotImplementedError("conv2d with a map as its weight, or after padding with another value than zero")
+    if not is_map(x):
+        raise NotImplementedError("conv2d with a map as its weight has no sparse form")
     _check_channels(x)
+    _check_padding(x)
     height, width = weight.shape[2:]
     bare, window = padded_window(x, (height, width), stride, padding, dilation)
     taps = height * width

@@ -13,6 +13,13 @@ from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.map import SparseMap, sparse_function
 
 
+class RowNorm(nn.BatchNorm2d):
+    """A batch norm of (N, C) rows that is, to code which looks for batch norms to freeze them, one of maps."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
     """Batch normalisation with statistics over the visible pixels of the batch."""
 
@@ -21,9 +28,13 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         ME.MinkowskiBatchNorm.__init__(self, norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.bn = RowNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         take_state(self.bn, _without_children(norm))
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
+        x = input
+        if self.bn.training and not self.training:  # frozen by code that sees this module alone
+            self.bn.eval()
         if type(x) is not SparseMap:  # pooled vectors, (B, C, 1, 1)
             return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
         if x.dims != "BCHW":
@@ -50,8 +61,8 @@ class SparseBatchNormAct2d(SparseBatchNorm2d):
         super().load_dense_state({name: value for name, value in state.items() if not name.startswith("act.")})
         self.act.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("act.")})
 
-    def forward(self, x: Any) -> Any:
-        return self.act(self.drop(super().forward(x)))
+    def forward(self, input: Any) -> Any:
+        return self.act(self.drop(super().forward(input)))
 
 
 def _without_children(norm: nn.BatchNorm2d) -> nn.Module:

@@ -18,15 +18,17 @@ from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_f
 _ZERO, _NUMBER, _INFINITY = "zero", "number", "infinity"
 _POINTWISE = {
     **dict.fromkeys(
-        ("abs", "alpha_dropout", "asinh", "atan", "celu", "clone", "detach", "dropout", "elu", "erf", "gelu", "hardshrink",
-         "hardswish", "leaky_relu", "mish", "neg", "negative", "positive", "relu", "relu6", "rrelu", "selu", "sign", "silu",
+        ("abs", "asinh", "atan", "celu", "clone", "detach", "dropout", "elu", "erf", "gelu", "hardshrink",
+         "hardswish", "leaky_relu", "mish", "nan_to_num", "neg", "negative", "pos", "positive", "relu", "relu6",
+         "round", "rrelu", "selu", "sign", "silu",
          "sin", "softshrink", "softsign", "square", "tanh", "tanhshrink"),
         _ZERO,
     ),
     **dict.fromkeys(
-        ("clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid", "maximum",
-         "minimum", "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_not", "zeros_like",
-         "ones_like"),
+        ("alpha_dropout", "clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid",
+         "maximum", "minimum", "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_and",
+         "logical_not", "logical_or", "and", "invert", "or", "xor", "zeros_like", "ones_like", "full_like", "rand_like",
+         "randn_like"),
         _NUMBER,
     ),
     **dict.fromkeys(
@@ -39,7 +41,8 @@ _SUMS = ("add", "sub", "subtract", "rsub")  # of two maps: zero plus zero is zer
 
 
 def _out_of_place(name: str) -> Callable[..., Any]:
-    return next(getattr(owner, name) for owner in (torch, F, operator) if hasattr(owner, name))
+    found = next((getattr(owner, name) for owner in (torch, F) if hasattr(owner, name)), None)
+    return found or getattr(operator, f"__{name}__")
 
 
 def _register() -> None:
@@ -139,7 +142,7 @@ def operand(value: Any, like: SparseMap) -> Any:
     value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
     channels = [i for i, label in enumerate(like.dims) if label == "C"]
     pixels = [i for i, label in enumerate(like.dims) if label in "HWP"]
-    value = value.permute(0, *channels, *pixels)
+    value = value.permute(like.dims.index("B"), *channels, *pixels)
     if len(pixels) == 1:
         value = value.unsqueeze(-1)
     if value.shape[-2:] == (1, 1):
@@ -178,6 +181,9 @@ def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool
 def _converted(method: str) -> Callable[..., Any]:
     def convert(x: Any, *args: Any, **kwargs: Any) -> Any:
         """Another precision. Devices stay: a map lies where its batch lies."""
+        kwargs.pop("memory_format", None)  # the engine's affair
+        if not args and not kwargs and method == "to":
+            return x
         args = tuple(a.values if is_map(a) else a for a in args)
         if not is_map(x):  # a tensor, as a map
             return getattr(x, method)(*args, **kwargs)

@@ -7,7 +7,7 @@ pixels of each sample. A mean over H and W gives a dense tensor; what follows it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import MinkowskiEngine as ME
 import torch
@@ -32,9 +32,9 @@ class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
         _minkowski_pooling(ME.MinkowskiMaxPooling, self, pool)
         self.options = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         size, stride, padding, dilation, ceil_mode, return_indices = self.options
-        return F.max_pool2d(x, size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
+        return F.max_pool2d(input, size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
 
 
 class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
@@ -46,8 +46,8 @@ class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
             pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
         )  # fmt: skip
 
-    def forward(self, x: Any) -> Any:
-        return F.avg_pool2d(x, *self.options)
+    def forward(self, input: Any) -> Any:
+        return F.avg_pool2d(input, *self.options)
 
 
 def _minkowski_pooling(kind: Any, layer: Any, pool: nn.MaxPool2d | nn.AvgPool2d) -> None:
@@ -64,6 +64,8 @@ def max_pool2d(
     """Maximum over the visible pixels of the window."""
     if return_indices:
         raise NotImplementedError("max_pool2d with return_indices has no sparse form")
+    if _is_global(x, kernel_size, padding) and dilation in (1, (1, 1)):
+        return amax(x, (2, 3), keepdim=True)
     bare, window = padded_window(x, kernel_size, stride or kernel_size, padding, dilation, ceil_mode=ceil_mode)
     out = bare.replace(bare.engine.max_pool(bare.flat, _bounded(bare, window)))
     if x.padding is None or x.padding.value == -float("inf") or window.border != "zeros":
@@ -71,6 +73,12 @@ def max_pool2d(
     # What was padded takes part, unlike the padding of the pooling itself.
     outside = _reaches_out(bare.grid, bare.stride, window)
     return out.with_rows(torch.where(outside, out.rows.clamp(min=x.padding.value), out.rows))
+
+
+def _is_global(x: SparseMap, kernel_size: Any, padding: Any) -> bool:
+    """Whether a window is the whole map, which has more than one pixel."""
+    size = pair(kernel_size)
+    return x.padding is None and size == tuple(x.grid.size(x.stride)) and not any(pair(padding)) and size != (1, 1)
 
 
 def _bounded(x: SparseMap, window: Window) -> Window:
@@ -97,7 +105,7 @@ def avg_pool2d(
 ) -> SparseMap:  # fmt: skip
     """Sum over the window, in which hidden pixels count as zeros, over what torch divides by in a whole image."""
     size = pair(kernel_size)
-    if x.padding is None and size == tuple(x.grid.size(x.stride)) and not any(pair(padding)) and size != (1, 1):
+    if _is_global(x, size, padding):
         return mean(x, (2, 3), keepdim=True)
     if x.padding is not None and x.padding.value != 0:
         raise NotImplementedError("avg_pool2d after padding with another value than zero has no sparse form")
@@ -139,8 +147,8 @@ def _adaptive(x: SparseMap, output_size: Any, pool: Callable[..., Any]) -> Any:
 
 
 def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, dim: Any, keepdim: bool) -> Any:
-    """Applies a reduction, `function(values, axes)` that keeps the axes, over the visible pixels of each sample, over
-    channels, or both.
+    """Applies a reduction, `function(values, axes)` that keeps the axes, over the visible pixels of each sample or of the
+    batch, over channels, or both.
 
     Returns:
         A dense tensor where pixels were reduced, else a map.
@@ -151,10 +159,10 @@ def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, 
         )
     axes = sorted({x.axis(d) for d in ((dim,) if isinstance(dim, int) else dim)})
     labels = {x.dims[a] for a in axes}
-    if "B" in labels:
-        raise NotImplementedError("a reduction over the batch mixes samples")
     if "P" in labels:
         labels |= {"H", "W"}
+    if "B" in labels and "H" not in labels:
+        raise NotImplementedError("a reduction over the batch alone mixes visible and hidden pixels")
     if len(labels & {"H", "W"}) == 1:
         raise NotImplementedError(f"a reduction over {' and '.join(labels)} alone mixes visible and hidden pixels")
     channels = [x.channel(a) for a in axes if x.dims[a] == "C"]
@@ -166,7 +174,8 @@ def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, 
         for c in reversed(channels):
             out = out.squeeze(2 + c)
         return x.with_rows(out, "".join(label for a, label in enumerate(x.dims) if a not in axes))
-    out = function(rows, (1, *(2 + c for c in channels)))
+    # Over the batch, too: what a batch norm takes, written by hand.
+    out = function(rows, (*([0] if "B" in labels else []), 1, *(2 + c for c in channels)))
     sizes = iter(out.shape[2:])  # of the channels, in their order
     shape = [out.shape[0] if label == "B" else next(sizes) if label == "C" else 1 for label in x.dims]
     return out.reshape(shape if keepdim else [n for a, n in enumerate(shape) if a not in axes])
@@ -211,14 +220,21 @@ def var_mean(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool 
 
 
 @sparse_function("max")
-def max_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+def max_(x: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
     """Over one axis of channels, with the indices; of two maps, pixel by pixel."""
-    return _extreme(x, dim, keepdim, "max", torch.maximum)
+    return _extreme(x, dim if other is None else other, keepdim, "max", torch.maximum)
 
 
 @sparse_function("min")
-def min_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    return _extreme(x, dim, keepdim, "min", torch.minimum)
+def min_(x: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
+    return _extreme(x, dim if other is None else other, keepdim, "min", torch.minimum)
+
+
+class Extreme(NamedTuple):
+    """What torch.max and torch.min give along an axis."""
+
+    values: SparseMap
+    indices: SparseMap
 
 
 def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., Any]) -> Any:
@@ -228,7 +244,7 @@ def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., A
         raise NotImplementedError(f"{name} of a sparse map over axis {dim}: use amax or amin over H and W")
     values, indices = getattr(x.row_axes, name)(2 + x.channel(dim), keepdim=keepdim)
     dims = x.dims if keepdim else x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :]
-    return x.with_rows(values, dims), x.with_rows(indices, dims)
+    return Extreme(x.with_rows(values, dims), x.with_rows(indices, dims))
 
 
 @sparse_function("norm", "vector_norm")

@@ -16,10 +16,10 @@ _REMEDY = "only channels can be moved, pixels stay where they are"
 
 
 @sparse_function("cat", "concat", "concatenate")
-def cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None) -> SparseMap:
+def cat(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
     """Channels side by side; tensors that hold a number for each channel are spread over the pixels."""
     like = first_map(tensors)
-    at = like.channel(dim if axis is None else axis) + like.channel_axis
+    at = like.channel(dim) + like.channel_axis
     pieces = []
     for value in tensors:
         piece = operand(value, like)
@@ -42,8 +42,6 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
 @sparse_function("unsqueeze")
 def unsqueeze(x: SparseMap, dim: int) -> SparseMap:
     dim = dim % (x.ndim + 1)
-    if dim == 0:
-        raise NotImplementedError(f"unsqueeze of a sparse map in front of the samples: {_REMEDY}")
     at = x.dims[:dim].count("C") + x.channel_axis
     return x.view_of(x.values.unsqueeze(at), x.dims[:dim] + "C" + x.dims[dim:])
 
@@ -115,12 +113,13 @@ def flip(x: SparseMap, *dims: Any) -> SparseMap:
 
 @sparse_function("__getitem__")
 def getitem(x: SparseMap, index: Any) -> SparseMap:
-    """Slices, numbers and lists of numbers for channels; everything of all other axes."""
+    """Slices, numbers and lists of numbers for channels; of H and W everything, or one pixel of every square block."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [part for part in parts if part is Ellipsis]:
         at = next(i for i, part in enumerate(parts) if part is Ellipsis)
         given = sum(part is not None for part in parts) - 1
         parts[at : at + 1] = [slice(None)] * (x.ndim - given)
+    x, parts = _one_of_every_block(x, parts)
     dim, out = 0, x
     for part in parts:
         if part is None:
@@ -146,6 +145,24 @@ def getitem(x: SparseMap, index: Any) -> SparseMap:
             out = index_select(out, dim, numbers)
         dim += 1
     return out
+
+
+def _one_of_every_block(x: SparseMap, parts: list[Any]) -> tuple[SparseMap, list[Any]]:
+    """For `x[..., i::r, j::r]`: the map with the pixels of its r x r blocks as channels, and the index of one of them."""
+    axes = [i for i, part in enumerate(parts) if part is not None]
+    places = {label: axes[d] for d, label in enumerate(x.dims[: len(axes)]) if label in "HW"}
+    steps = {label: parts[i].step for label, i in places.items() if isinstance(parts[i], slice)}
+    r = steps.get("H")
+    if not r or r < 2 or steps.get("W") != r:
+        return x, parts
+    parts = list(parts)
+    for label in "WH":  # the later one first, since each becomes two
+        i, size = places[label], x.shape[x.dims.index(label)]
+        start, stop, _ = parts[i].indices(size)
+        if start >= r or stop != size:
+            return x, parts
+        parts[i : i + 1] = [slice(None), start]
+    return _blocks(x, r), parts
 
 
 @sparse_function("permute")
@@ -278,10 +295,12 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
                 into.append(new.pop(0))
                 after *= into[-1]
         if set(labels) == {"C"} and old:  # axes of one channel come and go
-            while new and new[0] == 1 != old[0][1]:
+            while _has_spare(x, new, "".join(label for label, _ in old)):
                 into.append(new.pop(0))
             while old and old[0] == ("C", 1) and new and new[0] != 1:
                 labels += old.pop(0)[0]
+        if labels == "H" and len(into) == 1 and old and old[0] == ("W", 1) and new[:1] != [1]:  # a map one pixel wide
+            labels += old.pop(0)[0]
         found.append((labels, into))
     if any(size != 1 for size in new):
         raise refusal
@@ -299,6 +318,15 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
         if (len(labels) > 1 and not whole_channels) or not (whole_channels or block or len(into) == 1):
             raise refusal
     return found
+
+
+def _has_spare(x: SparseMap, sizes: list[int], labels: str) -> bool:
+    """Whether the first of the wanted sizes, a one, is none of the pixels that come next."""
+    if not sizes or sizes[0] != 1:
+        return False
+    if labels == "P":  # which may become H and W
+        return len(sizes) > 2 or (len(sizes) == 2 and tuple(sizes) != tuple(x.grid.size(x.stride)))
+    return len(sizes) > len(labels)
 
 
 def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
