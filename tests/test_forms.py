@@ -105,6 +105,12 @@ def func(function: Callable[[Any, Tensor], Tensor]) -> Callable[[int], nn.Module
     return lambda c: Func(function)
 
 
+def power_in_place(m: Any, x: Tensor) -> Tensor:
+    y = x.clone()
+    y **= 2
+    return y
+
+
 def shuffled(x: Tensor, a: Tensor) -> Tensor:
     return torch.cat([x[:, i :: x.shape[1] // 2] for i in range(x.shape[1] // 2)], 1)
 
@@ -175,6 +181,29 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], Reference]] = {
                            lambda m, x, a: shuffled(x, a)),
     "groups of one channel": (
         func(lambda m, x: (x.view(len(x), x.shape[1], 1, *x.shape[2:]) * 2).reshape(x.shape)), lambda m, x, a: 2 * x),
+    "CBAM pool": (
+        func(lambda m, x: x * torch.sigmoid(torch.cat([x.max(1)[0].unsqueeze(1), x.mean(1).unsqueeze(1)], 1).sum(1, True))),
+        lambda m, x, a: hide(x * torch.sigmoid(x.amax(1, keepdim=True) + x.mean(1, keepdim=True)), a)),
+    "max by name, clip": (func(lambda m, x: x - x.max(dim=1, keepdim=True).values.clip(min=0.1)),
+                          lambda m, x, a: hide(x - x.amax(1, keepdim=True).clip(0.1), a)),
+    "keywords": (
+        func(lambda m, x: F.relu(input=x) + torch.mean(input=x, axis=1, keepdims=True) + torch.flip(x, dims=(1,))
+             + x.permute(dims=(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        lambda m, x, a: hide(torch.relu(x) + x.mean(1, keepdim=True) + x.flip(1) + x, a)),
+    "operators": (func(lambda m, x: (+x) * 2 + x.to(memory_format=torch.channels_last) * ((x > 0) & ~(x > 1)) + 0 * 2**x),
+                  lambda m, x, a: 2 * x + x * ((x > 0) & (x <= 1))),
+    "power in place": (func(power_in_place), lambda m, x, a: x**2),
+    "stack in front": (func(lambda m, x: torch.stack([x, x * x, torch.relu(x)]).sum(0)),
+                       lambda m, x, a: x + x * x + torch.relu(x)),
+    "every fourth pixel": (
+        lambda c: Func(lambda m, x: x + F.interpolate(x[:, :, ::2, 1::2], scale_factor=2)),
+        lambda m, x, a: x + x[:, :, ::2, 1::2].repeat_interleave(2, 2).repeat_interleave(2, 3)),
+    "hand-written batch norm": (
+        func(lambda m, x: (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), False, True) + 1e-3).sqrt()),
+        lambda m, x, a: oracle.masked_batch_norm(x, a, torch.ones(x.shape[1], dtype=x.dtype), torch.zeros(
+            x.shape[1], dtype=x.dtype), x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), True, eps=1e-3)[0]),
+    "global max by window": (func(lambda m, x: x - F.max_pool2d(x, x.shape[2:])),
+                             lambda m, x, a: hide(x - oracle.masked_global_max(x, a)[:, :, None, None], a)),
     "deviation of single channels": (func(lambda m, x: by_deviation(x, x.shape[1])),
                                      lambda m, x, a: by_visible_deviation(x, a, x.shape[1])),
     "deviation of groups": (func(lambda m, x: by_deviation(x, 2)), lambda m, x, a: by_visible_deviation(x, a, 2)),
@@ -225,6 +254,11 @@ SMALLER: dict[str, tuple[int, Callable[[int], nn.Module], Reference]] = {
                                              lambda m, x, a: oracle.averaged_with_zeros(x, a, 2)),
     "AvgPool2d 3, 2, 1": (2, lambda c: nn.AvgPool2d(3, 2, 1), lambda m, x, a: oracle.averaged_with_zeros(x, a, 3, 2, 1)),
     "BlurPool2d": (2, lambda c: BlurPool2d(c), blur),
+    "Focus": (2, lambda c: Func(lambda m, x: m.conv(torch.cat(
+        [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)), depth_conv(c)),
+        lambda m, x, a: hide(F.conv2d(torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], 1), m.conv.weight), a)),
+    "option A shortcut": (2, lambda c: Func(lambda m, x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 2))[:, 1:-2]),
+                          lambda m, x, a: x[:, :, ::2, ::2]),
     "SpaceToDepth": (4, lambda c: Func(lambda m, x: m.conv(SpaceToDepth(4)(x)), depth_conv(c, 16)), space_to_depth),
     "pixel_unshuffle": (2, lambda c: Func(lambda m, x: m.conv(F.pixel_unshuffle(x, 2)), depth_conv(c)),
                         lambda m, x, a: hide(F.conv2d(F.pixel_unshuffle(x, 2), m.conv.weight), a)),

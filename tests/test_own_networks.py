@@ -1,5 +1,6 @@
 """Networks of a user's own, with what real code has: aliases, shared modules, hooks. Right, or refused by name."""
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -506,6 +507,198 @@ def test_infinite_derivatives_at_hidden_pixels_reach_nothing(function: Callable[
     for ours, *others in zip(*results, strict=True):
         assert ours.isfinite().all()
         assert all(oracle.relative_error(theirs, ours) < 1e-10 for theirs in others)
+
+
+# --- what a trial must not leave behind, and must notice -----------------------------------------------------------------
+
+
+def test_branches_left_to_chance_stay_trainable() -> None:
+    """A branch that the trial's training step happened to skip once was frozen for good."""
+
+    def skips(m: Block, x: Tensor) -> Tensor:
+        return x if m.training and torch.rand(()) < 0.9 else x + m.conv(x)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert all(p.requires_grad for p in sparkme.sparsify(make(lambda m, x: m.norm(skips(m, x)))).parameters())
+
+
+def test_layers_that_run_without_gradients_still_run() -> None:
+    def frozen(m: Block, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(m.conv(x))
+        return m.norm(x * gate)
+
+    network = make(frozen)
+    masked = Masked(network, ACTIVE)
+    encoder = sparkme.sparsify(network)
+    assert "blocks.0.conv.weight" in encoder.dense_state_dict()
+    check(network, masked(images(), lambda m, x: masked.norm(m, x * masked.hide(torch.sigmoid(masked.conv(m, x))).detach())))
+
+
+def normalised(network: Network) -> list[Tensor]:
+    masked = Masked(network, ACTIVE)
+    return masked(images(), lambda m, x: masked.norm(m, masked.conv(m, x)))
+
+
+def test_frozen_batch_norms_stay_frozen() -> None:
+    class Frozen(Network):
+        def train(self, mode: bool = True) -> "Frozen":
+            super().train(mode)
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+            return self
+
+    class FrozenByFlag(Network):
+        def train(self, mode: bool = True) -> "FrozenByFlag":
+            super().train(mode)
+            for block in self.blocks:
+                block.norm.training = False
+            return self
+
+    for kind in (Frozen, FrozenByFlag):
+        network = kind(lambda m, x: m.norm(m.conv(x))).double()
+        for block in network.blocks:
+            nn.init.uniform_(block.norm.running_var, 2, 3)
+        encoder = sparkme.sparsify(network).train()
+        expected = normalised(network.eval())
+        for x, y in zip(encoder(images(), ACTIVE), expected, strict=True):
+            assert oracle.relative_error(x.dense(), y) < 1e-10
+
+
+def test_what_a_network_does_in_training_only_is_compared() -> None:
+    def by_class(m: Block, x: Tensor) -> Tensor:
+        return m.norm(m.conv(x)) * (5 if m.training and not isinstance(m.conv, nn.Conv2d) else 1)
+
+    with pytest.raises(sparkme.UnsupportedLayerError, match="in training mode the sparse network does not compute"):
+        sparkme.sparsify(make(by_class))
+
+
+def test_errors_in_branches_that_start_at_zero_are_noticed() -> None:
+    """A residual branch times zero changes nothing, until it is trained."""
+    network = make(lambda m, x: x + m.scale * (m.conv(x) + Swish.apply(x)))
+    for block in network.blocks:
+        block.scale = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(sparkme.UnsupportedLayerError, match="gradient"):
+        sparkme.sparsify(network)
+    network = make(lambda m, x: x + m.scale * m.conv(x))
+    for block in network.blocks:
+        block.scale = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    assert not sparkme.sparsify(network).network.blocks[0].scale.any()
+
+
+def test_gradient_hooks_are_refused_by_name() -> None:
+    network = make(lambda m, x: m.norm(m.conv(x)))
+    network.blocks[0].conv.weight.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(
+        sparkme.UnsupportedLayerError, match=r"parameter 'weight' of layer 'blocks.0.conv' \(Conv2d\) has hooks"
+    ):
+        sparkme.sparsify(network)
+
+
+def test_what_a_forward_pass_leaves_in_the_network_is_not_handed_out() -> None:
+    def keeps(m: Any, x: Tensor) -> Tensor:
+        m.last, m.calls = x, getattr(m, "calls", 0) + 1
+        with torch.no_grad():
+            m.conv.bias.clamp_(max=0.01)
+        if getattr(m, "ramp", None) is None or m.ramp.shape[-1] != x.shape[-1]:
+            m.ramp = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+        return m.norm(m.conv(x) + m.ramp)
+
+    network = make(keeps)
+    with torch.no_grad():
+        for block in network.blocks:
+            block.conv.bias.fill_(0.005)
+    before = network.blocks[0].conv.bias.clone()
+    encoder = sparkme.sparsify(network)
+    assert not hasattr(encoder.network.blocks[0], "last") and not hasattr(encoder.network.blocks[0], "calls")
+    assert torch.equal(encoder.dense_state_dict()["blocks.0.conv.bias"], before)
+    copy.deepcopy(encoder)
+
+
+def test_what_cannot_be_copied_is_refused_in_one_line() -> None:
+    network = make(lambda m, x: m.norm(x))
+    network.blocks[0].last = network.blocks[0].conv.weight * 2
+    with pytest.raises(ValueError, match=r"Network cannot be copied: .*look for tensors") as caught:
+        sparkme.sparsify(network)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"takes a torch.nn.Module, not function"):
+        sparkme.sparsify(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_a_last_map_without_a_name_is_refused() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.short = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, 2)
+            self.out, self.fc = nn.Identity(), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            return self.fc(self.result(self.conv(x) + self.short(x)).mean((2, 3)))
+
+        def result(self, x: Tensor) -> Tensor:
+            return x
+
+    class Named(Flat):
+        def result(self, x: Tensor) -> Tensor:
+            return self.out(x)
+
+    with pytest.raises(ValueError, match=r"stride 4 is put together by a function .*'short' and 'conv'.*nn.Identity"):
+        sparkme.sparsify(Flat())
+    names = sparkme.sparsify(Named()).dense_state_dict().keys()
+    assert {"conv.weight", "short.weight"} <= names
+
+
+def test_strides_beyond_the_largest_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer 'blocks.6.down' of Network makes maps of a stride above 64"):
+        sparkme.sparsify(make(lambda m, x: m.norm(x), 7))
+    with pytest.raises(ValueError, match="num_scales 0 must be at least 1"):
+        sparkme.sparsify(make(lambda m, x: m.norm(x)), num_scales=0)
+    assert sparkme.sparsify(make(lambda m, x: m.norm(x)), num_scales=1).strides == (16,)
+
+
+def test_a_network_that_skips_a_map_says_so() -> None:
+    network = make(lambda m, x: m.norm(x))
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.skip = network, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, block in enumerate(self.network.blocks):
+                if not (self.skip and i == 3):
+                    x = block(x)
+            return self.network.fc(x.mean((2, 3)))
+
+    encoder = sparkme.sparsify(Skips())
+    encoder.network.skip = True
+    with pytest.raises(RuntimeError, match=r"did not call 'network.blocks.3'"):
+        encoder(images(), ACTIVE)
+
+
+@pytest.mark.parametrize(("visible", "size"), [((1, 3), (32, 96)), ((3, 1), (96, 32)), ((2, 2), (64, 64))])
+def test_maps_one_pixel_wide_or_high(visible: tuple[int, int], size: tuple[int, int]) -> None:
+    def gate(m: Block, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = x.flatten(2)
+        again = tokens.view(b, c, h, w)
+        split = x.view(b, c // 2, 2, h, w).sum(2)
+        return m.norm(again) * torch.sigmoid(tokens.mean(2).view(b, c, 1, 1)) + torch.cat([split, split], 1)
+
+    network = make(gate, 5).eval()
+    encoder = sparkme.sparsify(network).eval()
+    active = torch.ones(2, 1, *visible, dtype=torch.bool)
+    x = images(size)
+    expected = []
+    with torch.no_grad():
+        for block in network.blocks:
+            expected.append(block(x if not expected else expected[-1]))
+        for engine in ENGINES:
+            for y, z in zip(encoder.set_engine(engine)(images(size), active), expected[1:], strict=True):
+                assert oracle.relative_error(y.dense(), z) < 1e-10
 
 
 # --- shared parameters -------------------------------------------------------------------------------------------------

@@ -156,7 +156,13 @@ def _check_last(calls: list[_Call], last: Tap, branches: frozenset[str]) -> None
     Raises:
         ValueError: functions put it together from several ones.
     """
-    others = [c.module for c in calls if c.gives(last.stride) and any(f"{c.module}.".startswith(f"{b}.") for b in branches)]
+    others = [
+        c.module
+        for c in calls
+        if c.gives(last.stride)
+        and not any(parent.gives(last.stride) for parent in c.parents)  # its module hands out what becomes of it
+        and any(f"{c.module}.".startswith(f"{b}.") for b in branches)
+    ]
     if others:
         raise ValueError(
             f"the map of stride {last.stride} is put together by a function behind the layers {last.module!r} and "

@@ -17,13 +17,15 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 | AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |
 | global pooling, squeeze-excite, ECA and other gates | over each sample's visible pixels; then a dense vector | pooling |
 | reductions and softmax over channels | pixel by pixel | pooling |
+| sums over H and W | over each sample's visible pixels; code that divides them by H times W itself does so by all pixels | pooling |
 | nearest upsampling | within a patch | pooling |
 | BlurPool2d | a convolution with fixed weights, reflected at the image's border | convolution |
 | cat, stack, split, chunk, slices, channel shuffle, permute to channels-last and back | of channels | shape |
-| SpaceToDepth, pixel_unshuffle | within a patch | shape |
+| SpaceToDepth, pixel_unshuffle, `x[..., ::2, ::2]` | within a patch | shape |
 | activations, arithmetic, LayerScale, affine, gates times maps | pixel by pixel | pointwise |
 | DropPath, StochasticDepth, Dropout2d, DropBlock2d | per sample, by their own code | pointwise |
-| attention, FFT, bilinear resizing, slices of H or W, unpadded strided windows | refused | |
+| attention, FFT, bilinear resizing, other slices of H or W, unpadded strided windows | refused | |
+| torch.autograd.Function, checkpoints with use_reentrant=True, compiled parts, hooks on gradients | refused | |
 """
 
 from __future__ import annotations
