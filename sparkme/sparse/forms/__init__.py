@@ -17,7 +17,7 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 | AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |
 | global pooling, squeeze-excite, ECA and other gates | over each sample's visible pixels; then a dense vector | pooling |
 | reductions and softmax over channels | pixel by pixel | pooling |
-| sums over H and W | over each sample's visible pixels; code that divides them by H times W itself does so by all pixels | pooling |
+| sums over H and W | over each sample's visible pixels, also where the network divides by H times W itself | pooling |
 | nearest upsampling | within a patch | pooling |
 | BlurPool2d | a convolution with fixed weights, reflected at the image's border | convolution |
 | cat, stack, split, chunk, slices, channel shuffle, permute to channels-last and back | of channels | shape |
