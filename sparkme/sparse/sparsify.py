@@ -20,7 +20,7 @@ from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.forms import SPARSE_FORMS, SparseLayer, sparse_form
 from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.hierarchy import Hierarchy, find_hierarchy
-from sparkme.sparse.trial import expose_branches, try_out
+from sparkme.sparse.trial import DifferenceError, expose_branches, try_out
 
 
 def sparsify(
@@ -104,14 +104,31 @@ def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:
     problems = []
     for factor, variant in product((1, 2), variants):
         attempt = replace(variant, patch=factor * variant.patch)
-        dense = expose_branches(_copy(model))
         try:
-            try_out(SparseEncoder(_sparse_network(_copy(dense), attempt), attempt), dense)
+            _try(model, attempt)
             return attempt
         except UnsupportedLayerError as error:
             problems.append(error)
     in_branch = any(f"{problems[0].layer}.".startswith(f"{branch}.") for branch in hierarchy.branches)
     raise problems[1 if in_branch else 0] from None
+
+
+def _try(model: nn.Module, hierarchy: Hierarchy) -> None:
+    """Tries copies of the network; once more in float64 where they differ, which rounding can be the reason of."""
+    try:
+        _try_copies(_copy(model), hierarchy)
+    except DifferenceError as difference:
+        if next(model.parameters()).dtype != torch.float32:
+            raise
+        try:
+            _try_copies(_copy(model).double(), hierarchy)
+        except UnsupportedLayerError:  # also of networks that cannot be float64
+            raise difference from None
+
+
+def _try_copies(dense: nn.Module, hierarchy: Hierarchy) -> None:
+    expose_branches(dense)
+    try_out(SparseEncoder(_sparse_network(_copy(dense), hierarchy), hierarchy), dense)
 
 
 def _sparse_network(network: nn.Module, hierarchy: Hierarchy) -> nn.Module:

@@ -34,6 +34,10 @@ _BLIND = (
 )
 
 
+class DifferenceError(UnsupportedLayerError):
+    """The sparse network computes something else; which may be rounding, in a network that amplifies it."""
+
+
 @torch.no_grad()
 def expose_branches(model: nn.Module) -> nn.Module:
     """Gives gains and layer scales that are close to zero values around one, else whole branches would not show."""
@@ -53,7 +57,8 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
         dense: what it was made from, with the same weights; likewise.
 
     Raises:
-        UnsupportedLayerError: the encoder does not run, or does not compute what the dense network does.
+        DifferenceError: the encoder does not compute what the dense network does.
+        UnsupportedLayerError: the encoder does not run.
     """
     for parameter in (*encoder.parameters(), *dense.parameters()):
         parameter.requires_grad_(parameter.is_floating_point())
@@ -106,12 +111,10 @@ def _compare_maps(
 
 def _compare(value: Tensor, expected: Tensor, where: str) -> None:
     if value.shape != expected.shape:
-        raise UnsupportedLayerError(
-            f"the sparse network gives {tuple(value.shape)} {where}, the dense one {tuple(expected.shape)}"
-        )
+        raise DifferenceError(f"the sparse network gives {tuple(value.shape)} {where}, the dense one {tuple(expected.shape)}")
     error = (value - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     if not error <= TOLERANCE.get(value.dtype, 0.1) and (value - expected).abs().max() != 0:
-        raise UnsupportedLayerError(
+        raise DifferenceError(
             f"the sparse network does not compute what the dense one does: {where} they differ by {float(error):.1e} of the "
             "largest value; look for operations in place, state that changes from call to call, or sizes that are hard-coded"
         )
@@ -121,7 +124,7 @@ def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor,
     """Compares the gradient of every parameter with the dense network's, in size, on a whole image.
 
     Raises:
-        UnsupportedLayerError: one differs, since the network does something that torch does not show to a sparse map.
+        DifferenceError: one differs, since the network does something that torch does not show to a sparse map.
     """
     names, weights = zip(*((name, p) for name, p in dense.named_parameters() if p.requires_grad))
     try:
@@ -141,7 +144,7 @@ def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor,
     for name, size, expected_size in sizes:
         if not abs(size - expected_size) <= GRADIENT_TOLERANCE * expected_size + least:
             found = "does not reach" if math.isnan(size) else f"is {size:.2g} instead of {expected_size:.2g} at"
-            raise UnsupportedLayerError(f"the gradient {found} the parameter {name!r} of the sparse network; {_BLIND}")
+            raise DifferenceError(f"the gradient {found} the parameter {name!r} of the sparse network; {_BLIND}")
 
 
 def _weighted(maps: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
@@ -173,7 +176,7 @@ def _compare_training(encoder: SparseEncoder, dense: nn.Module, images: Tensor, 
     for x, y in zip(maps, expected[0], strict=True):
         error = float((x.dense() - y).norm() / y.norm().clamp_min(1e-30))
         if not error <= TRAINING_TOLERANCE:
-            raise UnsupportedLayerError(
+            raise DifferenceError(
                 f"in training mode the sparse network does not compute what the dense one does: at stride {x.stride} they "
                 f"differ by {error:.1e} of the map; look for code that asks for a layer's class or changes its attributes"
             )
