@@ -17,6 +17,8 @@ DEMO_DIR := runs/demo
 DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 16 --samples-per-epoch 256 --epochs 16 \
   --base-lr 0.25 --crop-scale 0.3 --log-steps 16 --panel-epochs 4
 TEST_FLAGS ?=
+# Each process needs a core and about 5 GB; tests that share a run stay together.
+TEST_PROCESSES ?= 2
 
 NEEDED_GIB := 12
 # In a variable, since a comma in the call of `step` would end an argument.
@@ -55,7 +57,7 @@ demo: setup
 	$(RUN) -m sparkme.export $(DEMO_DIR)/checkpoints/last.pt --to torchvision --output $(DEMO_DIR)/resnet18.safetensors --overwrite
 
 test: setup
-	$(RUN) -m pytest $(TEST_FLAGS)
+	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_FLAGS)
 
 lint: setup
 	$(RUN) -m ruff check .

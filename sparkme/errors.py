@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is one line, too; --help prints the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists what there is)\n")
 
 
 class UserError(ValueError):
@@ -21,9 +30,11 @@ class UnsupportedLayerError(ValueError):
         self.layer = layer
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # a headline, which says nothing by itself
+        lines = [f"{lines[0]} {lines[1]}"]
     return lines[0][:300] if lines else type(error).__name__
 
 
@@ -38,6 +49,12 @@ def python_command() -> str:
     """The running interpreter as a user would type it, for commands that are printed to be copied."""
     relative = os.path.relpath(sys.executable)
     return sys.executable if relative.startswith("..") else relative
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "not enough memory" in text or "can't allocate memory" in text
 
 
 @contextmanager
@@ -64,5 +81,9 @@ def run_command(command: Callable[[], int]) -> int:
         if error.name is None or error.name.partition(".")[0] in ("sparkme", "torch"):
             raise
         message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = f"out of memory ({first_line(error)}); lower --batch-size, --input-size or --decoder-width"
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
     return 2

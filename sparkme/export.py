@@ -18,23 +18,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparkme.errors import UserError, run_command, user_errors
+from sparkme.errors import Parser, UserError, run_command, user_errors
+from sparkme.training.config import path_argument
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Statistics
     from sparkme.masked import MaskedAutoencoder
     from sparkme.sparse.encoder import SparseEncoder
 
+HUB_FILES = ("config.json", "model.safetensors", "README.md")
+
 # In float64 both networks differ by rounding alone: about 1e-13 for a hundred layers. A wrong layout differs by about 1.
 TOLERANCE = 1e-8
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparkme.export",
         description="Export the encoder of a checkpoint as weights of the ordinary dense network, verified.",
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt")
+    parser.add_argument(
+        "checkpoint", type=path_argument, help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt"
+    )
     group = parser.add_argument_group("what is written")
     group.add_argument(
         "--to",
@@ -44,14 +49,14 @@ def create_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help=".safetensors or .pth, for detectron2 .pkl (MODEL.safetensors in the run folder)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group.add_argument(
         "--hub-folder",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="with --to timm: a folder with config, weights and model card, for timm.create_model('local-dir:DIR')",
     )
@@ -65,7 +70,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--recalibrate-bn",
-        type=Path,
+        type=path_argument,
         metavar="DATA",
         help="estimate batch norm's running statistics anew, on whole images of this folder",
     )
@@ -82,18 +87,20 @@ def export(args: argparse.Namespace) -> int:
     from sparkme.interop.files import TORCH_SUFFIXES, write_state_dict
     from sparkme.interop.libraries import origin_of, translate
     from sparkme.models import create_dense
-    from sparkme.training.build import build_network
+    from sparkme.training.build import network_of
     from sparkme.training.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
+    if not isinstance(config.get("model"), str):
+        raise UserError(f"{args.checkpoint} does not say of which network it is")
     model_name, library = config["model"], library_of(config["model"])
     target = args.to or library
     output, notes = check_output(args, config, target)
-    with user_errors():
-        network = build_network(config)
-    network.load_state_dict(checkpoint["model"])
+    network = network_of(checkpoint, args.checkpoint)
     encoder = network.encoder
+    if not all(value.isfinite().all() for value in encoder.dense_state_dict().values()):
+        raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
 
     with user_errors():
         dense = create_dense(model_name, in_channels=encoder.in_channels)
@@ -135,7 +142,6 @@ def export(args: argparse.Namespace) -> int:
     if output.suffix == ".pkl":
         from sparkme.interop import detectron2
 
-        output.parent.mkdir(parents=True, exist_ok=True)
         detectron2.write(output, translated)
     else:
         write_state_dict(output, translated, metadata)
@@ -145,7 +151,7 @@ def export(args: argparse.Namespace) -> int:
     verified = "verified" if args.verify else "NOT verified"
     left = f"; left to you, the classifier: {', '.join(missing)}" if missing else ""
     print(f"wrote {output} ({megabytes:.1f} MB, {verified}){left}")
-    print(f"load it:\n\n{loading_code(model_name, target, output)}")
+    print(f"load it:\n\n{loading_code(model_name, target, output, encoder.in_channels)}")
     return 0
 
 
@@ -169,8 +175,10 @@ def check_output(args: argparse.Namespace, config: dict[str, Any], target: str) 
     """
     from sparkme.interop.files import TORCH_SUFFIXES, check_suffix
 
-    if args.push_to_hub and not args.hub_folder:
+    if args.push_to_hub is not None and not args.hub_folder:
         raise UserError("--push-to-hub sends what --hub-folder DIR writes; name that folder, too")
+    if args.hub_folder and args.output:
+        raise UserError("--hub-folder writes its own files; leave out --output")
     if args.hub_folder and target != "timm":
         raise UserError("--hub-folder is timm's form of a model; use it with --to timm")
     if args.recalibrate_images < 2:
@@ -184,9 +192,12 @@ def check_output(args: argparse.Namespace, config: dict[str, Any], target: str) 
         check_suffix(output)
     notes = output.with_name(output.name + ".json")
     files = [output, notes] if output.suffix in (*TORCH_SUFFIXES, ".pkl") else [output]
-    for path in [args.hub_folder / "config.json"] if args.hub_folder else files:
+    for path in [args.hub_folder / name for name in HUB_FILES] if args.hub_folder else files:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; choose another --output")
         if path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists; choose another --output, or pass --overwrite")
+            flag = "--hub-folder" if args.hub_folder else "--output"
+            raise UserError(f"{path} exists; choose another {flag}, or pass --overwrite")
     return output, notes
 
 
@@ -242,11 +253,12 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     from sparkme.data.dataset import normalise, preview_images
     from sparkme.data.images import find_images
 
+    paths = find_images(data, flag="--recalibrate-bn")
     norms = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
     if not norms:
         print("the network has no batch norm: nothing to recalibrate")
         return
-    paths, statistics = find_images(data), statistics_of(config)
+    statistics = statistics_of(config)
     step = max(1, len(paths) // count)
     chosen, size = paths[::step][:count], (config["input_size"][0], config["input_size"][1])
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}  # type: ignore[union-attr]
@@ -315,12 +327,17 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target
         "source": f"{args.checkpoint.name}, step {step}",
         "verified": str(args.verify).lower(),
         "batch_norm": "recalibrated on whole images" if args.recalibrate_bn else "as pretrained, on visible patches",
+        "channels": str(config.get("channels", 3)),
+        "mean": json.dumps(statistics_of(config).mean),
+        "std": json.dumps(statistics_of(config).std),
         "made_by": f"sparkme {sparkme.__version__}",
     }
     if target == "detectron2":
+        mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(config))
+        images = "RGB: INPUT.FORMAT RGB" if config.get("channels", 3) == 3 else f"images of {config['channels']} channels"
         notes["detectron2"] = (
-            "trained on RGB: INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, "
-            "57.375], MODEL.RESNETS.STRIDE_IN_1X1 False; num_batches_tracked is left out"
+            f"trained on {images}, MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std}, MODEL.RESNETS.STRIDE_IN_1X1 False; "
+            "num_batches_tracked is left out"
         )
     return notes
 
@@ -362,8 +379,10 @@ def write_hub_folder(
     channels = config.get("channels", 3)
     model = timm.create_model(plain, pretrained=False, num_classes=0, in_chans=channels)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UserError(f"--hub-folder: timm's {plain} without a classifier has other weights: {[*missing, *unexpected][:5]}")
+    if unexpected:
+        raise UserError(f"--hub-folder: timm's {plain} without a classifier has no weights {', '.join(unexpected[:5])}")
+    if missing:  # norms between the last map and the classifier
+        print(f"not pretrained, as timm makes them new: {', '.join(missing[:5])}")
     size = [channels, config["input_size"][0], config["input_size"][1]]
     preprocessing = {
         "input_size": size,
@@ -395,10 +414,10 @@ def write_hub_folder(
         print(f"sent to {url}")
 
 
-def loading_code(model: str, target: str, path: Path) -> str:
+def loading_code(model: str, target: str, path: Path, channels: int = 3) -> str:
     """How the file is loaded, for people."""
     if target == "detectron2":
-        return f'cfg.MODEL.WEIGHTS = "{path}"; cfg.INPUT.FORMAT = "RGB"  # and what stands in {path.name}.json'
+        return f'cfg.MODEL.WEIGHTS = "{path}"  # and the settings in {path.name}.json'
     if target == "mmpretrain":
         return f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}, prefix='backbone.')"
     if path.suffix == ".safetensors":
@@ -407,8 +426,12 @@ def loading_code(model: str, target: str, path: Path) -> str:
         package, read = "torch", f"torch.load({str(path)!r})"
     if target == "torchvision":
         library, make = "torchvision", f"torchvision.models.{counterpart(model, target)}()"
+        if channels != 3:
+            library = "torchvision, sparkme.models"
+            make = f"sparkme.models.with_in_channels({make}, {channels})"
     elif target == "timm":
-        library, make = "timm", f"timm.create_model({counterpart(model, target).removeprefix('timm:')!r})"
+        options = f", in_chans={channels}" if channels != 3 else ""
+        library, make = "timm", f"timm.create_model({counterpart(model, target).removeprefix('timm:')!r}{options})"
     else:
         return f"import {package}\nstate = {read}  # for load_state_dict(state, strict=False) of the network"
     return f"import {package}, {library}\nmodel = {make}\nmodel.load_state_dict({read}, strict=False)  # all but the classifier"

@@ -6,6 +6,7 @@ import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
+from sparkme.decoder import MAX_WIDTH
 from sparkme.grid import Grid
 from sparkme.masked import MaskedAutoencoder
 from sparkme.sparse.encoder import SparseEncoder
@@ -43,6 +44,8 @@ class FCMAE(MaskedAutoencoder):
         normalise_patches: bool = True,
     ) -> None:
         super().__init__(encoder, input_size, mask_ratio, patch, normalise_patches=normalise_patches)
+        if not 1 <= decoder_width <= MAX_WIDTH:
+            raise ValueError(f"decoder width {decoder_width} is outside 1 to {MAX_WIDTH}")
         self.stride = encoder.strides[-1]
         self.projection = nn.Conv2d(encoder.channels[-1], decoder_width, kernel_size=1)
         self.mask_token = nn.Parameter(torch.empty(1, decoder_width, 1, 1))

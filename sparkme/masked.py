@@ -53,6 +53,9 @@ class MaskedAutoencoder(nn.Module):
             )
         self.num_patches = (self.input_size[0] // self.patch, self.input_size[1] // self.patch)
         total = self.num_patches[0] * self.num_patches[1]
+        if total == 1:
+            sides = "x".join(map(str, self.input_size))
+            raise ValueError(f"input size {sides} is a single patch, which cannot be hidden and seen; raise the input size")
         self.keep = self.num_visible(total, mask_ratio)
         if self.keep == total:
             raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")

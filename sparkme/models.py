@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
@@ -145,26 +145,42 @@ def _timm_model(name: str, in_channels: int, drop_path: float) -> nn.Module:
 
 def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path: float) -> nn.Module:
     where = f"--model {module_name}:{factory_name}"
+    if not all(part.isidentifier() for part in (*module_name.split("."), factory_name)):
+        raise ValueError(f"{where} is no package.module:factory; timm's networks are timm:NAME")
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{where} cannot be imported: {first_line(error)}; it stands for `package.module:factory`") from error
+    except (Exception, SystemExit) as error:  # the user's code
+        hint = f"; start where {module_name.partition('.')[0]}.py lies" if isinstance(error, ModuleNotFoundError) else ""
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where} cannot be imported: {kind}{first_line(error)}{hint}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise ValueError(f"{where}: {module_name} has no function {factory_name!r} that makes a network")
-    takes = inspect.signature(factory).parameters
+    try:
+        takes: Any = inspect.signature(factory).parameters
+    except ValueError as error:  # of a builtin
+        raise ValueError(f"{where} is no function that makes a network") from error
     wanted = {"in_channels": in_channels, "drop_path": drop_path}
     if drop_path and "drop_path" not in takes:
         raise ValueError(f"--drop-path {drop_path}: {factory_name} takes no drop_path; use --drop-path 0 or add the parameter")
     try:
         model = factory(**{key: value for key, value in wanted.items() if key in takes})
-    except Exception as error:  # the user's code
+    except (Exception, SystemExit) as error:  # the user's code
         raise ValueError(f"{where} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{where} made a {type(model).__name__}, which is no torch.nn.Module")
+    for key, value in model.state_dict().items():
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and (value.dtype, value.device.type) != (torch.float32, "cpu")
+        ):
+            raise ValueError(
+                f"{where} made weights of {value.dtype} on {value.device} ({key}); make them of float32 on the CPU"
+            )
     return model
 
 

@@ -108,7 +108,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset, Statistics, estimate_statistics
         from sparkme.data.images import demo_photographs, find_images
-        from sparkme.training.build import build_network
+        from sparkme.training.build import build_network, load_weights
         from sparkme.training.checkpoint import Checkpoints, load_checkpoint
         from sparkme.training.memory import keep_freed_memory
         from sparkme.training.optimizer import create_optimizer
@@ -130,11 +130,13 @@ class Run:
         self.statistics = Statistics(tuple(config["mean"]), tuple(config["std"]))
         if saved is not None:
             check_same_run(saved["config"], config, newest)
+            config["init"] = saved["config"].get("init")  # it has started from that, whatever the command says now
 
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
         self._check_batch_norm()
         self.init_report = ""
+        self.ignored_init = args.init if saved is not None and str(args.init) != str(config["init"]) else None
         if args.init and saved is None:
             self.init_report = load_initial_weights(self.network, args.init, config["model"])
         self.network.to(process.device)
@@ -145,9 +147,16 @@ class Run:
         self.steps_per_epoch = config["samples_per_epoch"] // config["batch_size"]
         self.total_steps = config["epochs"] * self.steps_per_epoch
         self.step = 0
+        if not any(p.requires_grad for p in self.network.encoder.parameters()):
+            raise UserError(
+                f"--model {config['model']}: all its parameters are frozen (requires_grad is False): nothing to train"
+            )
         if saved is not None:
-            self.network.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            try:
+                load_weights(self.network, saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise UserError(f"{newest}: {first_line(error)}; use another --output, or --no-resume to start anew") from error
             self.step = saved["step"]
 
         if process.world > 1 and process.device.type == "cuda":
@@ -229,7 +238,7 @@ class Run:
                 last = self.checkpoints.last
                 skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
                 log.finish(f"done: {last}{skipped}\npictures: {self.folder / 'loss.png'}, {self.folder / 'reconstructions'}\n"
-                           f"next: {python_command()} -m sparkme.export {last} --to torchvision")  # fmt: skip
+                           f"next: {python_command()} -m sparkme.export {last}")  # fmt: skip
             return 0
         except OSError as error:  # of the log or of a picture
             saved = f"saved {self._save()}" if process.is_main else "the first process saves"
@@ -350,7 +359,8 @@ class Run:
     def _save(self) -> Path:
         """Writes a checkpoint, unless the weights are spoiled: the loss of a step says nothing of its update."""
         weights = self.network.state_dict()
-        finite = torch.stack([value.isfinite().all() for value in weights.values() if value.is_floating_point()])
+        tensors = [value for value in weights.values() if isinstance(value, Tensor)]  # a module may keep other things
+        finite = torch.stack([value.isfinite().all() for value in tensors if value.is_floating_point()])
         if not finite.all():
             self._refuse(f"the weights are not finite after step {self.step}")
         state = {"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config}
@@ -424,6 +434,8 @@ class Run:
         if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
             advice = "raise --base-lr (make demo uses 0.25), --epochs or --samples-per-epoch"
             print(f"{'note':9s} {self.total_steps} steps at this rate will hardly move the weights; {advice}")
+        if saved and self.ignored_init:
+            print(f"{'note':9s} --init {self.ignored_init} is not used: this run goes on from its checkpoint")
         if saved and saved["step"] and not self.checkpoints.last.exists():
             print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from the newest checkpoint beside it")
         sys.stdout.flush()

@@ -139,10 +139,10 @@ def test_other_libraries_networks_load_every_name_and_shape() -> None:
 def test_what_no_table_knows_is_refused_with_what_is_possible() -> None:
     deep_stem = headless(timm.create_model("resnet50d").state_dict())
     assert origin_of("timm", deep_stem) == Origin("timm", None)
-    with pytest.raises(ValueError, match="this network of timm has no names in detectron2; it can go to timm"):
+    with pytest.raises(ValueError, match="this network of timm has no names in detectron2; leave out --to to keep its own"):
         translate(deep_stem, Origin("timm", None), "detectron2")
     with pytest.raises(
-        ValueError, match="a convnext of torchvision has no names in detectron2; it can go to torchvision, convnext"
+        ValueError, match=r"a convnext of torchvision has no names in detectron2; leave out --to .* it can go to convnext"
     ):
         translate({}, Origin("torchvision", "convnext"), "detectron2")
 
@@ -236,6 +236,35 @@ def test_a_hub_folder_is_loaded_by_timm(
     assert "--push-to-hub nobody/nothing failed: no token;" in error and error.count("\n") == 1
     assert export(run, "--to", "timm", "--hub-folder", folder) == 2
     assert export(run, "--push-to-hub", "me/mine") == 2
+
+
+def test_a_hub_folder_of_a_network_with_a_norm_in_its_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "--model", "timm:convnextv2_atto", "--epochs", "1", "--panel-epochs", "0", "--drop-path", "0"]
+    assert pretrain.main([*words, "--output", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip().endswith("-m sparkme.export " + str(tmp_path / "run" / "checkpoints" / "last.pt"))
+    last, folder = tmp_path / "run" / "checkpoints" / "last.pt", tmp_path / "hub"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    assert export(last, "--to", "timm", "--hub-folder", folder) == 2
+    assert (folder / "README.md").read_text() == "mine" and "README.md exists" in capsys.readouterr().err
+    assert export(last, "--to", "timm", "--hub-folder", folder, "--overwrite") == 0
+    assert "not pretrained, as timm makes them new: head.norm.weight" in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    twin = timm.create_model("convnextv2_atto")
+    sparse = sparkme.sparsify(twin)
+    sparse.load_dense_state_dict(model.state_dict())
+    saved = {n.removeprefix("encoder."): v for n, v in torch.load(last, weights_only=True)["model"].items() if "encoder." in n}
+    assert all(torch.equal(value, saved[name]) for name, value in sparse.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> None:
+    model = torchvision.models.resnet18()
+    state = {f"{prefix}{n}": v for n, v in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "wrapped.pth")
+    fresh = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
+    pretrain.load_initial_weights(fresh, tmp_path / "wrapped.pth", "resnet18")
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in fresh.encoder.dense_state_dict().items())
 
 
 def test_batch_norm_is_recalibrated_on_whole_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

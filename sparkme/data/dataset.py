@@ -225,7 +225,7 @@ def preview_images(
     transform = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     step = max(1, len(paths) // count)
     crops = []
-    for path in paths[::step] + paths:
+    for path in dict.fromkeys(paths[::step] + paths):
         try:
             crops.append(Sample(transform(load_image(path, channels, background)), ()))
         except OSError:

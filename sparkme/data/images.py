@@ -21,18 +21,19 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field
                 "retina.jpg", "rocket.jpg")  # fmt: skip
 
 
-def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
+def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:
     """All images below a folder, sorted, whatever its structure; follows links, each directory once.
 
     Args:
         folder: where to look.
         leave_out: a folder below it whose images do not count, such as the run's own pictures.
+        flag: what the folder was given by, for messages.
 
     Raises:
         UserError: no such folder, or no images in it.
     """
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is not a folder")
+        raise UserError(f"{flag} {folder} is not a folder")
     found: list[Path] = []
     seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -41,9 +42,9 @@ def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(root, name) for name in files if _is_image(name)]
+        found += [path for name in files if _is_image(name) and not _is_special(path := Path(root, name))]
     if not found:
-        raise UserError(f"--data {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
+        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
     return sorted(found)
 
 
@@ -70,6 +71,11 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
 
 
+def _is_special(path: Path) -> bool:
+    """A pipe, a device or a folder, which reading would wait for; a broken link is reported when it is read."""
+    return path.exists() and not path.is_file()
+
+
 def printable(path: Path) -> str:
     """A path in one line, whatever characters its name has."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
@@ -94,12 +100,12 @@ def load_rgb(path: Path, background: str = "white") -> Image.Image:
             if image.mode == "F":
                 raise OSError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
             if image.mode == "I" or image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                image = Image.fromarray((_sixteen_bits(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders fail in all ways there are
         raise OSError(f"{printable(path)}: {first_line(error)}") from error
 
 
@@ -121,7 +127,7 @@ def load_image(path: Path, channels: int = 3, background: str = "white") -> Imag
     """
     if path.suffix.lower() == ".npy":
         return _load_array(path, channels)
-    if channels == 3:
+    if channels == 3 and not (path.suffix.lower() in (".tif", ".tiff") and _has_grey_pages(path, channels)):
         return load_rgb(path, background)
     try:
         with warnings.catch_warnings(), Image.open(path) as opened:
@@ -143,8 +149,25 @@ def load_image(path: Path, channels: int = 3, background: str = "white") -> Imag
                 values = np.asarray(opened).astype(np.float32) / 255
                 return torch.from_numpy(values).permute(2, 0, 1).contiguous()
             raise OSError(f"it has {len(opened.getbands())} channels and {pages} pages, --channels is {channels}")
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise OSError(f"{printable(path)}: {first_line(error)}") from error
+
+
+def _has_grey_pages(path: Path, channels: int) -> bool:
+    """Whether a file has a page of one channel for each of the channels that are wanted."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")
+            return getattr(opened, "n_frames", 1) == channels and len(opened.getbands()) == 1
+    except Exception:  # which reading will name
+        return False
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise OSError("32-bit numbers have no known range; convert the image to 16 bits")
+    return values
 
 
 def _grey(image: Image.Image, background: str) -> Tensor:
@@ -152,7 +175,7 @@ def _grey(image: Image.Image, background: str) -> Tensor:
     if image.mode == "F":
         raise OSError("floating-point pixels have no known range; save them as .npy with values from 0 to 1")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return torch.from_numpy(np.asarray(image).astype(np.float32).clip(0, 65535) / 65535)
+        return torch.from_numpy(_sixteen_bits(image).astype(np.float32) / 65535)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
@@ -162,6 +185,11 @@ def _grey(image: Image.Image, background: str) -> Tensor:
 def _load_array(path: Path, channels: int) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise OSError("it holds several arrays; save each by itself")
+        if not array.size:
+            raise OSError(f"an array {array.shape} has no pixels")
+        array = array.astype(array.dtype.newbyteorder("="))
         if array.ndim == 2:
             array = array[:, :, None]
         if array.ndim != 3:
@@ -176,8 +204,9 @@ def _load_array(path: Path, channels: int) -> Tensor:
             values = array.astype(np.float32)
         else:
             raise OSError(f"an array of {array.dtype} has no known range; use uint8, uint16, or floats from 0 to 1")
-        if not values.size or not (values.min() >= 0 and values.max() <= 1):  # NaN too
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN too
             raise OSError("its values are not all from 0 to 1")
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-    except (OSError, ValueError, EOFError) as error:
-        raise OSError(f"{printable(path)}: {first_line(error)}") from error
+    except Exception as error:
+        why = "it is no array of numbers" if "pickle" in str(error) else first_line(error)
+        raise OSError(f"{printable(path)}: {why}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sparkme.interop.files import replaced_when_whole
 from sparkme.interop.names import Table, resnet_rules
 
 RESNET = Table(
@@ -24,5 +25,5 @@ RESNET = Table(
 def write(path: Path, state: dict[str, Tensor]) -> None:
     """The file that `MODEL.WEIGHTS` takes: a pickle of arrays, whose names detectron2 matches by their endings."""
     arrays = {name: value.numpy() for name, value in state.items()}
-    with path.open("wb") as file:
+    with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
         pickle.dump({"model": arrays, "__author__": "sparkme", "matching_heuristics": True}, file)

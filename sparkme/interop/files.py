@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparkme.errors import UserError, unreadable_reason
+from sparkme.errors import UserError, first_line, unreadable_reason
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
@@ -25,7 +28,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no file {path}")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused here
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
         raise UserError(f"{path} cannot be read as weights: {unreadable_reason(error)}") from error
     if isinstance(state, dict) and "format" in state and "config" in state:
@@ -35,8 +40,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict")
+    if not isinstance(state, dict) or not state or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):  # fmt: skip
+        raise UserError(f"{path} holds no state dict, which has a tensor for each name")
+    for prefix in ("module.", "_orig_mod."):  # of DataParallel and torch.compile
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -77,15 +87,27 @@ def write_state_dict(path: Path, state: dict[str, Tensor], metadata: dict[str, s
         UserError: the suffix is unknown, or the file cannot be written.
     """
     check_suffix(path)
-    temporary = path.with_name(path.name + ".writing")
     state = {name: value.contiguous().clone() for name, value in state.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_when_whole(path) as temporary:
         if path.suffix == ".safetensors":
             save_file(state, temporary, metadata)
         else:
             torch.save(state, temporary)
+
+
+@contextmanager
+def replaced_when_whole(path: Path) -> Iterator[Path]:
+    """A file to write beside another, which it replaces once it is written.
+
+    Raises:
+        UserError: it cannot be written; what was there is as before.
+    """
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {first_line(error)}") from error

@@ -53,8 +53,11 @@ def translate(state: dict[str, Tensor], origin: Origin, library: str) -> dict[st
     # The official SparK code trains timm's ResNets and the authors' ConvNeXts.
     target = {"resnet": "timm", "convnext": "convnext"}.get(origin.family or "", "") if library == "spark" else library
     if target not in tables:
-        kind = f"this network of {origin.library}" if origin.family is None else f"a {origin.family} of {origin.library}"
-        raise ValueError(f"{kind} has no names in {library}; it can go to {', '.join(origin.targets())}")
+        others = [target for target in origin.targets() if target != origin.library]
+        whose = "your own network" if origin.library == "own" else f"this network of {origin.library}"
+        kind = whose if origin.family is None else f"a {origin.family} of {origin.library}"
+        hint = f"; with --to it can go to {', '.join(others)}" if others else ""
+        raise ValueError(f"{kind} has no names in {library}; leave out --to to keep its own{hint}")
     return tables[target].from_hub(tables[origin.library].to_hub(state))
 
 

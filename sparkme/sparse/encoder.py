@@ -170,6 +170,8 @@ class SparseEncoder(nn.Module):
             ValueError: a name is missing or has another shape.
         """
         own = self.dense_state_dict()
+        # Counters, which files of old versions of torch lack.
+        state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
         missing = [name for name in own if name not in state]
         wrong = [f"{n}: {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in own
                  if n in state and state[n].shape != own[n].shape]  # fmt: skip

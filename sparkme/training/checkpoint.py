@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused here
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
         others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
         hint = f"; earlier ones beside it: {', '.join(others)}" if others else ""
         raise UserError(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){hint}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
+    if not isinstance(state["config"], dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
+        raise UserError(f"{path} is a damaged checkpoint: its step or its configuration is of another kind")
     return state
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparkme.errors import UserError
+from sparkme.errors import Parser, UserError
 from sparkme.training.distributed import Process
 
 PAPER_BATCH, PAPER_WARMUP = 4096, 40
@@ -69,7 +69,7 @@ def _of_recipes(name: str) -> str:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparkme.pretrain",
         description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
         epilog="Defaults are the recipe's; where two stand with a stroke between them, the first is SparK's and the second "
@@ -85,7 +85,7 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder of images, nested or flat, labels not needed; scikit-image's photographs if left out",
     )
@@ -146,7 +146,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--init",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official "
         "SparK code, or a checkpoint of this project",
@@ -227,7 +227,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="run folder (runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE)")
+    group.add_argument(
+        "--output", type=path_argument, metavar="DIR", help="run folder (runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE)"
+    )
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -250,6 +252,21 @@ def create_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
     return parser
+
+
+LARGEST = 2**62  # of any number: what a float32 and an int64 hold
+MAX_CHANNELS, MAX_SIDE = 4096, 16384
+
+
+def path_argument(text: str) -> Path:
+    """A path from the command line; an empty one, as of a variable that is not set, would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no valid UTF-8") from None
+    return Path(text)
 
 
 # What a resumed run must share with its checkpoint: the network, the optimiser's state, and what a step is.
@@ -297,6 +314,9 @@ def resolve_config(
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag_of(name)} {value} is not a finite number")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and abs(number) > LARGEST:
+                raise UserError(f"{flag_of(name)} has a number that is too large")
     for name, least in _AT_LEAST.items():
         if config[name] is not None and config[name] < least:
             raise UserError(f"{flag_of(name)} {config[name]} must be at least {least}")
@@ -305,6 +325,10 @@ def resolve_config(
         raise UserError(f"--workers {args.workers} is more than {most}, four for each of {cores} cores or 16; lower it")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} must be below 2^63")
+    if args.channels > MAX_CHANNELS:
+        raise UserError(f"--channels {args.channels} must be at most {MAX_CHANNELS}")
+    if max(args.input_size) > MAX_SIDE:
+        raise UserError(f"--input-size {as_text(args.input_size)} must be at most {MAX_SIDE}")
     if not config["base_lr"] > 0:
         raise UserError(f"--base-lr {config['base_lr']} must be above 0")
     if args.recipe == "spark" and not config["norm_pix_loss"]:
@@ -328,6 +352,8 @@ def resolve_config(
             raise UserError(f"--{name} takes {args.channels} numbers, one for each of --channels; got {len(values)}")
         if values is not None and not all(math.isfinite(v) and (v > 0 or name == "mean") for v in values):
             raise UserError(f"--{name} {as_text(values)} must be finite{'' if name == 'mean' else ' and above 0'}")
+        if values is not None and any(not 0 <= v <= 1 for v in values):
+            raise UserError(f"--{name} {as_text(values)}: pixels are numbers from 0 to 1, so these are, too; divide by 255")
     if (config["mean"] is None) != (config["std"] is None):
         raise UserError("--mean and --std go together; give both or none")
 
@@ -336,8 +362,8 @@ def resolve_config(
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     _fill_in(config, {
         "crop_scale": recipe.crop_scale if args.data else 0.1,
-        "samples_per_epoch": saved["samples_per_epoch"] if saved else num_images if args.data else 512,
-        "batch_size": saved["batch_size"] if saved else None,
+        "samples_per_epoch": saved.get("samples_per_epoch") if saved else num_images if args.data else 512,
+        "batch_size": saved.get("batch_size") if saved else None,
         "warmup_epochs": min(PAPER_WARMUP, epochs / 10),
         "drop_path": paper_drop_path(config["model"]),
         "beta2": 0.999 if config["model"].removeprefix("timm:").startswith("convnext") else 0.95,

@@ -138,11 +138,14 @@ def duration(seconds: float) -> str:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line torn by a crash is left out."""
+    """The lines of a metrics file; from one that a crash has torn they are left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            if not all(isinstance(record[name], int | float) for name in ("step", "epoch", "loss", "learning_rate")):
+                break
+        except (ValueError, TypeError, KeyError):
             break
+        records.append(record)
     return records
