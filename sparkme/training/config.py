@@ -254,7 +254,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-LARGEST = 2**62  # of any number: what a float32 and an int64 hold
+LARGEST = 2**63  # of any number: what a float32 and an int64 hold
 MAX_CHANNELS, MAX_SIDE = 4096, 16384
 
 
