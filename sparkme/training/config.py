@@ -311,6 +311,8 @@ def resolve_config(
     recipe = RECIPES[args.recipe]
     _fill_in(config, recipe.defaults)
     epochs = config["epochs"]
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} must be below 2^63")
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag_of(name)} {value} is not a finite number")
@@ -323,8 +325,6 @@ def resolve_config(
     cores = len(os.sched_getaffinity(0))
     if args.workers is not None and args.workers > (most := max(16, 4 * cores)):
         raise UserError(f"--workers {args.workers} is more than {most}, four for each of {cores} cores or 16; lower it")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed} must be below 2^63")
     if args.channels > MAX_CHANNELS:
         raise UserError(f"--channels {args.channels} must be at most {MAX_CHANNELS}")
     if max(args.input_size) > MAX_SIDE:
