@@ -303,7 +303,8 @@ def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call]]
         try:
             return channels, _record(model, channels)
         except Exception as error:  # whatever the network makes of an image that it does not take
-            problems.append(f"{type(error).__name__}: {first_line(error)}")
+            said = f": {first_line(error)}" if str(error).strip() else ""
+            problems.append(f"{type(error).__name__}{said}")
     raise ValueError(
         f"{type(model).__name__} cannot be run as model(images) on images of {candidates[0]} channels and "
         f"{_PROBE_CELLS[0] * _PROBE_STRIDE}x{_PROBE_CELLS[1] * _PROBE_STRIDE} pixels: {problems[0]}"
