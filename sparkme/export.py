@@ -22,7 +22,6 @@ from sparkme.errors import Parser, UserError, run_command, user_errors
 from sparkme.training.config import path_argument
 
 if TYPE_CHECKING:
-    from sparkme.data.dataset import Statistics
     from sparkme.masked import MaskedAutoencoder
     from sparkme.sparse.encoder import SparseEncoder
 
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> int:
     from sparkme.interop.files import TORCH_SUFFIXES, write_state_dict
     from sparkme.interop.libraries import origin_of, translate
-    from sparkme.models import create_dense
+    from sparkme.models import create_dense, library_of
     from sparkme.training.build import network_of
     from sparkme.training.checkpoint import load_checkpoint
 
@@ -153,12 +152,6 @@ def export(args: argparse.Namespace) -> int:
     print(f"wrote {output} ({megabytes:.1f} MB, {verified}){left}")
     print(f"load it:\n\n{loading_code(model_name, target, output, encoder.in_channels)}")
     return 0
-
-
-def library_of(model_name: str) -> str:
-    """Whose network a name of --model stands for."""
-    kind, colon, _ = model_name.rpartition(":")
-    return "torchvision" if not colon else "timm" if kind == "timm" else "own"
 
 
 def counterpart(model_name: str, library: str) -> str:
@@ -250,7 +243,7 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     """
     from tqdm import tqdm
 
-    from sparkme.data.dataset import normalise, preview_images
+    from sparkme.data.dataset import normalise, preview_images, statistics_of
     from sparkme.data.images import find_images
 
     paths = find_images(data, flag="--recalibrate-bn")
@@ -294,13 +287,6 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     )
 
 
-def statistics_of(config: dict[str, Any]) -> Statistics:
-    """What a run normalised its images by; older ones had ImageNet's."""
-    from sparkme.data.dataset import Statistics
-
-    return Statistics(tuple(config["mean"]), tuple(config["std"])) if config.get("mean") else Statistics()
-
-
 def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole network under the official SparK names; the encoder alone where it was trained in another way."""
     from sparkme.interop.spark import join_official_state
@@ -313,6 +299,8 @@ def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> di
 def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target: str) -> dict[str, str]:
     """Where the weights come from, for the file's metadata."""
     import sparkme
+    from sparkme.data.dataset import statistics_of
+    from sparkme.models import library_of
     from sparkme.training.config import RECIPES
 
     settings = (
@@ -321,6 +309,7 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target
     recipe = RECIPES[config.get("recipe", "spark")]
     notes = {
         "format": "pt",
+        "network": config["model"],
         "model": f"{library_of(config['model'])} {config['model']}, encoder without classifier, names of {target}",
         "method": recipe.reference,
         "recipe": json.dumps({k: config.get(k) for k in settings}),
@@ -330,6 +319,8 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target
         "channels": str(config.get("channels", 3)),
         "mean": json.dumps(statistics_of(config).mean),
         "std": json.dumps(statistics_of(config).std),
+        "background": config.get("background", "white"),
+        "input_size": json.dumps(config["input_size"]),
         "made_by": f"sparkme {sparkme.__version__}",
     }
     if target == "detectron2":
@@ -374,6 +365,8 @@ def write_hub_folder(
     """
     import timm
     from timm.models._hub import save_for_hf
+
+    from sparkme.data.dataset import statistics_of
 
     plain, statistics = name.removeprefix("timm:"), statistics_of(config)
     channels = config.get("channels", 3)

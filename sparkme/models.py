@@ -46,7 +46,13 @@ def model_names(pattern: str = "*") -> list[str]:
     return [line for line in lines if line and not line.startswith("#") and fnmatch(line, pattern)]
 
 
-def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0) -> nn.Module:
+def library_of(name: str) -> str:
+    """Whose network a name stands for: torchvision, timm or own."""
+    kind, colon, _ = name.rpartition(":")
+    return "torchvision" if not colon else "timm" if kind == "timm" else "own"
+
+
+def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0, num_classes: int | None = None) -> nn.Module:
     """A dense network with random weights; nothing is downloaded.
 
     Args:
@@ -54,15 +60,18 @@ def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0) -> 
             working directory, and called.
         in_channels: of the images.
         drop_path: probability of the deepest block to be left out, growing linearly from 0 at the first. torchvision's
-            ResNets, which have none, get theirs from `create_encoder`.
+            ResNets, which have none, get theirs from `add_drop_path`.
+        num_classes: of its classifier; whatever the network has by itself if None.
 
     Raises:
         ValueError: no such network, or it cannot have that many channels or a drop path; says what to change.
     """
     kind, colon, rest = name.rpartition(":")
     if not colon:
-        return _torchvision_model(name, in_channels, drop_path)
-    return _timm_model(rest, in_channels, drop_path) if kind == "timm" else _own_model(kind, rest, in_channels, drop_path)
+        return _torchvision_model(name, in_channels, drop_path, num_classes)
+    if kind == "timm":
+        return _timm_model(rest, in_channels, drop_path, num_classes)
+    return _own_model(kind, rest, in_channels, drop_path, num_classes)
 
 
 def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None = None) -> SparseEncoder:
@@ -81,16 +90,16 @@ def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None =
         raise ValueError(f"drop path {rate} is outside [0, 1)")
     encoder = sparsify(create_dense(name, in_channels=in_channels, drop_path=rate), in_channels=in_channels)
     if ":" not in name:
-        add_drop_path(encoder, rate)
+        add_drop_path(encoder.network, rate)
     return encoder
 
 
-def add_drop_path(encoder: SparseEncoder, rate: float) -> None:
+def add_drop_path(network: nn.Module, rate: float) -> None:
     """Gives the residual branches of a torchvision ResNet, which has none, a drop path of linearly growing probability.
 
     The branch ends at the last batch norm of its block, so the drop is applied to that layer's output, as timm does.
     """
-    blocks = [m for m in encoder.network.modules() if isinstance(m, BasicBlock | Bottleneck)]
+    blocks = [m for m in network.modules() if isinstance(m, BasicBlock | Bottleneck)]
     for i, block in enumerate(blocks):
         probability = rate * i / max(1, len(blocks) - 1)
         if probability > 0:
@@ -104,16 +113,16 @@ class _DropBranch:
     def __init__(self, probability: float) -> None:
         self.drop = StochasticDepth(probability, "row")
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: SparseMap) -> SparseMap:
-        dropped: SparseMap = self.drop.train(module.training)(out)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: SparseMap | Tensor) -> SparseMap | Tensor:
+        dropped: SparseMap | Tensor = self.drop.train(module.training)(out)
         return dropped
 
 
-def _torchvision_model(name: str, in_channels: int, drop_path: float) -> nn.Module:
+def _torchvision_model(name: str, in_channels: int, drop_path: float, num_classes: int | None) -> nn.Module:
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         raise ValueError(f"unknown model {name!r}; {_suggestion(name, known, 'torchvision')}")
-    options: dict[str, Any] = {"weights": None}
+    options: dict[str, Any] = {"weights": None} | ({} if num_classes is None else {"num_classes": num_classes})
     if name in ("googlenet", "inception_v3"):  # else a warning that the default will change
         options["init_weights"] = True
     # Residual branches start at zero where that can be had, as in timm's ResNets, which the official code trains.
@@ -128,12 +137,13 @@ def _torchvision_model(name: str, in_channels: int, drop_path: float) -> nn.Modu
     return model if in_channels == 3 else with_in_channels(model, in_channels)
 
 
-def _timm_model(name: str, in_channels: int, drop_path: float) -> nn.Module:
+def _timm_model(name: str, in_channels: int, drop_path: float, num_classes: int | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise ValueError(f"unknown model 'timm:{name}'; {_suggestion(name, timm.list_models(), 'timm', 'timm:')}")
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    options |= {} if num_classes is None else {"num_classes": num_classes}
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, in_chans=in_channels, **options)
     except TypeError as error:
@@ -143,7 +153,7 @@ def _timm_model(name: str, in_channels: int, drop_path: float) -> nn.Module:
     return model
 
 
-def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path: float) -> nn.Module:
+def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path: float, num_classes: int | None) -> nn.Module:
     where = f"--model {module_name}:{factory_name}"
     if not all(part.isidentifier() for part in (*module_name.split("."), factory_name)):
         raise ValueError(f"{where} is no package.module:factory; timm's networks are timm:NAME")
@@ -163,7 +173,8 @@ def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path:
         takes: Any = inspect.signature(factory).parameters
     except ValueError as error:  # of a builtin
         raise ValueError(f"{where} is no function that makes a network") from error
-    wanted = {"in_channels": in_channels, "drop_path": drop_path}
+    wanted: dict[str, Any] = {"in_channels": in_channels, "drop_path": drop_path}
+    wanted |= {} if num_classes is None else {"num_classes": num_classes}
     if drop_path and "drop_path" not in takes:
         raise ValueError(f"--drop-path {drop_path}: {factory_name} takes no drop_path; use --drop-path 0 or add the parameter")
     try:
@@ -181,7 +192,61 @@ def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path:
             raise ValueError(
                 f"{where} made weights of {value.dtype} on {value.device} ({key}); make them of float32 on the CPU"
             )
-    return model
+    return model if num_classes is None else _with_classes(model, in_channels, num_classes, where)
+
+
+class Classifier(nn.Module):
+    """A network that ends in features, with a mean over their pixels and a linear layer behind it."""
+
+    def __init__(self, network: nn.Module, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images)
+        scores: Tensor = self.head(features.mean((2, 3)) if features.ndim == 4 else features)
+        return scores
+
+
+def _with_classes(model: nn.Module, in_channels: int, num_classes: int, where: str) -> nn.Module:
+    """Gives a user's network, whatever it ends in, a classifier of `num_classes` classes."""
+    out, last = _try_out(model, in_channels)
+    if not isinstance(out, Tensor) or out.ndim not in (2, 4):
+        kind = f"of {out.ndim} axes" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(f"{where} gives {kind}; to be fine-tuned it has to give (B, C) or (B, C, H, W)")
+    if out.ndim == 2 and out.shape[1] == num_classes:
+        return model
+    layer = model.get_submodule(last)
+    if out.ndim == 2 and last and type(layer) is nn.Linear and layer.out_features == out.shape[1]:
+        parent, _, child = last.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Linear(layer.in_features, num_classes, layer.bias is not None))
+        return model
+    return Classifier(model, out.shape[1], num_classes)
+
+
+def find_classifier(model: nn.Module, in_channels: int) -> str:
+    """The path of the layer with weights that a network calls last."""
+    return _try_out(model, in_channels)[1]
+
+
+@torch.no_grad()
+def _try_out(model: nn.Module, in_channels: int) -> tuple[Any, str]:
+    """What a network makes of an image, in eval mode, and the path of the layer with weights that it calls last."""
+    called: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    was_training = model.training
+    try:
+        out = model.eval()(torch.zeros(1, in_channels, 128, 128, device=next(model.parameters()).device))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return out, called[-1] if called else ""
 
 
 def with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:

@@ -471,36 +471,24 @@ def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str) -> 
     Raises:
         UserError: no such file, or weights of another network.
     """
-    from sparkme.export import library_of
     from sparkme.interop.files import read_any_state
-    from sparkme.interop.libraries import Origin, origin_of, recognise, translate
-    from sparkme.interop.spark import is_official, split_official_state
+    from sparkme.interop.libraries import adopt
+    from sparkme.models import library_of
 
     encoder = network.encoder
-    own = encoder.dense_state_dict()
-    library = library_of(model)
-    origin = origin_of(library, own)
     try:
         state, checkpoint = read_any_state(path)
-        rest: dict[str, Tensor] = {}
         if checkpoint is not None:
             kind = "a checkpoint of sparkme"
-            network.load_state_dict({n: v for n, v in state.items() if n.startswith("encoder.")}, strict=False)
-            wrong = [n for n, p in network.encoder.state_dict().items() if f"encoder.{n}" not in state]
+            wrong = [n for n in encoder.state_dict() if f"encoder.{n}" not in state]
             if wrong:
                 raise ValueError(f"a checkpoint of another network ({checkpoint['model']}): it has no {', '.join(wrong[:3])}")
+            network.load_state_dict({n: v for n, v in state.items() if n.startswith("encoder.")}, strict=False)
             rest, unused = {n: v for n, v in state.items() if not n.startswith("encoder.")}, []
             matched = len(state) - len(rest)
         else:
-            kind = library
-            if is_official(list(state)):
-                kind = "the official SparK code"
-                state, rest = split_official_state(state)
-            if not own.keys() <= state.keys():
-                found = recognise(list(state), library, origin.family)
-                if found:
-                    kind = found[0] if kind == library else kind
-                    state = translate(state, Origin(found[0], origin.family), library)
+            own = encoder.dense_state_dict()
+            state, rest, kind = adopt(state, own, library_of(model))
             unused = encoder.load_dense_state_dict(state)
             matched = len(own)
     except (ValueError, RuntimeError) as error:

@@ -34,6 +34,11 @@ class Statistics(NamedTuple):
     std: tuple[float, ...] = STD
 
 
+def statistics_of(config: dict[str, Any]) -> Statistics:
+    """What a run normalises its images by; older ones had ImageNet's and do not say so."""
+    return Statistics(tuple(config["mean"]), tuple(config["std"])) if config.get("mean") else Statistics()
+
+
 def normalise(images: Tensor, statistics: Statistics = Statistics(), dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: B008
     """(B, C, H, W) bytes, or floats in [0, 1], to the numbers the network sees. Done on the device, so that bytes travel."""
     mean, std = _on_device(statistics, images.device, dtype)
@@ -207,12 +212,12 @@ def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, 
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals if workers else None,
+        worker_init_fn=ignore_signals if workers else None,
         prefetch_factor=4 if workers else None,
     )
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

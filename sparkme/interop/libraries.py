@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparkme.interop import convnext, detectron2, mmpretrain, timm, torchvision
 from sparkme.interop.names import Table
+from sparkme.interop.spark import is_official, split_official_state
 
 TABLES: dict[str, dict[str, Table]] = {
     "resnet": {
@@ -66,3 +67,29 @@ def recognise(names: list[str], library: str, family: str | None) -> list[str]:
     tables = TABLES.get(family or "", {})
     found = [name for name, table in tables.items() if table.knows(names)]
     return sorted(found, key=lambda name: name != library)
+
+
+def adopt(state: dict[str, Tensor], own: dict[str, Tensor], library: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Weights from a file, whosever they are, under the names of a network.
+
+    Args:
+        state: the weights, with a classifier or a SparK decoder or without.
+        own: those the network has, by name.
+        library: whose network it is.
+
+    Returns:
+        The network's weights, with what the file has beyond them; the rest of an official SparK network; and whose names
+        they had.
+
+    Raises:
+        ValueError: the official names are there, but not all of them.
+    """
+    family, kind = origin_of(library, own).family, library
+    rest: dict[str, Tensor] = {}
+    if is_official(list(state)):
+        kind = "the official SparK code"
+        state, rest = split_official_state(state)
+    if not own.keys() <= state.keys() and (found := recognise(list(state), library, family)):
+        kind = found[0] if kind == library else kind
+        state = translate(state, Origin(found[0], family), library)
+    return state, rest, kind

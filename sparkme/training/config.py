@@ -129,7 +129,7 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="COLOUR",
         help="what transparent images are laid on, a name or #rrggbb (%(default)s)",
     )
-    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
+    add_workers(group)
 
     group = parser.add_argument_group("network")
     group.add_argument(
@@ -206,25 +206,15 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--beta2", type=float, help="second moment's decay (0.999 for ConvNeXts with SparK, else 0.95)")
 
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    group.add_argument(
-        "--engine",
-        choices=("auto", "cuda_ext", "minkowski", "masked-dense"),
-        default="auto",
-        help="kernels of the encoder (%(default)s: the first of these that can run)",
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bf16"),
-        default="auto",
-        help="autocast to bf16 where the engine can (auto: on GPUs that have it)",
-    )
+    add_device(group)
+    add_engine(group)
+    add_precision(group)
     group.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)",
     )
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_seed(group)
 
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -254,6 +244,61 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_device(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+
+
+def add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--engine",
+        choices=("auto", "cuda_ext", "minkowski", "masked-dense"),
+        default="auto",
+        help="kernels of the encoder (%(default)s: the first of these that can run)",
+    )
+
+
+def add_precision(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bf16"),
+        default="auto",
+        help="autocast to bf16 (auto: on GPUs that have it)",
+    )
+
+
+def add_workers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
+
+
+def add_seed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+
+def add_labelled_data(parser: argparse.ArgumentParser) -> None:
+    """The group of flags that say where labelled images are."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        type=path_argument,
+        required=True,
+        metavar="LABELLED",
+        help="a folder with a folder of images for each class, or with folders train and val of that kind",
+    )
+    group.add_argument(
+        "--labels",
+        type=path_argument,
+        metavar="FILE",
+        help=".csv with lines of path,label for images in --data; a third column may say train or val",
+    )
+    group.add_argument(
+        "--val-share",
+        type=float,
+        default=0.2,
+        metavar="S",
+        help="share of each class to measure on, where the data names no split (%(default)s)",
+    )
+
+
 LARGEST = 2**63  # of any number: what a float32 and an int64 hold
 MAX_CHANNELS, MAX_SIDE = 4096, 16384
 
@@ -276,8 +321,8 @@ FIXED = ("recipe", "model", "channels", "input_size", "patch", "decoder_width", 
 OLDER = {"recipe": "spark", "channels": 3}  # what checkpoints mean that do not say
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "samples_per_epoch": 1,
-             "patch": 1, "channels": 1, "workers": 0, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0,
-             "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "seed": 0, "warmup_epochs": 0}  # fmt: skip
+             "patch": 1, "channels": 1, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0,
+             "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "warmup_epochs": 0}  # fmt: skip
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -311,8 +356,7 @@ def resolve_config(
     recipe = RECIPES[args.recipe]
     _fill_in(config, recipe.defaults)
     epochs = config["epochs"]
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed} must be below 2^63")
+    check_seed(args.seed)
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag_of(name)} {value} is not a finite number")
@@ -322,9 +366,7 @@ def resolve_config(
     for name, least in _AT_LEAST.items():
         if config[name] is not None and config[name] < least:
             raise UserError(f"{flag_of(name)} {config[name]} must be at least {least}")
-    cores = len(os.sched_getaffinity(0))
-    if args.workers is not None and args.workers > (most := max(16, 4 * cores)):
-        raise UserError(f"--workers {args.workers} is more than {most}, four for each of {cores} cores or 16; lower it")
+    check_workers(args.workers)
     if args.channels > MAX_CHANNELS:
         raise UserError(f"--channels {args.channels} must be at most {MAX_CHANNELS}")
     if max(args.input_size) > MAX_SIDE:
@@ -358,7 +400,6 @@ def resolve_config(
         raise UserError("--mean and --std go together; give both or none")
 
     on_gpu = process.device.type == "cuda"
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     _fill_in(config, {
         "crop_scale": recipe.crop_scale if args.data else 0.1,
@@ -367,7 +408,7 @@ def resolve_config(
         "warmup_epochs": min(PAPER_WARMUP, epochs / 10),
         "drop_path": paper_drop_path(config["model"]),
         "beta2": 0.999 if config["model"].removeprefix("timm:").startswith("convnext") else 0.95,
-        "workers": min(8, max(1, cores // local_world)),
+        "workers": default_workers(),
         "max_unreadable": max(10, num_images // 100),
         "panel_epochs": max(1, epochs // 10),
     })  # fmt: skip
@@ -395,6 +436,26 @@ def resolve_config(
             f"least {batch}"
         )
     return config
+
+
+def check_workers(workers: int | None) -> None:
+    """Raises UserError for more processes than a machine is well with."""
+    cores = len(os.sched_getaffinity(0))
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers {workers} must be at least 0")
+    if workers is not None and workers > (most := max(16, 4 * cores)):
+        raise UserError(f"--workers {workers} is more than {most}, four for each of {cores} cores or 16; lower it")
+
+
+def default_workers() -> int:
+    """Processes that load images: the cores, shared among the training processes of this machine."""
+    return min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that torch cannot take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed} must be {'at least 0' if seed < 0 else 'below 2^63'}")
 
 
 def _fill_in(config: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -1,0 +1,268 @@
+"""Labelled images: a folder for each class, a table of paths and labels, or a split that is there already."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from sparkme.data.dataset import Sample, collate, ignore_signals
+from sparkme.data.images import find_images, load_image, printable
+from sparkme.errors import UserError, first_line
+from sparkme.training.random import derived_seed
+
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test")
+
+
+@dataclass
+class Labelled:
+    """Images and the number of each one's class.
+
+    Attributes:
+        paths: the images.
+        labels: (N,) int64.
+        classes: what the numbers stand for.
+    """
+
+    paths: list[Path]
+    labels: Tensor
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def members(self, label: int) -> Tensor:
+        """The numbers of a class's images."""
+        return (self.labels == label).nonzero().flatten()
+
+    def subset(self, numbers: Tensor) -> Labelled:
+        return Labelled([self.paths[i] for i in numbers.tolist()], self.labels[numbers], self.classes)
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """The numbers of `count` images of each class, drawn at random.
+
+        Raises:
+            UserError: a class has fewer.
+        """
+        chosen = []
+        for label, name in enumerate(self.classes):
+            members = self.members(label)
+            if len(members) < count:
+                raise UserError(f"--shots {count}: class {name!r} has {len(members)} images to learn from; lower it")
+            chosen.append(members[_order(len(members), seed, "shots", label)[:count]])
+        return torch.cat(chosen).sort().values
+
+    def shots(self, count: int, seed: int) -> Labelled:
+        """As `draw`, the images themselves."""
+        return self.subset(self.draw(count, seed))
+
+
+class Split(NamedTuple):
+    """Images to learn from, others to measure on, and where the split comes from."""
+
+    train: Labelled
+    val: Labelled
+    note: str
+
+
+def find_labelled(data: Path, labels: Path | None = None, *, val_share: float = 0.2, seed: int = 0) -> Split:
+    """Labelled images, split into those to learn from and those to measure on.
+
+    Args:
+        data: a folder with a folder for each class, or with folders `train` and `val` of that kind; or a .csv file.
+        labels: a .csv file of `path,label`, the paths below `data`; a third column may say `train` or `val`.
+        val_share: of each class, to measure on, where the data does not say.
+        seed: of that choice.
+
+    Raises:
+        UserError: nothing of that kind is there; says what is expected.
+    """
+    if not 0 < val_share < 1:
+        raise UserError(f"--val-share {val_share} is outside (0, 1)")
+    if labels is None and data.suffix.lower() == ".csv":
+        data, labels = data.parent, data
+    if not data.is_dir():
+        raise UserError(f"--data {data} is neither a folder nor a .csv file")
+    if labels is not None:
+        return _from_table(data, labels, val_share, seed)
+    train, val = (next((data / n for n in names if (data / n).is_dir()), None) for names in (TRAIN, VAL))
+    if train and val:
+        found = _from_folders(train)
+        other = _from_folders(val, found.classes)
+        return Split(
+            found, other, f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
+        )
+    return split(_from_folders(data), val_share, seed)
+
+
+def split(labelled: Labelled, val_share: float, seed: int) -> Split:
+    """Takes a share of every class away to measure on, at least one image of each.
+
+    Raises:
+        UserError: a class has a single image.
+    """
+    chosen = torch.zeros(len(labelled), dtype=torch.bool)
+    for label, name in enumerate(labelled.classes):
+        members = labelled.members(label)
+        if len(members) < 2:
+            raise UserError(f"class {name!r} has {len(members)} image; it needs one to learn from and one to measure on")
+        count = min(len(members) - 1, max(1, round(val_share * len(members))))
+        chosen[members[_order(len(members), seed, "split", label)[:count]]] = True
+    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
+    note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every class (seed {seed})"
+    return Split(train, val, f"{note}, since the data names no split")
+
+
+def _from_folders(folder: Path, known: list[str] | None = None) -> Labelled:
+    """The first folder below is the class, whatever is below that; `known` are the classes there may be."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    classes = list(known or [])
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
+        try:
+            found = find_images(folder / name)
+        except UserError:  # an empty one
+            continue
+        if known is None:
+            classes.append(name)
+        elif name not in known:
+            raise UserError(f"--data: {folder} has a class {name!r} that the images to learn from do not have")
+        labels += [classes.index(name)] * len(found)
+        paths += found
+    if len(classes) < 2:
+        raise UserError(
+            f"--data {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
+            "with lines of path,label"
+        )
+    if not paths:
+        raise UserError(f"--data: {folder} has no images in folders of classes")
+    return Labelled(paths, torch.tensor(labels), classes)
+
+
+def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
+    rows = list(_rows(root, table))
+    classes = sorted({label for _, label, _ in rows})
+    if len(classes) < 2:
+        raise UserError(f"{table} has {len(classes)} different labels; it takes two or more, in lines of path,label")
+    number = {name: i for i, name in enumerate(classes)}
+    labelled = Labelled([path for path, _, _ in rows], torch.tensor([number[label] for _, label, _ in rows]), classes)
+    parts = [part for _, _, part in rows]
+    if not any(parts):
+        return split(labelled, val_share, seed)
+    if (bad := next((part for part in parts if part not in (*TRAIN, *VAL)), None)) is not None:
+        raise UserError(f"{table}: the third column says {bad!r}, not train or val")
+    is_val = torch.tensor([part in VAL for part in parts])
+    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~is_val, is_val))
+    if not len(train) or not len(val):
+        raise UserError(f"{table}: the third column has {len(train)} lines for train and {len(val)} for val")
+    return Split(train, val, f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on")
+
+
+def _rows(root: Path, table: Path) -> Iterator[tuple[Path, str, str]]:
+    """Path, label and part of every line; the first one may be a head."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{table} cannot be read as a .csv file: {first_line(error)}") from error
+    if lines and [word.strip().lower() for word in lines[0][:2]] == ["path", "label"]:
+        del lines[0]
+    top = Path(os.path.abspath(root))
+    for number, line in enumerate(lines, 1):
+        if len(line) not in (2, 3) or not line[0].strip() or not line[1].strip():
+            raise UserError(f"{table}: entry {number} is not path,label: {','.join(line)[:80]!r}")
+        # Links may lead out of the folder, as those of any folder of images; names may not.
+        path = Path(os.path.abspath(top / line[0].strip()))
+        if not path.is_relative_to(top):
+            raise UserError(f"{table}: entry {number} names {line[0]!r}, which lies outside of {root}")
+        if not path.is_file():
+            raise UserError(f"{table}: entry {number} names {line[0]!r}, and there is no such file in {root}")
+        yield path, line[1].strip(), (line[2].strip().lower() if len(line) == 3 else "")
+
+
+def _order(count: int, seed: int, purpose: str, label: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, purpose, label)))
+
+
+class NumberedSample(NamedTuple):
+    """An image, or None and why it cannot be read; and its number in the data set."""
+
+    sample: Sample
+    number: int
+
+
+class WholeBatch(NamedTuple):
+    """(B, C, H, W) of the images that could be read, or None; their (B,) numbers; and why the others could not."""
+
+    images: Tensor | None
+    numbers: Tensor
+    unreadable: tuple[str, ...]
+
+
+class WholeImages(Dataset[NumberedSample]):
+    """Images as they are measured: resized, so that the centre crop keeps `crop_share` of the shorter side.
+
+    Args:
+        paths: the images.
+        size: height and width.
+        channels, background: see `load_image`.
+        crop_share: 0.95 as in the official fine-tuning code (downstream_imagenet/data.py).
+    """
+
+    def __init__(
+        self, paths: list[Path], size: tuple[int, int], *, channels: int = 3, background: str = "white",
+        crop_share: float = 0.95,
+    ) -> None:  # fmt: skip
+        self.paths, self.channels, self.background = paths, channels, background
+        self.resized = [round(side / crop_share) for side in size]
+        self.crop = v2.Compose([v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> NumberedSample:
+        try:
+            image = load_image(self.paths[number], self.channels, self.background)
+        except OSError as error:
+            return NumberedSample(Sample(None, (str(error),)), number)
+        height, width = v2.functional.get_size(image)
+        factor = max(self.resized[0] / height, self.resized[1] / width)  # the smallest that covers the crop
+        size = [max(least, round(side * factor)) for least, side in zip(self.resized, (height, width), strict=True)]
+        image = v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        crop = self.crop(image)
+        return NumberedSample(Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), ()), number)
+
+
+def whole_batches(dataset: WholeImages, *, batch_size: int, workers: int, share: range | None = None) -> DataLoader[Any]:
+    """Batches of a data set in its order; of a share of its numbers, where several processes divide them."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=list(share) if share is not None else None,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=ignore_signals if workers else None,
+    )
+
+
+def _collate(samples: list[NumberedSample]) -> WholeBatch:
+    readable = [entry for entry in samples if entry.sample.image is not None]
+    images = collate([entry.sample for entry in readable]).images if readable else None
+    unreadable = tuple(reason for entry in samples for reason in entry.sample.unreadable)
+    return WholeBatch(images, torch.tensor([entry.number for entry in readable], dtype=torch.long), unreadable)
+
+
+def class_counts(labelled: Labelled) -> str:
+    """For people: how many classes, and how many images they have."""
+    counts = torch.bincount(labelled.labels, minlength=len(labelled.classes))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    names = [printable(Path(labelled.classes[i])) for i in (few, many)]
+    return f"{len(labelled.classes)} classes of {counts[few]} ({names[0]}) to {counts[many]} ({names[1]}) images"

@@ -1,0 +1,159 @@
+"""Frozen features of whole images, and how much of the labels they tell: nearest neighbours and a linear classifier.
+
+On a whole image an encoder computes what the dense network with its weights computes, so one way of measuring serves an
+encoder that is being trained, a checkpoint, and exported weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparkme.data.dataset import Statistics, normalise
+from sparkme.data.labelled import WholeBatch
+from sparkme.sparse.encoder import SparseEncoder
+
+# Of the weighted vote: Wu et al., CVPR 2018, section 3.4, with the values of DINO (Caron et al., ICCV 2021, section 4.1).
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+# Of the linear classifier, on features of deviation 1: which is best on a fifth of the images to learn from is taken.
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of some images, the mean over the pixels of every map.
+
+    Attributes:
+        maps: by stride (N, channels) float32, on the CPU.
+        numbers: (N,) int64, which images these are: those that could be read.
+        unreadable: why the others could not be.
+    """
+
+    maps: dict[int, Tensor]
+    numbers: Tensor
+    unreadable: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def pooled_features(
+    encoder: SparseEncoder, batches: Iterable[WholeBatch], statistics: Statistics, device: torch.device
+) -> Features:
+    """Runs an encoder, in eval mode, on images with every patch visible; its modes are as before when this returns.
+
+    Args:
+        encoder: on the device.
+        batches: whole images, (B, C, H, W) bytes or floats in [0, 1].
+        statistics: what they are normalised by.
+        device: where to compute.
+    """
+    modes = [(module, module.training) for module in encoder.modules()]
+    found: dict[int, list[Tensor]] = {stride: [torch.empty(0, c)] for stride, c in zip(encoder.strides, encoder.channels)}
+    numbers: list[Tensor] = [torch.empty(0, dtype=torch.long)]
+    unreadable: list[str] = []
+    encoder.eval()
+    try:
+        for batch in batches:
+            unreadable += batch.unreadable
+            if batch.images is None:
+                continue
+            images = normalise(batch.images.to(device, non_blocking=True), statistics)
+            b, _, h, w = images.shape
+            whole = torch.ones(b, 1, h // encoder.patch, w // encoder.patch, dtype=torch.bool, device=device)
+            for x in encoder(images, whole, whole[0].numel()):
+                found[x.stride].append(x.rows.view(b, -1, x.channels).float().mean(1).cpu())
+            numbers.append(batch.numbers)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Features({stride: torch.cat(parts) for stride, parts in found.items()}, torch.cat(numbers), tuple(unreadable))
+
+
+def knn_accuracy(
+    train: Tensor, labels: Tensor, val: Tensor, val_labels: Tensor, *, neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> float:  # fmt: skip
+    """The share of images whose class wins the vote of their nearest neighbours, each weighing exp(cosine / temperature).
+
+    Args:
+        train, val: (N, C) and (M, C) features, of any lengths.
+        labels, val_labels: (N,) and (M,) int64.
+        neighbours: how many vote; all where there are fewer.
+        temperature: of their weights.
+    """
+    classes = int(max(labels.max(), val_labels.max())) + 1
+    # Without the mean that all features share, angles tell more: features behind a ReLU all lie in one corner.
+    center = train.mean(0)
+    train, val = F.normalize(train - center, dim=1), F.normalize(val - center, dim=1)
+    right = 0
+    for part, truth in zip(val.split(1024), val_labels.split(1024), strict=True):
+        cosine, nearest = (part @ train.t()).topk(min(neighbours, len(train)), dim=1)
+        weights = ((cosine - cosine.amax(1, keepdim=True)) / temperature).exp()
+        votes = torch.zeros(len(part), classes).scatter_add_(1, labels[nearest], weights)
+        right += int((votes.argmax(1) == truth).sum())
+    return right / len(val)
+
+
+def linear_accuracy(
+    train: Tensor, labels: Tensor, val: Tensor, val_labels: Tensor, *, decays: tuple[float, ...] = DECAYS
+) -> tuple[float, float]:
+    """The share of images that a linear classifier (multinomial logistic regression) gets right.
+
+    Features are brought to mean 0 and deviation 1. Every fifth image of each class is held out to choose the weight decay;
+    then the classifier is fitted to all of them.
+
+    Returns:
+        The share, and the weight decay.
+    """
+    mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
+    train, val = (train - mean) / std, (val - mean) / std
+    best = best_decay(train, labels, decays)
+    return _share(fit_linear(train, labels, best), val, val_labels), best
+
+
+def best_decay(x: Tensor, labels: Tensor, decays: tuple[float, ...] = DECAYS) -> float:
+    """The weight decay of the classifier that is best on every fifth image of each class, fitted to the others."""
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        held_out[members[4::5] if len(members) >= 5 else members[1:2]] = True
+    if not held_out.any():  # one image of each class
+        return decays[len(decays) // 2]
+    scores = []
+    for decay in decays:
+        classifier = fit_linear(x[~held_out], labels[~held_out], decay, classes=int(labels.max()) + 1)
+        scores.append((_share(classifier, x[held_out], labels[held_out]), decay))
+    return max(scores)[1]  # of equals the strongest
+
+
+def fit_linear(x: Tensor, labels: Tensor, decay: float, *, classes: int | None = None) -> nn.Linear:
+    """The minimum of cross entropy + decay / 2 |W|^2, from zero, by L-BFGS.
+
+    Args:
+        x: (N, C) features.
+        labels: (N,) int64.
+        decay: of the weights, not of the biases.
+        classes: how many there are; as many as the labels name if None.
+    """
+    classifier = nn.Linear(x.shape[1], classes or int(labels.max()) + 1)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(classifier(x), labels) + decay / 2 * classifier.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return classifier.requires_grad_(False)
+
+
+@torch.no_grad()
+def _share(classifier: nn.Linear, x: Tensor, labels: Tensor) -> float:
+    return float((classifier(x).argmax(1) == labels).double().mean())
