@@ -10,30 +10,27 @@ The same command again continues where it was interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from sparkme.errors import UserError, first_line, python_command, run_command, user_errors
-from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, create_parser, flag_of, output_folder, resolve_config
-from sparkme.training.distributed import Process, start_process, stop_process, synchronise_batch_norms
+from sparkme.errors import UserError, first_line, python_command, run_command
+from sparkme.training.config import FIXED, OLDER, RECIPES, create_parser, output_folder, resolve_config
+from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.loop import RunFolder, Training, check_same_run, run_training
+
+MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to measure on
 
 if TYPE_CHECKING:
-    from sparkme.data.dataset import Batch
+    from sparkme.data.dataset import Batch, Statistics
+    from sparkme.data.labelled import Labelled, Split
     from sparkme.masked import MaskedAutoencoder
-    from sparkme.training.log import RunLog, Throughput
+    from sparkme.training.log import RunLog
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,45 +53,15 @@ def list_models(pattern: str) -> int:
 def pretrain(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
     process = start_process(args.device)
-    try:
-        with user_errors():
-            run = Run(args, process)
-        with run.stop.listen():
-            return run.train()
-    finally:
-        stop_process()
+
+    def create() -> tuple[Training, RunFolder]:
+        run = Pretraining(args, process)
+        return run, run.folder
+
+    return run_training(create)
 
 
-class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second Ctrl-C ends it at once."""
-
-    def __init__(self, *, announce: bool) -> None:
-        self.announce = announce
-        self.signal = 0
-        self.since = 0.0
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        # A scheduler may signal every process, and torchrun passes its own on: only an impatient user ends the run at once.
-        if number == signal.SIGINT and self.signal and time.monotonic() - self.since > 1:
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self.since = number, time.monotonic()
-            if self.announce:
-                os.write(
-                    2, b"\nstopping after this step, then saving; Ctrl-C again to stop at once and lose what is not saved\n"
-                )
-
-
-class Run:
+class Pretraining(Training):
     """One pretraining run.
 
     Args:
@@ -105,67 +72,50 @@ class Run:
         UserError, ValueError: what was asked for cannot be done; says what to change.
     """
 
+    network: MaskedAutoencoder
+    loss_name = "loss on hidden patches"
+
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
-        from sparkme.data.dataset import CropDataset, Statistics, estimate_statistics
+        from sparkme.data.dataset import CropDataset
         from sparkme.data.images import demo_photographs, find_images
-        from sparkme.training.build import build_network, load_weights
-        from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+        from sparkme.training.build import build_network
         from sparkme.training.memory import keep_freed_memory
         from sparkme.training.optimizer import create_optimizer
 
         if process.device.type == "cpu":
             keep_freed_memory()
-        self.process, self.stop = process, StopRequest(announce=process.is_main)
-        self.folder = output_folder(args)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", args.keep_checkpoints)
-        paths = find_images(args.data, leave_out=self.folder) if args.data else demo_photographs()
-        newest = self.checkpoints.newest() if args.resume else None
-        saved = load_checkpoint(newest) if newest else None
-        self.config = config = resolve_config(args, len(paths), process, saved["config"] if saved else None)
-        if config["mean"] is None:
-            found = Statistics()
-            if config["channels"] != 3:
-                found = estimate_statistics(paths, config["channels"], config["background"], seed=config["seed"])
-            config |= {"mean": [*found.mean], "std": [*found.std]}
-        self.statistics = Statistics(tuple(config["mean"]), tuple(config["std"]))
-        if saved is not None:
-            check_same_run(saved["config"], config, newest)
-            config["init"] = saved["config"].get("init")  # it has started from that, whatever the command says now
+        self.process = process
+        self.folder = folder = RunFolder(
+            output_folder(args), resume=args.resume, keep_checkpoints=args.keep_checkpoints, command="pretrain"
+        )
+        paths = find_images(args.data, leave_out=folder.path) if args.data else demo_photographs()
+        self.config = config = resolve_config(args, len(paths), process, folder.saved_config)
+        self.statistics = self._find_statistics(paths)
+        if folder.saved_config is not None:
+            check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
+            config["init"] = folder.saved_config.get("init")  # it has started from that, whatever the command says now
+        self.probe_split = self._find_probe_data()
 
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
         self._check_batch_norm()
         self.init_report = ""
-        self.ignored_init = args.init if saved is not None and str(args.init) != str(config["init"]) else None
-        if args.init and saved is None:
+        if args.init and folder.saved is None:
             self.init_report = load_initial_weights(self.network, args.init, config["model"])
         self.network.to(process.device)
         self.network.encoder.set_engine(config["engine"])
         self.optimizer = create_optimizer(
             config["optimizer"], self.network, beta2=config["beta2"], clip_grad=config["clip_grad"] or None
         )
+        self.clip_norm = config["clip_grad"] if config["optimizer"] == "adamw" else None  # LAMB clips by itself
         self.steps_per_epoch = config["samples_per_epoch"] // config["batch_size"]
         self.total_steps = config["epochs"] * self.steps_per_epoch
-        self.step = 0
         if not any(p.requires_grad for p in self.network.encoder.parameters()):
             raise UserError(
                 f"--model {config['model']}: all its parameters are frozen (requires_grad is False): nothing to train"
             )
-        if saved is not None:
-            try:
-                load_weights(self.network, saved["model"])
-                self.optimizer.load_state_dict(saved["optimizer"])
-            except (ValueError, KeyError, RuntimeError) as error:
-                raise UserError(f"{newest}: {first_line(error)}; use another --output, or --no-resume to start anew") from error
-            self.step = saved["step"]
-
-        if process.world > 1 and process.device.type == "cuda":
-            self.network = synchronise_batch_norms(self.network)
-        if config["compile"]:
-            if self.network.encoder.engine.name == "minkowski":
-                raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
-            self.network.compile_parts()
-        self.model: nn.Module = DistributedDataParallel(self.network) if process.world > 1 else self.network
+        self.step = folder.restore(self._load)
+        self.network, self.model = distribute(self.network, process, self._compile if config["compile"] else None)
         self.dataset = CropDataset(
             paths,
             self.network.input_size,
@@ -174,119 +124,28 @@ class Run:
             channels=config["channels"],
             background=config["background"],
         )
-        self.unreadable: set[str] = set()
         if process.is_main:
-            self._make_folder(anew=not args.resume)
-            self._introduce(saved)
+            folder.prepare(config, pictures=("reconstructions/epoch_*.png",))
+            self._introduce(args)
 
-    def train(self) -> int:
-        """Steps, logs, draws and saves to the end, or until asked to stop. Returns the exit code."""
+    def batches(self, steps: range) -> Iterable[Batch]:
         from sparkme.data.dataset import EpochSampler, create_loader
-        from sparkme.training.checkpoint import free_gib
-        from sparkme.training.log import RunLog, Throughput
 
         config, process = self.config, self.process
-        if self.step >= self.total_steps:
-            if process.is_main:
-                print(f"nothing left to do: {self.folder} is trained for {config['epochs']} epochs; --no-resume starts anew")
-            return 0
-        remaining = range(self.step, self.total_steps)
         sampler = EpochSampler(
             len(self.dataset), config["samples_per_epoch"], config["batch_size"], config["seed"],
-            remaining, process.rank, process.world,
+            steps, process.rank, process.world,
         )  # fmt: skip
-        on_gpu = process.device.type == "cuda"
-        loader = create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=on_gpu)
-        log = None
-        speed = Throughput(config["batch_size"], self.total_steps)
-        losses: list[Tensor] = []  # of the steps since the last log line, still on the device
-        last_save = time.monotonic()
-        self.model.train()
-        try:
-            if process.is_main:
-                log = RunLog(self.folder, first_step=self.step, total_steps=self.total_steps, bar=sys.stderr.isatty())
-            speed.restart(self.step)
-            for batch in loader:
-                self._report_unreadable(batch, log)
-                overdue = 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
-                stop, unreadable, overdue = process.agree(bool(self.stop.signal), self._is_spoiled(batch), overdue)
-                if stop or unreadable:
-                    self._log(log, losses, speed)
-                    return self._leave(log, unreadable=unreadable)
+        return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
 
-                losses.append(self._train_step(batch.images))
-                self.step += 1
-                if log:
-                    log.step()
-                epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
-                done = self.step == self.total_steps
-                draw = in_epoch == 0 and self._panel_is_due(epoch)
-                save = done or overdue or (in_epoch == 0 and not config["checkpoint_minutes"])
-                if draw or save or self.step == 1 or self.step % config["log_steps"] == 0:
-                    self._log(log, losses, speed)
-                if save:
-                    last_save = time.monotonic()
-                if log and save:
-                    self._save()
-                if log and draw:
-                    self._draw_panel(log, epoch)
-                if log and (save or draw):
-                    log.plot_loss()
-                if save or draw:
-                    speed.restart(self.step)
-            if log:
-                last = self.checkpoints.last
-                skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
-                log.finish(f"done: {last}{skipped}\npictures: {self.folder / 'loss.png'}, {self.folder / 'reconstructions'}\n"
-                           f"next: {python_command()} -m sparkme.export {last}")  # fmt: skip
-            return 0
-        except OSError as error:  # of the log or of a picture
-            saved = f"saved {self._save()}" if process.is_main else "the first process saves"
-            raise UserError(f"{error} ({free_gib(self.folder):.1f} GiB free); {saved}; make room, then start again") from error
-        finally:
-            if log:
-                with suppress(OSError):
-                    log.close()
-
-    def _train_step(self, images: Tensor) -> Tensor:
-        """One update of the weights on (B, C, H, W) images, bytes or floats in [0, 1].
-
-        Returns:
-            The mean loss, scalar, on the device; nothing waits for it.
-        """
+    def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
         from sparkme.data.dataset import normalise
-        from sparkme.training.optimizer import update_schedule
-        from sparkme.training.random import seed_step
 
-        config, process = self.config, self.process
-        update_schedule(self.optimizer, **self._rates(self.step))
-        generator = seed_step(config["seed"], process.rank, self.step, process.device)
-        parts = images.to(process.device, non_blocking=True).chunk(config["accumulate"])
-        total = torch.zeros((), device=process.device)
-        for i, part in enumerate(parts):
-            with self._gradients_stay_here(until=len(parts) - 1, part=i):
-                with self._precision():
-                    loss = self.model(normalise(part, self.statistics), generator=generator) / len(parts)
-                loss.backward()
-            total += loss.detach()
-        if config["optimizer"] == "adamw" and config["clip_grad"]:  # LAMB clips by itself
-            nn.utils.clip_grad_norm_(self.network.parameters(), config["clip_grad"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+        (images,) = tensors  # (B, C, H, W) bytes, or floats in [0, 1]
+        loss: Tensor = self.model(normalise(images, self.statistics), generator=generator)
+        return loss
 
-    def _gradients_stay_here(self, *, until: int, part: int) -> AbstractContextManager[None]:
-        """Processes exchange gradients at the last accumulation step only."""
-        if isinstance(self.model, DistributedDataParallel) and part < until:
-            return self.model.no_sync()
-        return nullcontext()
-
-    def _precision(self) -> AbstractContextManager[None]:
-        bf16 = self.config["precision"] == "bf16"
-        return torch.autocast(self.process.device.type, torch.bfloat16) if bf16 else nullcontext()
-
-    def _rates(self, step: int) -> dict[str, float]:
-        """Learning rate and weight decay of a step."""
+    def rates(self, step: int) -> dict[str, float]:
         from sparkme.training.optimizer import learning_rate, weight_decay
 
         config, total = self.config, self.total_steps
@@ -299,40 +158,45 @@ class Run:
             "weight_decay": weight_decay(step, start=decay, end=decay_end, total_steps=total),
         }
 
-    def _report_unreadable(self, batch: Batch, log: RunLog | None) -> None:
-        for problem in batch.unreadable:
-            if problem not in self.unreadable:
-                self.unreadable.add(problem)
-                if log:
-                    log.warn(f"skipped unreadable image {problem}")
-                else:
-                    print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
+    def is_due(self, epoch: int) -> bool:
+        return self._is_due("panel_epochs", epoch) or self._is_due("probe_epochs", epoch)
 
-    def _is_spoiled(self, batch: Batch) -> bool:
-        return batch.images is None or len(self.unreadable) > self.config["max_unreadable"]
-
-    def _log(self, log: RunLog | None, losses: list[Tensor], speed: Throughput) -> None:
-        """Reads the losses of the last steps, which waits for the device, checks them, and writes their mean."""
-        if not losses:
-            return
-        values = self.process.mean(torch.stack(losses)).tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                self._refuse(f"the loss of step {self.step - len(values) + i + 1} is {value}")
-        losses.clear()
-        if log:
-            numbers = {"loss": sum(values) / len(values), **self._rates(self.step - 1), **speed.report(self.step)}
-            log.metrics(self.step, self.step / self.steps_per_epoch, numbers)
-
-    def _refuse(self, problem: str) -> NoReturn:
-        newest = self.checkpoints.newest()
-        good = f"the last good checkpoint is {newest.resolve()}" if newest else "there is no checkpoint yet"
-        clip = "lower --base-lr or --clip-grad" if self.config["clip_grad"] else "lower --base-lr, set --clip-grad"
-        raise UserError(f"{problem}; {good}; {clip}, or use --precision float32")
-
-    def _panel_is_due(self, epoch: int) -> bool:
-        every = self.config["panel_epochs"]
+    def _is_due(self, name: str, epoch: int) -> bool:
+        every = self.config[name]
         return bool(every) and (epoch % every == 0 or epoch == self.config["epochs"])
+
+    def report(self, epoch: int, log: RunLog | None) -> None:
+        if self._is_due("probe_epochs", epoch):
+            self._probe(epoch, log)
+        if log and epoch and self._is_due("panel_epochs", epoch):
+            self._draw_panel(log, epoch)
+
+    def last_words(self, checkpoint: Path) -> str:
+        folder = self.folder.path
+        return (f"pictures: {folder / 'loss.png'}, {folder / 'reconstructions'}\n"
+                f"next: {python_command()} -m sparkme.export {checkpoint}")  # fmt: skip
+
+    def _probe(self, epoch: int, log: RunLog | None) -> None:
+        """kNN accuracy of the deepest map on the labelled images of --probe-data; the processes share the images."""
+        from sparkme.data.labelled import WholeImages, whole_batches
+        from sparkme.features import knn_accuracy, pooled_features
+
+        assert self.probe_split is not None
+        config, process, network = self.config, self.process, self.network
+        stride = network.encoder.strides[-1]
+        parts: list[tuple[Tensor, Tensor]] = []
+        for part in (self.probe_split.train, self.probe_split.val):
+            images = WholeImages(part.paths, network.input_size, channels=config["channels"], background=config["background"])
+            share = range(process.rank, len(part), process.world)
+            batches = whole_batches(images, batch_size=64, workers=config["workers"], share=share)
+            with self.precision():
+                found = pooled_features(network.encoder, batches, self.statistics, process.device)
+            gathered = process.gather((found.maps[stride], part.labels[found.numbers]))
+            parts.append((torch.cat([x for x, _ in gathered]), torch.cat([y for _, y in gathered])))
+        if log and all(len(labels) for _, labels in parts):
+            accuracy = knn_accuracy(*parts[0], *parts[1])
+            text = f"kNN {100 * accuracy:.1f} % of {len(parts[1][1])} images of --probe-data right"
+            log.measured(self.step, epoch, {"knn": accuracy}, text)
 
     def _draw_panel(self, log: RunLog, epoch: int) -> None:
         from torchvision.utils import save_image
@@ -347,40 +211,50 @@ class Run:
             return
         generator = torch.Generator().manual_seed(self.config["seed"])
         active = self.network.random_active(len(images), generator)
-        with self._precision():
+        with self.precision():
             panel = reconstruction_panel(
                 self.network, normalise(images, self.statistics), active.to(images.device), self.statistics
             )
-        path = self.folder / "reconstructions" / f"epoch_{epoch:04d}.png"
+        path = self.folder.path / "reconstructions" / f"epoch_{epoch:04d}.png"
         path.parent.mkdir(exist_ok=True)
         save_image(panel, path)
         log.picture("reconstructions", panel, self.step)
 
-    def _save(self) -> Path:
-        """Writes a checkpoint, unless the weights are spoiled: the loss of a step says nothing of its update."""
-        weights = self.network.state_dict()
-        tensors = [value for value in weights.values() if isinstance(value, Tensor)]  # a module may keep other things
-        finite = torch.stack([value.isfinite().all() for value in tensors if value.is_floating_point()])
-        if not finite.all():
-            self._refuse(f"the weights are not finite after step {self.step}")
-        state = {"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config}
-        return self.checkpoints.save(state, self.step)
+    def _find_statistics(self, paths: list[Path]) -> Statistics:
+        """Mean and deviation that images are normalised by: the command's, ImageNet's for colour, or estimated once."""
+        from sparkme.data.dataset import Statistics, estimate_statistics
 
-    def _leave(self, log: RunLog | None, *, unreadable: bool) -> int:
-        saved = f"saved {self._save()} after step {self.step}" if log and self.step else "nothing to save yet"
-        if log:
-            with suppress(OSError):
-                log.plot_loss()
-        if unreadable:
-            listed = "\n  ".join(sorted(self.unreadable)) or "those of another process, see its lines"
-            raise UserError(
-                f"{len(self.unreadable)} images cannot be read, more than --max-unreadable {self.config['max_unreadable']} or "
-                f"too many in a row; mend or remove them ({saved}):\n  {listed}"
-            )
-        number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
-        if log:
-            log.finish(f"{signal.Signals(number).name}: {saved}; the same command continues from here")
-        return 128 + number
+        config = self.config
+        if config["mean"] is None:
+            found = Statistics()
+            if config["channels"] != 3:
+                found = estimate_statistics(paths, config["channels"], config["background"], seed=config["seed"])
+            config |= {"mean": [*found.mean], "std": [*found.std]}
+        return Statistics(tuple(config["mean"]), tuple(config["std"]))
+
+    def _find_probe_data(self) -> Split | None:
+        """Labelled images to measure the encoder on; of many, some of every class."""
+        from sparkme.data.labelled import Split, find_labelled
+
+        if self.config["probe_data"] is None:
+            return None
+        split = find_labelled(Path(self.config["probe_data"]), seed=self.config["seed"], flag="--probe-data")
+
+        def some(part: Labelled, most: int) -> Labelled:  # sorted by class
+            return part.subset(torch.arange(0, len(part), max(1, math.ceil(len(part) / most))))
+
+        return Split(some(split.train, MOST_PROBED[0]), some(split.val, MOST_PROBED[1]), split.note)
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        from sparkme.training.build import load_weights
+
+        load_weights(self.network, saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def _compile(self) -> None:
+        if self.network.encoder.engine.name == "minkowski":
+            raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
+        self.network.compile_parts()
 
     def _check_batch_norm(self) -> None:
         """A batch norm needs two numbers to average. The deepest map, which is the smallest, must have as many pixels."""
@@ -393,18 +267,7 @@ class Run:
                 "raise it or --input-size, or lower --mask-ratio"
             )
 
-    def _make_folder(self, *, anew: bool) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if anew:
-                written = ("checkpoints/*.pt", "metrics.jsonl", "tensorboard/events.*", "reconstructions/epoch_*.png")
-                for old in (path for pattern in written for path in self.folder.glob(pattern)):
-                    old.unlink()
-            (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to --output {self.folder}: {error}") from error
-
-    def _introduce(self, saved: dict[str, Any] | None) -> None:
+    def _introduce(self, args: argparse.Namespace) -> None:
         """Prints what will be done, and why where something was chosen."""
         config, network, process = self.config, self.network, self.process
         encoder, total = network.encoder, math.prod(network.num_patches)
@@ -422,38 +285,21 @@ class Run:
             "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}"
             + (", compiled: the first steps take minutes" if config["compile"] else ""),
             "engine": f"{encoder.engine.name}: {encoder.engine_reason}{in_float32}",
-            "output": f"{self.folder}" + (f", resumed after step {self.step}" if saved else ""),
+            "output": f"{self.folder.path}" + (f", resumed after step {self.step}" if self.folder.saved else ""),
         }
         if self.init_report:
             lines["init"] = self.init_report
+        if self.probe_split is not None:
+            lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}"
         for name, text in lines.items():
             print(f"{name:9s} {text}")
-        for name, before in saved["config"].items() if saved else ():
-            if config.get(name) != before:
-                print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
+        self.folder.print_changes(config)
         if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
             advice = "raise --base-lr (make demo uses 0.25), --epochs or --samples-per-epoch"
             print(f"{'note':9s} {self.total_steps} steps at this rate will hardly move the weights; {advice}")
-        if saved and self.ignored_init:
-            print(f"{'note':9s} --init {self.ignored_init} is not used: this run goes on from its checkpoint")
-        if saved and saved["step"] and not self.checkpoints.last.exists():
-            print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from the newest checkpoint beside it")
+        if args.init and self.folder.saved and str(args.init) != str(config["init"]):
+            print(f"{'note':9s} --init {args.init} is not used: this run goes on from its checkpoint")
         sys.stdout.flush()
-
-
-def check_same_run(saved: dict[str, Any], config: dict[str, Any], path: Path | None) -> None:
-    """Refuses to continue the run of another network or with other steps.
-
-    Raises:
-        UserError: names the first flag that differs.
-    """
-    for name in FIXED:
-        before = saved.get(name, OLDER.get(name))
-        if before != config[name]:
-            raise UserError(
-                f"{path} was trained with {flag_of(name)} {as_text(before)}, now it is {as_text(config[name])}; use the same, "
-                "another --output, or --no-resume to start anew"
-            )
 
 
 def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str) -> str:

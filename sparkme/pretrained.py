@@ -99,6 +99,10 @@ class Pretrained:
         if len(unknown) > len(fitting) / 4:
             raise UserError(f"{self.origin} has more than {self.model}: {', '.join(unknown[:3])}; is it of a larger network?")
 
+    def head_of(self, network: nn.Module) -> str:
+        """The path of the classifier in a network that `dense` made."""
+        return "head" if isinstance(network, Classifier) else find_classifier(network, self.channels)
+
     def random(self) -> Pretrained:
         """The same network with random weights."""
         return replace(self, state=None, origin="random weights")

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparkme
+from sparkme.data.dataset import Batch
 from sparkme.models import create_encoder
-from sparkme.pretrain import Run
+from sparkme.pretrain import Pretraining
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import start_process, synchronise_batch_norms
+from sparkme.training.loop import Loop
 
 
 def network() -> sparkme.SparK:
@@ -60,8 +62,8 @@ def train(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     process = start_process("cpu")
-    run = Run(create_parser().parse_args([*SMALL, "--accumulate", "2", "--output", folder]), process)
-    assert run.train() == 0
+    run = Pretraining(create_parser().parse_args([*SMALL, "--accumulate", "2", "--output", folder]), process)
+    assert Loop(run, run.folder).run() == 0
     torch.save(dict(run.network.named_parameters()), Path(folder, f"{rank}.pt"))
 
 
@@ -79,7 +81,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
     gradients = []
     for accumulate in (1, parts):
         flags = [*SMALL, "--model", "convnext_tiny", "--drop-path", "0", "--accumulate", accumulate, "--output", tmp_path]
-        run = Run(create_parser().parse_args([*map(str, flags)]), start_process("cpu"))
+        run = Pretraining(create_parser().parse_args([*map(str, flags)]), start_process("cpu"))
         for module in run.network.decoder.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
@@ -88,7 +90,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
         images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         monkey = pytest.MonkeyPatch()
         monkey.setattr("sparkme.data.dataset.normalise", lambda x, *_: x.double() / 100)
-        run._train_step(images)
+        run.train_step(Batch(images, ()))
         monkey.undo()
     for whole, accumulated in zip(*gradients, strict=True):
         assert oracle.relative_error(accumulated, whole) < 1e-10

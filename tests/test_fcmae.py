@@ -18,10 +18,11 @@ import sparkme
 import sparkme.export
 from sparkme.errors import UserError
 from sparkme.fcmae import FCMAE
-from sparkme.pretrain import check_same_run, main
+from sparkme.pretrain import main
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import load_checkpoint
-from sparkme.training.config import FIXED
+from sparkme.training.config import FIXED, OLDER
+from sparkme.training.loop import check_same_run
 from sparkme.training.optimizer import parameter_groups
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
@@ -219,6 +220,6 @@ def test_flags_of_the_other_recipe_are_refused(tmp_path: Path, capsys: pytest.Ca
 def test_a_checkpoint_that_names_no_recipe_is_of_spark() -> None:
     config = dict.fromkeys(FIXED)
     older = {name: value for name, value in config.items() if name != "recipe"}
-    check_same_run(older, {**config, "recipe": "spark"}, None)
+    check_same_run(older, {**config, "recipe": "spark"}, None, FIXED, OLDER)
     with pytest.raises(UserError, match="was trained with --recipe spark, now it is fcmae"):
-        check_same_run(older, {**config, "recipe": "fcmae"}, None)
+        check_same_run(older, {**config, "recipe": "fcmae"}, None, FIXED, OLDER)

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from test_training import make_images
 
-from sparkme.pretrain import main
+from sparkme.data.dataset import Batch
+from sparkme.pretrain import Pretraining, main
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
 SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
@@ -213,17 +214,15 @@ def test_spoiled_weights_are_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An update can overflow after a finite loss."""
-    import sparkme.pretrain
+    right = Pretraining.train_step
 
-    right = sparkme.pretrain.Run._train_step
-
-    def overflow(self: sparkme.pretrain.Run, images: torch.Tensor) -> torch.Tensor:
-        loss = right(self, images)
-        if self.step == 3:
+    def overflow(self: Pretraining, batch: Batch) -> torch.Tensor:
+        loss = right(self, batch)
+        if self.step == 4:
             next(self.network.parameters()).data.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(sparkme.pretrain.Run, "_train_step", overflow)
+    monkeypatch.setattr(Pretraining, "train_step", overflow)
     assert main([*SMALL, "--output", str(tmp_path), "--checkpoint-minutes", "0"]) == 2
     assert "the weights are not finite after step 4; the last good checkpoint is" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2

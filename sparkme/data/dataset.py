@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
@@ -87,18 +87,21 @@ def as_floats(image: Image.Image | Tensor) -> Tensor:
 
 
 class Sample(NamedTuple):
-    """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; and the images that could not."""
+    """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; the images that could not; and the
+    number of its class, where images have one."""
 
     image: Tensor | None
     unreadable: tuple[str, ...]
+    label: int = -1
 
 
 class Batch(NamedTuple):
-    """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; and those
-    that could not."""
+    """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; those that
+    could not; and (B,) int64, the numbers of their classes."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]
+    labels: Tensor | None = None
 
 
 class CropDataset(Dataset[Sample]):
@@ -111,6 +114,9 @@ class CropDataset(Dataset[Sample]):
         seed: of the run.
         channels: of the crops.
         background: the colour that transparent images are laid on.
+        flip: whether half of the crops are mirrored.
+        augment: further changes of a crop, from Pillow image or tensor to the same, by torch's generator.
+        labels: (N,) int64, the number of each image's class, if there are classes.
 
     An image that cannot be read is replaced by another, and reported.
     """
@@ -119,16 +125,18 @@ class CropDataset(Dataset[Sample]):
 
     def __init__(
         self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int, channels: int = 3,
-        background: str = "white",
+        background: str = "white", flip: bool = True, augment: nn.Module | None = None, labels: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.paths = paths
         self.seed = seed
         self.channels = channels
         self.background = background
+        self.labels = labels
         self.crop = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-                v2.RandomHorizontalFlip(),
+                *([v2.RandomHorizontalFlip()] if flip else []),
+                *([augment] if augment is not None else []),
                 v2.PILToTensor(),
             ]
         )
@@ -141,7 +149,8 @@ class CropDataset(Dataset[Sample]):
         unreadable: list[str] = []
         for attempt in range(self.TRIES):
             number = draw if attempt == 0 else derived_seed(self.seed, "replacement", epoch, draw, attempt)
-            path = self.paths[number % len(self.paths)]
+            number %= len(self.paths)
+            path = self.paths[number]
             try:
                 image = load_image(path, self.channels, self.background)
             except OSError as error:
@@ -150,7 +159,8 @@ class CropDataset(Dataset[Sample]):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))
                 crop = self.crop(image)  # by bicubic, which may overshoot
-                return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable))
+                label = -1 if self.labels is None else int(self.labels[number])
+                return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable), label)
         return Sample(None, tuple(dict.fromkeys(unreadable)))
 
 
@@ -159,7 +169,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """The draws of every step of one process: lists of (epoch, draw), where draw modulo `num_images` is the image.
 
     An epoch goes through shuffled copies of the images until it has `samples_per_epoch`; an incomplete last batch is
-    left out. Step k of a run is the same whether or not the run was interrupted before it.
+    left out. Step k of a run is the same whether or not the run was interrupted before it. With `repeats` each image comes
+    so many times in a row, in different crops, and an epoch has fewer images (repeated augmentation, Hoffer et al., 2020).
     """
 
     num_images: int
@@ -169,6 +180,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     steps: range
     rank: int = 0
     world: int = 1
+    repeats: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -183,10 +195,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             epoch, position = divmod(step, self.steps_per_epoch)
             batch = []
             for place in range(position * self.batch_size + self.rank, (position + 1) * self.batch_size, self.world):
+                place, repeat = divmod(place, self.repeats)
                 copy, place_in_copy = divmod(place, self.num_images)
                 if current != (epoch, copy):
                     current, order = (epoch, copy), self._order(epoch, copy)
-                batch.append((epoch, copy * self.num_images + int(order[place_in_copy])))
+                batch.append((epoch, (copy * self.repeats + repeat) * self.num_images + int(order[place_in_copy])))
             yield batch
 
     def _order(self, epoch: int, copy: int) -> Tensor:
@@ -201,7 +214,8 @@ def collate(samples: list[Sample]) -> Batch:
     unreadable = tuple(path for sample in samples for path in sample.unreadable)
     if len({image.dtype for image in images}) > 1:
         images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
-    return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable)
+    labels = torch.tensor([sample.label for sample in samples])
+    return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable, labels)
 
 
 def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> DataLoader[Any]:

@@ -73,7 +73,9 @@ class Split(NamedTuple):
     note: str
 
 
-def find_labelled(data: Path, labels: Path | None = None, *, val_share: float = 0.2, seed: int = 0) -> Split:
+def find_labelled(
+    data: Path, labels: Path | None = None, *, val_share: float = 0.2, seed: int = 0, flag: str = "--data"
+) -> Split:
     """Labelled images, split into those to learn from and those to measure on.
 
     Args:
@@ -81,6 +83,7 @@ def find_labelled(data: Path, labels: Path | None = None, *, val_share: float = 
         labels: a .csv file of `path,label`, the paths below `data`; a third column may say `train` or `val`.
         val_share: of each class, to measure on, where the data does not say.
         seed: of that choice.
+        flag: what the data was given by, for messages.
 
     Raises:
         UserError: nothing of that kind is there; says what is expected.
@@ -90,17 +93,17 @@ def find_labelled(data: Path, labels: Path | None = None, *, val_share: float = 
     if labels is None and data.suffix.lower() == ".csv":
         data, labels = data.parent, data
     if not data.is_dir():
-        raise UserError(f"--data {data} is neither a folder nor a .csv file")
+        raise UserError(f"{flag} {data} is neither a folder nor a .csv file")
     if labels is not None:
         return _from_table(data, labels, val_share, seed)
     train, val = (next((data / n for n in names if (data / n).is_dir()), None) for names in (TRAIN, VAL))
     if train and val:
-        found = _from_folders(train)
-        other = _from_folders(val, found.classes)
+        found = _from_folders(train, flag)
+        other = _from_folders(val, flag, found.classes)
         return Split(
             found, other, f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
         )
-    return split(_from_folders(data), val_share, seed)
+    return split(_from_folders(data, flag), val_share, seed)
 
 
 def split(labelled: Labelled, val_share: float, seed: int) -> Split:
@@ -121,7 +124,7 @@ def split(labelled: Labelled, val_share: float, seed: int) -> Split:
     return Split(train, val, f"{note}, since the data names no split")
 
 
-def _from_folders(folder: Path, known: list[str] | None = None) -> Labelled:
+def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> Labelled:
     """The first folder below is the class, whatever is below that; `known` are the classes there may be."""
     paths: list[Path] = []
     labels: list[int] = []
@@ -134,16 +137,16 @@ def _from_folders(folder: Path, known: list[str] | None = None) -> Labelled:
         if known is None:
             classes.append(name)
         elif name not in known:
-            raise UserError(f"--data: {folder} has a class {name!r} that the images to learn from do not have")
+            raise UserError(f"{flag}: {folder} has a class {name!r} that the images to learn from do not have")
         labels += [classes.index(name)] * len(found)
         paths += found
     if len(classes) < 2:
         raise UserError(
-            f"--data {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
+            f"{flag} {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
             "with lines of path,label"
         )
     if not paths:
-        raise UserError(f"--data: {folder} has no images in folders of classes")
+        raise UserError(f"{flag}: {folder} has no images in folders of classes")
     return Labelled(paths, torch.tensor(labels), classes)
 
 

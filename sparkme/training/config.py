@@ -240,6 +240,14 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draw reconstructions every N epochs; 0 never (ten times in a run)",
     )
+    group.add_argument(
+        "--probe-data",
+        type=path_argument,
+        metavar="LABELLED",
+        help="labelled images, a folder for each class or a .csv, to measure the frozen encoder's kNN accuracy on while it "
+        "trains (none)",
+    )
+    group.add_argument("--probe-epochs", type=int, metavar="K", help="measure it every K epochs (ten times in a run)")
     group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
     return parser
 
@@ -322,7 +330,7 @@ OLDER = {"recipe": "spark", "channels": 3}  # what checkpoints mean that do not 
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "samples_per_epoch": 1,
              "patch": 1, "channels": 1, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0,
-             "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "warmup_epochs": 0}  # fmt: skip
+             "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "probe_epochs": 1, "warmup_epochs": 0}  # fmt: skip
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -351,10 +359,12 @@ def resolve_config(
     from sparkme.models import paper_drop_path
 
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
-    config |= {"data": str(args.data) if args.data else None, "init": str(args.init) if args.init else None}
-    config |= {"output": str(output_folder(args)), "num_images": num_images}
+    config |= {name: str(value) if (value := getattr(args, name)) else None for name in ("data", "init", "probe_data")}
+    config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images}
+    if args.probe_epochs is not None and not args.probe_data:
+        raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
     recipe = RECIPES[args.recipe]
-    _fill_in(config, recipe.defaults)
+    fill_in(config, recipe.defaults)
     epochs = config["epochs"]
     check_seed(args.seed)
     for name, value in config.items():
@@ -401,7 +411,7 @@ def resolve_config(
 
     on_gpu = process.device.type == "cuda"
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    _fill_in(config, {
+    fill_in(config, {
         "crop_scale": recipe.crop_scale if args.data else 0.1,
         "samples_per_epoch": saved.get("samples_per_epoch") if saved else num_images if args.data else 512,
         "batch_size": saved.get("batch_size") if saved else None,
@@ -411,6 +421,7 @@ def resolve_config(
         "workers": default_workers(),
         "max_unreadable": max(10, num_images // 100),
         "panel_epochs": max(1, epochs // 10),
+        "probe_epochs": max(1, epochs // 10) if args.probe_data else 0,
     })  # fmt: skip
     if config["precision"] == "auto":
         config["precision"] = "bf16" if bf16 else "float32"
@@ -458,7 +469,7 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed {seed} must be {'at least 0' if seed < 0 else 'below 2^63'}")
 
 
-def _fill_in(config: dict[str, Any], defaults: dict[str, Any]) -> None:
+def fill_in(config: dict[str, Any], defaults: dict[str, Any]) -> None:
     config.update({name: value for name, value in defaults.items() if config[name] is None})
 
 

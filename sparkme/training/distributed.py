@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
 
@@ -41,6 +43,14 @@ class Process:
         value = value.clone()
         dist.all_reduce(value)
         return value / self.world
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has, in the first one; elsewhere what this one has. It travels between the hosts."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values, group=self.hosts)
+        return values if values is not None else [value]
 
 
 def start_process(device: str) -> Process:
@@ -83,6 +93,24 @@ def start_process(device: str) -> Process:
 def stop_process() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def distribute(network: Any, process: Process, prepare: Callable[[], None] | None = None) -> tuple[Any, nn.Module]:
+    """Has several processes train a network together: one gradient, and on GPUs one statistics of batch norms.
+
+    Args:
+        network: on the process's device.
+        process: this process.
+        prepare: called in between, such as to compile.
+
+    Returns:
+        The network, and what a step runs.
+    """
+    if process.world > 1 and process.device.type == "cuda":
+        network = synchronise_batch_norms(network)
+    if prepare is not None:
+        prepare()
+    return network, DistributedDataParallel(network) if process.world > 1 else network
 
 
 def synchronise_batch_norms(network: nn.Module) -> Any:

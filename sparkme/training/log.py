@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -20,10 +19,13 @@ class RunLog:
         first_step: the step training (re)starts at.
         total_steps: of the whole run.
         bar: whether to draw a progress bar; plain lines otherwise.
+        loss_name: for the picture.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, total_steps: int, bar: bool) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, first_step: int, total_steps: int, bar: bool, loss_name: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.loss_name = folder, loss_name
         self.total_steps = total_steps
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _records(self.path) if line["step"] <= first_step]
@@ -38,9 +40,7 @@ class RunLog:
 
     def metrics(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Records metrics after `step` steps; needs `loss`, `learning_rate`, `images_per_s` and `seconds_left`."""
-        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        self._write(step, epoch, values)
         left = duration(values["seconds_left"])
         shown = f"loss {values['loss']:.4f} | lr {values['learning_rate']:.2e} | {values['images_per_s']:.1f} images/s"
         if self.bar is not None:
@@ -48,6 +48,16 @@ class RunLog:
         else:
             share = 100 * step / self.total_steps
             print(f"step {step}/{self.total_steps} ({share:.0f} %) | {shown} | {left} left", flush=True)
+
+    def measured(self, step: int, epoch: float, values: dict[str, float], text: str) -> None:
+        """Records what was measured after `step` steps, such as an accuracy from 0 to 1, and says it."""
+        self._write(step, epoch, values)
+        self.say(f"epoch {epoch:g}: {text}")
+
+    def _write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""
@@ -70,29 +80,41 @@ class RunLog:
         """Adds a (3, H, W) image to the TensorBoard events."""
         self.events.add_image(name, image, step)
 
-    def plot_loss(self) -> None:
-        """Draws loss.png: the loss and the learning rate over epochs."""
+    def plot(self) -> None:
+        """Draws loss.png: the loss and the learning rate over epochs and, below, what was measured."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         records = _records(self.path)
-        if not records:
+        trained = [record for record in records if "loss" in record]
+        measured = [record for record in records if "loss" not in record]
+        if not trained:
             return
-        epochs = [record["epoch"] for record in records]
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 6.5 if measured else 4), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.plot(epochs, [record["loss"] for record in records], color="tab:blue", linewidth=1.2)
-        axes.set(xlabel="epoch", title=str(self.folder))
-        axes.set_ylabel("loss on hidden patches", color="tab:blue")
+        rows = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if measured else [1])
+        axes = rows[0, 0]
+        epochs = [record["epoch"] for record in trained]
+        axes.plot(epochs, [record["loss"] for record in trained], color="tab:blue", linewidth=1.2)
+        axes.set_title(str(self.folder))
+        axes.set_ylabel(self.loss_name, color="tab:blue")
         axes.ticklabel_format(useOffset=False)
         low, high = axes.get_ylim()
         if high - low < 0.05:  # otherwise a flat curve looks like a wild one
             axes.set_ylim((low + high) / 2 - 0.025, (low + high) / 2 + 0.025)
         axes.grid(alpha=0.3)
         rate_axes = axes.twinx()
-        rate_axes.plot(epochs, [r["learning_rate"] for r in records], color="tab:orange", linewidth=0.8, alpha=0.7)
+        rate_axes.plot(epochs, [r["learning_rate"] for r in trained], color="tab:orange", linewidth=0.8, alpha=0.7)
         rate_axes.set_ylabel("learning rate", color="tab:orange")
+        if measured:
+            below = rows[1, 0]
+            for name in dict.fromkeys(name for record in measured for name in record if name not in ("step", "epoch")):
+                points = [(record["epoch"], 100 * record[name]) for record in measured if name in record]
+                below.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name.replace("_", " "))
+            below.set_ylabel("% right")
+            below.legend(frameon=False)
+            below.grid(alpha=0.3)
+        rows[-1, 0].set_xlabel("epoch")
         figure.savefig(self.folder / "loss.png", dpi=120)
 
     def close(self) -> None:
@@ -143,7 +165,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            if not all(isinstance(record[name], int | float) for name in ("step", "epoch", "loss", "learning_rate")):
+            needed = ("step", "epoch", "loss", "learning_rate") if "loss" in record else ("step", "epoch")
+            if not all(isinstance(record[name], int | float) for name in needed):
                 break
         except (ValueError, TypeError, KeyError):
             break

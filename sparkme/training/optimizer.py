@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import torch
 from timm.optim.lamb import Lamb
@@ -43,6 +45,75 @@ def create_optimizer(name: str, model: nn.Module, *, beta2: float, clip_grad: fl
     raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
 
 
+def layer_numbers(network: nn.Module, head: str) -> dict[str, int]:
+    """The layer of every parameter for layer-wise rates, 0 at the input, the classifier's the highest.
+
+    As in the official code (downstream_imagenet/lr_decay.py) the stem is a layer, and every three blocks of a stage are one:
+    torchvision's and timm's ResNets and ConvNeXts. Networks whose stages have other names are cut into eight parts of as many
+    parameters each, in their order.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    blocks = {name: block for name in names if (block := _block(name)) and not name.startswith(f"{head}.")}
+    stages = sorted({stage for stage, _ in blocks.values()})
+    if len(stages) < 4:
+        rest = [name for name in names if not name.startswith(f"{head}.")]
+        part = max(1, -(-len(rest) // 8))
+        numbers = {name: i // part for i, name in enumerate(rest)}
+    else:
+        first, number = {}, 1
+        for stage in stages:
+            first[stage] = number
+            number += max(block for s, block in blocks.values() if s == stage) // 3 + 1
+        numbers = {name: first[stage] + block // 3 for name, (stage, block) in blocks.items()}
+        numbers |= dict.fromkeys(names[: names.index(next(iter(blocks)))], 0)
+    last = max(numbers.values(), default=-1) + 1
+    return {name: numbers.get(name, last) for name in names}
+
+
+_STAGES = (
+    re.compile(r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."),  # ResNets
+    re.compile(r"stages\.(?P<stage>\d)\.(?:blocks\.(?P<block>\d+)\.|downsample)"),  # timm's ConvNeXts
+    re.compile(r"features\.(?P<pair>[1-7])\.(?P<block>\d+)\."),  # torchvision's, where every other one halves the resolution
+)
+
+
+def _block(name: str) -> tuple[int, int] | None:
+    """Stage and block of a parameter; None for the stem and for what comes after the stages."""
+    for pattern in _STAGES:
+        if match := pattern.search(name):
+            found = match.groupdict()
+            stage = int(found["pair"]) // 2 if "pair" in found else int(found["stage"])
+            return stage, int(found["block"] or 0)
+    return None
+
+
+def create_finetuning_optimizer(
+    name: str, network: nn.Module, layers: dict[str, int], *, layer_decay: float
+) -> torch.optim.Optimizer:
+    """LAMB as the official fine-tuning has it (no clipping, trust ratio everywhere, no bias correction), or AdamW.
+
+    Args:
+        name: `lamb` or `adamw`.
+        network: whose parameters are trained.
+        layers: the layer of each, see `layer_numbers`.
+        layer_decay: the rate of a layer over that of the next.
+    """
+    last = max(layers.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for key, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            is_vector = parameter.ndim < 2 or parameter.shape[1:] == (1, 1) or key.endswith("bias")
+            scale = layer_decay ** (last - layers[key])
+            start = {"params": [], "lr_scale": scale, "decay": not is_vector, "weight_decay": 0.0}
+            groups.setdefault((layers[key], is_vector), start)["params"].append(parameter)
+    if name == "lamb":
+        optimizer: torch.optim.Optimizer = Lamb(
+            [*groups.values()], betas=(0.9, 0.999), eps=1e-6, max_grad_norm=None, always_adapt=True, bias_correction=False
+        )
+        return optimizer
+    return torch.optim.AdamW([*groups.values()])
+
+
 def learning_rate(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, start: float = 0.005, end: float = 0.001
 ) -> float:
@@ -59,8 +130,9 @@ def weight_decay(step: int, *, start: float, end: float, total_steps: int) -> fl
 
 
 def update_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:
+    """Sets the rate of every group, times its `lr_scale` if it has one, and the decay of those that decay."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         if group["decay"]:
             group["weight_decay"] = weight_decay
 

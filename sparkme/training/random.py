@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
@@ -16,8 +18,11 @@ def derived_seed(seed: int, purpose: str, *where: int) -> int:
 def seed_step(seed: int, rank: int, step: int, device: torch.device) -> torch.Generator:
     """Makes a step's randomness independent of what ran before it.
 
-    Seeds torch's default generators (drop path) and returns the generator of the step's masks, on `device`. Nothing
-    waits for the device.
+    Seeds the default generators, torch's (drop path), NumPy's and Python's (timm's mixup and random erasing), and returns the
+    generator of the step's masks, on `device`. Nothing waits for the device.
     """
-    torch.manual_seed(derived_seed(seed, "step", rank, step))
+    number = derived_seed(seed, "step", rank, step)
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
     return torch.Generator(device).manual_seed(derived_seed(seed, "mask", rank, step))

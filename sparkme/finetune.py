@@ -1,0 +1,395 @@
+"""Trains the ordinary dense network on labelled images, from pretrained weights or, to compare, from scratch.
+
+    python -m sparkme.finetune runs/mine/checkpoints/last.pt --data labelled/
+    python -m sparkme.finetune runs/mine/checkpoints/last.pt --data labelled/ --from-scratch
+    torchrun --nproc-per-node 8 -m sparkme.finetune resnet50.safetensors --data imagenet/ --batch-size 2048
+
+The same command again continues where it was interrupted. Augmentation, losses, LAMB and the running average are timm's and
+torchvision's; nothing here is sparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkme.errors import UserError, run_command
+from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.finetune_config import FIXED, create_parser, output_folder, resolve_config
+from sparkme.training.loop import RunFolder, Training, check_same_run, run_training
+
+if TYPE_CHECKING:
+    from sparkme.data.dataset import Batch
+    from sparkme.pretrained import Pretrained
+    from sparkme.training.log import RunLog
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = create_parser().parse_args(argv)
+    return run_command(lambda: finetune(args))
+
+
+def finetune(args: argparse.Namespace) -> int:
+    """Trains, or continues, the run that the arguments describe. Returns the exit code."""
+    process = start_process(args.device)
+
+    def create() -> tuple[Training, RunFolder]:
+        run = Finetuning(args, process)
+        return run, run.folder
+
+    return run_training(create)
+
+
+class Finetuning(Training):
+    """One fine-tuning run.
+
+    Args:
+        args: the command line.
+        process: this process.
+
+    Raises:
+        UserError, ValueError: what was asked for cannot be done; says what to change.
+    """
+
+    loss_name = "training loss"
+
+    def __init__(self, args: argparse.Namespace, process: Process) -> None:
+        from sparkme.data.dataset import CropDataset
+        from sparkme.data.labelled import find_labelled
+        from sparkme.training.memory import keep_freed_memory
+        from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers
+
+        if process.device.type == "cpu":
+            keep_freed_memory()
+        self.process = process
+        pretrained = find_weights(args)
+        self.folder = folder = RunFolder(
+            output_folder(args, pretrained.model), resume=args.resume, keep_checkpoints=args.keep_checkpoints,
+            command="finetune",
+        )  # fmt: skip
+        split = find_labelled(args.data, args.labels, val_share=args.val_share, seed=args.seed)
+        self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
+        self.val_set = split.val
+        self.classes = split.train.classes
+        self.statistics = pretrained.statistics
+
+        torch.manual_seed(args.seed)
+        network, self.missing = pretrained.dense(len(self.classes))
+        self.config, reason = resolve_config(args, self._known(pretrained), norm_of(network), process, folder.saved_config)
+        if folder.saved_config is not None:
+            check_same_run(folder.saved_config, self.config, folder.newest, FIXED, {})
+        if self.config["drop_path"]:
+            torch.manual_seed(args.seed)
+            network, self.missing = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
+        config = self.config
+        self.size = (config["input_size"][0], config["input_size"][1])
+        self.network = network.to(process.device)
+        self.head = pretrained.head_of(self.network)
+        self._check_batch_norm()
+        if config["head_init"] == "linear" and folder.saved is None:
+            self._fit_head()
+        self.optimizer = create_finetuning_optimizer(
+            config["optimizer"], self.network, layer_numbers(self.network, self.head), layer_decay=config["layer_decay"]
+        )
+        self.clip_norm = config["clip_grad"] or None
+        self.average = create_average(self.network, config["ema_decay"], warmup=config["ema_warmup"])
+        self.steps_per_epoch = len(self.train_set) // config["batch_size"]
+        self.total_steps = config["epochs"] * self.steps_per_epoch
+        self.best: dict[str, float] = {}
+        self.step = folder.restore(self._load)
+        self.network, self.model = distribute(self.network, process)
+        self.mix, self.criterion, self.erase = create_losses(config, process.device)
+        self.dataset = CropDataset(
+            self.train_set.paths, self.size, min_scale=config["crop_scale"], seed=config["seed"],
+            channels=config["channels"], background=config["background"], flip=config["flip"],
+            augment=create_augment(config["auto_augment"]), labels=self.train_set.labels,
+        )  # fmt: skip
+        if process.is_main:
+            folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
+            self._introduce(pretrained, split.note, reason)
+
+    def batches(self, steps: range) -> Iterable[Batch]:
+        from sparkme.data.dataset import EpochSampler, create_loader
+
+        config, process = self.config, self.process
+        sampler = EpochSampler(
+            len(self.dataset), len(self.dataset), config["batch_size"], config["seed"], steps, process.rank, process.world,
+            config["repeats"],
+        )  # fmt: skip
+        return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
+        assert batch.images is not None and batch.labels is not None
+        return batch.images, batch.labels
+
+    def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
+        from sparkme.data.dataset import normalise
+
+        images, labels = tensors  # (B, C, H, W) bytes, or floats in [0, 1]; (B,) int64
+        x = normalise(images, self.statistics)
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
+        if self.erase is not None:
+            x = self.erase(x)
+        loss: Tensor = self.criterion(scores_of(self.model(x)), labels)
+        return loss
+
+    def rates(self, step: int) -> dict[str, float]:
+        from sparkme.training.optimizer import learning_rate
+
+        config = self.config
+        peak = config["base_lr"] * config["batch_size"] / 256
+        warmup = round(config["warmup_epochs"] * self.steps_per_epoch)
+        rate = learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=self.total_steps)
+        return {"learning_rate": rate, "weight_decay": config["weight_decay"]}
+
+    def after_step(self) -> None:
+        if self.average is not None:
+            self.average.update(self.network, self.step)
+
+    def state(self) -> dict[str, Any]:
+        average = {"average": self.average.module.state_dict()} if self.average is not None else {}
+        return {**super().state(), **average, "best": self.best, "classes": self.classes}
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.network.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None and "average" in saved:
+            self.average.module.load_state_dict(saved["average"])
+        self.best = saved["best"]
+
+    def is_due(self, epoch: int) -> bool:
+        return epoch > 0 and (epoch % self.config["eval_epochs"] == 0 or epoch == self.config["epochs"])
+
+    def report(self, epoch: int, log: RunLog | None) -> None:
+        """Measures the weights and, if there is one, their running average; keeps the best, by the latter."""
+        values, confusion = self._measure(self.network)
+        text = f"top-1 {100 * values['val_top1']:.1f} %, top-5 {100 * values['val_top5']:.1f} %"
+        kept, top1 = self.network, values["val_top1"]
+        if self.average is not None:
+            averaged, confusion = self._measure(self.average.module)
+            values |= {f"{name}_average": value for name, value in averaged.items()}
+            kept, top1 = self.average.module, averaged["val_top1"]
+            text += f"; running average {100 * top1:.1f} %"
+        if not log:
+            return
+        log.measured(self.step, epoch, values, text)
+        if not self.best or top1 > self.best["top1"]:
+            self.best = {"top1": top1, "epoch": epoch}
+            self._write_weights(kept)
+        self._write_results(values, epoch, confusion)
+
+    @torch.no_grad()
+    def _measure(self, network: nn.Module) -> tuple[dict[str, float], Tensor]:
+        """Shares of whole validation images, and how often each class (row) was taken for each (column); the processes share
+        the images."""
+        from sparkme.data.dataset import normalise
+        from sparkme.data.labelled import WholeImages, whole_batches
+
+        config, process, classes = self.config, self.process, len(self.classes)
+        images = WholeImages(self.val_set.paths, self.size, channels=config["channels"], background=config["background"])
+        share = range(process.rank, len(self.val_set), process.world)
+        counts, confusion = torch.zeros(2, dtype=torch.long), torch.zeros(classes, classes, dtype=torch.long)
+        network.eval()
+        for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=share):
+            if batch.images is None:
+                continue
+            with self.precision():
+                scores = scores_of(network(normalise(batch.images.to(process.device), self.statistics)))
+            labels = self.val_set.labels[batch.numbers]
+            best = scores.float().topk(min(5, classes), 1).indices.cpu()
+            counts += torch.stack([(best == labels[:, None]).any(1).sum(), torch.tensor(len(labels))])
+            confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
+        parts = process.gather((counts, confusion))
+        counts, confusion = sum(c for c, _ in parts), sum(m for _, m in parts)
+        total = max(1, int(counts[1]))
+        return {"val_top1": float(confusion.diag().sum()) / total, "val_top5": float(counts[0]) / total}, confusion
+
+    def _fit_head(self) -> None:
+        """Starts the classifier as the best linear one on the frozen features of the training images.
+
+        A classifier that starts at random first sends gradients of chance through the network, and what was learnt
+        before is lost to them (Kumar et al., ICLR 2022, linear probing then fine-tuning).
+        """
+        from sparkme.features import best_decay, fit_linear
+
+        layer = self.network.get_submodule(self.head)
+        if type(layer) is not nn.Linear:
+            return
+        x, labels = self._inputs_of(layer)
+        mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+        x = (x - mean) / std
+        linear = fit_linear(x, labels, best_decay(x, labels), classes=len(self.classes))
+        weight = linear.weight / std
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias - weight @ mean)
+
+    @torch.no_grad()
+    def _inputs_of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """What reaches a layer on whole training images, in eval mode, (N, C), and their labels; on the CPU."""
+        from sparkme.data.dataset import normalise
+        from sparkme.data.labelled import WholeImages, whole_batches
+
+        config = self.config
+        images = WholeImages(self.train_set.paths, self.size, channels=config["channels"], background=config["background"])
+        inputs: list[Tensor] = []
+        labels: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
+        self.network.eval()
+        try:
+            for batch in whole_batches(images, batch_size=64, workers=config["workers"]):
+                if batch.images is not None:
+                    self.network(normalise(batch.images.to(self.process.device), self.statistics))
+                    labels.append(self.train_set.labels[batch.numbers])
+        finally:
+            handle.remove()
+        if not labels:
+            raise UserError(f"--data {config['data']}: none of its images can be read")
+        return torch.cat(inputs), torch.cat(labels)
+
+    def _write_weights(self, network: nn.Module) -> None:
+        from sparkme.interop.files import write_state_dict
+
+        config = self.config
+        state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        notes = {
+            "format": "pt", "network": config["model"], "num_classes": str(len(self.classes)),
+            "classes": json.dumps(self.classes), "channels": str(config["channels"]), "mean": json.dumps(config["mean"]),
+            "std": json.dumps(config["std"]), "background": config["background"],
+            "input_size": json.dumps(config["input_size"]), "top1": str(self.best["top1"]),
+        }  # fmt: skip
+        write_state_dict(self.folder.path / "best.safetensors", state, notes)
+
+    def _write_results(self, values: dict[str, float], epoch: int, confusion: Tensor) -> None:
+        from sparkme.interop.files import replaced_when_whole
+        from sparkme.training.confusion import draw_confusion
+
+        draw_confusion(confusion, self.classes, self.folder.path / "confusion.png")
+        each = (confusion.diag() / confusion.sum(1).clamp_min(1)).tolist()
+        results = {"epoch": epoch, "last": values, "best": self.best, "num_train": len(self.train_set),
+                   "num_val": int(confusion.sum()), "of_each_class": dict(zip(self.classes, each, strict=True)),
+                   "confusion": confusion.tolist()}  # fmt: skip
+        with replaced_when_whole(self.folder.path / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
+
+    def last_words(self, checkpoint: Path) -> str:
+        folder = self.folder.path
+        best = f"best of the measured epochs: top-1 {100 * self.best['top1']:.1f} % after epoch {self.best['epoch']}"
+        return f"{best}, {folder / 'best.safetensors'}\npictures: {folder / 'loss.png'}, {folder / 'confusion.png'}"
+
+    def _known(self, pretrained: Pretrained) -> dict[str, Any]:
+        return {
+            "model": pretrained.model, "num_train": len(self.train_set), "num_val": len(self.val_set),
+            "num_classes": len(self.classes), "channels": pretrained.channels, "mean": [*pretrained.statistics.mean],
+            "std": [*pretrained.statistics.std], "background": pretrained.background,
+            "input_size": list(pretrained.input_size) if pretrained.input_size else None,
+        }  # fmt: skip
+
+    def _check_batch_norm(self) -> None:
+        config = self.config
+        if config["batch_size"] // (self.process.world * config["accumulate"]) < 2 and norm_of(self.network) == "bn":
+            raise UserError(f"--batch-size {config['batch_size']} leaves batch norm a single image; raise it")
+
+    def _introduce(self, pretrained: Pretrained, note: str, reason: str) -> None:
+        """Prints what will be done, and why where something was chosen."""
+        from sparkme.data.labelled import class_counts
+
+        config, process = self.config, self.process
+        rate = config["base_lr"] * config["batch_size"] / 256
+        threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
+        shots = f"; --shots {config['shots']} of each class" if config["shots"] else ""
+        new = f"; new: {', '.join(self.missing[:4])}" if self.missing else ""
+        lines = {
+            "data": f"{note}{shots}; {class_counts(self.train_set)}",
+            "weights": f"{pretrained.origin}{new}",
+            "network": f"{config['model']}, {len(self.classes)} classes, {'x'.join(map(str, self.size))} pixels",
+            "recipe": reason,
+            "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, "
+            f"{config['optimizer']}, peak learning rate {rate:.2g}, of a layer {config['layer_decay']:g} of the next one's",
+            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
+            "output": f"{self.folder.path}" + (f", resumed after step {self.step}" if self.folder.saved else ""),
+        }
+        for name, text in lines.items():
+            print(f"{name:9s} {text}")
+        self.folder.print_changes(config)
+        sys.stdout.flush()
+
+
+def find_weights(args: argparse.Namespace) -> Pretrained:
+    """What the command line starts from.
+
+    Raises:
+        UserError: it does not say.
+    """
+    from sparkme.pretrained import Pretrained, read_pretrained
+
+    if args.weights is not None:
+        found = read_pretrained(args.weights, args.model)
+        return found.random() if args.from_scratch else found
+    if not args.from_scratch:
+        raise UserError("name a checkpoint or weights to start from, or pass --from-scratch --model NAME")
+    if args.model is None:
+        raise UserError("--from-scratch needs --model NAME, or a checkpoint to take the network from")
+    return Pretrained(args.model, None, "random weights")
+
+
+def norm_of(network: nn.Module) -> str:
+    return "bn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()) else "ln"
+
+
+def scores_of(out: Any) -> Tensor:
+    """The scores (B, classes) of what a network gives; some give more of them, from earlier layers, in training."""
+    scores: Tensor = out if isinstance(out, Tensor) else out[0]
+    return scores
+
+
+def create_average(network: nn.Module, decay: float, *, warmup: bool) -> Any:
+    """timm's running average of the weights, or None; with `warmup` it forgets the first steps faster."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(network, decay=decay, use_warmup=warmup) if decay else None
+
+
+def create_augment(name: str) -> nn.Module | None:
+    from torchvision.transforms import v2
+
+    bicubic = v2.InterpolationMode.BICUBIC
+    known = {
+        "none": None,
+        "trivial": v2.TrivialAugmentWide(interpolation=bicubic),
+        "rand": v2.RandAugment(interpolation=bicubic),
+    }
+    return known[name]
+
+
+def create_losses(config: dict[str, Any], device: torch.device) -> tuple[Any, nn.Module, Any]:
+    """timm's mixup and cutmix, or None; the loss; and timm's random erasing, or None."""
+    from timm.data import Mixup
+    from timm.data.random_erasing import RandomErasing
+    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+
+    mixed = config["mixup"] or config["cutmix"]
+    mix = Mixup(
+        config["mixup"], config["cutmix"], label_smoothing=config["smoothing"], num_classes=config["num_classes"]
+    ) if mixed else None  # fmt: skip
+    if config["loss"] == "bce":
+        criterion: nn.Module = BinaryCrossEntropy(smoothing=config["smoothing"])
+    elif mixed:
+        criterion = SoftTargetCrossEntropy()
+    else:
+        criterion = nn.CrossEntropyLoss(label_smoothing=config["smoothing"])
+    erasing = config["random_erasing"]
+    return mix, criterion, RandomErasing(erasing, mode="pixel", device=str(device)) if erasing else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A picture of which classes are taken for which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+MOST_NAMED = 40  # classes; of more the names cannot be read
+
+
+def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
+    """Draws shares of each true class (row) by what it was taken for (column).
+
+    Args:
+        confusion: (classes, classes) int64, counts.
+        classes: their names.
+        path: of the .png.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
+    count = len(classes)
+    side = min(12.0, 3.5 + 0.4 * count)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    right = int(confusion.diag().sum()) / max(1, int(confusion.sum()))
+    axes.set(xlabel="taken for", ylabel="is", title=f"{100 * right:.1f} % of {int(confusion.sum())} images right")
+    if count <= MOST_NAMED:
+        axes.set_xticks(range(count), [name[:24] for name in classes], rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), [name[:24] for name in classes])
+    if count <= 15:
+        for row in range(count):
+            for column in range(count):
+                if confusion[row, column]:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    text = f"{100 * shares[row, column]:.0f}"
+                    axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
+    figure.savefig(path, dpi=110)
