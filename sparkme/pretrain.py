@@ -159,7 +159,8 @@ class Pretraining(Training):
         }
 
     def is_due(self, epoch: int) -> bool:
-        return self._is_due("panel_epochs", epoch) or self._is_due("probe_epochs", epoch)
+        draws = epoch > 0 and self._is_due("panel_epochs", epoch)
+        return draws or self._is_due("probe_epochs", epoch)
 
     def _is_due(self, name: str, epoch: int) -> bool:
         every = self.config[name]

@@ -128,6 +128,8 @@ def read_pretrained(path: Path, model: str | None = None) -> Pretrained:
         if model is not None and model != found.model:
             raise UserError(f"--model {model}, but {path} is of {found.model}; leave out --model")
         return found
+    if not path.exists():
+        raise UserError(f"no file {path}")
     notes = _notes(path)
     state = read_state_dict(path / "model.safetensors" if path.is_dir() else path)
     if model is None and "network" not in notes:

@@ -88,7 +88,7 @@ class Training(ABC):
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config}
 
     def is_due(self, epoch: int) -> bool:
-        """Whether there is something to measure or to draw at the end of this epoch, counted from 1."""
+        """Whether there is something to measure or to draw at the end of this epoch, counted from 1; 0 is before the first."""
         return False
 
     def report(self, epoch: int, log: RunLog | None) -> None:  # noqa: B027
@@ -286,6 +286,9 @@ class Loop:
                     self.folder.path, first_step=training.step, total_steps=training.total_steps, bar=sys.stderr.isatty(),
                     loss_name=training.loss_name,
                 )  # fmt: skip
+            if training.step == 0 and training.is_due(0):
+                training.report(0, self.log)
+                training.model.train()
             speed.restart(training.step)
             for batch in batches:
                 self._name_unreadable(batch)

@@ -1,0 +1,141 @@
+"""Labelled images: folders of classes, tables, splits; and how whole images are cut."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_training import make_images
+
+from sparkme.data.dataset import CropDataset, EpochSampler
+from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
+from sparkme.errors import UserError
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (255, 0, 0)}
+
+
+def make_labelled(folder: Path, counts: dict[str, int], size: int = 48) -> Path:
+    """A folder for each class: pictures of its colour, with a box that is elsewhere in each."""
+    for name, count in counts.items():
+        (folder / name / "deeper").mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture = Image.new("RGB", (size, size), COLOURS.get(name, (90, 90, 90)))
+            picture.paste((255, 255, 255), (i % 5 * 8, i // 5 % 5 * 8, i % 5 * 8 + 9, i // 5 % 5 * 8 + 11))
+            picture.save(folder / name / ("deeper" if i % 2 else "") / f"{i:03d}.png")
+    return folder
+
+
+def test_a_folder_is_a_class_and_the_split_takes_a_share_of_each(tmp_path: Path) -> None:
+    data = make_labelled(tmp_path, {"red": 20, "blue": 10, "green": 2})
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "empty").mkdir()
+    split = find_labelled(data, val_share=0.2, seed=1)
+    assert split.train.classes == split.val.classes == ["blue", "green", "red"]
+    assert torch.bincount(split.val.labels).tolist() == [2, 1, 4] and torch.bincount(split.train.labels).tolist() == [8, 1, 16]
+    assert not set(split.train.paths) & set(split.val.paths) and len({*split.train.paths, *split.val.paths}) == 32
+    for part in (split.train, split.val):
+        assert all(part.classes[label] == path.relative_to(data).parts[0] for path, label in zip(part.paths, part.labels))
+    assert "names no split" in split.note and "seed 1" in split.note
+    assert find_labelled(data, seed=1).val.paths == split.val.paths != find_labelled(data, seed=2).val.paths
+
+
+def test_a_split_that_is_there_is_kept(tmp_path: Path) -> None:
+    make_labelled(tmp_path / "train", {"red": 3, "blue": 2})
+    make_labelled(tmp_path / "val", {"red": 1})
+    split = find_labelled(tmp_path)
+    assert (len(split.train), len(split.val)) == (5, 1) and split.val.labels.tolist() == [1]
+    make_labelled(tmp_path / "val", {"green": 1})
+    with pytest.raises(UserError, match="a class 'green' that the images to learn from do not have"):
+        find_labelled(tmp_path)
+
+
+def test_a_table_names_paths_labels_and_parts(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label,part\nsub0/0.png,cat,train\nsub1/1.png,dog,train\nsub0/2.png,cat,val\n")
+    split = find_labelled(tmp_path / "images", table)
+    assert [p.name for p in split.train.paths] == ["0.png", "1.png"] and split.val.labels.tolist() == [0]
+    assert split.train.classes == ["cat", "dog"]
+    beside = tmp_path / "images" / "beside.csv"
+    beside.write_text("sub0/0.png,cat\nsub1/1.png,dog\nsub0/2.png,cat\nsub1/3.png,dog\n")
+    assert len(find_labelled(beside).val) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("../secret.png,a\nsub0/0.png,b\n", "entry 1 names '../secret.png', which lies outside"),
+        ("/etc/passwd,a\nsub0/0.png,b\n", "entry 1 names '/etc/passwd', which lies outside"),
+        ("sub0/0.png,a\nsub0/9.png,b\n", "entry 2 names 'sub0/9.png', and there is no such file"),
+        ("sub0/0.png,a\nsub0/2.png\n", "entry 2 is not path,label"),
+        ("sub0/0.png,a\nsub0/2.png,a\n", "1 different labels"),
+        ("sub0/0.png,a,train\nsub0/2.png,b,holdout\n", "'holdout', not train or val"),
+        ("sub0/0.png,a,train\nsub0/2.png,b,train\n", "2 lines for train and 0 for val"),
+        ("sub0/0.png,a\nsub1/1.png,b\nsub0/2.png,b\n", "class 'a' has 1 image"),
+    ],
+)
+def test_mistakes_in_a_table_are_named(tmp_path: Path, lines: str, message: str) -> None:
+    make_images(tmp_path / "images")
+    (tmp_path / "secret.png").write_bytes(b"")
+    table = tmp_path / "labels.csv"
+    table.write_text(lines)
+    with pytest.raises(UserError, match=message):
+        find_labelled(tmp_path / "images", table)
+
+
+def test_mistakes_in_folders_are_named(tmp_path: Path) -> None:
+    make_labelled(tmp_path / "one", {"red": 3})
+    with pytest.raises(UserError, match="has 1 folders with images, and each class needs one"):
+        find_labelled(tmp_path / "one")
+    with pytest.raises(UserError, match="neither a folder nor a .csv file"):
+        find_labelled(tmp_path / "none")
+    make_labelled(tmp_path / "two", {"red": 3, "blue": 4})
+    with pytest.raises(UserError, match=r"--val-share 1.0 is outside \(0, 1\)"):
+        find_labelled(tmp_path / "two", val_share=1.0)
+    train = find_labelled(tmp_path / "two", val_share=0.4).train
+    with pytest.raises(UserError, match="--shots 3: class 'blue' has 2 images"):
+        train.shots(3, seed=0)
+
+
+def test_shots_are_drawn_by_the_seed_and_as_many_of_each_class(tmp_path: Path) -> None:
+    train = find_labelled(make_labelled(tmp_path, {"red": 20, "blue": 15})).train
+    draws = [train.shots(4, seed) for seed in range(3)]
+    assert all(torch.bincount(draw.labels).tolist() == [4, 4] for draw in draws)
+    assert draws[0].paths == train.shots(4, 0).paths and len({tuple(draw.paths) for draw in draws}) == 3
+
+
+def test_whole_images_are_the_middle_of_what_covers_the_size(tmp_path: Path) -> None:
+    """200 x 100 becomes 134 x 67, of which the middle 96 x 64 are taken: a box from 50 to 150 then lies at 14.5 to 81.5."""
+    picture = Image.new("RGB", (200, 100), (0, 0, 0))
+    picture.paste((200, 100, 50), (50, 0, 150, 100))
+    picture.save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    Image.new("RGB", (30, 60), (9, 9, 9)).save(tmp_path / "c.png")
+    (batch,) = whole_batches(WholeImages([tmp_path / n for n in ("a.png", "b.png", "c.png")], (64, 96)), batch_size=4, workers=0)
+    assert batch.images is not None and batch.images.shape == (2, 3, 64, 96) and batch.numbers.tolist() == [0, 2]
+    assert len(batch.unreadable) == 1 and "b.png" in batch.unreadable[0]
+    row = batch.images[0, 0, 32]
+    assert (row[19:77] == 200).all() and (row[:10] == 0).all() and (row[86:] == 0).all()
+    assert (batch.images[1] == 9).all()
+
+
+def test_labels_go_with_their_images_also_where_another_replaces_one(tmp_path: Path) -> None:
+    data = make_labelled(tmp_path, {"red": 6, "blue": 6})
+    train = find_labelled(data, val_share=0.1).train
+    train.paths[3].write_bytes(b"no image")
+    dataset = CropDataset(train.paths, (32, 32), min_scale=0.5, seed=0, labels=train.labels)
+    for draw in range(len(train)):
+        sample = dataset[0, draw]
+        assert sample.image is not None
+        red, _, blue = sample.image.float().mean((1, 2))
+        assert train.classes[sample.label] == ("red" if red > blue else "blue")
+
+
+def test_repeated_augmentation_crops_an_image_several_times_in_a_row() -> None:
+    sampler = EpochSampler(8, 8, 6, seed=0, steps=range(2), repeats=3)
+    for batch in sampler:
+        images = [draw % 8 for _, draw in batch]
+        assert images[0] == images[1] == images[2] != images[3] == images[4] == images[5]
+        assert len({draw for _, draw in batch}) == 6
+    plain = EpochSampler(8, 8, 6, seed=0, steps=range(2))
+    assert all(sorted({draw for _, draw in batch}) == sorted(draw for _, draw in batch) for batch in plain)
