@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,14 +217,23 @@ class Finetuning(Training):
         """Starts the classifier as the best linear one on the frozen features of the training images.
 
         A classifier that starts at random first sends gradients of chance through the network, and what was learnt
-        before is lost to them (Kumar et al., ICLR 2022, linear probing then fine-tuning).
+        before is lost to them (Kumar et al., ICLR 2022, linear probing then fine-tuning). Batch norm's running statistics are
+        estimated before, since a step's are those of whole images, and pretraining's were of visible patches.
         """
         from sparkme.features import best_decay, fit_linear
 
         layer = self.network.get_submodule(self.head)
         if type(layer) is not nn.Linear:
             return
-        x, labels = self._inputs_of(layer)
+        with averaging_batch_norms(self.network):
+            self._run_whole_images()
+        inputs: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
+        try:
+            labels = self._run_whole_images()
+        finally:
+            handle.remove()
+        x = torch.cat(inputs)
         mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
         x = (x - mean) / std
         linear = fit_linear(x, labels, best_decay(x, labels), classes=len(self.classes))
@@ -234,27 +244,22 @@ class Finetuning(Training):
                 layer.bias.copy_(linear.bias - weight @ mean)
 
     @torch.no_grad()
-    def _inputs_of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """What reaches a layer on whole training images, in eval mode, (N, C), and their labels; on the CPU."""
+    def _run_whole_images(self) -> Tensor:
+        """Runs the network, as its modes are, on the whole training images. Returns the labels of those that can be read."""
         from sparkme.data.dataset import normalise
         from sparkme.data.labelled import WholeImages, whole_batches
 
-        config = self.config
+        config, labels = self.config, []
         images = WholeImages(self.train_set.paths, self.size, channels=config["channels"], background=config["background"])
-        inputs: list[Tensor] = []
-        labels: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
-        self.network.eval()
-        try:
-            for batch in whole_batches(images, batch_size=64, workers=config["workers"]):
-                if batch.images is not None:
-                    self.network(normalise(batch.images.to(self.process.device), self.statistics))
-                    labels.append(self.train_set.labels[batch.numbers])
-        finally:
-            handle.remove()
+        # Shuffled, since a batch of one class would give batch norms its own statistics.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config["seed"])).tolist()
+        for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=order):
+            if batch.images is not None and len(batch.images) > 1:
+                self.network(normalise(batch.images.to(self.process.device), self.statistics))
+                labels.append(self.train_set.labels[batch.numbers])
         if not labels:
-            raise UserError(f"--data {config['data']}: none of its images can be read")
-        return torch.cat(inputs), torch.cat(labels)
+            raise UserError(f"--data {config['data']}: too few of its images can be read")
+        return torch.cat(labels)
 
     def _write_weights(self, network: nn.Module) -> None:
         from sparkme.interop.files import write_state_dict
@@ -340,6 +345,25 @@ def find_weights(args: argparse.Namespace) -> Pretrained:
     if args.model is None:
         raise UserError("--from-scratch needs --model NAME, or a checkpoint to take the network from")
     return Pretrained(args.model, None, "random weights")
+
+
+@contextmanager
+def averaging_batch_norms(network: nn.Module) -> Iterator[None]:
+    """Puts a network into eval mode, but for its batch norms, whose running statistics become the mean over what is run; after
+    it the whole network is in eval mode."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        network.eval()
 
 
 def norm_of(network: nn.Module) -> str:

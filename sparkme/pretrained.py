@@ -109,7 +109,10 @@ class Pretrained:
 
     def _adopted(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.state is not None
-        return adopt(self.state, own, library_of(self.model))[0]
+        state = self.state
+        if own and all(f"network.{name}" in state for name in own):  # of a `Classifier`
+            state = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+        return adopt(state, own, library_of(self.model))[0]
 
 
 def read_pretrained(path: Path, model: str | None = None) -> Pretrained:
@@ -156,7 +159,7 @@ def _from_checkpoint(path: Path) -> Pretrained:
     config = checkpoint["config"]
     try:
         if config.get("command") == "finetune":
-            state = {n.removeprefix("network."): v for n, v in checkpoint["model"].items()}
+            state = checkpoint["model"]
         else:
             state = network_of(checkpoint, path).encoder.dense_state_dict()
         size = config["input_size"]

@@ -111,7 +111,9 @@ def test_whole_images_are_the_middle_of_what_covers_the_size(tmp_path: Path) -> 
     picture.save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     Image.new("RGB", (30, 60), (9, 9, 9)).save(tmp_path / "c.png")
-    (batch,) = whole_batches(WholeImages([tmp_path / n for n in ("a.png", "b.png", "c.png")], (64, 96)), batch_size=4, workers=0)
+    (batch,) = whole_batches(
+        WholeImages([tmp_path / n for n in ("a.png", "b.png", "c.png")], (64, 96)), batch_size=4, workers=0
+    )
     assert batch.images is not None and batch.images.shape == (2, 3, 64, 96) and batch.numbers.tolist() == [0, 2]
     assert len(batch.unreadable) == 1 and "b.png" in batch.unreadable[0]
     row = batch.images[0, 0, 32]

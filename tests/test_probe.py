@@ -98,9 +98,7 @@ def test_the_linear_classifier_is_the_minimum_and_learns_what_is_linear() -> Non
     assert best_decay(x, noise) >= 0.01  # what tells nothing is decayed
 
 
-def test_a_checkpoint_and_its_export_score_alike(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_and_its_export_score_alike(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled = make_labelled(tmp_path / "alike", {"one": 30, "two": 40})  # all grey: what is guessed depends on every weight
     exported = [tmp_path / "weights.safetensors", tmp_path / "weights.pth", tmp_path / "timm.safetensors"]
     for path in exported:
@@ -132,9 +130,7 @@ def test_weights_that_do_not_say_their_network_need_model(
     assert "does not fit resnet34: weights of another model" in fails(capsys, path, "--model", "resnet34", *words)
 
 
-def test_mistakes_are_one_line(
-    trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no file" in fails(capsys, tmp_path / "checkpoints" / "none.pt", "--data", labelled)
     words = [trained, "--data", labelled, "--workers", "0"]
     assert "--stage 5: the network has maps at strides 4, 8, 16, 32" in fails(capsys, *words, "--stage", "5")

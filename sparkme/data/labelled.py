@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,12 +244,14 @@ class WholeImages(Dataset[NumberedSample]):
         return NumberedSample(Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), ()), number)
 
 
-def whole_batches(dataset: WholeImages, *, batch_size: int, workers: int, share: range | None = None) -> DataLoader[Any]:
-    """Batches of a data set in its order; of a share of its numbers, where several processes divide them."""
+def whole_batches(
+    dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None
+) -> DataLoader[Any]:
+    """Batches of a data set in its order, or of some of its numbers in theirs."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=list(share) if share is not None else None,
+        sampler=share,
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=ignore_signals if workers else None,
