@@ -96,6 +96,8 @@ def test_the_other_backbones_give_maps_of_their_strides(names: dict[str, Any]) -
     with torch.no_grad():
         sizes = {name: tuple(x.shape[1:]) for name, x in names["pyramid"].eval()(images).items()}
         assert sizes == {"0": (256, 16, 24), "1": (256, 8, 12), "2": (256, 4, 6), "3": (256, 2, 3), "pool": (256, 1, 2)}
+        for i, x in enumerate(names["pyramid"].body(images).values()):  # each at the end of its stage
+            assert torch.equal(x, names["convnext"].features[: 2 * i + 2](images))
         assert names["segmenter"].eval()(images)["out"].shape == (1, 21, 64, 96)
         assert [x.shape[1] for x in names["backbone"].eval()(images)] == [64, 256, 512, 1024, 2048]
         assert [x.shape[1:] for x in names["getter"].eval()(images)] == [(96, 16, 24), (192, 8, 12), (384, 4, 6), (768, 2, 3)]

@@ -1,6 +1,6 @@
 """Why sparse convolutions: what becomes of a mask, and of the pixels' distribution, in dense layers and in sparse ones.
 
-The two points of SparK's section 3.1 (Tian et al., ICLR 2023), computed, not drawn: a stack of 3x3 convolutions runs as a
+Two of SparK's reasons (Tian et al., ICLR 2023, section 3), computed, not drawn: a stack of 3x3 convolutions runs as a
 dense network on the image with hidden pixels at zero, and once more through `sparkme.sparsify`; then one looks where the maps
 are not zero.
 """
