@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.grid import Grid, patchify, unpatchify
-from sparkme.loss import hidden_patch_loss, patch_statistics
+from sparkme.loss import hidden_patch_loss, neighbour_statistics, patch_statistics
 from sparkme.masking import random_active
 from sparkme.sparse.encoder import SparseEncoder
+
+# Where the mean and the deviation come from that a hidden patch is painted with.
+PATCH_STATISTICS = ("true", "predicted")
 
 
 class MaskedAutoencoder(nn.Module):
@@ -40,11 +43,20 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = patch or encoder.patch
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
-        self.mask_ratio = mask_ratio
         self.normalise_patches = normalise_patches
         if self.patch % encoder.patch:
             raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {encoder.patch}")
+        self.set_task(input_size, mask_ratio)
+        self.encoder = encoder
+
+    def set_task(self, input_size: int | tuple[int, int], mask_ratio: float) -> None:
+        """Says how large the images are, and which share of their patches is hidden; the weights fit any.
+
+        Raises:
+            ValueError: size and ratio do not fit together.
+        """
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.mask_ratio = mask_ratio
         if min(self.input_size) < self.patch or any(side % self.patch for side in self.input_size):
             nearest = [max(1, round(side / self.patch)) * self.patch for side in self.input_size]
             raise ValueError(
@@ -59,7 +71,6 @@ class MaskedAutoencoder(nn.Module):
         self.keep = self.num_visible(total, mask_ratio)
         if self.keep == total:
             raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")
-        self.encoder = encoder
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
         """How many patches of an image stay visible."""
@@ -106,17 +117,50 @@ class MaskedAutoencoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, images: Tensor, active: Tensor | None = None, *, statistics: str = "true") -> tuple[Tensor, Tensor]:
         """What the network sees and what it makes of it; in the module's current mode, so call `eval()` first.
 
+        Args:
+            images: (B, C, H, W), normalised.
+            active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
+            statistics: see `paint`.
+
         Returns:
-            (masked, reconstruction), both (B, C, H, W): the image with hidden pixels at zero, and the image with hidden
-            patches painted by the network, scaled back by each patch's own mean and deviation where it learns without.
+            (masked, reconstruction), both (B, C, H, W): the image with hidden pixels at zero, and `paint` of the prediction.
         """
         grid = self.grid(images, active)
-        painted = self.predict(images, grid).to(images.dtype)
+        painted = self.paint(self.predict(images, grid), images, grid, statistics=statistics)
+        return images * grid.mask(1, torch.bool), painted
+
+    @torch.no_grad()
+    def paint(self, prediction: Tensor, images: Tensor, grid: Grid, *, statistics: str = "true") -> Tensor:
+        """Puts a prediction into the hidden patches of the images.
+
+        Where the network learns patches without their mean and deviation, these have to come from elsewhere.
+
+        Args:
+            prediction: (B, C, H, W), of `predict`.
+            images: (B, C, H, W), normalised.
+            grid: the batch's grid.
+            statistics: `true` for each hidden patch's own mean and deviation, as in the paper's pictures, or `predicted` for
+                `neighbour_statistics`: then hidden pixels have no part in the result.
+
+        Returns:
+            (B, C, H, W) in the images' dtype: their visible pixels, and the painted ones.
+
+        Raises:
+            ValueError: `statistics` is neither, or is `predicted` where the network paints with its own.
+        """
+        if statistics not in PATCH_STATISTICS:
+            raise ValueError(f"statistics {statistics!r} must be one of {', '.join(PATCH_STATISTICS)}")
+        painted = prediction.to(images.dtype)
         if self.normalise_patches:
-            mean, deviation = patch_statistics(patchify(images, self.patch))
-            painted = unpatchify(patchify(painted, self.patch) * deviation + mean, self.num_patches)
-        visible = grid.mask(1, torch.bool)
-        return images * visible, torch.where(visible, images, painted)
+            patches = patchify(painted, self.patch)
+            predicted = statistics == "predicted"
+            mean, deviation = (
+                neighbour_statistics(images, grid) if predicted else patch_statistics(patchify(images, self.patch))
+            )
+            painted = unpatchify(patches * deviation + mean, (grid.f_h, grid.f_w))
+        elif statistics == "predicted":
+            raise ValueError("there are no statistics to predict: this network paints patches with their mean and deviation")
+        return torch.where(grid.mask(1, torch.bool), images, painted)

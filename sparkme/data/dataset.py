@@ -236,17 +236,29 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest part in the middle of an image that has the shape of `size` (height, width), resized to it.
+
+    Returns:
+        (C, height, width) uint8, or float32 of an image that is.
+    """
+    height, width = v2.functional.get_size(image)
+    part = (min(height, max(1, round(width * size[0] / size[1]))), min(width, max(1, round(height * size[1] / size[0]))))
+    # Cut out first: of a very long image the rest would be large, once resized.
+    resized = v2.functional.resize(v2.functional.center_crop(image, list(part)), list(size), antialias=True)
+    return resized if isinstance(resized, Tensor) else v2.functional.pil_to_tensor(resized)
+
+
 def preview_images(
     paths: list[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white"
 ) -> Tensor:
     """Centre crops of `count` images spread over the list, (B, C, H, W), as `collate` puts them together; unreadable ones are
     passed over."""
-    transform = v2.Compose([v2.Resize(max(size), antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     step = max(1, len(paths) // count)
     crops = []
     for path in dict.fromkeys(paths[::step] + paths):
         try:
-            crops.append(Sample(transform(load_image(path, channels, background)), ()))
+            crops.append(Sample(centre_crop(load_image(path, channels, background), size), ()))
         except OSError:
             continue
         if len(crops) == count:

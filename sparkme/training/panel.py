@@ -1,37 +1,200 @@
-"""Pictures of what the network makes of hidden patches."""
+"""Pictures of what the network makes of hidden patches, with words that say what one sees.
+
+`pretrain` draws them while it trains, and `visualize` from a checkpoint.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from sparkme.data.dataset import Statistics, denormalise
 from sparkme.masked import MaskedAutoencoder
 
+GREY = 0.5  # hidden patches of a masked picture
+BLANK = 0.85  # visible patches of a picture of errors
+LARGEST_ERROR = 0.5  # where its colours end, of the range from black to white
+COLOURS = "inferno"
+
+COLUMNS = ("original", "masked", "reconstruction", "error")
+ERROR_CAPTION = (
+    "Error: mean over the channels of |reconstruction - original|, where black is 0 and white is 1; visible patches are blank."
+)
+
+LEAST_SIDE = 128  # smaller pictures are enlarged by a whole factor, so that the words above them have room
+GAP, FONT_SIZE = 6, 13
+PAPER, INK = "white", "#222222"
+
+
+class Row(NamedTuple):
+    """A row of a panel: pictures (K, 3, H, W), float32 in [0, 1], and the line above them, if there is one."""
+
+    pictures: Tensor
+    label: str = ""
+
 
 def reconstruction_panel(
-    model: MaskedAutoencoder, images: Tensor, active: Tensor, statistics: Statistics | None = None
+    model: MaskedAutoencoder,
+    images: Tensor,
+    active: Tensor,
+    statistics: Statistics | None = None,
+    *,
+    patch_statistics: str = "true",
 ) -> Tensor:
-    """Draws original, masked and reconstructed images side by side, one row per image.
+    """Draws original, masked and reconstructed images side by side, one row per image, and writes beside them what they are.
 
     Args:
         model: put into eval mode for the pictures and back into its own afterwards.
-        images: (B, C, H, W), normalised. One channel is drawn in grey, more than three as their mean.
+        images: (B, C, H, W), normalised. One channel is drawn in grey, another number than three as their mean.
         active: (B, 1, f_h, f_w) bool, True = visible.
         statistics: what the images were normalised by; ImageNet's if None.
+        patch_statistics: what hidden patches are painted with, `true` or `predicted`; see `MaskedAutoencoder.paint`.
 
     Returns:
         (3, height, width) float32 in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: `patch_statistics` is neither, or there is nothing to predict.
     """
     was_training = model.training
-    model.eval()
-    _, painted = model.reconstruct(images, active)
-    model.train(was_training)
-    visible = model.grid(images, active).mask(1, torch.float32).cpu()
-    statistics = statistics or Statistics()
+    try:
+        _, painted = model.eval().reconstruct(images, active, statistics=patch_statistics)
+    finally:
+        model.train(was_training)
+    visible = model.grid(images, active).mask(1, torch.bool)
+    pictures = masked_pictures(images, painted, visible, statistics or Statistics())
+    rows = [Row(picture) for picture in pictures]
+    panel = draw_panel(COLUMNS[:3], rows, caption(model, images.shape[1], patch_statistics))
+    return pil_to_tensor(panel).float() / 255
+
+
+def masked_pictures(images: Tensor, painted: Tensor, visible: Tensor, statistics: Statistics) -> Tensor:
+    """Original, masked and painted pictures of (B, C, H, W) normalised images: (B, 3, 3, H, W) float32, on the CPU."""
+    original, reconstruction = (in_colour(denormalise(x.float(), statistics).cpu()) for x in (images, painted))
+    return torch.stack((original, torch.where(visible.cpu(), original, GREY), reconstruction), dim=1)
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, 3, H, W): another number of channels than three becomes grey, their mean."""
+    return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def error_pictures(images: Tensor, painted: Tensor, visible: Tensor, statistics: Statistics) -> Tensor:
+    """How far each painted pixel is off, in colours: (B, 3, H, W) float32 in [0, 1], on the CPU; visible patches are blank.
+
+    The error is the mean over the channels of the absolute difference of pixels in [0, 1].
+    """
     original, reconstruction = (denormalise(x.float(), statistics).cpu() for x in (images, painted))
-    if images.shape[1] != 3:
-        original, reconstruction = (x.mean(1, keepdim=True).expand(-1, 3, -1, -1) for x in (original, reconstruction))
-    masked = original * visible + 0.5 * (1 - visible)
-    return make_grid(torch.stack((original, masked, reconstruction), dim=1).flatten(0, 1), nrow=3, padding=4, pad_value=1.0)
+    error = (original - reconstruction).abs().mean(1)
+    colours = colormaps[COLOURS](error.div(LARGEST_ERROR).clamp(0, 1).numpy())[..., :3]
+    return torch.where(visible.cpu(), BLANK, torch.from_numpy(colours).permute(0, 3, 1, 2).float())
+
+
+def caption(model: MaskedAutoencoder, channels: int, patch_statistics: str) -> str:
+    """What has to be known to judge the pictures: how much of a hidden patch is not the network's work."""
+    if not model.normalise_patches:
+        text = "Hidden patches are as the network paints them; nothing of the original is given back."
+    elif patch_statistics == "true":
+        text = (
+            "The network paints hidden patches without their brightness and contrast. For these pictures each gets its TRUE "
+            "mean and deviation back, taken from the original, as in the paper."
+        )
+    else:
+        text = (
+            "The network paints hidden patches without their brightness and contrast. For these pictures mean and deviation "
+            "are PREDICTED from the visible patches around; nothing of a hidden pixel is used."
+        )
+    return text if channels in (1, 3) else f"{text} Shown is the mean of {channels} channels."
+
+
+def draw_panel(titles: Sequence[str], rows: Sequence[Row], caption: str, *, error_bar: bool = False) -> Image.Image:
+    """Puts rows of pictures under the titles of their columns, and a caption below.
+
+    Args:
+        titles: of the columns.
+        rows: with one picture for each title, all of the same size.
+        caption: any length; broken into lines.
+        error_bar: whether to draw the scale of `error_pictures` under the last column.
+
+    Returns:
+        An RGB image. Pictures with sides below `LEAST_SIDE` are enlarged, pixel by pixel.
+    """
+    height, width = rows[0].pictures.shape[-2:]
+    factor = max(1, ceil(LEAST_SIDE / min(height, width)))
+    height, width = height * factor, width * factor
+    total = len(titles) * (width + GAP) + GAP
+    line = FONT_SIZE + GAP
+    above = line if any(row.label for row in rows) else 0
+    lines = _broken(caption, total - 2 * GAP)
+    bar_height = 2 * line if error_bar else 0
+    panel = Image.new(
+        "RGB", (total, line + GAP + len(rows) * (above + height + GAP) + bar_height + len(lines) * line + GAP), PAPER
+    )
+    draw = ImageDraw.Draw(panel)
+    for column, title in enumerate(titles):
+        middle = GAP + column * (width + GAP) + width // 2
+        draw.text((middle, GAP), title, INK, _font(), anchor="ma")
+    y = line + GAP
+    for row in rows:
+        if row.label:
+            draw.text((GAP, y), _shortened(row.label, total - 2 * GAP), INK, _font())
+        y += above
+        for column, picture in enumerate(row.pictures):
+            enlarged = to_image(picture).resize((width, height), Image.Resampling.NEAREST)
+            panel.paste(enlarged, (GAP + column * (width + GAP), y))
+        y += height + GAP
+    if error_bar:
+        left, right = total - GAP - width, total - GAP
+        panel.paste(colour_bar(width, FONT_SIZE), (left, y))
+        for x, text, anchor in ((left, "0", "la"), ((left + right) // 2, "error", "ma"), (right, f"{LARGEST_ERROR}+", "ra")):
+            draw.text((x, y + line - 2), text, INK, _font(), anchor=anchor)
+        y += bar_height
+    for number, text in enumerate(lines):
+        draw.text((GAP, y + number * line), text, INK, _font())
+    return panel
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) float32 in [0, 1] as an image of Pillow's."""
+    return Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+def colour_bar(width: int, height: int) -> Image.Image:
+    """The colours of `error_pictures`, from none at the left to the largest at the right."""
+    colours = colormaps[COLOURS](np.linspace(0, 1, width))[:, :3]
+    return Image.fromarray((255 * colours).round().astype(np.uint8)[None].repeat(height, axis=0))
+
+
+@lru_cache
+def _font() -> Any:
+    """The one that comes with Pillow."""
+    return ImageFont.load_default(size=FONT_SIZE)
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels, where words allow it."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _font().getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _shortened(text: str, width: int) -> str:
+    """A line of at most `width` pixels: what is too long loses its start, which is part of a file's name."""
+    shown = text
+    while text and _font().getlength(shown) > width:
+        text = text[1:]
+        shown = f"...{text}"
+    return shown

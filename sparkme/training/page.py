@@ -1,0 +1,119 @@
+"""One page of reconstructions that is a file by itself: pictures are in it, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from sparkme.interop.files import replaced_when_whole
+from sparkme.training.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
+
+if TYPE_CHECKING:
+    from sparkme.visualize import Result
+
+# System colours follow the reader's choice of light or dark. The policy in the head has the browser hold the promise, too.
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0 auto; max-width: 60rem; padding: 1rem; background: Canvas; color: CanvasText;
+  font: 0.95rem/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 1.4rem; }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 0.2rem; overflow-wrap: anywhere; }}
+h3 {{ font-size: 0.95rem; font-weight: normal; margin: 0.8rem 0 0.3rem; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: 0.15rem 1.2rem 0.15rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere;
+  border-bottom: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }}
+td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.row {{ display: grid; grid-template-columns: repeat({columns}, minmax(0, 1fr)); gap: 0.5rem; }}
+figure {{ margin: 0; }}
+figcaption {{ text-align: center; font-size: 0.85rem; }}
+.row img {{ width: 100%; height: auto; image-rendering: pixelated; display: block; }}
+.bar {{ display: flex; gap: 0.5rem; align-items: center; }}
+details {{ margin: 1rem 0; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{text}</p>
+<p class="bar">error 0 {bar} {largest:g} and more</p>
+<table>
+<tr><th>image</th><th class="number">mask ratio</th><th class="number">visible patches</th><th class="number">seed</th>
+<th class="number">loss</th></tr>
+{losses}
+</table>
+<details><summary>Settings of the run</summary>
+<table>
+{settings}
+</table>
+</details>
+{sections}
+</body>
+</html>
+"""
+
+
+def write_page(output: Path, title: str, results: list[Result], text: str, settings: Mapping[str, Any]) -> None:
+    """Writes the page, as a whole or not at all.
+
+    Args:
+        output: the file.
+        title: of the page.
+        results: what to show; those of one image follow one another.
+        text: what has to be known to judge the pictures.
+        settings: by name, of whatever kind.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    sections = []
+    for name, group in groupby(results, key=lambda result: result.name):
+        rows = "\n".join(_row(result) for result in group)
+        sections.append(f"<section>\n<h2>{escape(name)}</h2>\n{rows}\n</section>")
+    page = PAGE.format(
+        title=escape(title),
+        columns=len(COLUMNS),
+        text=escape(text),
+        bar=_img(colour_bar(200, 14), "colours of the error"),
+        largest=LARGEST_ERROR,
+        losses="\n".join(_losses(result) for result in results),
+        settings="\n".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in settings.items()
+        ),
+        sections="\n".join(sections),
+    )
+    with replaced_when_whole(output) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _losses(result: Result) -> str:
+    numbers = (f"{result.mask_ratio:g}", f"{result.visible} of {result.patches}", str(result.seed), f"{result.loss:.4f}")
+    return f"<tr><td>{escape(result.name)}</td>" + "".join(f'<td class="number">{n}</td>' for n in numbers) + "</tr>"
+
+
+def _row(result: Result) -> str:
+    figures = "\n".join(
+        f"<figure>{_img(to_image(picture), f'{result.name}, {column}')}<figcaption>{column}</figcaption></figure>"
+        for column, picture in zip(COLUMNS, result.pictures, strict=True)
+    )
+    return f'<h3>{result.setting}, loss {result.loss:.4f}</h3>\n<div class="row">\n{figures}\n</div>'
+
+
+def _img(picture: Image.Image, text: str) -> str:
+    """An <img> with the picture in it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(text)}" width="{picture.width}" height="{picture.height}">'

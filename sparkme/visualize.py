@@ -1,0 +1,348 @@
+"""Pictures of what a pretrained network makes of hidden patches, and of why its convolutions are sparse.
+
+python -m sparkme.visualize runs/mine/checkpoints/last.pt                               # scikit-image's photographs
+python -m sparkme.visualize runs/mine/checkpoints/last.pt photos/ cat.jpg --output page.html
+python -m sparkme.visualize runs/mine/checkpoints/last.pt --mask-ratio 0.4 0.6 0.8 --statistics predicted
+python -m sparkme.visualize --mask-pattern --output mask_pattern.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparkme.errors import Parser, UserError, run_command, user_errors
+from sparkme.training.config import MAX_SIDE, path_argument
+
+if TYPE_CHECKING:
+    from sparkme.data.dataset import Statistics
+    from sparkme.masked import MaskedAutoencoder
+
+MAX_ROWS = 400  # of a picture that can still be opened
+MAX_LAYERS = 64
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m sparkme.visualize",
+        description="Draw images, what a pretrained network sees of them, what it makes of the rest, and how far it is off.",
+    )
+    group = parser.add_argument_group("what is shown")
+    group.add_argument("checkpoint", nargs="?", type=path_argument, metavar="CHECKPOINT", help="of sparkme.pretrain")
+    group.add_argument(
+        "images", nargs="*", type=path_argument, metavar="IMAGE",
+        help="image files, and folders of them, nested or flat (scikit-image's photographs)",
+    )  # fmt: skip
+    group.add_argument("--max-images", type=int, metavar="N", help="show at most so many, spread over what was given (8)")
+    group.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="of the images, side or height and width: any "
+                       "multiple of the patch (the run's --input-size)")  # fmt: skip
+    group.add_argument(
+        "--statistics",
+        choices=("true", "predicted"),
+        help="where hidden patches get their mean and deviation from: their own, as in the paper, or from the visible patches "
+        "around, without a look at hidden pixels (true)",
+    )
+    group = parser.add_argument_group("masks")
+    group.add_argument("--mask-ratio", type=float, nargs="+", metavar="R", help="share of patches to hide (the run's)")
+    group.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a mask for each, the same for all images (the run's)")
+    group.add_argument("--num-seeds", type=int, metavar="N", help="the seeds 0 to N - 1")
+    group = parser.add_argument_group("why sparse convolutions")
+    group.add_argument("--mask-pattern", action="store_true", help="needs no checkpoint: draw what becomes of a mask in dense "
+                       "convolutions and in this project's sparse ones")  # fmt: skip
+    group.add_argument("--layers", type=int, metavar="N", help="how many convolutions (16)")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    group.add_argument("--engine", choices=("auto", "cuda_ext", "minkowski", "masked-dense"), default="auto",
+                       help="kernels of the encoder (%(default)s)")  # fmt: skip
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=path_argument, metavar="FILE", help=".png, or .html for one page that needs no other "
+                       "file (visualize.png in the run's folder, mask_pattern.png)")  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = create_parser().parse_args(argv)
+    return run_command(lambda: draw_pattern(args) if args.mask_pattern else visualize(args))
+
+
+class Result(NamedTuple):
+    """One image under one mask.
+
+    `loss` is the run's own, of this image; `visible` is how many patches of `patches` are; `pictures` is (4, 3, H, W) in the
+    order of `panel.COLUMNS`, float32 in [0, 1].
+    """
+
+    name: str
+    mask_ratio: float
+    seed: int
+    visible: int
+    patches: int
+    loss: float
+    pictures: Tensor
+
+    @property
+    def setting(self) -> str:
+        return f"mask ratio {self.mask_ratio:g} ({self.visible} of {self.patches} patches visible), seed {self.seed}"
+
+
+def visualize(args: argparse.Namespace) -> int:
+    """Draws what a checkpoint's network makes of images. Returns the exit code."""
+    from tqdm import tqdm
+
+    from sparkme.data.dataset import statistics_of
+    from sparkme.export import run_folder
+    from sparkme.training.build import network_of
+    from sparkme.training.checkpoint import load_checkpoint
+    from sparkme.training.distributed import start_process
+    from sparkme.training.page import write_page
+    from sparkme.training.panel import ERROR_CAPTION, caption
+
+    if args.layers is not None:
+        raise UserError("--layers goes with --mask-pattern")
+    if args.checkpoint is None:
+        raise UserError("name a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt, or pass --mask-pattern")
+    seeds = chosen_seeds(args)
+    output = check_output(args, run_folder(args.checkpoint) / "visualize.png", (".png", ".html"))
+    paths = chosen_images(args.images, output)
+    device = start_process(args.device).device
+    checkpoint = load_checkpoint(args.checkpoint)
+    config = checkpoint["config"]
+    network = network_of(checkpoint, args.checkpoint)
+    if not all(value.isfinite().all() for value in network.parameters()):
+        raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
+    statistics_from = args.statistics or "true"
+    if statistics_from == "predicted" and not network.normalise_patches:
+        raise UserError(
+            "--statistics predicted: there is nothing to predict, since this run (--no-norm-pix-loss) paints hidden patches "
+            "with their mean and deviation; leave the flag out"
+        )
+    ratios = args.mask_ratio or [network.mask_ratio]
+    size = chosen_size(args) or network.input_size
+    with user_errors():
+        for ratio in ratios:  # all of them, before the first image
+            network.set_task(size, ratio)
+        network.to(device).eval().encoder.set_engine(args.engine)
+    seeds = seeds or [config.get("seed", 0)]
+
+    images = load_images(paths, args.max_images or 8, network, config)
+    rows = len(images) * len(ratios) * len(seeds)
+    if rows > MAX_ROWS:
+        raise UserError(f"{len(images)} images, {len(ratios)} mask ratios and {len(seeds)} seeds are {rows} rows, more than "
+                        f"{MAX_ROWS}; lower --max-images or --num-seeds")  # fmt: skip
+    make_folder(output)
+    masks = [(ratio, seed) for ratio in ratios for seed in seeds]
+    cases = [(name, image, ratio, seed) for name, image in images.items() for ratio, seed in masks]
+    results = []
+    for name, image, ratio, seed in tqdm(cases, desc="drawing", disable=not sys.stderr.isatty()):
+        network.set_task(size, ratio)
+        results.append(reconstruct(network, image.to(device), name, seed, statistics_of(config), statistics_from))
+    text = f"{caption(network, network.encoder.in_channels, statistics_from)} {ERROR_CAPTION}"
+    if output.suffix == ".html":
+        title = f"{config['model']} after {checkpoint['step']} steps: reconstructions"
+        write_page(output, title, results, text, {"checkpoint": args.checkpoint, "step": checkpoint["step"], **config})
+    else:
+        write_picture(output, results, text)
+    print_table(results)
+    print(f"wrote {output}")
+    return 0
+
+
+@torch.no_grad()
+def reconstruct(
+    network: MaskedAutoencoder, image: Tensor, name: str, seed: int, statistics: Statistics, statistics_from: str
+) -> Result:
+    """Hides patches of a (C, H, W) image, bytes or floats in [0, 1], and has the network paint them."""
+    from sparkme.data.dataset import normalise
+    from sparkme.loss import hidden_patch_loss
+    from sparkme.training.panel import error_pictures, masked_pictures
+
+    images = normalise(image[None], statistics)
+    active = network.random_active(1, torch.Generator().manual_seed(seed)).to(image.device)
+    grid = network.grid(images, active)
+    prediction = network.predict(images, grid)
+    loss = hidden_patch_loss(prediction, images, grid, normalise=network.normalise_patches)
+    painted = network.paint(prediction, images, grid, statistics=statistics_from)
+    shown = images, painted, grid.mask(1, torch.bool), statistics
+    pictures = torch.cat((masked_pictures(*shown)[0], error_pictures(*shown)))
+    return Result(name, network.mask_ratio, seed, network.keep, math.prod(network.num_patches), float(loss), pictures)
+
+
+def chosen_seeds(args: argparse.Namespace) -> list[int]:
+    """Those that were asked for; none stands for the run's.
+
+    Raises:
+        UserError: they make no sense.
+    """
+    if args.seeds and args.num_seeds is not None:
+        raise UserError("--seeds and --num-seeds say the same in two ways; leave one out")
+    if args.num_seeds is not None and not 1 <= args.num_seeds <= MAX_ROWS:
+        raise UserError(f"--num-seeds {args.num_seeds} must be from 1 to {MAX_ROWS}")
+    if args.max_images is not None and args.max_images < 1:
+        raise UserError(f"--max-images {args.max_images} must be at least 1")
+    for seed in args.seeds or ():
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seeds {seed} must be from 0 to 2^63 - 1")
+    return args.seeds or [*range(args.num_seeds or 0)]
+
+
+def chosen_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    if args.size is None:
+        return None
+    if len(args.size) > 2:
+        raise UserError(f"--size takes a side, or height and width; got {len(args.size)} numbers")
+    if not 1 <= min(args.size) <= max(args.size) <= MAX_SIDE:
+        raise UserError(f"--size {' '.join(map(str, args.size))} must be from 1 to {MAX_SIDE}")
+    return args.size[0], args.size[-1]
+
+
+def check_output(args: argparse.Namespace, default: Path, suffixes: tuple[str, ...]) -> Path:
+    """The file to write.
+
+    Raises:
+        UserError: it has no suffix that stands for a format, or is there already.
+    """
+    output: Path = args.output or default
+    if output.suffix not in suffixes:
+        raise UserError(f"--output {output}: the suffix must be {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; choose another --output")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists; choose another --output, or pass --overwrite")
+    return output
+
+
+def make_folder(output: Path) -> None:
+    """Makes the folder of the output, before work that would be lost without it.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}") from error
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output} cannot be written: {output.parent} may only be read")
+
+
+def chosen_images(given: list[Path], output: Path) -> list[Path]:
+    """Image files from the command line, or the photographs; without the picture that is about to be replaced.
+
+    Raises:
+        UserError: there are none.
+    """
+    from sparkme.data.images import demo_photographs, find_images
+
+    if not given:
+        try:
+            return demo_photographs()
+        except UserError:
+            raise UserError(
+                "without an IMAGE scikit-image's photographs are shown, and scikit-image or its photographs are not installed; "
+                "name images or folders, or pip install 'sparkme[demo]'"
+            ) from None
+    paths: list[Path] = []
+    for path in given:
+        if path.is_file():
+            paths.append(path)
+        elif path.is_dir():
+            paths += [found for found in find_images(path, flag="the folder") if found.absolute() != output.absolute()]
+        else:
+            raise UserError(f"there is no image or folder {path}")
+    if not paths:
+        raise UserError(f"{given[0]} holds no image but {output}, which is to be replaced")
+    return [*dict.fromkeys(paths)]
+
+
+def load_images(paths: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The middle of `count` images spread over the list, (C, H, W) each, by name; what cannot be read is named and passed over.
+
+    Raises:
+        UserError: none can be read.
+    """
+    from sparkme.data.dataset import centre_crop
+    from sparkme.data.images import load_image, printable
+
+    names = [path.name for path in paths]
+    loaded: dict[Path, Tensor] = {}
+    for path in dict.fromkeys(paths[:: math.ceil(len(paths) / count)] + paths):
+        if len(loaded) == count:
+            break
+        try:
+            image = load_image(path, network.encoder.in_channels, config.get("background", "white"))
+            loaded[path] = centre_crop(image, network.input_size)
+        except OSError as error:
+            print(f"passed over: {error}", file=sys.stderr, flush=True)
+    if not loaded:
+        raise UserError(f"none of {len(paths)} images can be read")
+    if len(paths) > count:
+        print(f"showing {len(loaded)} of {len(paths)} images; --max-images N shows more")
+    # By its name alone, as long as that is enough.
+    return {
+        printable(Path(path.name) if names.count(path.name) == 1 else path): loaded[path] for path in paths if path in loaded
+    }
+
+
+def write_picture(output: Path, results: list[Result], text: str) -> None:
+    from sparkme.interop.files import replaced_when_whole
+    from sparkme.training.panel import COLUMNS, Row, draw_panel
+
+    rows = [Row(result.pictures, f"{result.name}: {result.setting}, loss {result.loss:.3f}") for result in results]
+    picture = draw_panel(COLUMNS, rows, text, error_bar=True)
+    with replaced_when_whole(output) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+
+
+def print_table(results: list[Result]) -> None:
+    width = max(len("image"), *(len(result.name) for result in results))
+    print(f"{'image':<{width}}  mask ratio  {'seed':>6}    loss")
+    for result in results:
+        print(f"{result.name:<{width}}  {result.mask_ratio:>10g}  {result.seed:>6}  {result.loss:6.4f}")
+    if len(results) > 1:
+        print(f"{'mean':<{width}}  {'':>10}  {'':>6}  {sum(result.loss for result in results) / len(results):6.4f}")
+
+
+def draw_pattern(args: argparse.Namespace) -> int:
+    """Draws what becomes of a mask in dense and in sparse convolutions. Returns the exit code."""
+    from sparkme.data.dataset import centre_crop
+    from sparkme.data.images import load_image
+    from sparkme.interop.files import replaced_when_whole
+    from sparkme.training.distributed import start_process
+    from sparkme.training.mask_pattern import draw_mask_pattern, share, trace_mask
+
+    alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images}
+    if given := [name for name, value in alone.items() if value is not None]:
+        raise UserError(f"--mask-pattern draws no reconstructions; leave out {', '.join(given)}")
+    seeds, ratios, layers = chosen_seeds(args) or [0], args.mask_ratio or [0.6], 16 if args.layers is None else args.layers
+    if len(seeds) > 1 or len(ratios) > 1:
+        raise UserError("--mask-pattern draws one mask; give one of --mask-ratio and of --seeds")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise UserError(f"--layers {layers} must be from 1 to {MAX_LAYERS}")
+    output = check_output(args, Path("mask_pattern.png"), (".png",))
+    photograph = chosen_images([], output)[:2][-1]  # the second: of hardly a colour that many pixels share
+    image = centre_crop(load_image(photograph, 3), chosen_size(args) or (224, 224))
+    device = start_process(args.device).device
+    with user_errors():
+        pattern = trace_mask(image, layers=layers, mask_ratio=ratios[0], patch=32, seed=seeds[0],
+                             engine=args.engine, device=device)  # fmt: skip
+    make_folder(output)
+    figure = draw_mask_pattern(pattern)
+    with replaced_when_whole(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    print("3x3 convolutions  " + "  ".join(f"{depth:5}" for depth in pattern.shown))
+    for name, maps in (("dense", pattern.dense), ("sparse", pattern.sparse)):
+        print(f"{name:<6} not zero, %  " + "  ".join(f"{float(share(maps[depth])):5.1f}" for depth in pattern.shown))
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
