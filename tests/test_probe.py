@@ -51,7 +51,8 @@ def test_features_are_those_of_torchvisions_own_network() -> None:
     encoder = create_encoder("resnet18").train()
     encoder.load_dense_state_dict(dense.state_dict())
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
-    batches = [WholeBatch(images[:2], torch.tensor([0, 1]), ()), WholeBatch(None, torch.empty(0, dtype=torch.long), ("b: torn",)),
+    none = torch.empty(0, dtype=torch.long)
+    batches = [WholeBatch(images[:2], torch.tensor([0, 1]), ()), WholeBatch(None, none, ("b: torn",)),
                WholeBatch(images[2:], torch.tensor([3]), ())]  # fmt: skip
     found = pooled_features(encoder, batches, Statistics(), torch.device("cpu"))
     assert encoder.training and found.numbers.tolist() == [0, 1, 3] and found.unreadable == ("b: torn",)

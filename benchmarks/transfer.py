@@ -1,0 +1,355 @@
+"""Is pretraining worth it? Few and all labels, from pretrained weights and from scratch, each side at its best rate.
+
+    python -m benchmarks.transfer --json benchmarks/results/transfer.json            # emoji by npm, about 45 minutes on 2 cores
+    python -m benchmarks.transfer --data labelled/ --model resnet50 --json mine.json # any labelled folder
+    python -m benchmarks.transfer --write                                            # from the JSON: picture and README's table
+
+What is done, with this project's own commands:
+
+1. A share of every class is set aside as test set, and a share of the rest to choose rates on; neither is pretrained on.
+2. `sparkme.pretrain` trains the network on the rest, without labels.
+3. `sparkme.finetune` trains it on N labels of each class, for each N, with pretrained weights and with random ones, at every
+   rate of a list; the rate that is best on the images for choosing is that side's.
+4. With that rate, `--seeds` times with other draws of images and other random numbers: the last epoch's accuracy on the test
+   set. Both sides get the same images, steps and augmentation.
+5. `sparkme.probe` measures kNN and a linear classifier on frozen features of both.
+
+The JSON file has `settings`, `pretraining` (loss, minutes), `probe` (scores by weights and number of labels), and `finetuning`:
+for each number of labels and side the accuracy of every rate, the chosen rate, the accuracy of each seed, mean and standard
+error, and the difference of the sides over the seeds with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.flops import provenance
+from sparkme.data.labelled import Labelled, find_labelled, split
+from sparkme.errors import UserError, run_command
+
+RESULTS = Path(__file__).parent / "results" / "transfer.json"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
+EMOJI = "emoji-datasource-google@16.0.0"
+SIDES = ("pretrained", "scratch")
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transfer", description="Compare fine-tuning after pretraining with training from scratch."
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, metavar="LABELLED", help="a folder for each class (emoji, by `npm pack`)")
+    group.add_argument("--unlabelled", type=Path, metavar="DIR", help="more images to pretrain on (none)")
+    group.add_argument("--test-share", type=float, default=0.3, metavar="S", help="of each class (%(default)s)")
+    group = parser.add_argument_group("what is compared")
+    group.add_argument("--model", default="resnet18", help="(%(default)s)")
+    group.add_argument("--input-size", type=int, default=96, metavar="PIXELS", help="(%(default)s)")
+    group.add_argument("--pretrained", type=Path, metavar="FILE", help="a checkpoint to take instead of pretraining")
+    group.add_argument("--pretrain-flags", default="--epochs 40", metavar="'FLAGS'", help="for sparkme.pretrain (%(default)s)")
+    group.add_argument("--finetune-flags", default="", metavar="'FLAGS'", help="for sparkme.finetune, of both sides (none)")
+    group.add_argument(
+        "--shots", type=int, nargs="+", default=[10, 50, 0], metavar="N", help="labels a class; 0: all (10 50 0)"
+    )
+    group.add_argument("--seeds", type=int, default=5, metavar="N", help="(%(default)s)")
+    group.add_argument(
+        "--rates", type=float, nargs="+", default=[0.3, 1.0, 3.0], metavar="F", help="of finetune's own (%(default)s)"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--work", type=Path, default=Path("runs/transfer"), metavar="DIR", help="runs go there (%(default)s)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="for the numbers (WORK/transfer.json)")
+    group.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="fine-tune so many at a time (cores)"
+    )
+    group.add_argument("--write", action="store_true", help="only picture and README.md's table, from --json (results/)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = create_parser().parse_args(argv)
+    return run_command(lambda: write(args) if args.write else transfer(args))
+
+
+def transfer(args: argparse.Namespace) -> int:
+    """Runs everything that is not done yet, and writes the numbers. Returns the exit code."""
+    check(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    extra: dict[str, list[Path]] = {}
+    data = args.data
+    if data is None:
+        data, extra = emoji(args.work / "emoji")
+    tables, parts = make_tables(data, args)
+    start = time.monotonic()
+    checkpoint = args.pretrained or pretrain(parts["train"], extra, args)
+    minutes = (time.monotonic() - start) / 60
+    scores = probe(checkpoint, data, tables["final"], args)
+    finetuning = [compare(shots, checkpoint, data, tables, args) for shots in args.shots]
+    record = {
+        **provenance(), "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "images": {name: len(part) for name, part in parts.items()}, "classes": parts["test"].classes,
+        "pretraining": {"minutes": round(minutes, 1), **last_loss(checkpoint)}, "probe": scores, "finetuning": finetuning,
+    }  # fmt: skip
+    path = args.json or args.work / "transfer.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(table(record))
+    print(f"wrote {path}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be meant, before anything is run."""
+    for name in ("seeds", "processes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    if min(args.shots) < 0:
+        raise UserError(f"--shots {min(args.shots)} must be at least 0, which stands for all")
+    if not all(rate > 0 for rate in args.rates):
+        raise UserError("--rates must be above 0")
+    if not 0 < args.test_share < 1:
+        raise UserError(f"--test-share {args.test_share} is outside (0, 1)")
+
+
+def emoji(folder: Path) -> tuple[Path, dict[str, list[Path]]]:
+    """The colour emoji of EMOJI: a folder for each group, and for each picture its other skin colours.
+
+    Raises:
+        UserError: they cannot be fetched.
+    """
+    package = folder / "package"
+    if not package.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.which("npm") is None:
+            raise UserError("npm, which fetches the emoji, is not installed; pass --data LABELLED, or install npm")
+        done = subprocess.run(["npm", "pack", EMOJI], cwd=folder, capture_output=True, text=True)
+        archives = sorted(folder.glob("*.tgz"))
+        if done.returncode or not archives:
+            raise UserError(f"`npm pack {EMOJI}` failed: {' '.join(done.stderr.split())[-200:]}; pass --data LABELLED")
+        with tarfile.open(archives[-1]) as archive:
+            wanted = [m for m in archive if m.name == "package/emoji.json" or m.name.startswith("package/img/google/64/")]
+            archive.extractall(folder, wanted, filter="data")
+    pictures, groups = package / "img" / "google" / "64", folder / "groups"
+    extra: dict[str, list[Path]] = {}
+    for entry in json.loads((package / "emoji.json").read_text()):
+        picture = pictures / entry["image"]
+        if entry["category"] == "Component" or not picture.is_file():  # five patches of skin
+            continue
+        target = groups / entry["category"].replace(" ", "-") / entry["image"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(picture, target)
+        variants = [pictures / variant["image"] for variant in entry.get("skin_variations", {}).values()]
+        extra[entry["image"]] = [path for path in variants if path.is_file()]
+    return groups, extra
+
+
+def make_tables(data: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Labelled]]:
+    """Tables of path, label, part for sparkme.finetune: the same images to learn from, and others to measure on."""
+    labelled = find_labelled(data, val_share=args.test_share, seed=0)
+    rest = split(labelled.train, 0.2, 0)
+    parts = {"train": rest.train, "choose": rest.val, "test": labelled.val}
+    tables = {"choose": args.work / "choose.csv", "final": args.work / "final.csv"}
+    for name, measured in (("choose", "choose"), ("final", "test")):
+        with tables[name].open("w", newline="") as file:
+            for part, role in (("train", "train"), (measured, "val")):
+                for path, label in zip(parts[part].paths, parts[part].labels.tolist(), strict=True):
+                    csv.writer(file).writerow([path.relative_to(data), parts[part].classes[label], role])
+    return tables, parts
+
+
+def pretrain(train: Labelled, extra: dict[str, list[Path]], args: argparse.Namespace) -> Path:
+    """Trains on the images without their labels. Returns the checkpoint."""
+    images = args.work / "unlabelled"
+    images.mkdir(exist_ok=True)
+    sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
+    if args.unlabelled:
+        from sparkme.data.images import find_images
+
+        sources += find_images(args.unlabelled, flag="--unlabelled")
+    for number, source in enumerate(sources):
+        link = images / f"{number:06d}{source.suffix}"
+        if not link.exists():
+            link.symlink_to(source.resolve())
+    run("sparkme.pretrain", "--data", images, "--model", args.model, "--input-size", args.input_size,
+        "--output", args.work / "pretrained", *args.pretrain_flags.split())  # fmt: skip
+    return args.work / "pretrained" / "checkpoints" / "last.pt"
+
+
+def probe(checkpoint: Path, data: Path, table: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """kNN and linear accuracy of frozen features, pretrained and random, on few labels and on all."""
+    scores = []
+    for shots in args.shots:
+        path = args.work / f"probe-{shots}.json"
+        if not path.exists():
+            few = ["--shots", shots] if shots else []
+            run("sparkme.probe", checkpoint, "--data", data, "--labels", table, "--compare", "random", "--input-size",
+                args.input_size, "--output", path, *few)  # fmt: skip
+        scores += [{"shots": shots, **score} for score in json.loads(path.read_text())["scores"]]
+    return scores
+
+
+def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
+    """Both sides with so many labels: the best rate of each, and then every seed."""
+    own = own_rate(args.finetune_flags)
+
+    def accuracy(side: str, factor: float, seed: int, table: str) -> float:
+        folder = args.work / f"{side}-{shots}shots-rate{factor:g}-seed{seed}-{table}"
+        if not (folder / "done").exists():
+            run("sparkme.finetune", checkpoint, "--data", data, "--labels", tables[table], "--input-size", args.input_size,
+                "--base-lr", own * factor, "--seed", seed, "--eval-epochs", 10**6, "--output", folder, "--workers", 0,
+                "--checkpoint-minutes", 10**6, *(["--from-scratch"] if side == "scratch" else []),
+                *(["--shots", shots] if shots else []), *args.finetune_flags.split(), quiet=True, threads=1)  # fmt: skip
+            shutil.rmtree(folder / "checkpoints")  # of many runs, each as large as the network
+            (folder / "best.safetensors").unlink()
+            (folder / "done").touch()
+        found: float = json.loads((folder / "results.json").read_text())["last"]["val_top1"]
+        return found
+
+    with ThreadPoolExecutor(args.processes) as pool:  # of commands, which are processes of their own
+        tried = {side: [pool.submit(accuracy, side, rate, 0, "choose") for rate in args.rates] for side in SIDES}
+        chosen = {}
+        result: dict[str, Any] = {"shots": shots}
+        for side in SIDES:
+            scores = {rate: job.result() for rate, job in zip(args.rates, tried[side], strict=True)}
+            chosen[side] = max(scores, key=lambda rate: scores[rate])
+            result[side] = {"accuracy_of_rates": {f"{own * r:g}": s for r, s in scores.items()}, "rate": own * chosen[side]}
+        runs = {
+            side: [pool.submit(accuracy, side, chosen[side], seed, "final") for seed in range(args.seeds)] for side in SIDES
+        }
+        for side in SIDES:
+            values = [job.result() for job in runs[side]]
+            result[side] |= {"accuracies": values, "mean": mean(values), "standard_error": standard_error(values)}
+    gains = [a - b for a, b in zip(*(result[side]["accuracies"] for side in SIDES), strict=True)]
+    result["gain"] = {"mean": mean(gains), "standard_error": standard_error(gains)}
+    print(f"{shots or 'all'} labels a class: " + ", ".join(f"{side} {100 * result[side]['mean']:.1f} %" for side in SIDES),
+          flush=True)  # fmt: skip
+    return result
+
+
+def run(module: str, *words: object, quiet: bool = False, threads: int | None = None) -> None:
+    """Runs a command of the project.
+
+    Raises:
+        UserError: it failed; with its last words.
+    """
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, "-m", module, *map(str, words)]
+    done = subprocess.run(command, env=env, text=True, capture_output=quiet)
+    if done.returncode:
+        raise UserError(f"{module} failed: {done.stderr.strip().splitlines()[-1] if quiet and done.stderr else 'see above'}")
+
+
+def own_rate(flags: str) -> float:
+    """The rate that finetune has by itself, or that the flags say."""
+    from sparkme.training.finetune_config import SMALL, create_parser
+
+    given: float | None = create_parser().parse_args(flags.split()).base_lr if "--base-lr" in flags else None
+    return given or SMALL["base_lr"]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def standard_error(values: list[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    center = mean(values)
+    return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def last_loss(checkpoint: Path) -> dict[str, Any]:
+    """The last line of the run's metrics, if it is where the checkpoint's run is."""
+    metrics = checkpoint.resolve().parents[1] / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    losses = [line for line in lines if "loss" in line]
+    return {"epochs": losses[-1]["epoch"], "steps": losses[-1]["step"], "loss": losses[-1]["loss"]} if losses else {}
+
+
+def table(record: dict[str, Any]) -> str:
+    """A row for each number of labels, in percent."""
+    lines = [
+        "| labels a class | fine-tuned from scratch | fine-tuned, pretrained | gain | frozen, random: kNN, linear "
+        "| frozen, pretrained: kNN, linear |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for result in record["finetuning"]:
+        cells = [str(result["shots"] or "all")]
+        cells += [f"{plus_minus(result[side])}" for side in reversed(SIDES)] + [plus_minus(result["gain"], sign="+")]
+        scores = [score for score in record["probe"] if score["shots"] == result["shots"]]
+        deepest = max(score["stride"] for score in scores)
+        for is_random in (True, False):
+            found = next(s for s in scores if s["stride"] == deepest and (s["weights"] == "random weights") == is_random)
+            cells.append(f"{100 * found['knn']:.1f}, {100 * found['linear']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plus_minus(value: dict[str, Any], sign: str = "") -> str:
+    error = value["standard_error"]
+    return f"{100 * value['mean']:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def write(args: argparse.Namespace) -> int:
+    """Writes the picture and the README's table from the numbers. Returns the exit code."""
+    path = args.json or RESULTS
+    if not path.is_file():
+        raise UserError(f"--json {path} does not exist; run python -m benchmarks.transfer first")
+    record = json.loads(path.read_text())
+    picture = path.with_suffix(".png")
+    draw(record, picture)
+    text = README.read_text()
+    if BEGIN not in text or END not in text:
+        raise UserError(f"README.md has no {BEGIN} and {END} to put the table between")
+    link = os.path.relpath(picture.resolve(), README.parent)
+    block = f"{table(record)}\n\n![Accuracy over the number of labels, pretrained and from scratch]({link})"
+    README.write_text(text.partition(BEGIN)[0] + f"{BEGIN}\n{block}\n{END}" + text.partition(END)[2])
+    print(f"wrote {picture} and the table in {README.name}")
+    return 0
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Accuracy over the number of labels: both sides with standard errors, and linear classifiers on frozen features."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    results = record["finetuning"]
+    places = range(len(results))
+    for side, colour, label in (("pretrained", "#d1495b", "pretrained, fine-tuned"), ("scratch", "#00798c", "from scratch")):
+        means = [100 * result[side]["mean"] for result in results]
+        errors = [100 * (result[side]["standard_error"] or 0) for result in results]
+        axes.errorbar(places, means, errors, color=colour, marker="o", capsize=4, linewidth=1.8, label=label)
+    for is_random, colour, label in ((False, "#d1495b", "pretrained, frozen"), (True, "#8d96a3", "random, frozen")):
+        values = []
+        for result in results:
+            scores = [s for s in record["probe"] if s["shots"] == result["shots"]]
+            deepest = max(s["stride"] for s in scores)
+            values += [100 * s["linear"] for s in scores
+                       if s["stride"] == deepest and (s["weights"] == "random weights") == is_random]  # fmt: skip
+        axes.plot(places, values, color=colour, linestyle="--", marker=".", linewidth=1.2, label=f"{label}: linear classifier")
+    axes.set_xticks(places, [f"{result['shots']} a class" if result["shots"] else "all" for result in results])
+    settings = record["settings"]
+    axes.set(xlabel="labels", ylabel="% of the test images right")
+    axes.set_title(f"{settings['model']}, {settings['input_size']} px, {len(record['classes'])} classes", loc="left")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
