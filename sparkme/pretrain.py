@@ -90,6 +90,7 @@ class Pretraining(Training):
         )
         paths = find_images(args.data, leave_out=folder.path) if args.data else demo_photographs()
         self.config = config = resolve_config(args, len(paths), process, folder.saved_config)
+        self.recipe_reason = config.pop("recipe_reason")
         self.statistics = self._find_statistics(paths)
         if folder.saved_config is not None:
             check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
@@ -278,7 +279,7 @@ class Pretraining(Training):
         lines = {
             "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
             f"{config['samples_per_epoch']} crops an epoch",
-            "recipe": RECIPES[config["recipe"]].name,
+            "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
@@ -296,7 +297,8 @@ class Pretraining(Training):
             print(f"{name:9s} {text}")
         self.folder.print_changes(config)
         if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
-            advice = "raise --base-lr (make demo uses 0.25), --epochs or --samples-per-epoch"
+            rates = "take --recipe small" if config["recipe"] == "spark" else "raise --base-lr"
+            advice = f"{rates}, or raise --epochs or --samples-per-epoch"
             print(f"{'note':9s} {self.total_steps} steps at this rate will hardly move the weights; {advice}")
         if args.init and self.folder.saved and str(args.init) != str(config["init"]):
             print(f"{'note':9s} --init {args.init} is not used: this run goes on from its checkpoint")

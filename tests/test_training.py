@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from sparkme.data.images import demo_photographs, find_images, load_rgb
 from sparkme.errors import UserError
 from sparkme.models import create_encoder
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, choose_recipe, create_parser, resolve_config
+from sparkme.training.distributed import Process
 from sparkme.training.log import duration
 from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
 from sparkme.training.random import derived_seed, seed_step
@@ -268,3 +271,27 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     # 5 steps of 3 x 64 MiB are 245,760 pages, and so many faults where nothing is kept. Some come all the same: blocks do not
     # always fit into each other's places, and a virtual machine may be told to hand idle memory back.
     assert int(result.stdout) < 200_000
+
+
+def test_the_recipe_follows_the_number_of_images_and_a_run_keeps_its_own() -> None:
+    name, reason = choose_recipe("auto", 99_999, None)
+    assert name == "small" and "99,999 images, less than 100,000" in reason
+    name, reason = choose_recipe("auto", 100_000, None)
+    assert name == "spark" and "not less than 100,000" in reason
+    assert choose_recipe("spark", 10, None) == ("spark", "") and choose_recipe("fcmae", 10**6, None)[0] == "fcmae"
+    assert choose_recipe("auto", 10, {"recipe": "fcmae"})[0] == "fcmae" and choose_recipe("auto", 10, {})[0] == "spark"
+
+
+def test_a_small_set_gets_its_own_rate_and_as_many_epochs_as_it_needs(tmp_path: Path) -> None:
+    data = make_images(tmp_path / "images")
+
+    def config(*words: str) -> dict[str, Any]:
+        args = create_parser().parse_args(["--data", str(data), *words])
+        return resolve_config(args, 6 if "--recipe" not in words else 10**6, Process(0, 1, torch.device("cpu")))
+
+    small = config()
+    assert small["recipe"] == "small" and small["base_lr"] == RECIPES["small"].defaults["base_lr"]
+    assert small["epochs"] == math.ceil(SMALL_CROPS / 6) and small["warmup_epochs"] == 40
+    assert config("--samples-per-epoch", str(10**6))["epochs"] == SMALL_EPOCHS and config("--epochs", "7")["epochs"] == 7
+    paper = config("--recipe", "spark")
+    assert (paper["epochs"], paper["base_lr"], paper["decoder_width"]) == (1600, 2e-4, 768)

@@ -10,6 +10,7 @@ from sparkme.fcmae import FCMAE, initialise_encoder
 from sparkme.masked import MaskedAutoencoder
 from sparkme.models import create_encoder
 from sparkme.spark import SparK
+from sparkme.training.config import RECIPES
 
 
 def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
@@ -19,7 +20,7 @@ def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
         ValueError: a value of the configuration is not possible.
     """
     recipe = config.get("recipe", "spark")  # older checkpoints do not say
-    if recipe not in ("spark", "fcmae"):
+    if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe!r}")
     encoder = create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"])
     options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}

@@ -28,6 +28,7 @@ class Recipe:
         defaults: by the flags' names.
         crop_scale: of a data set; the few photographs of the demo have their own.
         rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
+        largest_batch: up to which the batch grows with the number of processes.
     """
 
     name: str
@@ -35,18 +36,31 @@ class Recipe:
     defaults: dict[str, Any]
     crop_scale: float
     rate_ends: tuple[float, float]
+    largest_batch: int = PAPER_BATCH
 
 
+_SPARK = {
+    "model": "resnet50", "epochs": 1600, "mask_ratio": 0.6, "decoder_width": 768, "norm_pix_loss": True,
+    "optimizer": "lamb", "base_lr": 2e-4, "weight_decay": 0.04, "weight_decay_end": 0.2, "clip_grad": 5.0,
+}  # fmt: skip
+SMALL_SET = 100_000  # images, below which the recipe `small` is the default
+SMALL_CROPS, SMALL_EPOCHS = 400_000, 100  # that it trains on in a run, and the least number of epochs
 RECIPES = {
     "spark": Recipe(
         "SparK",
         "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
-        {
-            "model": "resnet50", "epochs": 1600, "mask_ratio": 0.6, "decoder_width": 768, "norm_pix_loss": True,
-            "optimizer": "lamb", "base_lr": 2e-4, "weight_decay": 0.04, "weight_decay_end": 0.2, "clip_grad": 5.0,
-        },
+        _SPARK,
         crop_scale=0.67,
         rate_ends=(0.005, 0.001),
+    ),
+    # Found by measurement, see benchmarks/results/small_data.json.
+    "small": Recipe(
+        "SparK for small sets",
+        "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
+        _SPARK | {"epochs": None, "decoder_width": 256, "base_lr": 0.04},
+        crop_scale=0.67,
+        rate_ends=(0.005, 0.001),
+        largest_batch=256,
     ),
     "fcmae": Recipe(
         "FCMAE",
@@ -64,22 +78,40 @@ RECIPES = {
 
 def _of_recipes(name: str) -> str:
     """For --help: the value in each recipe."""
-    values = [recipe.defaults[name] for recipe in RECIPES.values()]
-    return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
+    values = ["by the number of images" if (v := recipe.defaults[name]) is None else str(v) for recipe in RECIPES.values()]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def choose_recipe(asked: str, num_images: int, saved: dict[str, Any] | None) -> tuple[str, str]:
+    """The recipe's name, and why it is that one where it was not asked for.
+
+    Args:
+        asked: a name, or `auto`.
+        num_images: found in the data.
+        saved: the configuration of the run to continue, which stays with its recipe.
+    """
+    if asked != "auto":
+        return asked, ""
+    if saved is not None:
+        return saved.get("recipe", "spark"), ", as before"
+    if num_images < SMALL_SET:
+        return "small", f", since there are {num_images:,} images, less than {SMALL_SET:,}; --recipe spark is the paper's"
+    return "spark", f", since there are {num_images:,} images, not less than {SMALL_SET:,}"
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.pretrain",
         description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
-        epilog="Defaults are the recipe's; where two stand with a stroke between them, the first is SparK's and the second "
-        "FCMAE's. The same command again resumes an interrupted run.",
+        epilog="Defaults are the recipe's; where several stand with strokes between them, they are those of spark, small and "
+        "fcmae. The same command again resumes an interrupted run.",
     )
     parser.add_argument(
         "--recipe",
-        choices=tuple(RECIPES),
-        default="spark",
-        help="the published method: SparK, or FCMAE of ConvNeXt V2 (%(default)s)",
+        choices=("auto", *RECIPES),
+        default="auto",
+        help="spark: the paper's settings; small: SparK with settings for small sets; fcmae: of ConvNeXt V2 (auto: small below "
+        f"{SMALL_SET:,} images, else spark)",
     )
 
     group = parser.add_argument_group("data")
@@ -335,15 +367,17 @@ _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1
 
 def output_folder(args: argparse.Namespace) -> Path:
     """The run folder that was asked for, or the one that the model and the size stand for."""
-    model = re.sub(r"[^\w.]+", "-", args.model or RECIPES[args.recipe].defaults["model"])
-    model = model if args.recipe == "spark" else f"{args.recipe}-{model}"
+    default = RECIPES["fcmae" if args.recipe == "fcmae" else "spark"].defaults["model"]
+    model = re.sub(r"[^\w.]+", "-", args.model or default)
+    model = f"fcmae-{model}" if args.recipe == "fcmae" else model
     return args.output or Path("runs", f"{model}-{'x'.join(map(str, args.input_size))}")
 
 
 def resolve_config(
     args: argparse.Namespace, num_images: int, process: Process, saved: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The configuration with every default filled in, as config.json and the checkpoints keep it.
+    """The configuration with every default filled in, as config.json and the checkpoints keep it; and, for people, as
+    `recipe_reason` why it is that recipe.
 
     Args:
         args: the command line.
@@ -363,8 +397,12 @@ def resolve_config(
     config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images}
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
-    recipe = RECIPES[args.recipe]
+    config["recipe"], config["recipe_reason"] = choose_recipe(args.recipe, num_images, saved)
+    recipe = RECIPES[config["recipe"]]
     fill_in(config, recipe.defaults)
+    fill_in(config, {"samples_per_epoch": saved.get("samples_per_epoch") if saved else num_images if args.data else 512})
+    if config["epochs"] is None:
+        config["epochs"] = max(SMALL_EPOCHS, math.ceil(SMALL_CROPS / max(1, config["samples_per_epoch"])))
     epochs = config["epochs"]
     check_seed(args.seed)
     for name, value in config.items():
@@ -383,7 +421,7 @@ def resolve_config(
         raise UserError(f"--input-size {as_text(args.input_size)} must be at most {MAX_SIDE}")
     if not config["base_lr"] > 0:
         raise UserError(f"--base-lr {config['base_lr']} must be above 0")
-    if args.recipe == "spark" and not config["norm_pix_loss"]:
+    if config["recipe"] != "fcmae" and not config["norm_pix_loss"]:
         raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
     if args.recipe == "fcmae" and args.densify_norm != "auto":
         raise UserError(f"--densify-norm {args.densify_norm} is for --recipe spark; FCMAE has no norm there")
@@ -413,7 +451,6 @@ def resolve_config(
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     fill_in(config, {
         "crop_scale": recipe.crop_scale if args.data else 0.1,
-        "samples_per_epoch": saved.get("samples_per_epoch") if saved else num_images if args.data else 512,
         "batch_size": saved.get("batch_size") if saved else None,
         "warmup_epochs": min(PAPER_WARMUP, epochs / 10),
         "drop_path": paper_drop_path(config["model"]),
@@ -433,7 +470,7 @@ def resolve_config(
     samples = config["samples_per_epoch"]
     share = process.world * args.accumulate  # the global batch is a multiple of it
     if config["batch_size"] is None:
-        wanted = min(PAPER_BATCH, (128 if on_gpu else 32) * process.world, samples)
+        wanted = min(recipe.largest_batch, (128 if on_gpu else 32) * process.world, samples)
         config["batch_size"] = max(wanted // share, 1) * share
     batch = config["batch_size"]
     if batch % share:
