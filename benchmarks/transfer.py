@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -216,25 +217,32 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
         found: float = json.loads((folder / "results.json").read_text())["last"]["val_top1"]
         return found
 
-    with ThreadPoolExecutor(args.processes) as pool:  # of commands, which are processes of their own
-        tried = {side: [pool.submit(accuracy, side, rate, 0, "choose") for rate in args.rates] for side in SIDES}
-        chosen = {}
-        result: dict[str, Any] = {"shots": shots}
-        for side in SIDES:
-            scores = {rate: job.result() for rate, job in zip(args.rates, tried[side], strict=True)}
-            chosen[side] = max(scores, key=lambda rate: scores[rate])
-            result[side] = {"accuracy_of_rates": {f"{own * r:g}": s for r, s in scores.items()}, "rate": own * chosen[side]}
-        runs = {
-            side: [pool.submit(accuracy, side, chosen[side], seed, "final") for seed in range(args.seeds)] for side in SIDES
-        }
-        for side in SIDES:
-            values = [job.result() for job in runs[side]]
-            result[side] |= {"accuracies": values, "mean": mean(values), "standard_error": standard_error(values)}
+    jobs = [(side, rate, 0, "choose") for side in SIDES for rate in args.rates]
+    scores = dict(zip(jobs, in_parallel(accuracy, jobs, args.processes), strict=True))
+    result: dict[str, Any] = {"shots": shots}
+    chosen = {}
+    for side in SIDES:
+        of_rates = {rate: scores[side, rate, 0, "choose"] for rate in args.rates}
+        chosen[side] = max(of_rates, key=lambda rate: of_rates[rate])
+        result[side] = {"accuracy_of_rates": {f"{own * r:g}": s for r, s in of_rates.items()}, "rate": own * chosen[side]}
+    jobs = [(side, chosen[side], seed, "final") for seed in range(args.seeds) for side in SIDES]
+    found = dict(zip(jobs, in_parallel(accuracy, jobs, args.processes), strict=True))
+    for side in SIDES:
+        values = [found[side, chosen[side], seed, "final"] for seed in range(args.seeds)]
+        result[side] |= {"accuracies": values, "mean": mean(values), "standard_error": standard_error(values)}
     gains = [a - b for a, b in zip(*(result[side]["accuracies"] for side in SIDES), strict=True)]
     result["gain"] = {"mean": mean(gains), "standard_error": standard_error(gains)}
     print(f"{shots or 'all'} labels a class: " + ", ".join(f"{side} {100 * result[side]['mean']:.1f} %" for side in SIDES),
           flush=True)  # fmt: skip
     return result
+
+
+def in_parallel(function: Callable[..., float], arguments: list[Any], processes: int) -> list[float]:
+    """The function of each of these arguments, so many at a time; it starts a process each, so threads will do."""
+    if processes == 1:
+        return [function(*each) for each in arguments]
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(lambda each: function(*each), arguments))
 
 
 def run(module: str, *words: object, quiet: bool = False, threads: int | None = None) -> None:

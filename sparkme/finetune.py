@@ -40,12 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def finetune(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
     process = start_process(args.device)
-
-    def create() -> tuple[Training, RunFolder]:
-        run = Finetuning(args, process)
-        return run, run.folder
-
-    return run_training(create)
+    return run_training(lambda: Finetuning(args, process))
 
 
 class Finetuning(Training):

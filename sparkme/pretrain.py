@@ -53,12 +53,7 @@ def list_models(pattern: str) -> int:
 def pretrain(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
     process = start_process(args.device)
-
-    def create() -> tuple[Training, RunFolder]:
-        run = Pretraining(args, process)
-        return run, run.folder
-
-    return run_training(create)
+    return run_training(lambda: Pretraining(args, process))
 
 
 class Pretraining(Training):

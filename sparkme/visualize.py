@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import Parser, UserError, run_command, user_errors
-from sparkme.training.config import MAX_SIDE, path_argument
+from sparkme.training.config import MAX_SIDE, add_device, add_engine, path_argument
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Statistics
@@ -58,9 +58,8 @@ def create_parser() -> argparse.ArgumentParser:
                        "convolutions and in this project's sparse ones")  # fmt: skip
     group.add_argument("--layers", type=int, metavar="N", help="how many convolutions (16)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    group.add_argument("--engine", choices=("auto", "cuda_ext", "minkowski", "masked-dense"), default="auto",
-                       help="kernels of the encoder (%(default)s)")  # fmt: skip
+    add_device(group)
+    add_engine(group)
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=path_argument, metavar="FILE", help=".png, or .html for one page that needs no other "
                        "file (visualize.png in the run's folder, mask_pattern.png)")  # fmt: skip

@@ -1,7 +1,30 @@
 """What all tests share."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Set before torch starts its threads, for the tests and for the commands they run. Many small operations on few cores run
 # several times slower with threads that wait for each other; pytest-xdist runs one process per core instead.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of pictures that their colour tells apart: 12 red, 12 blue, 10 green."""
+    from test_labelled import make_labelled
+
+    return make_labelled(tmp_path_factory.mktemp("labelled"), {"red": 12, "blue": 12, "green": 10})
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a ResNet-18 after two steps."""
+    from test_pretrain import SMALL
+
+    from sparkme.pretrain import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    assert main([*SMALL, "--epochs", "1", "--output", str(folder)]) == 0
+    return folder / "checkpoints" / "last.pt"

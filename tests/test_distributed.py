@@ -63,7 +63,7 @@ def train(rank: int, folder: str, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     process = start_process("cpu")
     run = Pretraining(create_parser().parse_args([*SMALL, "--accumulate", "2", "--output", folder]), process)
-    assert Loop(run, run.folder).run() == 0
+    assert Loop(run).run() == 0
     torch.save(dict(run.network.named_parameters()), Path(folder, f"{rank}.pt"))
 
 

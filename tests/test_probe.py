@@ -20,20 +20,6 @@ from sparkme.models import create_encoder
 from sparkme.pretrained import read_pretrained
 from sparkme.probe import main
 
-COUNTS = {"red": 20, "blue": 20, "green": 15}
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_labelled(tmp_path_factory.mktemp("labelled"), COUNTS)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    assert pretrain.main([*SMALL, "--epochs", "1", "--output", str(folder)]) == 0
-    return folder / "checkpoints" / "last.pt"
-
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([*map(str, arguments)]) == 2
@@ -137,7 +123,7 @@ def test_mistakes_are_one_line(trained: Path, labelled: Path, tmp_path: Path, ca
     assert "--stage 5: the network has maps at strides 4, 8, 16, 32" in fails(capsys, *words, "--stage", "5")
     assert "--stage deep is neither" in fails(capsys, *words, "--stage", "deep")
     assert "not a multiple of the network's total stride 32; use 64" in fails(capsys, *words, "--input-size", "70")
-    assert "--shots 17: class 'blue' has 16 images" in fails(capsys, *words, "--shots", "17")
+    assert "--shots 17: class 'blue' has 10 images" in fails(capsys, *words, "--shots", "17")
     assert "must be .json" in fails(capsys, *words, "--output", tmp_path / "scores.txt")
     (tmp_path / "there.json").write_text("")
     assert "--overwrite" in fails(capsys, *words, "--output", tmp_path / "there.json")
@@ -151,7 +137,7 @@ def test_pretraining_measures_the_encoder_while_it_trains(
 ) -> None:
     words = [*SMALL, "--output", str(tmp_path), "--probe-data", str(labelled), "--probe-epochs", "2"]
     assert pretrain.main(words) == 0
-    assert "of 11 images of --probe-data right" in capsys.readouterr().out
+    assert "of 6 images of --probe-data right" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     measured = {record["epoch"]: record["knn"] for record in records if "knn" in record}
     assert [*measured] == [0, 2, 3] and len([r for r in records if "loss" in r]) == 6

@@ -252,20 +252,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--output", type=path_argument, metavar="DIR", help="run folder (runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE)"
     )
-    group.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="continue the run in --output; --no-resume starts it anew (%(default)s)",
-    )
-    group.add_argument(
-        "--checkpoint-minutes",
-        type=float,
-        default=10.0,
-        metavar="M",
-        help="save at the end of an epoch when the last save is older; 0 saves every epoch (%(default)s)",
-    )
-    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="(%(default)s)")
+    add_run(group)
     group.add_argument(
         "--panel-epochs",
         type=int,
@@ -280,8 +267,26 @@ def create_parser() -> argparse.ArgumentParser:
         "trains (none)",
     )
     group.add_argument("--probe-epochs", type=int, metavar="K", help="measure it every K epochs (ten times in a run)")
-    group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
     return parser
+
+
+def add_run(group: argparse._ArgumentGroup) -> None:
+    """The flags of the loop."""
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue the run in --output; --no-resume starts it anew (%(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="save when the last save is older; 0 saves every epoch (%(default)s)",
+    )
+    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="(%(default)s)")
+    group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
 
 
 def add_device(group: argparse._ArgumentGroup) -> None:

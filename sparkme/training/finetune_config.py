@@ -18,6 +18,7 @@ from sparkme.training.config import (
     add_device,
     add_labelled_data,
     add_precision,
+    add_run,
     add_seed,
     add_workers,
     check_seed,
@@ -171,18 +172,10 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--output", type=path_argument, metavar="DIR", help="run folder (runs/finetune-MODEL, -scratch, -Nshots)"
     )
-    group.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="continue the run in --output; --no-resume starts it anew (%(default)s)",
-    )
+    add_run(group)
     group.add_argument(
         "--eval-epochs", type=int, metavar="N", help="measure every N epochs (1, or twenty times with --recipe small)"
     )
-    group.add_argument("--checkpoint-minutes", type=float, default=10.0, metavar="M", help="0 saves every epoch (%(default)s)")
-    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="(%(default)s)")
-    group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
     return parser
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkme.errors import UserError, first_line
+from sparkme.errors import UserError, first_line, user_errors
 from sparkme.training.checkpoint import Checkpoints, free_gib, load_checkpoint
 from sparkme.training.config import as_text, flag_of
 from sparkme.training.distributed import Process, stop_process
@@ -42,6 +42,7 @@ class Training(ABC):
         config: every setting, as it is saved. The loop reads `seed`, `accumulate`, `precision`, `max_unreadable`,
             `log_steps` and `checkpoint_minutes`.
         process: this process.
+        folder: where the run lives.
         network: whose weights are trained and saved, on the process's device.
         model: what a step runs: the network, or what wraps it for several processes.
         optimizer: of the network's parameters; its groups may have an `lr_scale` and a `decay`, see `update_schedule`.
@@ -53,6 +54,7 @@ class Training(ABC):
 
     config: dict[str, Any]
     process: Process
+    folder: RunFolder
     network: nn.Module
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -252,11 +254,10 @@ class Loop:
 
     Args:
         training: what is trained.
-        folder: where the run lives.
     """
 
-    def __init__(self, training: Training, folder: RunFolder) -> None:
-        self.training, self.folder = training, folder
+    def __init__(self, training: Training) -> None:
+        self.training, self.folder = training, training.folder
         self.process, self.config = training.process, training.config
         self.stop = StopRequest(announce=self.process.is_main)
         self.unreadable: set[str] = set()
@@ -391,13 +392,11 @@ class Loop:
         return 128 + number
 
 
-def run_training(create: Callable[[], tuple[Training, RunFolder]]) -> int:
-    """Sets a training up and runs it, between the start and the end of this process. Returns the exit code."""
-    from sparkme.errors import user_errors
-
+def run_training(create: Callable[[], Training]) -> int:
+    """Sets a training up and runs it, and ends this process's part among others. Returns the exit code."""
     try:
         with user_errors():
-            training, folder = create()
-        return Loop(training, folder).run()
+            training = create()
+        return Loop(training).run()
     finally:
         stop_process()
