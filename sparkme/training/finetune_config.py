@@ -74,11 +74,11 @@ PAPER["resnet152"] = PAPER["resnet200"] = PAPER["resnet101"]
 
 # Found by benchmarks.transfer and its trials, see benchmarks/results/finetune_small.json.
 SMALL: dict[str, Any] = {
-    "optimizer": "adamw", "base_lr": 4e-3, "batch_size": 32, "layer_decay": 0.7, "weight_decay": 0.05, "clip_grad": 1.0,
+    "optimizer": "adamw", "base_lr": 0.016, "batch_size": 32, "layer_decay": 0.7, "weight_decay": 0.05, "clip_grad": 0.0,
     "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.1, "loss": "ce", "auto_augment": "none", "random_erasing": 0.0,
     "crop_scale": 0.35, "repeats": 1, "drop_path": 0.0, "ema_decay": 0.0, "ema_warmup": True, "head_init": "linear",
 }  # fmt: skip
-SMALL_STEPS = 1000  # of a run with few images, where --epochs does not say
+SMALL_STEPS, SMALL_EPOCHS = 300, 30  # the least of a run with few images, where --epochs does not say
 
 
 def paper_recipe(model: str, norm: str) -> FinetuneRecipe:
@@ -231,8 +231,7 @@ def resolve_config(
     _choose_batch(config, args, recipe, process, saved)
     steps = num_train // config["batch_size"]
     if small:
-        epochs = max(1, math.ceil(SMALL_STEPS / steps))
-        fill_in(config, {"epochs": epochs})
+        fill_in(config, {"epochs": max(SMALL_EPOCHS, math.ceil(SMALL_STEPS / steps))})
         fill_in(config, {"warmup_epochs": config["epochs"] / 10, "eval_epochs": max(1, config["epochs"] // 20)})
     defaults = recipe.defaults | ({"layer_decay": 1.0} if args.from_scratch else {})
     config["ema_warmup"] = defaults["ema_warmup"]
