@@ -14,8 +14,8 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.1
 	"$$name" -c "$(SUPPORTED)" 2>/dev/null && { echo "$$name"; exit; }; done)
 
 DEMO_DIR := runs/demo
-DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 16 --samples-per-epoch 256 --epochs 16 \
-  --base-lr 0.25 --crop-scale 0.3 --log-steps 16 --panel-epochs 4
+DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 8 --samples-per-epoch 256 --epochs 16 \
+  --base-lr 0.4 --crop-scale 0.9 --log-steps 32 --panel-epochs 4
 TEST_FLAGS ?=
 # Each process needs a core and about 5 GB; tests that share a run stay together.
 TEST_PROCESSES ?= 2

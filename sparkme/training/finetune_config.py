@@ -78,7 +78,7 @@ SMALL: dict[str, Any] = {
     "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.1, "loss": "ce", "auto_augment": "none", "random_erasing": 0.0,
     "crop_scale": 0.35, "repeats": 1, "drop_path": 0.0, "ema_decay": 0.0, "ema_warmup": True, "head_init": "linear",
 }  # fmt: skip
-SMALL_STEPS, SMALL_EPOCHS = 300, 30  # the least of a run with few images, where --epochs does not say
+SMALL_STEPS, SMALL_EPOCHS = 200, 20  # the least of a run with few images, where --epochs does not say
 
 
 def paper_recipe(model: str, norm: str) -> FinetuneRecipe:
