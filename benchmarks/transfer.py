@@ -45,6 +45,7 @@ RESULTS = Path(__file__).parent / "results" / "transfer.json"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 EMOJI = "emoji-datasource-google@16.0.0"
+CHOOSE_SHARE = 0.15  # of what is not for testing
 SIDES = ("pretrained", "scratch")
 
 
@@ -170,7 +171,7 @@ def emoji(folder: Path) -> tuple[Path, dict[str, list[Path]]]:
 def make_tables(data: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Labelled]]:
     """Tables of path, label, part for sparkme.finetune: the same images to learn from, and others to measure on."""
     labelled = find_labelled(data, val_share=args.test_share, seed=0)
-    rest = split(labelled.train, 0.2, 0)
+    rest = split(labelled.train, CHOOSE_SHARE, 0)
     parts = {"train": rest.train, "choose": rest.val, "test": labelled.val}
     tables = {"choose": args.work / "choose.csv", "final": args.work / "final.csv"}
     for name, measured in (("choose", "choose"), ("final", "test")):
@@ -185,15 +186,15 @@ def pretrain(train: Labelled, extra: dict[str, list[Path]], args: argparse.Names
     """Trains on the images without their labels. Returns the checkpoint."""
     images = args.work / "unlabelled"
     images.mkdir(exist_ok=True)
+    for link in images.iterdir():  # of an earlier run, with other parts
+        link.unlink()
     sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
     if args.unlabelled:
         from sparkme.data.images import find_images
 
         sources += find_images(args.unlabelled, flag="--unlabelled")
     for number, source in enumerate(sources):
-        link = images / f"{number:06d}{source.suffix}"
-        if not link.exists():
-            link.symlink_to(source.resolve())
+        (images / f"{number:06d}{source.suffix}").symlink_to(source.resolve())
     run("sparkme.pretrain", "--data", images, "--model", args.model, "--input-size", args.input_size,
         "--output", args.work / "pretrained", *args.pretrain_flags.split())  # fmt: skip
     return args.work / "pretrained" / "checkpoints" / "last.pt"
@@ -291,15 +292,24 @@ def standard_error(values: list[float]) -> float | None:
 
 def pretraining_of(checkpoint: Path) -> dict[str, Any]:
     """Loss, steps and minutes of a run, from its metrics, if they are where the checkpoint is."""
-    metrics = checkpoint.resolve().parents[1] / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    folder = checkpoint.resolve().parents[1]
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     if not trained:
         return {}
     steps = [0, *(line["step"] for line in trained)]
     minutes = sum((b - a) * line["step_ms"] for a, b, line in zip(steps, steps[1:], trained)) / 6e4
     last = trained[-1]
-    return {"epochs": last["epoch"], "steps": last["step"], "loss": last["loss"], "minutes": round(minutes, 1)}
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "num_images": config["num_images"],
+        "epochs": last["epoch"],
+        "steps": last["step"],
+        "loss": last["loss"],
+        "minutes": round(minutes, 1),
+    }
 
 
 def table(record: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]],
     assert transfer.main(words) == 0
     record = json.loads((tmp_path / "work" / "transfer.json").read_text())
     assert record.keys() >= {"commit", "settings", "images", "classes", "pretraining", "probe", "finetuning"}
-    assert record["images"] == {"train": 33, "choose": 9, "test": 18}
+    assert record["images"] == {"train": 36, "choose": 6, "test": 18}
 
     tables = {name: list(csv.reader((tmp_path / "work" / f"{name}.csv").open())) for name in ("choose", "final")}
     parts = {
