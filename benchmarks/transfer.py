@@ -40,6 +40,7 @@ from torch import nn
 from benchmarks.flops import provenance
 from sparkme.data.labelled import Labelled, find_labelled, split
 from sparkme.errors import UserError, run_command
+from sparkme.training.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 README = Path(__file__).parents[1] / "README.md"
@@ -302,9 +303,8 @@ def pretraining_of(checkpoint: Path) -> dict[str, Any]:
     steps = [0, *(line["step"] for line in trained)]
     minutes = sum((b - a) * line["step_ms"] for a, b, line in zip(steps, steps[1:], trained)) / 6e4
     last = trained[-1]
-    config = json.loads((folder / "config.json").read_text())
     return {
-        "num_images": config["num_images"],
+        "num_images": load_checkpoint(checkpoint)["config"]["num_images"],
         "epochs": last["epoch"],
         "steps": last["step"],
         "loss": last["loss"],
