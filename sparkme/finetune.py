@@ -99,6 +99,7 @@ class Finetuning(Training):
         self.steps_per_epoch = len(self.train_set) // config["batch_size"]
         self.total_steps = config["epochs"] * self.steps_per_epoch
         self.best: dict[str, float] = {}
+        self.unreadable: set[str] = set()  # of those that are measured on
         self.step = folder.restore(self._load)
         self.network, self.model = distribute(self.network, process)
         self.mix, self.criterion, self.erase = create_losses(config, process.device)
@@ -195,6 +196,10 @@ class Finetuning(Training):
         counts, confusion = torch.zeros(2, dtype=torch.long), torch.zeros(classes, classes, dtype=torch.long)
         network.eval()
         for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=share):
+            for problem in batch.unreadable:
+                if problem not in self.unreadable:
+                    print(f"not measured on unreadable image {problem}", file=sys.stderr, flush=True)
+            self.unreadable.update(batch.unreadable)
             if batch.images is None:
                 continue
             with self.precision():

@@ -188,6 +188,8 @@ class Pretraining(Training):
             batches = whole_batches(images, batch_size=64, workers=config["workers"], share=share)
             with self.precision():
                 found = pooled_features(network.encoder, batches, self.statistics, process.device)
+            for problem in found.unreadable if epoch == 0 else ():
+                print(f"--probe-data: skipped unreadable image {problem}", file=sys.stderr, flush=True)
             gathered = process.gather((found.maps[stride], part.labels[found.numbers]))
             parts.append((torch.cat([x for x, _ in gathered]), torch.cat([y for _, y in gathered])))
         if log and all(len(labels) for _, labels in parts):

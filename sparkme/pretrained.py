@@ -14,7 +14,7 @@ from sparkme.data.dataset import Statistics, statistics_of
 from sparkme.errors import UserError, first_line
 from sparkme.interop.files import read_state_dict
 from sparkme.interop.libraries import adopt
-from sparkme.models import Classifier, create_dense, create_encoder, find_classifier, library_of
+from sparkme.models import Classifier, add_drop_path, create_dense, create_encoder, find_classifier, library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.training.build import network_of
 from sparkme.training.checkpoint import load_checkpoint
@@ -69,6 +69,8 @@ class Pretrained:
             ValueError: there is no such network, or it gives no features to classify.
         """
         network = create_dense(self.model, in_channels=self.channels, drop_path=drop_path, num_classes=num_classes)
+        if library_of(self.model) == "torchvision":
+            add_drop_path(network, drop_path)
         if self.state is None:
             return network, []
         inner = network.network if isinstance(network, Classifier) else network

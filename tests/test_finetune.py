@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
+from test_labelled import make_labelled
 from test_pretrain import SMALL
 from torch import nn
 
@@ -177,6 +178,28 @@ def test_what_was_fine_tuned_can_be_probed_and_fine_tuned_again(straight: Path, 
         and torch.equal(found.state["conv1.weight"], state["conv1.weight"])
     )
     assert main([str(best), "--data", str(labelled), *QUICK, "--epochs", "1", "--output", str(tmp_path / "again")]) == 0
+
+
+def test_residual_branches_are_dropped_in_training_as_asked(trained: Path) -> None:
+    """torchvision's ResNets have no drop path of their own: the last norm of a branch gives zeros where it is dropped."""
+    torch.manual_seed(0)
+    for rate, expected in ((0.0, 1.0), (0.5, 0.5)):
+        network, _ = read_pretrained(trained).dense(3, drop_path=rate)
+        norm = network.layer4[1].bn2.train()  # of the deepest block
+        nn.init.ones_(norm.bias)
+        kept = (norm(torch.zeros(2000, 512, 1, 1)) != 0).flatten(1).any(1).float().mean()
+        assert float(kept) == pytest.approx(expected, abs=0.05)
+        assert float((norm.eval()(torch.zeros(9, 512, 1, 1)) != 0).float().mean()) == 1
+
+
+def test_images_to_measure_on_that_cannot_be_read_are_named(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 10, "blue": 10})
+    find_labelled(data).val.paths[0].write_bytes(b"no image")
+    assert main([str(exported), "--data", str(data), *QUICK, "--output", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count("not measured on unreadable image") == 1
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["num_val"] == 3
 
 
 def test_the_checkpoints_of_two_commands_are_kept_apart(
