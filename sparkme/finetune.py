@@ -293,7 +293,7 @@ class Finetuning(Training):
 
     def _known(self, pretrained: Pretrained) -> dict[str, Any]:
         return {
-            "model": pretrained.model, "num_train": len(self.train_set), "num_val": len(self.val_set),
+            "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
             "num_classes": len(self.classes), "channels": pretrained.channels, "mean": [*pretrained.statistics.mean],
             "std": [*pretrained.statistics.std], "background": pretrained.background,
             "input_size": list(pretrained.input_size) if pretrained.input_size else None,

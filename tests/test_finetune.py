@@ -211,6 +211,16 @@ def test_the_checkpoints_of_two_commands_are_kept_apart(
     assert "is a checkpoint of sparkme.finetune; use another --output" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_the_images_it_began_with(
+    straight: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICK, *EVERYTHING, "--output", straight, "--data"]
+    fewer = make_labelled(tmp_path / "fewer", {"red": 12, "blue": 12, "green": 8})
+    assert "was trained with 28 images to learn from, now it is 26" in fails(capsys, exported, *words, fewer)
+    others = make_labelled(tmp_path / "others", {"red": 18, "blue": 17})
+    assert "was trained with 3 classes, now it is 2" in fails(capsys, exported, *words, others)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

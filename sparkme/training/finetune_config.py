@@ -180,8 +180,8 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 # What a resumed run must share with its checkpoint.
-FIXED = ("model", "channels", "num_classes", "num_train", "input_size", "optimizer", "layer_decay", "batch_size", "repeats",
-         "from_scratch", "shots", "seed")  # fmt: skip
+FIXED = ("model", "channels", "num_classes", "num_train_images", "input_size", "optimizer", "layer_decay", "batch_size",
+         "repeats", "from_scratch", "shots", "seed")  # fmt: skip
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "repeats": 1, "shots": 1,
              "eval_epochs": 1, "max_unreadable": 0, "weight_decay": 0, "clip_grad": 0, "checkpoint_minutes": 0,
@@ -203,8 +203,8 @@ def resolve_config(
 
     Args:
         args: the command line.
-        known: `model`, `num_train`, `num_val`, `num_classes`, and what the weights expect: `channels`, `mean`, `std`,
-            `background`, `input_size` or None.
+        known: `model`, `num_train_images`, `num_val_images`, `num_classes`, and what the weights expect: `channels`, `mean`,
+            `std`, `background`, `input_size` or None.
         norm: the network's kind, `bn` or `ln`.
         process: this process.
         saved: the configuration of the run to continue.
@@ -218,7 +218,7 @@ def resolve_config(
     config = {name: value for name, value in vars(args).items() if name != "resume"}
     config |= {name: str(value) if (value := getattr(args, name)) else None for name in ("weights", "data", "labels")}
     config |= {"command": "finetune", "output": str(output_folder(args, known["model"])), **known}
-    num_train = known["num_train"]
+    num_train = known["num_train_images"]
     small = args.recipe == "small" or (args.recipe == "auto" and num_train < SMALL_SET)
     config["recipe"] = "small" if small else "paper"
     recipe = FinetuneRecipe("for small sets", SMALL) if small else paper_recipe(known["model"], norm)
@@ -264,7 +264,7 @@ def _choose_batch(
         config["batch_size"] = saved.get("batch_size")
     if config["batch_size"] is None:
         per_device = 128 if process.device.type == "cuda" else 32
-        wanted = min(recipe.defaults["batch_size"], per_device * process.world, config["num_train"])
+        wanted = min(recipe.defaults["batch_size"], per_device * process.world, config["num_train_images"])
         config["batch_size"] = max(wanted // (2 * share), 1) * 2 * share if wanted >= 2 * share else share
     batch = config["batch_size"]
     if batch < 1 or batch % share:
@@ -272,8 +272,8 @@ def _choose_batch(
             f"--batch-size {batch} is not a multiple of {process.world} processes x --accumulate {args.accumulate}; use "
             f"{max(1, round(batch / share)) * share}"
         )
-    if batch > config["num_train"]:
-        raise UserError(f"--batch-size {batch} is more than the {config['num_train']} images to learn from; lower it")
+    if batch > config["num_train_images"]:
+        raise UserError(f"--batch-size {batch} is more than the {config['num_train_images']} images to learn from; lower it")
 
 
 def _check(config: dict[str, Any]) -> None:

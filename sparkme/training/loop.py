@@ -196,6 +196,10 @@ class RunFolder:
             print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from the newest checkpoint beside it")
 
 
+# Settings that no flag sets, since they are found in the data.
+FOUND = {"num_train_images": "images to learn from", "num_classes": "classes"}
+
+
 def check_same_run(
     saved: dict[str, Any], config: dict[str, Any], path: Path | None, fixed: tuple[str, ...], older: dict[str, Any]
 ) -> None:
@@ -214,8 +218,9 @@ def check_same_run(
     for name in fixed:
         before = saved.get(name, older.get(name))
         if before != config[name]:
+            said = f"{before} {FOUND[name]}" if name in FOUND else f"{flag_of(name)} {as_text(before)}"
             raise UserError(
-                f"{path} was trained with {flag_of(name)} {as_text(before)}, now it is {as_text(config[name])}; use the same, "
+                f"{path} was trained with {said}, now it is {as_text(config[name])}; use the same, "
                 "another --output, or --no-resume to start anew"
             )
 
