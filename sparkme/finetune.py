@@ -83,7 +83,12 @@ class Finetuning(Training):
             check_same_run(folder.saved_config, self.config, folder.newest, FIXED, {})
         if self.config["drop_path"]:
             torch.manual_seed(args.seed)
-            network, self.missing = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
+            try:
+                network, self.missing = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
+            except ValueError:  # the network has none
+                if args.drop_path is not None:
+                    raise
+                self.config["drop_path"], reason = 0.0, f"{reason}; without drop path, which {pretrained.model} does not have"
         config = self.config
         self.size = (config["input_size"][0], config["input_size"][1])
         self.network = network.to(process.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -128,8 +129,8 @@ def read_pretrained(path: Path, model: str | None = None) -> Pretrained:
     Raises:
         UserError: no such file, or it does not say of which network it is, and nobody else does.
     """
-    if path.is_file() and path.suffix != ".safetensors" and _is_checkpoint(path):
-        found = _from_checkpoint(path)
+    if (checkpoint := _checkpoint(path)) is not None:
+        found = _from_checkpoint(checkpoint, path)
         if model is not None and model != found.model:
             raise UserError(f"--model {model}, but {path} is of {found.model}; leave out --model")
         return found
@@ -147,17 +148,23 @@ def read_pretrained(path: Path, model: str | None = None) -> Pretrained:
     )  # fmt: skip
 
 
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a file of torch's is a checkpoint, damaged ones included, and no bare state dict."""
+def _checkpoint(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds; None for a bare state dict and other formats.
+
+    Raises:
+        UserError: it is where checkpoints are, and damaged.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return None
     try:
-        load_checkpoint(path)
+        return load_checkpoint(path)
     except UserError:
-        return path.parent.name == "checkpoints"
-    return True
+        if path.parent.name == "checkpoints":
+            raise
+        return None
 
 
-def _from_checkpoint(path: Path) -> Pretrained:
-    checkpoint = load_checkpoint(path)
+def _from_checkpoint(checkpoint: dict[str, Any], path: Path) -> Pretrained:
     config = checkpoint["config"]
     try:
         if config.get("command") == "finetune":

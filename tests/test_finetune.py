@@ -192,6 +192,30 @@ def test_residual_branches_are_dropped_in_training_as_asked(trained: Path) -> No
         assert float((norm.eval()(torch.zeros(9, 512, 1, 1)) != 0).float().mean()) == 1
 
 
+def test_a_recipes_drop_path_is_left_out_where_the_network_has_none(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_plain.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [
+        "--from-scratch",
+        "--model",
+        "own_plain:features",
+        "--data",
+        labelled,
+        *QUICK,
+        "--recipe",
+        "paper",
+        "--output",
+        "run",
+    ]
+    assert "takes no drop_path; use --drop-path 0" in fails(capsys, *words, "--drop-path", "0.1")
+    assert main([*map(str, words)]) == 0
+    assert "without drop path, which own_plain:features does not have" in capsys.readouterr().out
+    assert json.loads(Path("run", "config.json").read_text())["drop_path"] == 0
+
+
 def test_images_to_measure_on_that_cannot_be_read_are_named(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
