@@ -22,7 +22,7 @@ from sparkme.data.labelled import find_labelled
 from sparkme.finetune import main
 from sparkme.models import find_classifier
 from sparkme.pretrained import read_pretrained
-from sparkme.training.optimizer import layer_numbers
+from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
 
 QUICK = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1",
          "--eval-epochs", "1", "--epochs", "2"]  # fmt: skip
@@ -333,3 +333,17 @@ def test_layers_are_those_of_the_official_code() -> None:
         numbers = layers_of(name)
         assert 0 in numbers.values() and len(set(numbers.values())) >= 5
         assert max(numbers.values()) == numbers[[*numbers][-1]]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_each_layer_learns_at_its_rate_and_vectors_are_not_decayed(name: str) -> None:
+    model = torchvision.models.resnet50(num_classes=3)
+    optimizer = create_finetuning_optimizer(name, model, layer_numbers(model, "fc"), layer_decay=0.7)
+    update_schedule(optimizer, learning_rate=2.0, weight_decay=0.05)
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(of) == sum(1 for _ in model.parameters())
+    expected = [(model.conv1.weight, 7, 0.05), (model.bn1.weight, 7, 0.0), (model.layer2[3].conv1.weight, 4, 0.05),
+                (model.layer4[2].bn3.bias, 1, 0.0), (model.fc.weight, 0, 0.05), (model.fc.bias, 0, 0.0)]  # fmt: skip
+    for parameter, power, decay in expected:
+        group = of[id(parameter)]
+        assert group["lr"] == pytest.approx(2 * 0.7**power) and group["weight_decay"] == decay
