@@ -98,7 +98,7 @@ def transfer(args: argparse.Namespace) -> int:
     if data is None:
         data, extra = emoji(args.work / "emoji")
     tables, parts = make_tables(data, args)
-    checkpoint = args.pretrained or pretrain(parts["train"], extra, args)
+    checkpoint = args.pretrained or pretrain(link_images(parts["train"], extra, args), args)
     scores = probe(checkpoint, data, tables["final"], args)
     finetuning = [compare(shots, checkpoint, data, tables, args) for shots in args.shots]
     record = {
@@ -125,13 +125,19 @@ def half_resnet18(in_channels: int = 3, num_classes: int = 1000) -> nn.Module:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be meant, before anything is run."""
-    for name in ("seeds", "processes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    check_parts(args)
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds} must be at least 1")
     if min(args.shots) < 0:
         raise UserError(f"--shots {min(args.shots)} must be at least 0, which stands for all")
     if not all(rate > 0 for rate in args.rates):
         raise UserError("--rates must be above 0")
+
+
+def check_parts(args: argparse.Namespace) -> None:
+    """Raises UserError for a share of test images or a number of processes that cannot be meant."""
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes} must be at least 1")
     if not 0 < args.test_share < 1:
         raise UserError(f"--test-share {args.test_share} is outside (0, 1)")
 
@@ -183,19 +189,24 @@ def make_tables(data: Path, args: argparse.Namespace) -> tuple[dict[str, Path], 
     return tables, parts
 
 
-def pretrain(train: Labelled, extra: dict[str, list[Path]], args: argparse.Namespace) -> Path:
-    """Trains on the images without their labels. Returns the checkpoint."""
-    images = args.work / "unlabelled"
+def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Namespace) -> Path:
+    """Makes a folder of links to the images to pretrain on, and returns it."""
+    images: Path = args.work / "unlabelled"
     images.mkdir(exist_ok=True)
     for link in images.iterdir():  # of an earlier run, with other parts
         link.unlink()
     sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
-    if args.unlabelled:
+    if getattr(args, "unlabelled", None):
         from sparkme.data.images import find_images
 
         sources += find_images(args.unlabelled, flag="--unlabelled")
     for number, source in enumerate(sources):
         (images / f"{number:06d}{source.suffix}").symlink_to(source.resolve())
+    return images
+
+
+def pretrain(images: Path, args: argparse.Namespace) -> Path:
+    """Trains on images without labels. Returns the checkpoint."""
     run("sparkme.pretrain", "--data", images, "--model", args.model, "--input-size", args.input_size,
         "--output", args.work / "pretrained", *args.pretrain_flags.split())  # fmt: skip
     return args.work / "pretrained" / "checkpoints" / "last.pt"

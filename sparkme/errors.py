@@ -84,6 +84,6 @@ def run_command(command: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        message = f"out of memory ({first_line(error)}); lower --batch-size, --input-size or --decoder-width"
+        message = f"out of memory ({first_line(error)}); take a smaller batch, smaller images, or a smaller network or decoder"
     print("error: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
     return 2

@@ -91,6 +91,7 @@ class Finetuning(Training):
                 self.config["drop_path"], reason = 0.0, f"{reason}; without drop path, which {pretrained.model} does not have"
         config = self.config
         self.size = (config["input_size"][0], config["input_size"][1])
+        freeze_auxiliary_heads(network)
         self.network = network.to(process.device)
         self.head = pretrained.head_of(self.network)
         self._check_batch_norm()
@@ -281,7 +282,7 @@ class Finetuning(Training):
 
     def _write_results(self, values: dict[str, float], epoch: int, confusion: Tensor) -> None:
         from sparkme.interop.files import replaced_when_whole
-        from sparkme.training.confusion import draw_confusion
+        from sparkme.pictures.confusion import draw_confusion
 
         draw_confusion(confusion, self.classes, self.folder.path / "confusion.png")
         each = (confusion.diag() / confusion.sum(1).clamp_min(1)).tolist()
@@ -379,6 +380,14 @@ def scores_of(out: Any) -> Tensor:
     """The scores (B, classes) of what a network gives; some give more of them, from earlier layers, in training."""
     scores: Tensor = out if isinstance(out, Tensor) else out[0]
     return scores
+
+
+def freeze_auxiliary_heads(network: nn.Module) -> None:
+    """Takes heads on earlier layers (torchvision's GoogLeNet and Inception) out of the training, as the loss has no part for
+    them; of several processes each would wait for their gradients."""
+    for name, child in network.named_children():
+        if name.lower().startswith("aux"):
+            child.requires_grad_(False)
 
 
 def create_average(network: nn.Module, decay: float, *, warmup: bool) -> Any:

@@ -201,7 +201,7 @@ class Pretraining(Training):
         from torchvision.utils import save_image
 
         from sparkme.data.dataset import normalise, preview_images
-        from sparkme.training.panel import reconstruction_panel
+        from sparkme.pictures.panel import reconstruction_panel
 
         images = preview_images(
             self.dataset.paths, self.network.input_size, 6, self.config["channels"], self.config["background"]

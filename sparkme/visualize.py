@@ -98,11 +98,11 @@ def visualize(args: argparse.Namespace) -> int:
 
     from sparkme.data.dataset import statistics_of
     from sparkme.export import run_folder
+    from sparkme.pictures.page import write_page
+    from sparkme.pictures.panel import ERROR_CAPTION, caption
     from sparkme.training.build import network_of
     from sparkme.training.checkpoint import load_checkpoint
     from sparkme.training.distributed import start_process
-    from sparkme.training.page import write_page
-    from sparkme.training.panel import ERROR_CAPTION, caption
 
     if args.layers is not None:
         raise UserError("--layers goes with --mask-pattern")
@@ -161,7 +161,7 @@ def reconstruct(
     """Hides patches of a (C, H, W) image, bytes or floats in [0, 1], and has the network paint them."""
     from sparkme.data.dataset import normalise
     from sparkme.loss import hidden_patch_loss
-    from sparkme.training.panel import error_pictures, masked_pictures
+    from sparkme.pictures.panel import error_pictures, masked_pictures
 
     images = normalise(image[None], statistics)
     active = network.random_active(1, torch.Generator().manual_seed(seed)).to(image.device)
@@ -292,7 +292,7 @@ def load_images(paths: list[Path], count: int, network: MaskedAutoencoder, confi
 
 def write_picture(output: Path, results: list[Result], text: str) -> None:
     from sparkme.interop.files import replaced_when_whole
-    from sparkme.training.panel import COLUMNS, Row, draw_panel
+    from sparkme.pictures.panel import COLUMNS, Row, draw_panel
 
     rows = [Row(result.pictures, f"{result.name}: {result.setting}, loss {result.loss:.3f}") for result in results]
     picture = draw_panel(COLUMNS, rows, text, error_bar=True)
@@ -314,8 +314,8 @@ def draw_pattern(args: argparse.Namespace) -> int:
     from sparkme.data.dataset import centre_crop
     from sparkme.data.images import load_image
     from sparkme.interop.files import replaced_when_whole
+    from sparkme.pictures.mask_pattern import draw_mask_pattern, share, trace_mask
     from sparkme.training.distributed import start_process
-    from sparkme.training.mask_pattern import draw_mask_pattern, share, trace_mask
 
     alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images}
     if given := [name for name, value in alone.items() if value is not None]:

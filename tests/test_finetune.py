@@ -19,7 +19,7 @@ from torch import nn
 from sparkme import export, pretrain, probe
 from sparkme.data.dataset import CropDataset, EpochSampler, collate
 from sparkme.data.labelled import find_labelled
-from sparkme.finetune import main
+from sparkme.finetune import freeze_auxiliary_heads, main, scores_of
 from sparkme.models import find_classifier
 from sparkme.pretrained import read_pretrained
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
@@ -347,3 +347,13 @@ def test_each_layer_learns_at_its_rate_and_vectors_are_not_decayed(name: str) ->
     for parameter, power, decay in expected:
         group = of[id(parameter)]
         assert group["lr"] == pytest.approx(2 * 0.7**power) and group["weight_decay"] == decay
+
+
+def test_heads_that_the_loss_leaves_out_are_not_waited_for() -> None:
+    network = torchvision.models.googlenet(num_classes=3, init_weights=False)
+    freeze_auxiliary_heads(network)
+    network.train()
+    scores = scores_of(network(torch.rand(2, 3, 64, 64)))
+    scores.sum().backward()
+    waiting = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert scores.shape == (2, 3) and not waiting

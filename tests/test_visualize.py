@@ -17,10 +17,10 @@ from PIL import Image
 import sparkme
 from sparkme.data.dataset import centre_crop, denormalise, normalise
 from sparkme.data.images import load_image
+from sparkme.pictures.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
 from sparkme.training import panel
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
-from sparkme.training.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
 from sparkme.visualize import create_parser, main, reconstruct
 
 CONFIG = {"recipe": "spark", "model": "resnet18", "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 32, "patch": None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sparkme.interop.files import replaced_when_whole
-from sparkme.training.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
+from sparkme.pictures.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
 
 if TYPE_CHECKING:
     from sparkme.visualize import Result

@@ -1,0 +1,125 @@
+"""Which settings of pretraining suit a small set? Short runs with one setting changed, ranked by what their features tell.
+
+    python -m benchmarks.small_data --json benchmarks/results/small_data.json              # emoji by npm, TRIALS
+    python -m benchmarks.small_data --data labelled/ --trial "--crop-scale 0.35" --json mine.json
+
+The loss does not rank recipes (a larger decoder or an easier mask lowers it), so `sparkme.probe` does: on images that were not
+pretrained on, at the last map, from all labels and from ten a class. The images are parted as benchmarks.transfer does it. A
+trial that is in --json already is not run again; more can be added to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import transfer
+from benchmarks.flops import provenance
+from sparkme.errors import run_command
+
+BASE = "--epochs 20 --decoder-width 64"
+TRIALS = (
+    "",
+    "--crop-scale 0.35",
+    "--input-size 128 --epochs 11",
+    "--mask-ratio 0.75",
+    "--mask-ratio 0.45",
+    "--input-size 160 --epochs 7",
+    "--weight-decay-end 0.04",
+    "--decoder-width 32",
+    "--crop-scale 0.15",
+    "--decoder-width 128",
+    "--base-lr 0.08",
+    "--base-lr 0.02",
+    "--epochs 80",
+)
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.small_data", description="Compare settings of pretraining by frozen features."
+    )
+    parser.add_argument("--data", type=Path, metavar="LABELLED", help="a folder for each class (emoji, by `npm pack`)")
+    parser.add_argument("--test-share", type=float, default=0.3, metavar="S", help="of each class (%(default)s)")
+    parser.add_argument("--model", default="benchmarks.transfer:half_resnet18", help="(%(default)s)")
+    parser.add_argument("--input-size", type=int, default=96, metavar="PIXELS", help="(%(default)s)")
+    parser.add_argument("--base", default=BASE, metavar="'FLAGS'", help="of sparkme.pretrain, for all trials (%(default)s)")
+    parser.add_argument("--trial", action="append", metavar="'FLAGS'", help="what one trial changes; repeat it (TRIALS)")
+    parser.add_argument("--draws", type=int, default=10, metavar="N", help="of ten labels a class (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the numbers (WORK/small_data.json)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="trials at a time (cores)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = create_parser().parse_args(argv)
+    return run_command(lambda: search(args))
+
+
+def search(args: argparse.Namespace) -> int:
+    """Runs what is not in the file yet. Returns the exit code."""
+    transfer.check_parts(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    extra: dict[str, list[Path]] = {}
+    data = args.data
+    if data is None:
+        data, extra = transfer.emoji(args.work / "emoji")
+    tables, parts = transfer.make_tables(data, args)
+    images = transfer.link_images(parts["train"], extra, args)
+    path = args.json or args.work / "small_data.json"
+    record = json.loads(path.read_text()) if path.exists() else {"trials": []}
+    record |= {
+        **provenance(), "data": str(args.data or transfer.EMOJI), "classes": parts["test"].classes,
+        "images": {"pretrained on": len(list(images.iterdir())), "labelled": len(parts["train"]), "test": len(parts["test"])},
+    }  # fmt: skip
+    settings = {"model": args.model, "input_size": args.input_size, "base": args.base}
+    done = [trial["flags"] for trial in record["trials"] if {name: trial[name] for name in settings} == settings]
+
+    def one(flags: str) -> None:
+        scores = trial(flags, data, tables["final"], images, args)
+        record["trials"].append(settings | {"flags": flags, **scores})
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        print(line(record["trials"][-1]), flush=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(one, [flags for flags in args.trial or TRIALS if flags not in done]))
+    print(f"wrote {path}")
+    return 0
+
+
+def trial(flags: str, data: Path, table: Path, images: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Pretrains with these flags and measures: minutes and loss, and the scores of the last map."""
+    folder = args.work / "-".join(["run", *(flags.replace("--", "").split() or ["base"])])
+    # A flag that comes twice counts as it stands last.
+    own = ["--model", args.model, "--input-size", args.input_size, *args.base.split(), *flags.split()]
+    transfer.run("sparkme.pretrain", "--data", images, "--output", folder, *own, quiet=True, threads=1)
+    scores: dict[str, Any] = transfer.pretraining_of(folder / "checkpoints" / "last.pt")
+    for name, words in (("all_labels", []), ("ten_labels_a_class", ["--shots", 10, "--draws", args.draws])):
+        output = folder / f"{name}.json"
+        transfer.run("sparkme.probe", folder / "checkpoints" / "last.pt", "--data", data, "--labels", table, "--stage", "last",
+                     "--output", output, "--overwrite", *words, quiet=True, threads=1)  # fmt: skip
+        found = json.loads(output.read_text())["scores"][0]
+        scores[name] = {key: round(found[key], 4) for key in ("knn", "knn_error", "linear", "linear_error")}
+    shutil.rmtree(folder / "panels", ignore_errors=True)
+    return scores
+
+
+def line(record: dict[str, Any]) -> str:
+    """A trial for people."""
+    few, every = record["ten_labels_a_class"], record["all_labels"]
+    return (
+        f"{record['minutes']:5.1f} min  loss {record['loss']:.3f}  ten a class: kNN {100 * few['knn']:.1f} linear "
+        f"{100 * few['linear']:.1f}  all: kNN {100 * every['knn']:.1f} linear {100 * every['linear']:.1f}  "
+        f"{record['flags'] or 'as --base'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
