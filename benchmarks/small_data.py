@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,7 @@ def search(args: argparse.Namespace) -> int:
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(line(record["trials"][-1]), flush=True)
 
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(one, [flags for flags in args.trial or TRIALS if flags not in done]))
+    transfer.in_parallel(one, [(flags,) for flags in args.trial or TRIALS if flags not in done], args.processes)
     print(f"wrote {path}")
     return 0
 

@@ -262,7 +262,7 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
     return result
 
 
-def in_parallel(function: Callable[..., float], arguments: list[Any], processes: int) -> list[float]:
+def in_parallel(function: Callable[..., Any], arguments: list[Any], processes: int) -> list[Any]:
     """The function of each of these arguments, so many at a time; it starts a process each, so threads will do."""
     if processes == 1:
         return [function(*each) for each in arguments]

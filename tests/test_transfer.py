@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_labelled import make_labelled
 
-from benchmarks import transfer
+from benchmarks import small_data, transfer
 
 TINY = ["--model", "timm:test_resnet", "--input-size", "64", "--shots", "3", "0", "--seeds", "2", "--rates", "0.5", "1",
         "--processes", "1", "--finetune-flags", "--epochs 1 --batch-size 4",
@@ -103,3 +103,23 @@ def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, c
     assert transfer.main(["--work", str(tmp_path), *words]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_settings_of_pretraining_are_compared_once_each(
+    tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
+    output = tmp_path / "numbers.json"
+    words = ["--data", str(data), "--work", str(tmp_path / "work"), "--model", "timm:test_resnet", "--input-size", "64",
+             "--base", "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5", "--draws", "2",
+             "--json", str(output), "--processes", "1"]  # fmt: skip
+    assert small_data.main([*words, "--trial", "", "--trial", "--crop-scale 0.5"]) == 0
+    first, second = json.loads(output.read_text())["trials"]
+    assert (first["flags"], second["flags"]) == ("", "--crop-scale 0.5")
+    assert first["loss"] != second["loss"] and 0 <= first["ten_labels_a_class"]["knn"] <= 1
+    pretrained = [command for command in commands if command[0] == "sparkme.pretrain"]
+    assert "--crop-scale" not in pretrained[0] and value_of(pretrained[1], "--crop-scale") == "0.5"
+    before = len(commands)
+    assert small_data.main([*words, "--trial", "--crop-scale 0.5"]) == 0 and len(commands) == before
+    assert small_data.main([*words, "--processes", "0"]) == 2
+    assert "--processes 0 must be at least 1" in capsys.readouterr().err
