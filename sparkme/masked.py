@@ -55,22 +55,23 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: size and ratio do not fit together.
         """
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
-        self.mask_ratio = mask_ratio
-        if min(self.input_size) < self.patch or any(side % self.patch for side in self.input_size):
-            nearest = [max(1, round(side / self.patch)) * self.patch for side in self.input_size]
-            raise ValueError(
-                f"input size {'x'.join(map(str, self.input_size))} is not a multiple of the patch of {self.patch}; "
-                f"use {'x'.join(map(str, nearest)) if nearest[0] != nearest[1] else nearest[0]}"
-            )
-        self.num_patches = (self.input_size[0] // self.patch, self.input_size[1] // self.patch)
-        total = self.num_patches[0] * self.num_patches[1]
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if min(height, width) < self.patch or height % self.patch or width % self.patch:
+            rows, columns = (max(1, round(side / self.patch)) for side in (height, width))
+            if rows * columns == 1:
+                rows = columns = 2
+            sides = f"{rows * self.patch}x{columns * self.patch}" if rows != columns else f"{rows * self.patch}"
+            raise ValueError(f"input size {height}x{width} is not a multiple of the patch of {self.patch}; use {sides}")
+        num_patches = (height // self.patch, width // self.patch)
+        total = num_patches[0] * num_patches[1]
         if total == 1:
-            sides = "x".join(map(str, self.input_size))
-            raise ValueError(f"input size {sides} is a single patch, which cannot be hidden and seen; raise the input size")
-        self.keep = self.num_visible(total, mask_ratio)
-        if self.keep == total:
+            raise ValueError(
+                f"input size {height}x{width} is a single patch, which cannot be hidden and seen; raise the input size"
+            )
+        keep = self.num_visible(total, mask_ratio)
+        if keep == total:
             raise ValueError(f"mask ratio {mask_ratio} hides none of {total} patches; raise it or the input size")
+        self.input_size, self.mask_ratio, self.num_patches, self.keep = (height, width), mask_ratio, num_patches, keep
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
         """How many patches of an image stay visible."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparkme.data.dataset import Statistics
     from sparkme.masked import MaskedAutoencoder
 
-MAX_ROWS = 400  # of a picture that can still be opened
+MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
 MAX_LAYERS = 64
 
 
@@ -33,6 +33,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.visualize",
         description="Draw images, what a pretrained network sees of them, what it makes of the rest, and how far it is off.",
+        epilog="Images stand before flags that take several values, such as --mask-ratio.",
     )
     group = parser.add_argument_group("what is shown")
     group.add_argument("checkpoint", nargs="?", type=path_argument, metavar="CHECKPOINT", help="of sparkme.pretrain")
@@ -68,7 +69,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
+    args = create_parser().parse_intermixed_args(argv)
     return run_command(lambda: draw_pattern(args) if args.mask_pattern else visualize(args))
 
 
@@ -109,8 +110,11 @@ def visualize(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         raise UserError("name a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt, or pass --mask-pattern")
     seeds = chosen_seeds(args)
-    output = check_output(args, run_folder(args.checkpoint) / "visualize.png", (".png", ".html"))
-    paths = chosen_images(args.images, output)
+    default = run_folder(args.checkpoint) / "visualize.png"
+    if default.is_relative_to(Path.cwd()):
+        default = default.relative_to(Path.cwd())
+    output = check_output(args, default, (".png", ".html"))
+    named, found = chosen_images(args.images, output)
     device = start_process(args.device).device
     checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
@@ -123,7 +127,7 @@ def visualize(args: argparse.Namespace) -> int:
             "--statistics predicted: there is nothing to predict, since this run (--no-norm-pix-loss) paints hidden patches "
             "with their mean and deviation; leave the flag out"
         )
-    ratios = args.mask_ratio or [network.mask_ratio]
+    ratios = [*dict.fromkeys(args.mask_ratio or [network.mask_ratio])]
     size = chosen_size(args) or network.input_size
     with user_errors():
         for ratio in ratios:  # all of them, before the first image
@@ -131,11 +135,11 @@ def visualize(args: argparse.Namespace) -> int:
         network.to(device).eval().encoder.set_engine(args.engine)
     seeds = seeds or [config.get("seed", 0)]
 
-    images = load_images(paths, args.max_images or 8, network, config)
-    rows = len(images) * len(ratios) * len(seeds)
-    if rows > MAX_ROWS:
+    images = load_images(named, found, args.max_images or max(8, len(named)), network, config)
+    rows, most = len(images) * len(ratios) * len(seeds), min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
+    if rows > most:
         raise UserError(f"{len(images)} images, {len(ratios)} mask ratios and {len(seeds)} seeds are {rows} rows, more than "
-                        f"{MAX_ROWS}; lower --max-images or --num-seeds")  # fmt: skip
+                        f"{most} of {size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size")  # fmt: skip
     make_folder(output)
     masks = [(ratio, seed) for ratio in ratios for seed in seeds]
     cases = [(name, image, ratio, seed) for name, image in images.items() for ratio, seed in masks]
@@ -144,7 +148,7 @@ def visualize(args: argparse.Namespace) -> int:
         network.set_task(size, ratio)
         results.append(reconstruct(network, image.to(device), name, seed, statistics_of(config), statistics_from))
     text = f"{caption(network, network.encoder.in_channels, statistics_from)} {ERROR_CAPTION}"
-    if output.suffix == ".html":
+    if output.suffix.lower() == ".html":
         title = f"{config['model']} after {checkpoint['step']} steps: reconstructions"
         write_page(output, title, results, text, {"checkpoint": args.checkpoint, "step": checkpoint["step"], **config})
     else:
@@ -189,7 +193,7 @@ def chosen_seeds(args: argparse.Namespace) -> list[int]:
     for seed in args.seeds or ():
         if not 0 <= seed < 2**63:
             raise UserError(f"--seeds {seed} must be from 0 to 2^63 - 1")
-    return args.seeds or [*range(args.num_seeds or 0)]
+    return [*dict.fromkeys(args.seeds or range(args.num_seeds or 0))]
 
 
 def chosen_size(args: argparse.Namespace) -> tuple[int, int] | None:
@@ -209,7 +213,7 @@ def check_output(args: argparse.Namespace, default: Path, suffixes: tuple[str, .
         UserError: it has no suffix that stands for a format, or is there already.
     """
     output: Path = args.output or default
-    if output.suffix not in suffixes:
+    if output.suffix.lower() not in suffixes:
         raise UserError(f"--output {output}: the suffix must be {' or '.join(suffixes)}")
     if output.is_dir():
         raise UserError(f"{output} is a folder; choose another --output")
@@ -232,8 +236,9 @@ def make_folder(output: Path) -> None:
         raise UserError(f"--output {output} cannot be written: {output.parent} may only be read")
 
 
-def chosen_images(given: list[Path], output: Path) -> list[Path]:
-    """Image files from the command line, or the photographs; without the picture that is about to be replaced.
+def chosen_images(given: list[Path], output: Path) -> tuple[list[Path], list[Path]]:
+    """Image files that the command line names, and those found in its folders, or the photographs; without the picture that is
+    about to be replaced.
 
     Raises:
         UserError: there are none.
@@ -242,27 +247,32 @@ def chosen_images(given: list[Path], output: Path) -> list[Path]:
 
     if not given:
         try:
-            return demo_photographs()
+            return [], demo_photographs()
         except UserError:
             raise UserError(
                 "without an IMAGE scikit-image's photographs are shown, and scikit-image or its photographs are not installed; "
                 "name images or folders, or pip install 'sparkme[demo]'"
             ) from None
-    paths: list[Path] = []
+    named: list[Path] = []
+    in_folders: list[Path] = []
     for path in given:
         if path.is_file():
-            paths.append(path)
+            named.append(path)
         elif path.is_dir():
-            paths += [found for found in find_images(path, flag="the folder") if found.absolute() != output.absolute()]
+            in_folders += [found for found in find_images(path, flag="the folder") if found.absolute() != output.absolute()]
         else:
             raise UserError(f"there is no image or folder {path}")
-    if not paths:
+    if not named and not in_folders:
         raise UserError(f"{given[0]} holds no image but {output}, which is to be replaced")
-    return [*dict.fromkeys(paths)]
+    return [*dict.fromkeys(named)], [*dict.fromkeys(path for path in in_folders if path not in named)]
 
 
-def load_images(paths: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The middle of `count` images spread over the list, (C, H, W) each, by name; what cannot be read is named and passed over.
+def load_images(
+    named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The middle of `count` images, (C, H, W) each, by name: those that were named, then some spread over the others.
+
+    What cannot be read is said and passed over.
 
     Raises:
         UserError: none can be read.
@@ -270,9 +280,11 @@ def load_images(paths: list[Path], count: int, network: MaskedAutoencoder, confi
     from sparkme.data.dataset import centre_crop
     from sparkme.data.images import load_image, printable
 
+    paths = named + found
     names = [path.name for path in paths]
     loaded: dict[Path, Tensor] = {}
-    for path in dict.fromkeys(paths[:: math.ceil(len(paths) / count)] + paths):
+    step = math.ceil(len(found) / max(1, count - len(named)))
+    for path in dict.fromkeys([*named, *found[:: max(1, step)], *found]):
         if len(loaded) == count:
             break
         try:
@@ -301,10 +313,13 @@ def write_picture(output: Path, results: list[Result], text: str) -> None:
 
 
 def print_table(results: list[Result]) -> None:
-    width = max(len("image"), *(len(result.name) for result in results))
+    from sparkme.training.log import ended
+
+    names = [ended(result.name, 60) for result in results]
+    width = max(len("image"), *map(len, names))
     print(f"{'image':<{width}}  mask ratio  {'seed':>6}    loss")
-    for result in results:
-        print(f"{result.name:<{width}}  {result.mask_ratio:>10g}  {result.seed:>6}  {result.loss:6.4f}")
+    for name, result in zip(names, results, strict=True):
+        print(f"{name:<{width}}  {result.mask_ratio:>10g}  {result.seed:>6}  {result.loss:6.4f}")
     if len(results) > 1:
         print(f"{'mean':<{width}}  {'':>10}  {'':>6}  {sum(result.loss for result in results) / len(results):6.4f}")
 
@@ -326,7 +341,7 @@ def draw_pattern(args: argparse.Namespace) -> int:
     if not 1 <= layers <= MAX_LAYERS:
         raise UserError(f"--layers {layers} must be from 1 to {MAX_LAYERS}")
     output = check_output(args, Path("mask_pattern.png"), (".png",))
-    photograph = chosen_images([], output)[:2][-1]  # the second: of hardly a colour that many pixels share
+    photograph = chosen_images([], output)[1][:2][-1]  # the second: of hardly a colour that many pixels share
     image = centre_crop(load_image(photograph, 3), chosen_size(args) or (224, 224))
     device = start_process(args.device).device
     with user_errors():

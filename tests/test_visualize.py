@@ -17,8 +17,8 @@ from PIL import Image
 import sparkme
 from sparkme.data.dataset import centre_crop, denormalise, normalise
 from sparkme.data.images import load_image
+from sparkme.pictures import panel
 from sparkme.pictures.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
-from sparkme.training import panel
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.visualize import create_parser, main, reconstruct
@@ -444,3 +444,28 @@ def test_the_middle_of_an_image_is_cut_out_in_its_shape(tmp_path: Path) -> None:
     whole = centre_crop(image, (32, 96))
     assert torch.equal(whole[:, :, 34:62], red.expand(3, 32, 28)) and (whole[:, :, :30] == 255).all()
     assert centre_crop(torch.rand(5, 2, 100_000), (64, 96)).shape == (5, 64, 96)
+
+
+def test_images_that_are_named_are_shown_before_those_of_folders(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And they may stand before flags, after them, or both; what is asked for twice is drawn once."""
+    photographs(tmp_path / "photos", 9)
+    one, two = photographs(tmp_path / "others", 2)
+    one, two = one.rename(tmp_path / "one.png"), two.rename(tmp_path / "two.png")
+    output = tmp_path / "picture.PNG"
+    words = [checkpoint, tmp_path / "photos", one, "--max-images", 3, "--output", output, two, "--seeds", 1, 1]
+    assert main([*map(str, words)]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if ".png " in line]
+    assert shown == ["one.png", "two.png", "photograph0.png"]
+    with Image.open(output) as picture:
+        assert picture.format == "PNG"
+
+
+def test_a_refused_size_leaves_the_model_as_it_was(model: sparkme.SparK) -> None:
+    before = model.input_size, model.keep, model.mask_ratio
+    with pytest.raises(ValueError, match="not a multiple of the patch of 32; use 96"):
+        model.set_task(100, 0.5)
+    with pytest.raises(ValueError, match="use 64"):  # not 32, a single patch
+        model.set_task(40, 0.5)
+    assert (model.input_size, model.keep, model.mask_ratio) == before

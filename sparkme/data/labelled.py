@@ -269,5 +269,7 @@ def class_counts(labelled: Labelled) -> str:
     """For people: how many classes, and how many images they have."""
     counts = torch.bincount(labelled.labels, minlength=len(labelled.classes))
     few, many = int(counts.argmin()), int(counts.argmax())
+    if counts[few] == counts[many]:
+        return f"{len(labelled.classes)} classes of {counts[few]} images each"
     names = [printable(Path(labelled.classes[i])) for i in (few, many)]
     return f"{len(labelled.classes)} classes of {counts[few]} ({names[0]}) to {counts[many]} ({names[1]}) images"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import Tensor
+
+from sparkme.training.log import unformatted
 
 MOST_NAMED = 40  # classes; of more the names cannot be read
 
@@ -30,8 +33,9 @@ def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
     right = int(confusion.diag().sum()) / max(1, int(confusion.sum()))
     axes.set(xlabel="taken for", ylabel="is", title=f"{100 * right:.1f} % of {int(confusion.sum())} images right")
     if count <= MOST_NAMED:
-        axes.set_xticks(range(count), [name[:24] for name in classes], rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(count), [name[:24] for name in classes])
+        names = [unformatted(_short(name)) for name in classes]
+        axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), names)
     if count <= 15:
         for row in range(count):
             for column in range(count):
@@ -40,4 +44,11 @@ def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
                     text = f"{100 * shares[row, column]:.0f}"
                     axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # of names in a writing that the font does not have
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, dpi=110)
+
+
+def _short(name: str) -> str:
+    """A name of at most 24 characters: its start and its end."""
+    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"

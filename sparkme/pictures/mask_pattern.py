@@ -114,7 +114,7 @@ def draw_mask_pattern(pattern: MaskPattern) -> Any:
     columns = len(shown)
     width = max(10, 1.9 * columns + 1.2)
     height, across = pattern.visible.shape
-    patterns = min(24, 2 * (width - 1.2) / columns * height / across + 1.4)  # two rows, in inches
+    patterns = min(24, max(4.2, 2 * (width - 1.2) / columns * height / across + 1.4))  # two rows, in inches
     figure: Any = Figure(figsize=(width, patterns + 2.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=(patterns, 2.8))

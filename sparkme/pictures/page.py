@@ -88,7 +88,7 @@ def write_page(output: Path, title: str, results: list[Result], text: str, setti
         text=escape(text),
         bar=_img(colour_bar(200, 14), "colours of the error"),
         largest=LARGEST_ERROR,
-        losses="\n".join(_losses(result) for result in results),
+        losses="\n".join((*map(_losses, results), _mean_loss(results))),
         settings="\n".join(
             f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in settings.items()
         ),
@@ -101,6 +101,13 @@ def write_page(output: Path, title: str, results: list[Result], text: str, setti
 def _losses(result: Result) -> str:
     numbers = (f"{result.mask_ratio:g}", f"{result.visible} of {result.patches}", str(result.seed), f"{result.loss:.4f}")
     return f"<tr><td>{escape(result.name)}</td>" + "".join(f'<td class="number">{n}</td>' for n in numbers) + "</tr>"
+
+
+def _mean_loss(results: list[Result]) -> str:
+    if len(results) < 2:
+        return ""
+    mean = sum(result.loss for result in results) / len(results)
+    return f'<tr><td>mean</td><td></td><td></td><td></td><td class="number">{mean:.4f}</td></tr>'
 
 
 def _row(result: Result) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -31,7 +32,7 @@ ERROR_CAPTION = (
 )
 
 LEAST_SIDE = 128  # smaller pictures are enlarged by a whole factor, so that the words above them have room
-GAP, FONT_SIZE = 6, 13
+GAP, FONT_SIZE = 6, 12
 PAPER, INK = "white", "#222222"
 
 
@@ -176,8 +177,8 @@ def colour_bar(width: int, height: int) -> Image.Image:
 
 @lru_cache
 def _font() -> Any:
-    """The one that comes with Pillow."""
-    return ImageFont.load_default(size=FONT_SIZE)
+    """The one that comes with matplotlib, which has more alphabets than Pillow's."""
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
 
 
 def _broken(text: str, width: int) -> list[str]:

@@ -37,6 +37,8 @@ def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     Raises:
         UserError: its configuration does not describe a network, or not the one whose weights it holds.
     """
+    if checkpoint["config"].get("command") == "finetune":
+        raise UserError(f"{path} is a checkpoint of sparkme.finetune, whose network is dense and paints nothing")
     try:
         network = build_network(checkpoint["config"])
         load_weights(network, checkpoint["model"])

@@ -221,7 +221,7 @@ def create_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="GLOBAL batch, over all processes and accumulation steps (128 per GPU or 32 per CPU process, "
-        f"up to the paper's {PAPER_BATCH} and the number of samples)",
+        "up to " + " / ".join(str(recipe.largest_batch) for recipe in RECIPES.values()) + " and the number of samples)",
     )
     group.add_argument(
         "--accumulate",
@@ -429,7 +429,7 @@ def resolve_config(
     if config["recipe"] != "fcmae" and not config["norm_pix_loss"]:
         raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
     if args.recipe == "fcmae" and args.densify_norm != "auto":
-        raise UserError(f"--densify-norm {args.densify_norm} is for --recipe spark; FCMAE has no norm there")
+        raise UserError(f"--densify-norm {args.densify_norm} is for SparK (--recipe spark or small); FCMAE has no norm there")
     if config["beta2"] is not None and not 0 <= config["beta2"] < 1:
         raise UserError(f"--beta2 {config['beta2']} is outside [0, 1)")
     if len(args.input_size) > 2:

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+LEAST_POINTS = 10  # of percent that the axis of what was measured spans, so that an image more or less is no fall
+
 
 class RunLog:
     """Writes a run's metrics; on a resumed run, drops the lines of steps that will be done again.
@@ -28,7 +30,7 @@ class RunLog:
         self.folder, self.loss_name = folder, loss_name
         self.total_steps = total_steps
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in _records(self.path) if line["step"] <= first_step]
+        kept = [line for line in _records(self.path) if line["step"] <= first_step] if first_step else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -95,8 +97,9 @@ class RunLog:
         rows = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if measured else [1])
         axes = rows[0, 0]
         epochs = [record["epoch"] for record in trained]
-        axes.plot(epochs, [record["loss"] for record in trained], color="tab:blue", linewidth=1.2)
-        axes.set_title(str(self.folder))
+        dots = "o" if len(trained) < 5 else ""  # of which a line shows little
+        axes.plot(epochs, [record["loss"] for record in trained], color="tab:blue", marker=dots, markersize=3, linewidth=1.2)
+        axes.set_title(unformatted(ended(str(self.folder), 60)))
         axes.set_ylabel(self.loss_name, color="tab:blue")
         axes.ticklabel_format(useOffset=False)
         low, high = axes.get_ylim()
@@ -110,7 +113,10 @@ class RunLog:
             below = rows[1, 0]
             for name in dict.fromkeys(name for record in measured for name in record if name not in ("step", "epoch")):
                 points = [(record["epoch"], 100 * record[name]) for record in measured if name in record]
-                below.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name.replace("_", " "))
+                below.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=_label(name))
+            low, high = below.get_ylim()
+            if high - low < LEAST_POINTS:
+                below.set_ylim((low + high - LEAST_POINTS) / 2, (low + high + LEAST_POINTS) / 2)
             below.set_ylabel("% right")
             below.legend(frameon=False)
             below.grid(alpha=0.3)
@@ -122,6 +128,20 @@ class RunLog:
             self.bar.close()
         self.events.close()
         self.file.close()
+
+
+def unformatted(text: str) -> str:
+    """For matplotlib, which takes what stands between two dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
+def ended(text: str, length: int) -> str:
+    """At most so many characters: what is longer loses its start."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
+def _label(name: str) -> str:
+    return "kNN" if name == "knn" else name.replace("_", " ")
 
 
 class Throughput:
