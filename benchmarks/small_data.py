@@ -70,19 +70,20 @@ def search(args: argparse.Namespace) -> int:
     data = args.data
     if data is None:
         data, extra = transfer.emoji(args.work / "emoji")
-    tables, parts = transfer.make_tables(data, args)
+    settings = {"data": str(args.data or transfer.EMOJI), "model": args.model, "input_size": args.input_size,
+                "base": args.base}  # fmt: skip
+    root, tables, parts = transfer.make_tables(data, args, settings)
     images = transfer.link_images(parts["train"], extra, args)
     path = args.json or args.work / "small_data.json"
     record = json.loads(path.read_text()) if path.exists() else {"trials": []}
     record |= {
-        **provenance(), "data": str(args.data or transfer.EMOJI), "classes": parts["test"].classes,
+        **provenance(), "classes": parts["test"].classes,
         "images": {"pretrained on": len(list(images.iterdir())), "labelled": len(parts["train"]), "test": len(parts["test"])},
     }  # fmt: skip
-    settings = {"model": args.model, "input_size": args.input_size, "base": args.base}
     done = [trial["flags"] for trial in record["trials"] if {name: trial[name] for name in settings} == settings]
 
     def one(flags: str) -> None:
-        scores = trial(flags, data, tables["final"], images, args)
+        scores = trial(flags, root, tables["final"], images, args)
         record["trials"].append(settings | {"flags": flags, **scores})
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(line(record["trials"][-1]), flush=True)
@@ -105,7 +106,7 @@ def trial(flags: str, data: Path, table: Path, images: Path, args: argparse.Name
                      "--output", output, "--overwrite", *words, quiet=True, threads=1)  # fmt: skip
         found = json.loads(output.read_text())["scores"][0]
         scores[name] = {key: round(found[key], 4) for key in ("knn", "knn_error", "linear", "linear_error")}
-    shutil.rmtree(folder / "panels", ignore_errors=True)
+    shutil.rmtree(folder / "reconstructions", ignore_errors=True)
     return scores
 
 

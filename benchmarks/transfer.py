@@ -38,9 +38,10 @@ from typing import Any
 from torch import nn
 
 from benchmarks.flops import provenance
-from sparkme.data.labelled import Labelled, find_labelled, split
+from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.errors import UserError, run_command
 from sparkme.training.checkpoint import load_checkpoint
+from sparkme.training.finetune_config import SMALL
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 README = Path(__file__).parents[1] / "README.md"
@@ -48,6 +49,8 @@ BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 EMOJI = "emoji-datasource-google@16.0.0"
 CHOOSE_SHARE = 0.15  # of what is not for testing
 SIDES = ("pretrained", "scratch")
+# What all runs in a work folder share.
+SETTINGS = ("model", "input_size", "pretrained", "pretrain_flags", "finetune_flags", "unlabelled", "base_lr")
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -72,8 +75,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--shots", type=int, nargs="+", default=[10, 50], metavar="N", help="labels a class; 0: all (10 50)")
     group.add_argument("--seeds", type=int, default=5, metavar="N", help="(%(default)s)")
     group.add_argument(
-        "--rates", type=float, nargs="+", default=[0.5, 2.0], metavar="F", help="of finetune's own (%(default)s)"
+        "--base-lr", type=float, default=SMALL["base_lr"], help="of sparkme.finetune (%(default)s, of its --recipe small)"
     )
+    group.add_argument("--rates", type=float, nargs="+", default=[0.5, 2.0], metavar="F", help="times --base-lr (%(default)s)")
     group = parser.add_argument_group("output")
     group.add_argument("--work", type=Path, default=Path("runs/transfer"), metavar="DIR", help="runs go there (%(default)s)")
     group.add_argument("--json", type=Path, metavar="FILE", help="for the numbers (WORK/transfer.json)")
@@ -97,10 +101,11 @@ def transfer(args: argparse.Namespace) -> int:
     data = args.data
     if data is None:
         data, extra = emoji(args.work / "emoji")
-    tables, parts = make_tables(data, args)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    root, tables, parts = make_tables(data, args, settings)
     checkpoint = args.pretrained or pretrain(link_images(parts["train"], extra, args), args)
-    scores = probe(checkpoint, data, tables["final"], args)
-    finetuning = [compare(shots, checkpoint, data, tables, args) for shots in args.shots]
+    scores = probe(checkpoint, root, tables["final"], args)
+    finetuning = [compare(shots, checkpoint, root, tables, args) for shots in args.shots]
     record = {
         **provenance(), "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "images": {name: len(part) for name, part in parts.items()}, "classes": parts["test"].classes,
@@ -130,8 +135,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--seeds {args.seeds} must be at least 1")
     if min(args.shots) < 0:
         raise UserError(f"--shots {min(args.shots)} must be at least 0, which stands for all")
-    if not all(rate > 0 for rate in args.rates):
-        raise UserError("--rates must be above 0")
+    if not all(rate > 0 for rate in (*args.rates, args.base_lr)):
+        raise UserError("--rates and --base-lr must be above 0")
+    if "--base-lr" in args.finetune_flags:
+        raise UserError("--finetune-flags: --base-lr is a flag of its own here, which --rates multiplies")
 
 
 def check_parts(args: argparse.Namespace) -> None:
@@ -175,18 +182,47 @@ def emoji(folder: Path) -> tuple[Path, dict[str, list[Path]]]:
     return groups, extra
 
 
-def make_tables(data: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Labelled]]:
-    """Tables of path, label, part for sparkme.finetune: the same images to learn from, and others to measure on."""
+def make_tables(
+    data: Path, args: argparse.Namespace, settings: dict[str, Any]
+) -> tuple[Path, dict[str, Path], dict[str, Labelled]]:
+    """Tables of path, label, part for sparkme.finetune: the same images to learn from, and others to measure on.
+
+    Returns:
+        The folder that the paths are in, the tables, and the images of each part.
+
+    Raises:
+        UserError: the work folder has runs on other images, or with other settings.
+    """
     labelled = find_labelled(data, val_share=args.test_share, seed=0)
     rest = split(labelled.train, CHOOSE_SHARE, 0)
+    data = data.parent if data.is_file() else data
+    keep_settings(
+        args.work, {**settings, "images": split_digest(rest.train, rest.val) + split_digest(rest.train, labelled.val)}
+    )
     parts = {"train": rest.train, "choose": rest.val, "test": labelled.val}
     tables = {"choose": args.work / "choose.csv", "final": args.work / "final.csv"}
     for name, measured in (("choose", "choose"), ("final", "test")):
         with tables[name].open("w", newline="") as file:
             for part, role in (("train", "train"), (measured, "val")):
                 for path, label in zip(parts[part].paths, parts[part].labels.tolist(), strict=True):
-                    csv.writer(file).writerow([path.relative_to(data), parts[part].classes[label], role])
-    return tables, parts
+                    csv.writer(file).writerow([os.path.relpath(path, data), parts[part].classes[label], role])
+    return data, tables, parts
+
+
+def keep_settings(work: Path, settings: dict[str, Any]) -> None:
+    """Writes down what the runs in a folder were done with, and refuses others, whose results would be mixed with theirs.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    path = work / "settings.json"
+    now = {name: str(value) for name, value in settings.items()}
+    before = json.loads(path.read_text()) if path.is_file() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(f"{work} has runs with {name.replace('_', ' ')} {before.get(name)!r}, now it is {value!r}; choose "
+                            "another --work, or remove it")  # fmt: skip
+    path.write_text(json.dumps(now, indent=2) + "\n")
 
 
 def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Namespace) -> Path:
@@ -227,7 +263,7 @@ def probe(checkpoint: Path, data: Path, table: Path, args: argparse.Namespace) -
 
 def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
     """Both sides with so many labels: the best rate of each, and then every seed."""
-    own = own_rate(args.finetune_flags)
+    own = args.base_lr
 
     def accuracy(side: str, factor: float, seed: int, table: str) -> float:
         folder = args.work / f"{side}-{shots}shots-rate{factor:g}-seed{seed}-{table}"
@@ -281,14 +317,6 @@ def run(module: str, *words: object, quiet: bool = False, threads: int | None = 
     done = subprocess.run(command, env=env, text=True, capture_output=quiet)
     if done.returncode:
         raise UserError(f"{module} failed: {done.stderr.strip().splitlines()[-1] if quiet and done.stderr else 'see above'}")
-
-
-def own_rate(flags: str) -> float:
-    """The rate that finetune has by itself, or that the flags say."""
-    from sparkme.training.finetune_config import SMALL, create_parser
-
-    given: float | None = create_parser().parse_args(flags.split()).base_lr if "--base-lr" in flags else None
-    return given or SMALL["base_lr"]
 
 
 def mean(values: list[float]) -> float:

@@ -108,10 +108,17 @@ def linear_accuracy(
     Returns:
         The share, and the weight decay.
     """
-    mean, std = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
+    mean, std = scale_of(train)
     train, val = (train - mean) / std, (val - mean) / std
     best = best_decay(train, labels, decays)
     return _share(fit_linear(train, labels, best), val, val_labels), best
+
+
+def scale_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C,) of (N, C) features; a deviation that is rounding beside the others counts as none of its own."""
+    mean, std = x.mean(0), x.std(0, correction=0)
+    least = 1e-6 * max(float(mean.abs().max()), float(std.max()))
+    return mean, std.clamp_min(max(least, 1e-30))
 
 
 def best_decay(x: Tensor, labels: Tensor, decays: tuple[float, ...] = DECAYS) -> float:

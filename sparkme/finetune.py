@@ -80,7 +80,8 @@ class Finetuning(Training):
         network, self.missing = pretrained.dense(len(self.classes))
         self.config, reason = resolve_config(args, self._known(pretrained), norm_of(network), process, folder.saved_config)
         if folder.saved_config is not None:
-            check_same_run(folder.saved_config, self.config, folder.newest, FIXED, {})
+            older = {"split_digest": self.config["split_digest"]}
+            check_same_run(folder.saved_config, self.config, folder.newest, FIXED, older)
         if self.config["drop_path"]:
             torch.manual_seed(args.seed)
             try:
@@ -164,8 +165,8 @@ class Finetuning(Training):
     def _load(self, saved: dict[str, Any]) -> None:
         self.network.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if self.average is not None and "average" in saved:
-            self.average.module.load_state_dict(saved["average"])
+        if self.average is not None:
+            self.average.module.load_state_dict(saved.get("average", saved["model"]))
         self.best = saved["best"]
 
     def is_due(self, epoch: int) -> bool:
@@ -201,6 +202,7 @@ class Finetuning(Training):
         share = range(process.rank, len(self.val_set), process.world)
         counts, confusion = torch.zeros(2, dtype=torch.long), torch.zeros(classes, classes, dtype=torch.long)
         network.eval()
+        process.share_buffers(network)
         for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=share):
             for problem in batch.unreadable:
                 if problem not in self.unreadable:
@@ -216,7 +218,10 @@ class Finetuning(Training):
             confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
         parts = process.gather((counts, confusion))
         counts, confusion = sum(c for c, _ in parts), sum(m for _, m in parts)
-        total = max(1, int(counts[1]))
+        total = int(counts[1])
+        if not total and process.is_main:
+            raise UserError(f"--data {config['data']}: none of the images to measure on can be read")
+        total = max(1, total)
         return {"val_top1": float(confusion.diag().sum()) / total, "val_top5": float(counts[0]) / total}, confusion
 
     def _fit_head(self) -> None:
@@ -226,26 +231,28 @@ class Finetuning(Training):
         before is lost to them (Kumar et al., ICLR 2022, linear probing then fine-tuning). Batch norm's running statistics are
         estimated before, since a step's are those of whole images, and pretraining's were of visible patches.
         """
-        from sparkme.features import best_decay, fit_linear
+        from sparkme.features import best_decay, fit_linear, scale_of
 
-        layer = self.network.get_submodule(self.head)
-        if type(layer) is not nn.Linear:
-            return
         with averaging_batch_norms(self.network):
             self._run_whole_images()
+        layer: Any = self.network.get_submodule(self.head)
+        is_pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1
+        if type(layer) is not nn.Linear and not is_pointwise:
+            print(f"note: the classifier starts at random, since {type(layer).__name__} is no linear layer", file=sys.stderr)
+            return
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
         try:
             labels = self._run_whole_images()
         finally:
             handle.remove()
-        x = torch.cat(inputs)
-        mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+        x = torch.cat(inputs).flatten(1)
+        mean, std = scale_of(x)
         x = (x - mean) / std
         linear = fit_linear(x, labels, best_decay(x, labels), classes=len(self.classes))
         weight = linear.weight / std
         with torch.no_grad():
-            layer.weight.copy_(weight)
+            layer.weight.copy_(weight.view_as(layer.weight))
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias - weight @ mean)
 
@@ -298,11 +305,14 @@ class Finetuning(Training):
         return f"{best}, {folder / 'best.safetensors'}\npictures: {folder / 'loss.png'}, {folder / 'confusion.png'}"
 
     def _known(self, pretrained: Pretrained) -> dict[str, Any]:
+        from sparkme.data.labelled import split_digest
+
         return {
             "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
             "num_classes": len(self.classes), "channels": pretrained.channels, "mean": [*pretrained.statistics.mean],
             "std": [*pretrained.statistics.std], "background": pretrained.background,
             "input_size": list(pretrained.input_size) if pretrained.input_size else None,
+            "split_digest": split_digest(self.train_set, self.val_set),
         }  # fmt: skip
 
     def _check_batch_norm(self) -> None:
@@ -400,13 +410,24 @@ def create_average(network: nn.Module, decay: float, *, warmup: bool) -> Any:
 def create_augment(name: str) -> nn.Module | None:
     from torchvision.transforms import v2
 
-    bicubic = v2.InterpolationMode.BICUBIC
-    known = {
-        "none": None,
-        "trivial": v2.TrivialAugmentWide(interpolation=bicubic),
-        "rand": v2.RandAugment(interpolation=bicubic),
-    }
-    return known[name]
+    kinds = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
+    if name == "none":
+        return None
+    bicubic, bilinear = (
+        kinds[name](interpolation=mode) for mode in (v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR)
+    )
+    return ImagesOrArrays(bicubic, bilinear)
+
+
+class ImagesOrArrays(nn.Module):
+    """Pillow's images go one way, tensors the other: torchvision turns them with other interpolations."""
+
+    def __init__(self, of_images: nn.Module, of_arrays: nn.Module) -> None:
+        super().__init__()
+        self.of_images, self.of_arrays = of_images, of_arrays
+
+    def forward(self, x: Any) -> Any:
+        return self.of_arrays(x) if isinstance(x, Tensor) else self.of_images(x)
 
 
 def create_losses(config: dict[str, Any], device: torch.device) -> tuple[Any, nn.Module, Any]:

@@ -232,15 +232,16 @@ class Pretraining(Training):
         return Statistics(tuple(config["mean"]), tuple(config["std"]))
 
     def _find_probe_data(self) -> Split | None:
-        """Labelled images to measure the encoder on; of many, some of every class."""
+        """Labelled images to measure the encoder on; of many, some at random."""
         from sparkme.data.labelled import Split, find_labelled
 
         if self.config["probe_data"] is None:
             return None
         split = find_labelled(Path(self.config["probe_data"]), seed=self.config["seed"], flag="--probe-data")
 
-        def some(part: Labelled, most: int) -> Labelled:  # sorted by class
-            return part.subset(torch.arange(0, len(part), max(1, math.ceil(len(part) / most))))
+        def some(part: Labelled, most: int) -> Labelled:
+            drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(self.config["seed"]))
+            return part.subset(drawn[:most].sort().values)
 
         return Split(some(split.train, MOST_PROBED[0]), some(split.val, MOST_PROBED[1]), split.note)
 

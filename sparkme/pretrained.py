@@ -78,10 +78,13 @@ class Pretrained:
         head = find_classifier(inner, self.channels)
         own = {n: v for n, v in inner.state_dict().items() if isinstance(v, Tensor)}
         state = self._adopted(own)
-        is_head = {n for n in (*own, *state) if n.startswith(f"{head}.")} if inner is network else set()
+        is_head = {n for n in (*own, *state) if n.startswith(f"{head}.") or n.lower().startswith("aux")}
+        is_head = is_head if inner is network else set()
         fitting = {n: v for n, v in state.items() if n in own and n not in is_head and own[n].shape == v.shape}
         self._check_fit(own, state, fitting, is_head)
-        inner.load_state_dict(fitting, strict=False)
+        with torch.no_grad():
+            for name, value in fitting.items():  # the values themselves: `load_state_dict` of MNASNet wants more than names
+                own[name].copy_(value)
         return network, [n for n in own if n not in fitting and not n.endswith("num_batches_tracked")]
 
     def _check_fit(

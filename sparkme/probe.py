@@ -71,7 +71,7 @@ def create_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="side of the images, or height and width (the run's, or 224)",
+        help="side of the images, or height and width, for all rows (the first file's, or 224)",
     )
     group = parser.add_argument_group("machine")
     add_device(group)
@@ -106,6 +106,7 @@ def probe(args: argparse.Namespace) -> int:
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer
     main_weights = read_pretrained(args.weights, args.model)
+    args.input_size = [*(args.input_size or main_weights.input_size or (224,))]  # one for all rows
     # Of other files the model is theirs, and --model is for those that do not say it.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
     print(f"data      {args.data}: {split.note}; {class_counts(split.train)}")
@@ -182,7 +183,7 @@ def extract(pretrained: Pretrained, args: argparse.Namespace, parts: list[Labell
     from sparkme.features import pooled_features
 
     encoder = pretrained.encoder(args.seed).to(device).set_engine(args.engine)
-    size = whole_size(args.input_size or pretrained.input_size or (224,), encoder.patch)
+    size = whole_size(args.input_size, encoder.patch)
     found = []
     for part in parts:
         images = WholeImages(part.paths, size, channels=pretrained.channels, background=pretrained.background)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torchvision
 from test_pretrain import SMALL
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparkme
 from sparkme.data.dataset import Batch
-from sparkme.models import create_encoder
+from sparkme.models import add_drop_path, create_encoder
 from sparkme.pretrain import Pretraining
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import start_process, synchronise_batch_norms
@@ -116,3 +117,11 @@ def test_batch_norms_with_code_of_their_own_keep_it(capsys: pytest.CaptureFixtur
     kinds = [type(m) for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert kinds == [nn.SyncBatchNorm, nn.SyncBatchNorm, Shifted, nn.SyncBatchNorm]
     assert "network.2.1 (Shifted)" in capsys.readouterr().out
+
+
+def test_synchronised_batch_norms_still_drop_residual_branches() -> None:
+    """A drop path is a hook on a branch's last norm; torch leaves hooks behind when it exchanges the layer."""
+    network = torchvision.models.resnet18()
+    add_drop_path(network, 0.5)
+    hooks = sum(len(m._forward_hooks) for m in synchronise_batch_norms(network).modules())
+    assert hooks == 7 and isinstance(network.layer4[1].bn2, nn.SyncBatchNorm) and network.layer4[1].bn2._forward_hooks

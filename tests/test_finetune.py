@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -17,10 +18,10 @@ from test_pretrain import SMALL
 from torch import nn
 
 from sparkme import export, pretrain, probe
-from sparkme.data.dataset import CropDataset, EpochSampler, collate
-from sparkme.data.labelled import find_labelled
+from sparkme.data.dataset import CropDataset, EpochSampler, Statistics, collate, normalise
+from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
 from sparkme.finetune import freeze_auxiliary_heads, main, scores_of
-from sparkme.models import find_classifier
+from sparkme.models import create_dense, find_classifier
 from sparkme.pretrained import read_pretrained
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
 
@@ -142,8 +143,16 @@ def test_processes_share_the_batch_and_the_measurement(exported: Path, labelled:
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["num_val"] == 6 and len(losses(tmp_path)) == 3
-    score = [*words, "--output", str(tmp_path / "b"), "--no-resume"]
-    assert main(score) == 0
+    # What both measured is what the weights that are kept make of all images: the first process's batch norms, too.
+    network, _ = read_pretrained(tmp_path / "best.safetensors").dense(3)
+    network.load_state_dict(safetensors.torch.load_file(tmp_path / "best.safetensors"))
+    val = find_labelled(labelled).val
+    batch = next(iter(whole_batches(WholeImages(val.paths, (64, 64)), batch_size=6, workers=0)))
+    with torch.no_grad():
+        scores = network.eval()(normalise(batch.images, Statistics()))
+    confusion = torch.zeros(3, 3, dtype=torch.long)
+    confusion.index_put_((val.labels, scores.argmax(1)), torch.ones(6, dtype=torch.long), accumulate=True)
+    assert results["confusion"] == confusion.tolist()
 
 
 def test_the_classifier_starts_as_the_best_linear_one(exported: Path, labelled: Path, tmp_path: Path) -> None:
@@ -243,6 +252,44 @@ def test_a_run_goes_on_with_the_images_it_began_with(
     assert "was trained with 28 images to learn from, now it is 26" in fails(capsys, exported, *words, fewer)
     others = make_labelled(tmp_path / "others", {"red": 18, "blue": 17})
     assert "was trained with 3 classes, now it is 2" in fails(capsys, exported, *words, others)
+    renamed = make_labelled(tmp_path / "renamed", {"red": 12, "blue": 12, "green": 10})
+    (renamed / "blue").rename(renamed / "violet")
+    assert "as digest of the images, their classes" in fails(capsys, exported, *words, renamed)
+    same = make_labelled(tmp_path / "same", {"red": 12, "blue": 12, "green": 10})
+    shutil.copy(exported, tmp_path / "other.safetensors")
+    assert f"was trained with {exported} to start from" in fails(capsys, tmp_path / "other.safetensors", *words, same)
+
+
+def test_a_running_average_that_begins_at_a_resume_begins_with_the_trained_weights(
+    exported: Path, labelled: Path, tmp_path: Path
+) -> None:
+    words = [str(exported), "--data", str(labelled), *QUICK, "--output", str(tmp_path)]
+    assert main([*words, "--epochs", "1"]) == 0
+    trained_weights = safetensors.torch.load_file(tmp_path / "best.safetensors")
+    assert main([*words, "--ema-decay", "0.999999", "--base-lr", "1e-9"]) == 0
+    average = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["average"]
+    torch.testing.assert_close(average["fc.weight"], trained_weights["fc.weight"], rtol=0, atol=1e-6)
+
+
+def test_arrays_are_augmented_as_images_are(exported: Path, labelled: Path, tmp_path: Path) -> None:
+    for path in sorted(labelled.rglob("*.png")):
+        target = tmp_path / "data" / path.relative_to(labelled).parts[0] / f"{path.stem}.npy"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.save(target, np.asarray(Image.open(path)).transpose(2, 0, 1))
+    words = ["--data", str(tmp_path / "data"), *QUICK, "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert main([str(exported), *words, "--auto-augment", "trivial", "--random-erasing", "0.5"]) == 0
+
+
+@pytest.mark.parametrize("name", ["mnasnet0_5", "timm:resnetv2_18"])
+def test_networks_that_need_more_than_names_and_linear_layers(name: str, labelled: Path, tmp_path: Path) -> None:
+    """torchvision's MNASNet asks for a version in its state dict; timm's ResNet V2 classifies by a 1x1 convolution."""
+    torch.manual_seed(0)
+    safetensors.torch.save_file(dict(create_dense(name, num_classes=3).state_dict()), tmp_path / "own.safetensors")
+    words = ["--data", str(labelled), *QUICK, "--epochs", "1", "--base-lr", "1e-9", "--output", str(tmp_path / "run")]
+    assert main([str(tmp_path / "own.safetensors"), "--model", name, *words]) == 0
+    assert records(tmp_path / "run")[-1]["val_top1"] > 0.5  # by the classifier that was fitted
+    again = ["--data", str(labelled), *QUICK, "--epochs", "1", "--output", str(tmp_path / "again")]
+    assert main([str(tmp_path / "run" / "best.safetensors"), *again]) == 0
 
 
 @pytest.mark.parametrize(
@@ -253,6 +300,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(
         (["--layer-decay", "0"], "--layer-decay 0.0 is outside (0, 1]"),
         (["--warmup-epochs", "9"], "--warmup-epochs 9.0 must be less than --epochs 2"),
         (["--shots", "40"], "--shots 40: class 'blue' has"),
+        (["--shots", "0"], "--shots 0 must be at least 1"),
         (["--ema-decay", "1"], "--ema-decay 1.0 is outside [0, 1)"),
         (["--mixup", "0.2", "--batch-size", "7"], "its parts must be even"),
         (["--base-lr", "nan"], "--base-lr nan is not a finite number"),
@@ -315,7 +363,7 @@ def test_layers_are_those_of_the_official_code() -> None:
     """downstream_imagenet/lr_decay.py: ResNet-50 has 0 for the stem, then 1, 2 to 3, 4 to 5, 6, and the head 7."""
 
     def layers_of(name: str) -> dict[str, int]:
-        model = torchvision.models.get_model(name)
+        model = create_dense(name)
         return layer_numbers(model, find_classifier(model, 3))
 
     resnet = layers_of("resnet50")
@@ -329,10 +377,11 @@ def test_layers_are_those_of_the_official_code() -> None:
                 11: "features.5.26.layer_scale", 12: "features.6.0.weight features.7.2.layer_scale",
                 13: "classifier.0.weight classifier.2.weight"}  # fmt: skip
     assert all(convnext[name] == number for number, names in expected.items() for name in names.split())
-    for name in ("densenet121", "efficientnet_b0", "mobilenet_v3_small", "regnet_y_400mf"):
+    for name in ("densenet121", "efficientnet_b4", "mobilenet_v3_small", "regnet_y_400mf", "timm:darknet53"):
         numbers = layers_of(name)
-        assert 0 in numbers.values() and len(set(numbers.values())) >= 5
-        assert max(numbers.values()) == numbers[[*numbers][-1]]
+        in_order = [*numbers.values()]
+        assert in_order[0] == 0 and len(set(in_order)) == 9 and in_order == sorted(in_order)
+        assert in_order.count(8) == 2  # the classifier's
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])

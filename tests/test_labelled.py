@@ -64,11 +64,14 @@ def test_a_table_names_paths_labels_and_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("../secret.png,a\nsub0/0.png,b\n", "entry 1 names '../secret.png', which lies outside"),
-        ("/etc/passwd,a\nsub0/0.png,b\n", "entry 1 names '/etc/passwd', which lies outside"),
-        ("sub0/0.png,a\nsub0/9.png,b\n", "entry 2 names 'sub0/9.png', and there is no such file"),
-        ("sub0/0.png,a\nsub0/2.png\n", "entry 2 is not path,label"),
+        ("../secret.png,a\nsub0/0.png,b\n", "line 1 names '../secret.png', which lies outside"),
+        ("/etc/passwd,a\nsub0/0.png,b\n", "line 1 names '/etc/passwd', which lies outside"),
+        ("sub0/0.png,a\nsub0/9.png,b\n", "line 2 names 'sub0/9.png', and there is no such file"),
+        ("sub0/0.png,a\nsub0/2.png\n", "line 2 is not path,label"),
         ("sub0/0.png,a\nsub0/2.png,a\n", "1 different labels"),
+        ("filename,class\nsub0/0.png,b\n", "line 1 names 'filename'.*a head must be path,label"),
+        ("sub0/0.png,a\nsub0/2.png,b\n./sub0/0.png,b\n", "line 3 names './sub0/0.png' again, after line 1"),
+        ("sub0/0.png,a,train\nsub0/2.png,a,train\nsub1/1.png,b,val\n", "class 'b' has no image to learn from"),
         ("sub0/0.png,a,train\nsub0/2.png,b,holdout\n", "'holdout', not train or val"),
         ("sub0/0.png,a,train\nsub0/2.png,b,train\n", "2 lines for train and 0 for val"),
         ("sub0/0.png,a\nsub1/1.png,b\nsub0/2.png,b\n", "class 'a' has 1 image"),
@@ -95,6 +98,23 @@ def test_mistakes_in_folders_are_named(tmp_path: Path) -> None:
     train = find_labelled(tmp_path / "two", val_share=0.4).train
     with pytest.raises(UserError, match="--shots 3: class 'blue' has 2 images"):
         train.shots(3, seed=0)
+    with pytest.raises(UserError, match="--shots 0 must be at least 1"):
+        train.shots(0, seed=0)
+    make_labelled(tmp_path / "half" / "Train", {"red": 3, "blue": 4})
+    with pytest.raises(UserError, match="has Train, but no folder val beside it"):
+        find_labelled(tmp_path / "half")
+    (tmp_path / "half" / "Train").rename(tmp_path / "half" / "bus")
+    make_labelled(tmp_path / "half", {"train": 5})  # a class that is called so
+    assert find_labelled(tmp_path / "half").train.classes == ["bus", "train"]
+
+
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("Training", "Testing"), ("train", "dev"), ("Train", "Eval")])
+def test_a_split_that_is_there_is_kept_whatever_its_folders_are_called(train: str, val: str, tmp_path: Path) -> None:
+    make_labelled(tmp_path / train, {"red": 3, "blue": 4})
+    make_labelled(tmp_path / val, {"blue": 2})
+    make_labelled(tmp_path / train / "red", {".thumbnails": 3})
+    split = find_labelled(tmp_path)
+    assert (len(split.train), len(split.val), split.val.classes) == (7, 2, ["blue", "red"])
 
 
 def test_shots_are_drawn_by_the_seed_and_as_many_of_each_class(tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]],
         assert result["gain"]["mean"] == pytest.approx(sum(gains) / 2)
         assert result["gain"]["standard_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
     assert "| labels a class |" in capsys.readouterr().out
+    capsys.readouterr()
+    for changed in (["--finetune-flags", "--epochs 2"], ["--test-share", "0.5"]):  # whose results would be mixed with these
+        assert transfer.main([*words, *changed]) == 2
+        assert "choose another --work" in capsys.readouterr().err
     before = len(commands)
     assert transfer.main(words) == 0  # what is done is not done again
     assert {command[0] for command in commands[before:]} <= {"sparkme.pretrain"}
@@ -94,7 +98,8 @@ def test_the_picture_and_the_table_come_from_the_numbers(tmp_path: Path, monkeyp
     [
         (["--shots", "-1"], "--shots -1 must be at least 0"),
         (["--seeds", "0"], "--seeds 0 must be at least 1"),
-        (["--rates", "0"], "--rates must be above 0"),
+        (["--rates", "0"], "--rates and --base-lr must be above 0"),
+        (["--finetune-flags", "--base-lr 1"], "--base-lr is a flag of its own here"),
         (["--write", "--json", "none.json"], "none.json does not exist"),
         (["--data", "none"], "--data none is neither a folder nor a .csv file"),
     ],

@@ -42,6 +42,7 @@ def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails, checkpoints of notebooks
         found += [path for name in files if _is_image(name) and not _is_special(path := Path(root, name))]
     if not found:
         raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")

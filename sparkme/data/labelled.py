@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sparkme.data.images import find_images, load_image, printable
 from sparkme.errors import UserError, first_line
 from sparkme.training.random import derived_seed
 
-TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test")
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "testing", "eval", "dev")  # of any case
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Labelled:
             UserError: a class has fewer.
         """
         chosen = []
+        if count < 1:
+            raise UserError(f"--shots {count} must be at least 1")
         for label, name in enumerate(self.classes):
             members = self.members(label)
             if len(members) < count:
@@ -96,7 +99,10 @@ def find_labelled(
         raise UserError(f"{flag} {data} is neither a folder nor a .csv file")
     if labels is not None:
         return _from_table(data, labels, val_share, seed)
-    train, val = (next((data / n for n in names if (data / n).is_dir()), None) for names in (TRAIN, VAL))
+    folders = {entry.name.lower(): Path(entry) for entry in os.scandir(data) if entry.is_dir()}
+    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+    if train and not val and _has_classes(train):
+        raise UserError(f"{flag} {data} has {train.name}, but no folder val beside it; make one, or pass {flag} {train}")
     if train and val:
         found = _from_folders(train, flag)
         other = _from_folders(val, flag, found.classes)
@@ -122,6 +128,22 @@ def split(labelled: Labelled, val_share: float, seed: int) -> Split:
     train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
     note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every class (seed {seed})"
     return Split(train, val, f"{note}, since the data names no split")
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether it holds folders, and nothing but folders."""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return len(entries) > 1 and all(entry.is_dir() for entry in entries)
+
+
+def split_digest(train: Labelled, val: Labelled) -> str:
+    """Twelve digits that change with the images' names, their classes, and which of them are to learn from."""
+    parts = [
+        (*(path.parts[-2:]), part.classes[label], name)
+        for name, part in (("train", train), ("val", val))
+        for path, label in zip(part.paths, part.labels.tolist(), strict=True)
+    ]
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> Labelled:
@@ -164,6 +186,8 @@ def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
         raise UserError(f"{table}: the third column says {bad!r}, not train or val")
     is_val = torch.tensor([part in VAL for part in parts])
     train, val = (labelled.subset(part.nonzero().flatten()) for part in (~is_val, is_val))
+    if len(train) and (unknown := set(classes) - {classes[label] for label in train.labels.tolist()}):
+        raise UserError(f"{table}: class {min(unknown)!r} has no image to learn from")
     if not len(train) or not len(val):
         raise UserError(f"{table}: the third column has {len(train)} lines for train and {len(val)} for val")
     return Split(train, val, f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on")
@@ -173,21 +197,26 @@ def _rows(root: Path, table: Path) -> Iterator[tuple[Path, str, str]]:
     """Path, label and part of every line; the first one may be a head."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+            reader = csv.reader(file)
+            lines = [(reader.line_num, line) for line in reader if line]
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read as a .csv file: {first_line(error)}") from error
-    if lines and [word.strip().lower() for word in lines[0][:2]] == ["path", "label"]:
+    if lines and [word.strip().lower() for word in lines[0][1][:2]] == ["path", "label"]:
         del lines[0]
-    top = Path(os.path.abspath(root))
-    for number, line in enumerate(lines, 1):
+    top, seen = Path(os.path.abspath(root)), dict[Path, int]()
+    for number, line in lines:
         if len(line) not in (2, 3) or not line[0].strip() or not line[1].strip():
-            raise UserError(f"{table}: entry {number} is not path,label: {','.join(line)[:80]!r}")
+            raise UserError(f"{table}: line {number} is not path,label: {','.join(line)[:80]!r}")
         # Links may lead out of the folder, as those of any folder of images; names may not.
         path = Path(os.path.abspath(top / line[0].strip()))
         if not path.is_relative_to(top):
-            raise UserError(f"{table}: entry {number} names {line[0]!r}, which lies outside of {root}")
+            raise UserError(f"{table}: line {number} names {line[0]!r}, which lies outside of {root}")
         if not path.is_file():
-            raise UserError(f"{table}: entry {number} names {line[0]!r}, and there is no such file in {root}")
+            head = "; a head must be path,label" if number == 1 else ""
+            raise UserError(f"{table}: line {number} names {line[0]!r}, and there is no such file in {root}{head}")
+        if path in seen:
+            raise UserError(f"{table}: line {number} names {line[0]!r} again, after line {seen[path]}; leave one out")
+        seen[path] = number
         yield path, line[1].strip(), (line[2].strip().lower() if len(line) == 3 else "")
 
 

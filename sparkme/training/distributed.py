@@ -44,6 +44,12 @@ class Process:
         dist.all_reduce(value)
         return value / self.world
 
+    def share_buffers(self, network: nn.Module) -> None:
+        """Gives every process the first one's buffers, such as running statistics of batch norms that are not synchronised."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
     def gather(self, value: Any) -> list[Any]:
         """What every process has, in the first one; elsewhere what this one has. It travels between the hosts."""
         if self.world == 1:
@@ -122,7 +128,9 @@ def synchronise_batch_norms(network: nn.Module) -> Any:
     for name, module in list(network.named_modules()):
         if isinstance(module, norms) and type(module).forward is norms.forward and not isinstance(module, nn.SyncBatchNorm):
             parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+            shared = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            shared._forward_hooks.update(module._forward_hooks)  # torch forgets them; a drop path is one
+            setattr(network.get_submodule(parent), child, shared)
         elif isinstance(module, norms) and not isinstance(module, nn.SyncBatchNorm):
             own_code.append(f"{name} ({type(module).__name__})")
     if own_code and (not dist.is_initialized() or dist.get_rank() == 0):

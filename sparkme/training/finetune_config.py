@@ -180,8 +180,8 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 # What a resumed run must share with its checkpoint.
-FIXED = ("model", "channels", "num_classes", "num_train_images", "input_size", "optimizer", "layer_decay", "batch_size",
-         "repeats", "from_scratch", "shots", "seed")  # fmt: skip
+FIXED = ("model", "weights", "channels", "num_classes", "num_train_images", "split_digest", "input_size", "optimizer",
+         "layer_decay", "batch_size", "repeats", "from_scratch", "shots", "seed")  # fmt: skip
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "repeats": 1, "shots": 1,
              "eval_epochs": 1, "max_unreadable": 0, "weight_decay": 0, "clip_grad": 0, "checkpoint_minutes": 0,
@@ -242,7 +242,7 @@ def resolve_config(
     if config["precision"] == "auto":
         on_gpu = process.device.type == "cuda" and torch.cuda.is_bf16_supported()
         config["precision"] = "bf16" if on_gpu else "float32"
-    _check(config)
+    _check(config, process.world)
     return config, recipe.source + why
 
 
@@ -276,7 +276,7 @@ def _choose_batch(
         raise UserError(f"--batch-size {batch} is more than the {config['num_train_images']} images to learn from; lower it")
 
 
-def _check(config: dict[str, Any]) -> None:
+def _check(config: dict[str, Any], processes: int) -> None:
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag_of(name)} {value} is not a finite number")
@@ -298,5 +298,5 @@ def _check(config: dict[str, Any]) -> None:
         raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be less than --epochs {config['epochs']}")
     if config["auto_augment"] != "none" and config["channels"] != 3:
         raise UserError(f"--auto-augment {config['auto_augment']} changes colours; with {config['channels']} channels use none")
-    if (config["mixup"] or config["cutmix"]) and (config["batch_size"] // config["accumulate"]) % 2:
+    if (config["mixup"] or config["cutmix"]) and (config["batch_size"] // (processes * config["accumulate"])) % 2:
         raise UserError(f"--batch-size {config['batch_size']}: --mixup and --cutmix pair images, so its parts must be even")

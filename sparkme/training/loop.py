@@ -197,7 +197,8 @@ class RunFolder:
 
 
 # Settings that no flag sets, since they are found in the data.
-FOUND = {"num_train_images": "images to learn from", "num_classes": "classes"}
+FOUND = {"num_train_images": "images to learn from", "num_classes": "classes", "weights": "to start from",
+         "split_digest": "as digest of the images, their classes and which of them are measured on"}  # fmt: skip
 
 
 def check_same_run(

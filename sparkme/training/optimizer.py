@@ -49,25 +49,32 @@ def layer_numbers(network: nn.Module, head: str) -> dict[str, int]:
     """The layer of every parameter for layer-wise rates, 0 at the input, the classifier's the highest.
 
     As in the official code (downstream_imagenet/lr_decay.py) the stem is a layer, and every three blocks of a stage are one:
-    torchvision's and timm's ResNets and ConvNeXts. Networks whose stages have other names are cut into eight parts of as many
-    parameters each, in their order.
+    torchvision's and timm's ResNets and ConvNeXts. Networks whose stages have other names, or others parameters between them,
+    are cut into eight parts of as many parameters each, in their order.
     """
     names = [name for name, _ in network.named_parameters()]
-    blocks = {name: block for name in names if (block := _block(name)) and not name.startswith(f"{head}.")}
-    stages = sorted({stage for stage, _ in blocks.values()})
-    if len(stages) < 4:
-        rest = [name for name in names if not name.startswith(f"{head}.")]
-        part = max(1, -(-len(rest) // 8))
-        numbers = {name: i // part for i, name in enumerate(rest)}
-    else:
-        first, number = {}, 1
-        for stage in stages:
-            first[stage] = number
-            number += max(block for s, block in blocks.values() if s == stage) // 3 + 1
-        numbers = {name: first[stage] + block // 3 for name, (stage, block) in blocks.items()}
-        numbers |= dict.fromkeys(names[: names.index(next(iter(blocks)))], 0)
+    body = [name for name in names if not name.startswith(f"{head}.")]
+    part = max(1, -(-len(body) // 8))
+    numbers = _layers_by_stages(body) or {name: i // part for i, name in enumerate(body)}
     last = max(numbers.values(), default=-1) + 1
     return {name: numbers.get(name, last) for name in names}
+
+
+def _layers_by_stages(names: list[str]) -> dict[str, int] | None:
+    """The layers of the stem and of the blocks; None where they have other names than those of `_STAGES`, or another order."""
+    blocks = {name: block for name in names if (block := _block(name))}
+    stages = sorted({stage for stage, _ in blocks.values()})
+    if len(stages) < 4:
+        return None
+    layers, number = {}, 1
+    for stage in stages:
+        layers[stage] = number
+        number += max(block for s, block in blocks.values() if s == stage) // 3 + 1
+    start = names.index(next(iter(blocks)))
+    numbers = dict.fromkeys(names[:start], 0) | {name: layers[stage] + block // 3 for name, (stage, block) in blocks.items()}
+    in_order = [numbers[name] for name in names if name in numbers]
+    has_others = [*blocks] != names[start : start + len(blocks)]
+    return None if has_others or in_order != sorted(in_order) else numbers
 
 
 _STAGES = (
