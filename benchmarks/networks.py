@@ -49,6 +49,13 @@ LIMITS = {
 LARGE = 300e6  # parameters
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 
+# Why a network is refused, for people, by what the message says.
+REASONS = {
+    "its strided layers are not padded": "cannot be aligned to a grid of patches",
+    "it takes one size of images only": "cannot be run as model(images)",
+    "a layer mixes pixels or images in a way that has no sparse form, such as attention": "has no sparse form",
+}
+
 # Not convolutional, by the file of torchvision's that they are in.
 TRANSFORMERS = ("vision_transformer", "swin_transformer", "maxvit")
 
@@ -358,7 +365,10 @@ def markdown(networks: dict[str, Any]) -> str:
         else:
             row += " | | | | |"
         lines.append(row)
-    lines += ["", "Refused:", "", *(f"- `{name}`: {networks[name]['reason']}" for name in refused)]
+    lines += ["", "Refused, by the name of the layer and with what can be done (the words are in the JSON file):", ""]
+    for reason, phrase in REASONS.items():
+        names = [f"`{name}`" for name in refused if phrase in networks[name]["reason"]]
+        lines += [f"- {reason}: {', '.join(names)}"] if names else []
     return "\n".join(lines)
 
 
