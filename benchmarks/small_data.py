@@ -23,20 +23,14 @@ from benchmarks.flops import provenance
 from sparkme.errors import run_command
 
 BASE = "--epochs 20 --decoder-width 64"
-TRIALS = (
+TRIALS = (  # of about as much computation each
     "",
     "--crop-scale 0.35",
-    "--input-size 128 --epochs 11",
-    "--mask-ratio 0.75",
     "--mask-ratio 0.45",
-    "--input-size 160 --epochs 7",
-    "--weight-decay-end 0.04",
-    "--decoder-width 32",
-    "--crop-scale 0.15",
-    "--decoder-width 128",
-    "--base-lr 0.08",
-    "--base-lr 0.02",
-    "--epochs 80",
+    "--mask-ratio 0.75",
+    "--input-size 128 --epochs 11",
+    "--decoder-width 128 --epochs 16",
+    "--decoder-width 256 --epochs 10",
 )
 
 

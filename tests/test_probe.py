@@ -82,7 +82,9 @@ def test_the_linear_classifier_is_the_minimum_and_learns_what_is_linear() -> Non
     share, decay = linear_accuracy(x[:150] * 7 + 3, labels[:150], x[150:] * 7 + 3, labels[150:])
     assert share > 0.9 and decay < 0.1
     for scale in (1e-14, 1e9):  # of features of deep networks with random weights, and of such without norms
-        assert linear_accuracy(x[:150] * scale, labels[:150], x[150:] * scale, labels[150:])[0] == pytest.approx(share, abs=0.03)
+        assert linear_accuracy(x[:150] * scale, labels[:150], x[150:] * scale, labels[150:])[0] == pytest.approx(
+            share, abs=0.03
+        )
     noise = torch.randint(0, 3, (200,), generator=generator)
     assert best_decay(x, noise) >= 0.01  # what tells nothing is decayed
 

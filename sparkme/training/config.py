@@ -57,7 +57,7 @@ RECIPES = {
     "small": Recipe(
         "SparK for small sets",
         "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
-        _SPARK | {"epochs": None, "decoder_width": 256, "base_lr": 0.04},
+        _SPARK | {"epochs": None, "decoder_width": 128, "base_lr": 0.04},
         crop_scale=0.67,
         rate_ends=(0.005, 0.001),
         largest_batch=256,
