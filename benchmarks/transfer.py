@@ -67,7 +67,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrained", type=Path, metavar="FILE", help="a checkpoint to take instead of pretraining")
     group.add_argument(
         "--pretrain-flags",
-        default="--epochs 40 --decoder-width 64",
+        default="--epochs 60 --decoder-width 128",
         metavar="'FLAGS'",
         help="for sparkme.pretrain (%(default)s)",
     )
