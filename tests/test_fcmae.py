@@ -214,7 +214,7 @@ def test_its_recipe_trains_resumes_and_is_rebuilt(tmp_path: Path, capsys: pytest
 def test_flags_of_the_other_recipe_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--no-norm-pix-loss is for --recipe fcmae" in fails(capsys, "--no-norm-pix-loss", "--output", tmp_path)
     flags = ("--recipe", "fcmae", "--densify-norm", "bn", "--output", tmp_path)
-    assert "--densify-norm bn is for --recipe spark" in fails(capsys, *flags)
+    assert "--densify-norm bn is for SparK" in fails(capsys, *flags)
 
 
 def test_a_checkpoint_that_names_no_recipe_is_of_spark() -> None:
