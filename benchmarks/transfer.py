@@ -1,6 +1,6 @@
 """Is pretraining worth it? Few and all labels, from pretrained weights and from scratch, each side at its best rate.
 
-    python -m benchmarks.transfer --json benchmarks/results/transfer.json            # emoji by npm, about 45 minutes on 2 cores
+    python -m benchmarks.transfer --json benchmarks/results/transfer.json            # emoji by npm, about 50 minutes on 2 cores
     python -m benchmarks.transfer --data labelled/ --model resnet50 --json mine.json # any labelled folder
     python -m benchmarks.transfer --write                                            # from the JSON: picture and README's table
 
