@@ -17,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparkme
 from sparkme.data.dataset import Batch
+from sparkme.finetune import Finetuning
 from sparkme.models import add_drop_path, create_encoder
 from sparkme.pretrain import Pretraining
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import start_process, synchronise_batch_norms
+from sparkme.training.finetune_config import create_parser as finetune_parser
 from sparkme.training.loop import Loop
 
 
@@ -125,3 +127,27 @@ def test_synchronised_batch_norms_still_drop_residual_branches() -> None:
     add_drop_path(network, 0.5)
     hooks = sum(len(m._forward_hooks) for m in synchronise_batch_norms(network).modules())
     assert hooks == 7 and isinstance(network.layer4[1].bn2, nn.SyncBatchNorm) and network.layer4[1].bn2._forward_hooks
+
+
+def measure(rank: int, data: str, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    words = ["--from-scratch", "--model", "timm:test_resnet", "--data", data, "--input-size", "64", "--batch-size", "8",
+             "--workers", "0", "--output", f"{folder}/run"]  # fmt: skip
+    run = Finetuning(finetune_parser().parse_args(words), start_process("cpu"))
+    for name, buffer in run.network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.fill_(rank)
+    run._measure(run.network)
+    torch.save(dict(run.network.named_buffers()), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_processes_measure_the_first_ones_batch_norms(labelled: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(measure, (str(labelled), str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first and all(torch.equal(value, second[name]) for name, value in first.items())
+    assert all((value == 0).all() for name, value in first.items() if name.endswith("running_mean"))
