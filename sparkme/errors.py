@@ -22,6 +22,10 @@ class UserError(ValueError):
     """Something the user can mend; the message says what was got and what to change."""
 
 
+class CannotWrite(UserError):
+    """A file that a run leaves behind cannot be written, mostly since the disk is full; what was there is as before."""
+
+
 class UnsupportedLayerError(ValueError):
     """A layer of a dense network, or a function it calls, has no sparse form. `layer` is its path, where one is known."""
 

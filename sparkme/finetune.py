@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from sparkme.errors import UserError, run_command
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.finetune_config import FIXED, create_parser, output_folder, resolve_config
-from sparkme.training.loop import RunFolder, Training, check_same_run, run_training
+from sparkme.training.folder import RunFolder, check_same_run
+from sparkme.training.loop import Training, run_training
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
@@ -66,10 +67,7 @@ class Finetuning(Training):
             keep_freed_memory()
         self.process = process
         pretrained = find_weights(args)
-        self.folder = folder = RunFolder(
-            output_folder(args, pretrained.model), resume=args.resume, keep_checkpoints=args.keep_checkpoints,
-            command="finetune",
-        )  # fmt: skip
+        self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
         split = find_labelled(args.data, args.labels, val_share=args.val_share, seed=args.seed)
         self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
         self.val_set = split.val
@@ -107,7 +105,7 @@ class Finetuning(Training):
         self.total_steps = config["epochs"] * self.steps_per_epoch
         self.best: dict[str, float] = {}
         self.unreadable: set[str] = set()  # of those that are measured on
-        self.step = folder.restore(self._load)
+        self.resume()
         self.network, self.model = distribute(self.network, process)
         self.mix, self.criterion, self.erase = create_losses(config, process.device)
         self.dataset = CropDataset(
@@ -162,7 +160,7 @@ class Finetuning(Training):
         average = {"average": self.average.module.state_dict()} if self.average is not None else {}
         return {**super().state(), **average, "best": self.best, "classes": self.classes}
 
-    def _load(self, saved: dict[str, Any]) -> None:
+    def load(self, saved: dict[str, Any]) -> None:
         self.network.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:

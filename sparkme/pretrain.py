@@ -22,7 +22,8 @@ from torch import Tensor
 from sparkme.errors import UserError, first_line, python_command, run_command
 from sparkme.training.config import FIXED, OLDER, RECIPES, create_parser, output_folder, resolve_config
 from sparkme.training.distributed import Process, distribute, start_process
-from sparkme.training.loop import RunFolder, Training, check_same_run, run_training
+from sparkme.training.folder import RunFolder, check_same_run
+from sparkme.training.loop import Training, run_training
 
 MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to measure on
 
@@ -80,9 +81,7 @@ class Pretraining(Training):
         if process.device.type == "cpu":
             keep_freed_memory()
         self.process = process
-        self.folder = folder = RunFolder(
-            output_folder(args), resume=args.resume, keep_checkpoints=args.keep_checkpoints, command="pretrain"
-        )
+        self.folder = folder = RunFolder(output_folder(args), args, command="pretrain", process=process)
         paths = find_images(args.data, leave_out=folder.path) if args.data else demo_photographs()
         self.config = config = resolve_config(args, len(paths), process, folder.saved_config)
         self.recipe_reason = config.pop("recipe_reason")
@@ -106,11 +105,12 @@ class Pretraining(Training):
         self.clip_norm = config["clip_grad"] if config["optimizer"] == "adamw" else None  # LAMB clips by itself
         self.steps_per_epoch = config["samples_per_epoch"] // config["batch_size"]
         self.total_steps = config["epochs"] * self.steps_per_epoch
+        self.poor_loss = 1.0 if config["norm_pix_loss"] else None  # of patches whose mean is 0 and variance 1
         if not any(p.requires_grad for p in self.network.encoder.parameters()):
             raise UserError(
                 f"--model {config['model']}: all its parameters are frozen (requires_grad is False): nothing to train"
             )
-        self.step = folder.restore(self._load)
+        self.resume()
         self.network, self.model = distribute(self.network, process, self._compile if config["compile"] else None)
         self.dataset = CropDataset(
             paths,
@@ -245,7 +245,7 @@ class Pretraining(Training):
 
         return Split(some(split.train, MOST_PROBED[0]), some(split.val, MOST_PROBED[1]), split.note)
 
-    def _load(self, saved: dict[str, Any]) -> None:
+    def load(self, saved: dict[str, Any]) -> None:
         from sparkme.training.build import load_weights
 
         load_weights(self.network, saved["model"])

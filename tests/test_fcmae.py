@@ -22,7 +22,7 @@ from sparkme.pretrain import main
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import FIXED, OLDER
-from sparkme.training.loop import check_same_run
+from sparkme.training.folder import check_same_run
 from sparkme.training.optimizer import parameter_groups
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")

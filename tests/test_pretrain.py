@@ -2,7 +2,7 @@
 
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -120,8 +120,6 @@ def test_the_checkpoint_of_another_run_is_refused_and_kept(
     assert "was trained with --model resnet18, now it is resnet34" in message and "--no-resume" in message
     assert "--batch-size 4, now it is 2" in fails(capsys, *SMALL, "--output", folder, "--batch-size", 2)
     assert (folder / "config.json").read_text() == before and len(weights(folder)) > 100
-    (folder / "checkpoints" / "last.pt").write_bytes(b"torn")
-    assert "earlier ones beside it" in fails(capsys, *SMALL, "--output", folder)
 
 
 def test_convnext_pretrains_from_given_weights(tmp_path: Path) -> None:
@@ -224,15 +222,7 @@ def test_spoiled_weights_are_not_saved(
 
     monkeypatch.setattr(Pretraining, "train_step", overflow)
     assert main([*SMALL, "--output", str(tmp_path), "--checkpoint-minutes", "0"]) == 2
-    assert "the weights are not finite after step 4; the last good checkpoint is" in capsys.readouterr().err
-    assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
-
-
-def test_a_full_disk_under_the_log_saves_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "loss.png").symlink_to("/dev/full")
-    assert main([*SMALL, "--output", str(tmp_path), "--panel-epochs", "1"]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and "No space left on device" in errors and "saved" in errors
+    assert re.search(r"the weights are not finite after step 4 \(.*\); the last good checkpoint is", capsys.readouterr().err)
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
 
 
@@ -254,18 +244,6 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypat
     assert main([*flags, "--data", ".", "--epochs", "2"]) == 0
     config = json.loads(Path("runs/resnet18-64/config.json").read_text())
     assert (config["num_images"], config["samples_per_epoch"], config["batch_size"]) == (9, 8, 8)
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(straight: Path, tmp_path: Path) -> None:
-    """The largest file a process may write stands in for the disk."""
-    folder = tmp_path / "run"
-    shutil.copytree(straight, folder, symlinks=True)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # noqa: E731
-    done = run(*SMALL, "--epochs", 4, "--output", folder, preexec_fn=limit)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "cannot write the checkpoint" in done.stderr and "last.pt is intact" in done.stderr
-    assert not list((folder / "checkpoints").glob("*.writing"))
-    assert all(torch.equal(v, weights(straight)[k]) for k, v in weights(folder).items())
 
 
 @pytest.mark.parametrize(

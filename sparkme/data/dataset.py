@@ -102,6 +102,7 @@ class Batch(NamedTuple):
     images: Tensor | None
     unreadable: tuple[str, ...]
     labels: Tensor | None = None
+    enlarged: int = 0
 
 
 class CropDataset(Dataset[Sample]):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparkme.errors import UserError, first_line, unreadable_reason
+from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
@@ -100,7 +100,7 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     """A file to write beside another, which it replaces once it is written.
 
     Raises:
-        UserError: it cannot be written; what was there is as before.
+        CannotWrite: what was there is as before.
     """
     temporary = path.with_name(path.name + ".writing")
     try:
@@ -110,4 +110,4 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {first_line(error)}") from error
+        raise CannotWrite(f"cannot write {path}: {first_line(error)}") from error

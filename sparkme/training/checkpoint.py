@@ -1,19 +1,35 @@
-"""Checkpoints: written beside and renamed, so that a crash or a full disk never costs the last good one."""
+"""Checkpoints: written beside and renamed, so that a crash or a full disk never costs the last good one.
+
+A checkpoint is torch's own format, a zip archive, which has a CRC-32 of every tensor. torch writes those sums and does not look
+at them when it reads; `load_checkpoint` does.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sparkme.errors import UserError, first_line, unreadable_reason
+from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
 
 FORMAT = 1
+
+
+class SpoiledWeights(ValueError):
+    """Weights that are not finite, which are never written."""
+
+
+class DamagedCheckpoint(UserError):
+    """A file that was a checkpoint once, or that cannot be read at all."""
 
 
 class Checkpoints:
@@ -22,11 +38,16 @@ class Checkpoints:
     Args:
         folder: where they are.
         keep: how many to keep.
+        keep_every: those of steps that are a multiple of this are kept beside them for good; 0: none.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
         self.folder = folder
         self.keep = keep
+        self.keep_every = keep_every
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[Path] | None = None  # what is being written, or was and nobody has asked for yet
+        self._copy: Any = None  # of the state, in the host's memory
 
     @property
     def last(self) -> Path:
@@ -34,42 +55,106 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """What `last.pt` points at or, where it is lost, as copying can lose links, the checkpoint of the highest step."""
-        if self.last.exists():
-            return self.last
-        steps = self._steps()
-        return steps[-1] if steps else None
+        return next(iter(self.candidates()), None)
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints, the one to go on from first; one of an earlier step takes its place where it is damaged."""
+        steps = self._steps()[::-1]
+        if not self.last.exists():
+            return steps
+        target = self.last.resolve()
+        return [self.last, *(path for path in steps if path.resolve() != target)]
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.pt"))
 
+    def set_aside(self, damaged: Path) -> Path:
+        """Renames a checkpoint that cannot be read, so that it is neither read nor counted again."""
+        path = damaged.resolve()
+        aside = path.with_name(path.name + ".damaged")
+        os.replace(path, aside)
+        if damaged == self.last:
+            self.last.unlink(missing_ok=True)
+        return aside
+
     def save(self, state: dict[str, Any], step: int) -> Path:
-        """Writes a checkpoint, points `last.pt` at it and removes the oldest.
+        """Writes a checkpoint, points `last.pt` at it and removes the oldest; returns when it is on the disk.
 
         Raises:
-            UserError: it could not be written; earlier checkpoints are untouched.
+            CannotWrite: earlier checkpoints are untouched.
+            SpoiledWeights: a weight is not finite; nothing is written.
         """
+        with suppress(CannotWrite):  # this one takes the place of what could not be written before
+            self.wait()
+        return self._write(state, step)
+
+    def make_room(self, state: dict[str, Any]) -> None:
+        """Takes the memory that `start_saving` copies a state to, which is slow the first time only."""
+        self._copy = _copied(state, None)
+
+    def start_saving(self, state: dict[str, Any], step: int) -> None:
+        """As `save`, but returns as soon as the state is copied; the rest is done by another thread.
+
+        Raises:
+            CannotWrite, SpoiledWeights: of the save before; this one is begun nevertheless.
+        """
+        try:
+            self.wait()
+        finally:
+            self._copy = _copied(state, self._copy)
+            event = torch.cuda.Event() if torch.cuda.is_initialized() else None
+            if event is not None:
+                event.record()
+            self._written = self._writer.submit(self._write, self._copy, step, event)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save that was started is still being written."""
+        return self._written is not None and not self._written.done()
+
+    def wait(self) -> Path | None:
+        """Waits for the save that was started, if there is one. Returns its path.
+
+        Raises:
+            CannotWrite, SpoiledWeights: why it was not written.
+        """
+        written, self._written = self._written, None
+        return written.result() if written is not None else None
+
+    def check(self) -> None:
+        """Raises what the save that was started ended with; waits for nothing."""
+        if not self.busy:
+            self.wait()
+
+    def _write(self, state: dict[str, Any], step: int, copied: torch.cuda.Event | None = None) -> Path:
+        if copied is not None:
+            copied.synchronize()
+        _check_finite(state, step)
         path = self.folder / f"step_{step:08d}.pt"
         temporary = path.with_suffix(".pt.writing")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save({"format": FORMAT, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
+            torch.save({"format": FORMAT, "step": step, **state}, temporary)
+            _to_disk(temporary)
             os.replace(temporary, path)
             self._point_at(path)
+            _to_disk(self.folder)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 temporary.unlink()
             resume = f"{self.last} is intact" if self.last.exists() else "there is no earlier one"
-            raise UserError(
-                f"cannot write the checkpoint {path} ({first_line(error)}; {free_gib(path):.1f} GiB free); make room or change "
-                f"--output, then start again; {resume}"
-            ) from error
-        earlier = [old for old in self._steps() if old.name < path.name]
-        for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
+            free, needed = free_gib(path), _gib(state)
+            reason = f"it takes {needed:.2f} GiB, {free:.2f} are free" if free < needed else first_line(error)
+            raise CannotWrite(f"cannot write the checkpoint {path} ({reason}); {resume}") from error
+        earlier = [old for old in self._steps() if old.name < path.name and not self._is_kept(old)]
+        recent = self.keep - (not self._is_kept(path))
+        for old in earlier[: max(0, len(earlier) - recent)]:
             old.unlink(missing_ok=True)
         return path
+
+    def _is_kept(self, path: Path) -> bool:
+        number = path.stem.removeprefix("step_")
+        return self.keep_every > 0 and number.isdecimal() and int(number) % self.keep_every == 0
 
     def _point_at(self, path: Path) -> None:
         link = self.folder / "last.pt.writing"
@@ -80,11 +165,75 @@ class Checkpoints:
             shutil.copyfile(path, link)
         os.replace(link, self.last)
 
+    def clean(self) -> None:
+        """Removes what a process that was killed left half written.
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for torn in self.folder.glob("*.writing"):
+            torn.unlink()
+
+
+def _copied(value: Any, into: Any) -> Any:
+    """A copy of nested dicts, lists and tensors in the host's memory; `into`, an earlier copy, lends its memory where it fits.
+
+    Copies from a GPU are only begun.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach()
+        # In the same order in memory: sums over what an optimiser keeps would be rounded differently after a resume.
+        fits = isinstance(into, Tensor) and (into.shape, into.dtype, into.stride()) == (
+            value.shape,
+            value.dtype,
+            value.stride(),
+        )
+        host = into if fits else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return host.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # a state dict keeps more than its items
+        copied.update({k: _copied(v, into.get(k) if isinstance(into, dict) else None) for k, v in value.items()})
+        return copied
+    if isinstance(value, list | tuple):
+        earlier = into if isinstance(into, list | tuple) and len(into) == len(value) else [None] * len(value)
+        return type(value)(_copied(v, e) for v, e in zip(value, earlier, strict=True))
+    return copy.deepcopy(value)
+
+
+def _check_finite(state: dict[str, Any], step: int) -> None:
+    """Raises SpoiledWeights: the loss of a step says nothing of its update, so the weights are looked at themselves."""
+    for name, value in state.get("model", {}).items():  # a module may keep other things
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise SpoiledWeights(f"the weights are not finite after step {step} ({name})")
+
+
+def _gib(value: Any) -> float:
+    """How much memory the tensors in nested dicts and lists take."""
+    if isinstance(value, Tensor):
+        return value.nbytes / 2**30
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_gib, parts))
+
+
+def _to_disk(path: Path) -> None:
+    """Returns when the file, or the folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """Reads a checkpoint that `Checkpoints.save` wrote, on the CPU, with `weights_only=True`.
 
+    Args:
+        path: the file.
+        verify: whether to compare its sums.
+
     Raises:
+        DamagedCheckpoint: it cannot be read, or its sums differ.
         UserError: no such file, or not a checkpoint of this project.
     """
     if not path.is_file():
@@ -94,14 +243,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of formats that are refused here
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
-        others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
-        hint = f"; earlier ones beside it: {', '.join(others)}" if others else ""
-        raise UserError(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){hint}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){_others(path)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
     if not isinstance(state["config"], dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
-        raise UserError(f"{path} is a damaged checkpoint: its step or its configuration is of another kind")
+        raise DamagedCheckpoint(f"{path} is a damaged checkpoint: its step or its configuration is of another kind")
+    if verify and (part := _first_damage(path)) is not None:
+        raise DamagedCheckpoint(f"{path} is damaged: the checksum of {part} differs{_others(path)}")
     return state
+
+
+def _first_damage(path: Path) -> str | None:
+    """The first part of a zip archive whose CRC-32 is not the one that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except Exception as error:  # of a damaged head, too, zipfile has many
+        return f"the archive ({first_line(error)})"
+
+
+def _others(path: Path) -> str:
+    """What may be taken instead."""
+    others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
+    return f"; earlier ones beside it: {', '.join(others[-4:])}" if others else ""
 
 
 def free_gib(path: Path) -> float:

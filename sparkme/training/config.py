@@ -16,6 +16,8 @@ from sparkme.errors import Parser, UserError
 from sparkme.training.distributed import Process
 
 PAPER_BATCH, PAPER_WARMUP = 4096, 40
+# With --on-nan: of the last so many steps, at most so many may be left out. More are no accident.
+RECENT_STEPS, MOST_NOT_FINITE = 100, 10
 
 
 @dataclass(frozen=True)
@@ -285,8 +287,34 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         metavar="M",
         help="save when the last save is older; 0 saves every epoch (%(default)s)",
     )
-    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="(%(default)s)")
+    group.add_argument("--keep-checkpoints", type=int, default=3, metavar="N", help="the newest N (%(default)s)")
+    group.add_argument(
+        "--keep-every", type=int, default=0, metavar="K", help="and, for good, that of every K-th epoch; 0: none (%(default)s)"
+    )
     group.add_argument("--log-steps", type=int, default=10, metavar="N", help="steps between log lines (%(default)s)")
+    group.add_argument(
+        "--on-nan",
+        choices=("stop", "skip", "rollback"),
+        default="stop",
+        help="a step whose loss or gradient is not finite: stop; leave it out; or leave it out and go on with the weights of "
+        "the last checkpoint. The last two wait for the device in every step, and stop after "
+        f"{MOST_NOT_FINITE} such steps of {RECENT_STEPS} (%(default)s)",
+    )
+    group.add_argument(
+        "--on-full-disk",
+        choices=("continue", "stop"),
+        default="continue",
+        help="what cannot be written: say so, go on, and try again; or save if possible, and stop (%(default)s)",
+    )
+    group.add_argument(
+        "--hang-seconds",
+        type=float,
+        default=45.0,
+        metavar="S",
+        help="end a process where a step, waiting for images or for other processes takes longer than this and five usual "
+        "steps; 0: never (%(default)s)",
+    )
+    group.add_argument("--wandb", action="store_true", help="send the metrics to Weights & Biases, too, where it is installed")
 
 
 def add_device(group: argparse._ArgumentGroup) -> None:
@@ -365,7 +393,8 @@ FIXED = ("recipe", "model", "channels", "input_size", "patch", "decoder_width", 
 
 OLDER = {"recipe": "spark", "channels": 3}  # what checkpoints mean that do not say
 
-_AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "samples_per_epoch": 1,
+_AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "keep_every": 0, "hang_seconds": 0,
+             "batch_size": 1, "samples_per_epoch": 1,
              "patch": 1, "channels": 1, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0,
              "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "probe_epochs": 1, "warmup_epochs": 0}  # fmt: skip
 

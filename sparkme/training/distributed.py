@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,18 @@ from sparkme.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the `world` of those that train together."""
+    """This process among the `world` of those that train together.
+
+    Attributes:
+        hosts: a gloo group of all processes, for what concerns the hosts alone.
+        peers: host and process number of each, by rank.
+    """
 
     rank: int
     world: int
     device: torch.device
-    hosts: Any = None  # a gloo group of all processes, for what concerns the hosts alone
+    hosts: Any = None
+    peers: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +56,14 @@ class Process:
         if self.world > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
+
+    def share(self, value: Any) -> Any:
+        """What the first process has. It travels between the hosts."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.hosts)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any]:
         """What every process has, in the first one; elsewhere what this one has. It travels between the hosts."""
@@ -91,7 +106,10 @@ def start_process(device: str) -> Process:
         raise UserError(f"--device {device} puts {world} processes on one GPU; use --device cuda")
     try:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return Process(rank, world, chosen, dist.new_group(backend="gloo"))
+        hosts: Any = dist.new_group(backend="gloo")
+        peers: list[Any] = [None] * world
+        dist.all_gather_object(peers, (socket.gethostname(), os.getpid()), group=hosts)
+        return Process(rank, world, chosen, hosts, tuple(peers))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{world} processes cannot meet ({first_line(error)}); start them with torchrun") from error
 
@@ -99,6 +117,13 @@ def start_process(device: str) -> Process:
 def stop_process() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_of_others(error: Exception) -> bool:
+    """Whether an exception says that another process does not answer any more."""
+    text = str(error).lower()
+    named = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+    return named or (isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed")))
 
 
 def distribute(network: Any, process: Process, prepare: Callable[[], None] | None = None) -> tuple[Any, nn.Module]:

@@ -183,7 +183,8 @@ def create_parser() -> argparse.ArgumentParser:
 FIXED = ("model", "weights", "channels", "num_classes", "num_train_images", "split_digest", "input_size", "optimizer",
          "layer_decay", "batch_size", "repeats", "from_scratch", "shots", "seed")  # fmt: skip
 
-_AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "batch_size": 1, "repeats": 1, "shots": 1,
+_AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "keep_every": 0, "hang_seconds": 0,
+             "batch_size": 1, "repeats": 1, "shots": 1,
              "eval_epochs": 1, "max_unreadable": 0, "weight_decay": 0, "clip_grad": 0, "checkpoint_minutes": 0,
              "warmup_epochs": 0, "mixup": 0, "cutmix": 0}  # fmt: skip
 _SHARES = {"random_erasing": (0, 1), "smoothing": (0, 1), "drop_path": (0, 1), "ema_decay": (0, 1)}

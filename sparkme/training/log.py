@@ -1,16 +1,70 @@
-"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, loss.png, and lines on the screen."""
+"""What a run leaves behind while it trains: metrics.jsonl, notes.jsonl, TensorBoard events, loss.png, lines on the screen."""
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from sparkme.interop.files import replaced_when_whole
+
 LEAST_POINTS = 10  # of percent that the axis of what was measured spans, so that an image more or less is no fall
+EARLIER_RUNS = 4  # of the same folder, shown in loss.png
+MOST_BYTES = 256 * 2**20  # of a metrics file that is read
+
+
+class Lines:
+    """A file of JSON lines that grows. What a full disk refuses is kept, and written with the next line.
+
+    Args:
+        path: the file.
+    """
+
+    MOST_KEPT = 100_000
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: list[str] = []
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Appends a record, and what was kept before; numbers that are not finite, which JSON does not have, are left out.
+
+        Raises:
+            OSError: it could not be written, as a whole; the file is as before.
+        """
+        values = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.kept = [*self.kept[-self.MOST_KEPT :], json.dumps(values) + "\n"]
+        data = "".join(self.kept).encode()
+        number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            end = os.fstat(number).st_size
+            if os.write(number, data) < len(data):
+                os.ftruncate(number, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        finally:
+            os.close(number)
+        self.kept.clear()
+
+
+class Notes:
+    """notes.jsonl: when a run started and stopped, images that could not be read, warnings. Every process may write it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = Lines(folder / "notes.jsonl")
+
+    def add(self, kind: str, step: int, text: str) -> None:
+        """Keeps a note for the reader; one that cannot be written now is written with the next."""
+        with suppress(OSError):
+            self.lines.add({"time": round(time.time(), 3), "step": step, "kind": kind, "text": text})
 
 
 class RunLog:
@@ -20,50 +74,102 @@ class RunLog:
         folder: the run folder.
         first_step: the step training (re)starts at.
         total_steps: of the whole run.
-        bar: whether to draw a progress bar; plain lines otherwise.
+        steps_per_epoch: likewise.
+        bar: whether to draw progress bars; plain lines otherwise.
         loss_name: for the picture.
+        tracker: what takes the metrics beside the files, such as a run of Weights & Biases.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, total_steps: int, bar: bool, loss_name: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, folder: Path, *, first_step: int, total_steps: int, steps_per_epoch: int, bar: bool, loss_name: str,
+        tracker: Any = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.loss_name, self.tracker = folder, loss_name, tracker
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.first_step, self.done = first_step, first_step
+        self.lines = Lines(folder / "metrics.jsonl")
+        kept = [line for line in read_records(self.lines.path) if line["step"] <= first_step] if first_step else []
+        with replaced_when_whole(self.lines.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._events: Any = None
+        self._purge: int | None = first_step + 1  # TensorBoard shows no events from here on of writers before
+        self.bars: list[Any] = []
+        if bar:  # both follow the terminal's width
+            epoch, in_epoch = divmod(first_step, steps_per_epoch)
+            self.bars = [
+                tqdm(total=steps_per_epoch, initial=in_epoch, desc=self._epoch(epoch), unit="step", dynamic_ncols=True),
+                tqdm(total=total_steps, initial=first_step, desc="run", unit="step", dynamic_ncols=True, position=1),
+            ]
 
-        self.folder, self.loss_name = folder, loss_name
-        self.total_steps = total_steps
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in _records(self.path) if line["step"] <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = self.path.open("a", buffering=1)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if bar else None
+    @property
+    def events(self) -> Any:
+        """TensorBoard's writer; a new one where the last could not write, since it never tries again."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge)
+            self._purge = None
+        return self._events
 
     def step(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
+        self.done += 1
+        if not self.bars:
+            return
+        of_epoch, of_run = self.bars
+        of_run.update()
+        of_epoch.update()
+        if self.done % self.steps_per_epoch == 0 and self.done < self.total_steps:
+            of_epoch.reset()
+            of_epoch.set_description(self._epoch(self.done // self.steps_per_epoch))
+
+    def _epoch(self, done: int) -> str:
+        return f"epoch {done + 1}/{self.total_steps // self.steps_per_epoch}"
 
     def metrics(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Records metrics after `step` steps; needs `loss`, `learning_rate`, `images_per_s` and `seconds_left`."""
-        self._write(step, epoch, values)
+        """Records metrics after `step` steps; needs `loss`, `learning_rate`, `images_per_s` and `seconds_left`.
+
+        Raises:
+            OSError: the disk refused them.
+        """
+        rate = f"{values['images_per_s']:.1f} images/s"
+        shown = f"loss {values['loss']:.4f} | lr {values['learning_rate']:.2e}"
         left = duration(values["seconds_left"])
-        shown = f"loss {values['loss']:.4f} | lr {values['learning_rate']:.2e} | {values['images_per_s']:.1f} images/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(shown, refresh=False)
+        if self.bars:
+            self.bars[0].set_postfix_str(shown, refresh=False)
+            self.bars[1].set_postfix_str(rate, refresh=False)
         else:
             share = 100 * step / self.total_steps
-            print(f"step {step}/{self.total_steps} ({share:.0f} %) | {shown} | {left} left", flush=True)
+            print(f"step {step}/{self.total_steps} ({share:.0f} %) | {shown} | {rate} | {left} left", flush=True)
+        self._write(step, epoch, values)
 
     def measured(self, step: int, epoch: float, values: dict[str, float], text: str) -> None:
-        """Records what was measured after `step` steps, such as an accuracy from 0 to 1, and says it."""
-        self._write(step, epoch, values)
+        """Records what was measured after `step` steps, such as an accuracy from 0 to 1, and says it.
+
+        Raises:
+            OSError: the disk refused it.
+        """
         self.say(f"epoch {epoch:g}: {text}")
+        self._write(step, epoch, values)
 
     def _write(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.log({"epoch": epoch, **values}, step=step)
+        self.lines.add({"step": step, "epoch": round(epoch, 4), **values})
+        try:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+        except OSError:
+            self._drop_events()
+            raise
+
+    def _drop_events(self) -> None:
+        events, self._events = self._events, None
+        with suppress(Exception):  # it says again what it could not write
+            events.close()
 
     def say(self, text: str) -> None:
-        """A line that does not tear the bar."""
-        if self.bar is not None:
+        """A line that does not tear the bars."""
+        if self.bars:
             tqdm.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
@@ -73,21 +179,30 @@ class RunLog:
         tqdm.write(text, file=sys.stderr)
 
     def finish(self, text: str) -> None:
-        """Last words: below the bar, where nothing is drawn any more."""
-        if self.bar is not None:
-            self.bar.close()
-        print(text, flush=True)
+        """Last words: below the bars, where nothing is drawn any more."""
+        self._close_bars()
+        with suppress(OSError):  # of a terminal that is gone
+            print(text, flush=True)
+
+    def _close_bars(self) -> None:
+        for bar in self.bars:
+            bar.close()
+        self.bars = []
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """Adds a (3, H, W) image to the TensorBoard events."""
-        self.events.add_image(name, image, step)
+        try:
+            self.events.add_image(name, image, step)
+        except OSError:
+            self._drop_events()
+            raise
 
     def plot(self) -> None:
         """Draws loss.png: the loss and the learning rate over epochs and, below, what was measured."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        records = _records(self.path)
+        records = read_records(self.lines.path)
         trained = [record for record in records if "loss" in record]
         measured = [record for record in records if "loss" not in record]
         if not trained:
@@ -96,9 +211,15 @@ class RunLog:
         FigureCanvasAgg(figure)
         rows = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if measured else [1])
         axes = rows[0, 0]
+        earlier = earlier_runs(self.folder)
+        for (name, points), colour in zip(earlier.items(), ("0.35", "0.5", "0.65", "0.8"), strict=False):
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, label=unformatted(ended(name, 30)))
         epochs = [record["epoch"] for record in trained]
         dots = "o" if len(trained) < 5 else ""  # of which a line shows little
-        axes.plot(epochs, [record["loss"] for record in trained], color="tab:blue", marker=dots, markersize=3, linewidth=1.2)
+        axes.plot(epochs, [record["loss"] for record in trained], color="tab:blue", marker=dots, markersize=3, linewidth=1.2,
+                  label="this run")  # fmt: skip
+        if earlier:
+            axes.legend(frameon=False, fontsize="small")
         axes.set_title(unformatted(ended(str(self.folder), 60)))
         axes.set_ylabel(self.loss_name, color="tab:blue")
         axes.ticklabel_format(useOffset=False)
@@ -121,13 +242,40 @@ class RunLog:
             below.legend(frameon=False)
             below.grid(alpha=0.3)
         rows[-1, 0].set_xlabel("epoch")
-        figure.savefig(self.folder / "loss.png", dpi=120)
+        with replaced_when_whole(self.folder / "loss.png") as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.events.close()
-        self.file.close()
+        self._close_bars()
+        if self._events is not None:
+            self._drop_events()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+def earlier_runs(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Epoch and loss of the newest other runs of the same command in the same parent folder, by their names."""
+    command, found = _command(folder), list[tuple[float, Path]]()
+    with suppress(OSError):
+        for entry in os.scandir(folder.absolute().parent):
+            metrics = Path(entry.path, "metrics.jsonl")
+            if entry.name != folder.absolute().name and metrics.is_file() and _command(Path(entry.path)) == command:
+                found.append((metrics.stat().st_mtime, metrics))
+    runs: dict[str, list[tuple[float, float]]] = {}
+    for _, metrics in sorted(found, reverse=True):
+        points = [(record["epoch"], record["loss"]) for record in read_records(metrics) if "loss" in record]
+        if points:
+            runs[metrics.parent.name] = points
+        if len(runs) == EARLIER_RUNS:
+            break
+    return runs
+
+
+def _command(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("command", "pretrain"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def unformatted(text: str) -> str:
@@ -145,24 +293,33 @@ def _label(name: str) -> str:
 
 
 class Throughput:
-    """Images per second since the last report, and the time left at that rate."""
+    """Images per second since the last report, the share of it that was waited for images, and the time left at that rate.
+
+    Attributes:
+        waited_s: for images, since the last report; the loop adds to it.
+        longest_s: that a step took, of the means over what was reported.
+    """
 
     def __init__(self, images_per_step: int, total_steps: int) -> None:
         self.images_per_step = images_per_step
         self.total_steps = total_steps
+        self.longest_s = 0.0
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Counts from here; called after what is not training, such as pictures and checkpoints."""
-        self.since, self.step = time.perf_counter(), step
+        """Counts from here; called after what is not training, such as pictures."""
+        self.since, self.step, self.waited_s = time.perf_counter(), step, 0.0
 
     def report(self, step: int) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.since, 1e-9)
         per_step = seconds / max(1, step - self.step)
+        self.longest_s = max(self.longest_s, per_step)
+        waited = min(1.0, self.waited_s / seconds)
         self.restart(step)
         return {
             "images_per_s": self.images_per_step / per_step,
             "step_ms": 1e3 * per_step,
+            "loader_wait": waited,
             "seconds_left": per_step * (self.total_steps - step),
         }
 
@@ -179,16 +336,18 @@ def duration(seconds: float) -> str:
     return f"{m} min {s:02d} s" if m else f"{s} s"
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; from one that a crash has torn they are left out."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    records: list[dict[str, Any]] = []
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return records
+    for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
             needed = ("step", "epoch", "loss", "learning_rate") if "loss" in record else ("step", "epoch")
-            if not all(isinstance(record[name], int | float) for name in needed):
+            if not all(isinstance(record[name], int | float) and abs(record[name]) < 1e15 for name in needed):
                 break
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         records.append(record)
     return records

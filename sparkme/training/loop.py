@@ -1,14 +1,14 @@
 """The loop that every training command shares: resume, step, log, save, stop.
 
-A command derives from `Training` and says what a step is, what is measured and what is drawn; `RunFolder` is where its run
-lives, and `Loop` runs it. Step k of a run is the same whether or not the run was interrupted before it.
+A command derives from `Training` and says what a step is, what is measured and what is drawn; `Loop` runs it. Step k of a
+run is the same whether or not the run was interrupted before it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,13 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkme.errors import UserError, first_line, user_errors
-from sparkme.training.checkpoint import Checkpoints, free_gib, load_checkpoint
-from sparkme.training.config import as_text, flag_of
-from sparkme.training.distributed import Process, stop_process
-from sparkme.training.log import RunLog, Throughput
+from sparkme.errors import CannotWrite, UserError, first_line, python_command, user_errors
+from sparkme.training.checkpoint import SpoiledWeights, free_gib
+from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
+from sparkme.training.distributed import Process, is_of_others, stop_process
+from sparkme.training.folder import RunFolder
+from sparkme.training.health import Health
+from sparkme.training.log import Notes, RunLog, Throughput
 from sparkme.training.optimizer import update_schedule
 from sparkme.training.random import seed_step
+from sparkme.training.watchdog import STARTING_S, Watchdog
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
@@ -39,8 +42,8 @@ class Training(ABC):
     """What is trained, and how.
 
     Attributes:
-        config: every setting, as it is saved. The loop reads `seed`, `accumulate`, `precision`, `max_unreadable`,
-            `log_steps` and `checkpoint_minutes`.
+        config: every setting, as it is saved. The loop reads `command`, `seed`, `accumulate`, `precision`, `max_unreadable`,
+            `workers`, and the flags of `training.config.add_run`.
         process: this process.
         folder: where the run lives.
         network: whose weights are trained and saved, on the process's device.
@@ -48,8 +51,11 @@ class Training(ABC):
         optimizer: of the network's parameters; its groups may have an `lr_scale` and a `decay`, see `update_schedule`.
         clip_norm: the largest norm of a gradient, where the optimizer does not see to it.
         loss_name: of the curve in the picture.
+        poor_loss: what a network reaches that has learnt nothing, if that is known.
         steps_per_epoch, total_steps: of the whole run.
         step: how many were done.
+        not_finite: how many of them were left out, and the last of those.
+        gradient_norm: of the last step where it was computed, before clipping; a scalar on the device.
     """
 
     config: dict[str, Any]
@@ -60,9 +66,12 @@ class Training(ABC):
     optimizer: torch.optim.Optimizer
     clip_norm: float | None = None
     loss_name = "loss"
+    poor_loss: float | None = None
     steps_per_epoch: int
     total_steps: int
     step: int = 0
+    not_finite: tuple[int, list[int]] = (0, [])
+    gradient_norm: Tensor | None = None
 
     @abstractmethod
     def batches(self, steps: range) -> Iterable[Batch]:
@@ -87,7 +96,24 @@ class Training(ABC):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside `step`."""
-        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config}
+        count, steps = self.not_finite
+        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config,
+                "not_finite": {"count": count, "steps": steps}}  # fmt: skip
+
+    @abstractmethod
+    def load(self, saved: dict[str, Any]) -> None:
+        """Takes what `state` gave.
+
+        Raises:
+            ValueError, KeyError, RuntimeError: it does not fit.
+        """
+
+    def resume(self) -> None:
+        """Goes on from the folder's checkpoint, if there is one."""
+        self.step = self.folder.restore(self.load)
+        if self.step and self.folder.saved is not None:
+            before = self.folder.saved.get("not_finite", {"count": 0, "steps": []})
+            self.not_finite = before["count"], before["steps"]
 
     def is_due(self, epoch: int) -> bool:
         """Whether there is something to measure or to draw at the end of this epoch, counted from 1; 0 is before the first."""
@@ -104,15 +130,18 @@ class Training(ABC):
         bf16 = self.config["precision"] == "bf16"
         return torch.autocast(self.process.device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    def train_step(self, batch: Batch) -> Tensor:
+    def train_step(self, batch: Batch) -> Tensor | None:
         """One update of the weights.
 
         Returns:
-            The mean loss, scalar, on the device; nothing waits for it.
+            The mean loss, scalar, on the device; nothing waits for it. None where `--on-nan` is not `stop`, which does wait,
+            and the loss or its gradient is not finite: then nothing is updated, and the step is done nevertheless.
         """
         config, process = self.config, self.process
         update_schedule(self.optimizer, **self.rates(self.step))
         generator = seed_step(config["seed"], process.rank, self.step, process.device)
+        is_guarded = config["on_nan"] != "stop"
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()] if is_guarded else []
         tensors = [value.to(process.device, non_blocking=True) for value in self.tensors(batch)]
         parts = list(zip(*(value.chunk(config["accumulate"]) for value in tensors), strict=True))
         total = torch.zeros((), device=process.device)
@@ -122,11 +151,23 @@ class Training(ABC):
                     loss = self.loss(*part, generator=generator) / len(parts)
                 loss.backward()
             total += loss.detach()
+        if self.clip_norm or is_guarded or self.step == 0 or (self.step + 1) % config["log_steps"] == 0:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(gradients)
         if self.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+            assert self.gradient_norm is not None
+            nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, self.gradient_norm)
+        self.step += 1
+        if is_guarded and any(process.agree(not _is_finite(total, self.gradient_norm))):
+            with torch.no_grad():  # what the forward passes left in batch norms
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            self.optimizer.zero_grad(set_to_none=True)
+            count, steps = self.not_finite
+            self.not_finite = count + 1, [s for s in (*steps, self.step) if s > self.step - RECENT_STEPS]
+            return None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         self.after_step()
         return total
 
@@ -137,93 +178,8 @@ class Training(ABC):
         return nullcontext()
 
 
-class RunFolder:
-    """The folder of a run, and the checkpoint to go on from.
-
-    Args:
-        path: the folder.
-        resume: whether to go on from the newest checkpoint in it.
-        keep_checkpoints: how many to keep.
-        command: whose run it is; another's is refused.
-
-    Raises:
-        UserError: the newest checkpoint cannot be read, or is another command's.
-    """
-
-    def __init__(self, path: Path, *, resume: bool, keep_checkpoints: int, command: str) -> None:
-        self.path, self.resume = path, resume
-        self.checkpoints = Checkpoints(path / "checkpoints", keep_checkpoints)
-        self.newest = self.checkpoints.newest() if resume else None
-        self.saved = load_checkpoint(self.newest) if self.newest else None
-        if self.saved is not None and (other := self.saved["config"].get("command", "pretrain")) != command:
-            raise UserError(f"{self.newest} is a checkpoint of sparkme.{other}; use another --output")
-
-    @property
-    def saved_config(self) -> dict[str, Any] | None:
-        return self.saved["config"] if self.saved else None
-
-    def restore(self, load: Callable[[dict[str, Any]], None]) -> int:
-        """Has `load` take what the checkpoint keeps, if there is one. Returns how many steps were done."""
-        if self.saved is None:
-            return 0
-        try:
-            load(self.saved)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{self.newest}: {first_line(error)}; use another --output, or --no-resume to start anew"
-            ) from error
-        step: int = self.saved["step"]
-        return step
-
-    def prepare(self, config: dict[str, Any], *, pictures: tuple[str, ...]) -> None:
-        """Makes the folder, with config.json; takes away what an earlier run left, if this one starts anew."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not self.resume:
-                written = ("checkpoints/*.pt", "metrics.jsonl", "tensorboard/events.*", *pictures)
-                for old in (path for pattern in written for path in self.path.glob(pattern)):
-                    old.unlink()
-            (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to --output {self.path}: {error}") from error
-
-    def print_changes(self, config: dict[str, Any]) -> None:
-        """Says which settings differ from the checkpoint's."""
-        for name, before in self.saved["config"].items() if self.saved else ():
-            if config.get(name) != before:
-                print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
-        if self.saved and self.saved["step"] and not self.checkpoints.last.exists():
-            print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from the newest checkpoint beside it")
-
-
-# Settings that no flag sets, since they are found in the data.
-FOUND = {"num_train_images": "images to learn from", "num_classes": "classes", "weights": "to start from",
-         "split_digest": "as digest of the images, their classes and which of them are measured on"}  # fmt: skip
-
-
-def check_same_run(
-    saved: dict[str, Any], config: dict[str, Any], path: Path | None, fixed: tuple[str, ...], older: dict[str, Any]
-) -> None:
-    """Refuses to continue a run with other settings than it has to keep.
-
-    Args:
-        saved: the checkpoint's configuration.
-        config: the command's.
-        path: the checkpoint.
-        fixed: what has to stay.
-        older: what checkpoints mean that do not say.
-
-    Raises:
-        UserError: names the first flag that differs.
-    """
-    for name in fixed:
-        before = saved.get(name, older.get(name))
-        if before != config[name]:
-            said = f"{before} {FOUND[name]}" if name in FOUND else f"{flag_of(name)} {as_text(before)}"
-            raise UserError(
-                f"{path} was trained with {said}, now it is {as_text(config[name])}; use the same, "
-                "another --output, or --no-resume to start anew"
-            )
+def _is_finite(*scalars: Tensor | None) -> bool:
+    return all(bool(scalar.isfinite()) for scalar in scalars if scalar is not None)
 
 
 class StopRequest:
@@ -236,7 +192,9 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Of a terminal that closes, too, unless nohup has it ignored.
+        closing = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, *closing)}
         try:
             yield
         finally:
@@ -250,9 +208,10 @@ class StopRequest:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
             if self.announce:
-                os.write(
-                    2, b"\nstopping after this step, then saving; Ctrl-C again to stop at once and lose what is not saved\n"
-                )
+                with suppress(OSError):
+                    os.write(
+                        2, b"\nstopping after this step, then saving; Ctrl-C again to stop at once and lose what is not saved\n"
+                    )
 
 
 class Loop:
@@ -265,15 +224,32 @@ class Loop:
     def __init__(self, training: Training) -> None:
         self.training, self.folder = training, training.folder
         self.process, self.config = training.process, training.config
+        self.checkpoints = self.folder.checkpoints
+        self.checkpoints.keep_every = self.config["keep_every"] * training.steps_per_epoch
         self.stop = StopRequest(announce=self.process.is_main)
+        self.watchdog = Watchdog(self.process, self.config["hang_seconds"], self._how_to_continue)
+        self.notes = Notes(self.folder.path)
+        self.health = Health(training)
         self.unreadable: set[str] = set()
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []  # of the steps since the last log line, still on the device
+        self.in_step = False  # then the weights are neither those of one step nor of the next
+        self.cannot_write = ""  # what a full disk refused last, until something can be written again
 
     def run(self) -> int:
         """Steps, logs, reports and saves. Returns the exit code."""
-        with self.stop.listen():
-            return self._run()
+        with self.stop.listen(), self.watchdog.watch():
+            try:
+                return self._run()
+            except (UserError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                self._explain(error)
+                raise
+            finally:
+                if self.log:
+                    with suppress(OSError):
+                        self.log.close()
 
     def _run(self) -> int:
         training, config, process = self.training, self.config, self.process
@@ -284,69 +260,107 @@ class Loop:
                 )
             return 0
         speed = Throughput(config["batch_size"], training.total_steps)
-        last_save = time.monotonic()
-        batches = training.batches(range(training.step, training.total_steps))
+        first_step, last_save = training.step, time.monotonic()
+        batches = iter(training.batches(range(training.step, training.total_steps)))
+        # Where a worker dies, torch raises from a signal's handler, in the midst of a step. To wait for its batch raises, too.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         training.model.train()
+        if process.is_main:
+            self.log = RunLog(
+                self.folder.path, first_step=training.step, total_steps=training.total_steps,
+                steps_per_epoch=training.steps_per_epoch, bar=sys.stderr.isatty(), loss_name=training.loss_name,
+                tracker=start_wandb(config, self.folder.path) if config["wandb"] else None,
+            )  # fmt: skip
+            self.notes.add("started", training.step, command_line(process, config["command"]))
+        if training.step == 0 and training.is_due(0):
+            self._report(0)
+        speed.restart(training.step)
+        slow = True  # the first steps take longer than others
+        while training.step < training.total_steps:
+            self.watchdog.expect(f"waiting for the images of step {training.step + 1}", STARTING_S if slow else None)
+            since = time.perf_counter()
+            batch = self._next(batches)
+            speed.waited_s += time.perf_counter() - since
+            self._look_at(batch)
+            overdue = process.is_main and 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
+            self.watchdog.expect("waiting for the other processes", STARTING_S if slow else None)
+            stop, spoiled, overdue = process.agree(
+                bool(self.stop.signal), self._is_spoiled(batch), overdue and not self.checkpoints.busy
+            )
+            if stop or spoiled:
+                self._log(speed)
+                return self._leave(spoiled=spoiled)
+
+            slow = training.step < first_step + 2
+            self.watchdog.expect(f"computing step {training.step + 1}", STARTING_S if slow else 5 * speed.longest_s)
+            self.in_step = True
+            loss = training.train_step(batch)
+            self.in_step = False
+            if loss is None:
+                self._leave_out()
+            else:
+                self.losses.append(loss)
+            if self.log:
+                self.log.step()
+                self._check_saved()
+                if training.step == first_step + 1:
+                    self.checkpoints.make_room(training.state())
+            epoch, in_epoch = divmod(training.step, training.steps_per_epoch)
+            done = training.step == training.total_steps
+            report = in_epoch == 0 and training.is_due(epoch)
+            kept = bool(config["keep_every"]) and in_epoch == 0 and epoch % config["keep_every"] == 0
+            save = done or overdue or kept or (in_epoch == 0 and not config["checkpoint_minutes"])
+            if report or save or training.step == 1 or training.step % config["log_steps"] == 0:
+                self._log(speed)
+            if report:
+                self._report(epoch)
+                slow = True
+            if save:
+                last_save = time.monotonic()
+                slow = True
+            if self.log and save:
+                self.watchdog.expect("saving", STARTING_S)
+                self._save(now=done)
+            if self.log and (save or report):
+                self._write("loss.png", self.log.plot)
+            if report:
+                speed.restart(training.step)
+        if self.log:
+            skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
+            count, _ = training.not_finite
+            skipped += f"; steps that were not finite and left out: {count}" if count else ""
+            last = self.checkpoints.last
+            self.notes.add("done", training.step, f"done{skipped}")
+            self.log.finish(f"done: {last}{skipped}\n{training.last_words(last)}")
+        return 0
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. Whatever ends the loader, a worker that was killed, say, costs no step that was done."""
         try:
-            if process.is_main:
-                self.log = RunLog(
-                    self.folder.path, first_step=training.step, total_steps=training.total_steps, bar=sys.stderr.isatty(),
-                    loss_name=training.loss_name,
-                )  # fmt: skip
-            if training.step == 0 and training.is_due(0):
-                training.report(0, self.log)
-                training.model.train()
-            speed.restart(training.step)
-            for batch in batches:
-                self._name_unreadable(batch)
-                overdue = 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
-                stop, spoiled, overdue = process.agree(bool(self.stop.signal), self._is_spoiled(batch), overdue)
-                if stop or spoiled:
-                    self._log(speed)
-                    return self._leave(spoiled=spoiled)
+            return next(batches)
+        except Exception as error:
+            died = "DataLoader worker" in str(error) and "exited unexpectedly" in str(error)
+            if not (died or isinstance(error, MemoryError | OSError)):
+                raise
+            saved = self._save_at_the_end()
+            advice = "mostly for want of memory: lower --workers" if died else "see --workers"
+            raise UserError(f"loading images ended: {first_line(error)} ({advice}); {saved}") from error
 
-                self.losses.append(training.train_step(batch))
-                if self.log:
-                    self.log.step()
-                epoch, in_epoch = divmod(training.step, training.steps_per_epoch)
-                done = training.step == training.total_steps
-                report = in_epoch == 0 and training.is_due(epoch)
-                save = done or overdue or (in_epoch == 0 and not config["checkpoint_minutes"])
-                if report or save or training.step == 1 or training.step % config["log_steps"] == 0:
-                    self._log(speed)
-                if report:
-                    training.report(epoch, self.log)
-                    training.model.train()
-                if save:
-                    last_save = time.monotonic()
-                if self.log and save:
-                    self._save()
-                if self.log and (save or report):
-                    self.log.plot()
-                if save or report:
-                    speed.restart(training.step)
-            if self.log:
-                skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
-                last = self.folder.checkpoints.last
-                self.log.finish(f"done: {last}{skipped}\n{training.last_words(last)}")
-            return 0
-        except OSError as error:  # of the log or of a picture
-            saved = f"saved {self._save()}" if process.is_main else "the first process saves"
-            free = free_gib(self.folder.path)
-            raise UserError(f"{error} ({free:.1f} GiB free); {saved}; make room, then start again") from error
-        finally:
-            if self.log:
-                with suppress(OSError):
-                    self.log.close()
-
-    def _name_unreadable(self, batch: Batch) -> None:
+    def _look_at(self, batch: Batch) -> None:
+        """Names what could not be read, and says what is odd about the first images."""
         for problem in batch.unreadable:
             if problem not in self.unreadable:
                 self.unreadable.add(problem)
-                if self.log:
-                    self.log.warn(f"skipped unreadable image {problem}")
-                else:
-                    print(f"skipped unreadable image {problem}", file=sys.stderr, flush=True)
+                self._warn("unreadable", f"skipped unreadable image {problem}")
+        for warning in self.health.of_batch(batch) if self.log else ():
+            self._warn("warning", warning)
+
+    def _warn(self, kind: str, text: str) -> None:
+        self.notes.add(kind, self.training.step, text)
+        if self.log:
+            self.log.warn(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def _is_spoiled(self, batch: Batch) -> bool:
         return batch.images is None or len(self.unreadable) > self.config["max_unreadable"]
@@ -363,28 +377,132 @@ class Loop:
         self.losses.clear()
         if self.log:
             numbers = {"loss": sum(values) / len(values), **training.rates(step - 1), **speed.report(step)}
-            self.log.metrics(step, step / training.steps_per_epoch, numbers)
+            if training.gradient_norm is not None:
+                numbers["gradient_norm"] = float(training.gradient_norm)
+            numbers["memory_gib"] = peak_memory_gib(self.process.device)
+            if count := training.not_finite[0]:
+                numbers["not_finite"] = count
+            log, epoch = self.log, step / training.steps_per_epoch
+            self._write("metrics.jsonl", lambda: log.metrics(step, epoch, numbers))
+            for warning in self.health.of_numbers(step, numbers):
+                self._warn("warning", warning)
+
+    def _report(self, epoch: int) -> None:
+        self.watchdog.expect("measuring and drawing", STARTING_S)
+        self._write("pictures", lambda: self.training.report(epoch, self.log))
+        self.training.model.train()
+
+    def _leave_out(self) -> None:
+        """A step was not finite: says so and, with `--on-nan rollback`, takes the weights of the last checkpoint."""
+        training = self.training
+        _, recent = training.not_finite
+        text = f"the loss of step {training.step} or its gradient is not finite, the step is left out"
+        if len(recent) > MOST_NOT_FINITE:
+            self._refuse(f"{text}; {len(recent)} of the last {RECENT_STEPS} steps were not finite")
+        if self.config["on_nan"] == "rollback":
+            if self.log:
+                with suppress(CannotWrite):
+                    self.checkpoints.wait()
+            path, saved = self.folder.read_newest()
+            if path is None or saved is None:
+                self._refuse(f"{text}; there is no checkpoint to roll back to")
+            training.load(saved)
+            text += f"; the weights are those of step {saved['step']} again"
+        if self.log:
+            self._warn("not_finite", text)
 
     def _refuse(self, problem: str) -> NoReturn:
-        newest = self.folder.checkpoints.newest()
+        newest = self.checkpoints.newest()
         good = f"the last good checkpoint is {newest.resolve()}" if newest else "there is no checkpoint yet"
         clip = "lower --base-lr or --clip-grad" if self.config["clip_grad"] else "lower --base-lr, set --clip-grad"
-        raise UserError(f"{problem}; {good}; {clip}, or use --precision float32")
+        others = "" if self.config["on_nan"] != "stop" else ", or --on-nan skip"
+        raise UserError(f"{problem}; {good}; {clip}, or use --precision float32{others}")
 
-    def _save(self) -> Path:
-        """Writes a checkpoint, unless the weights are spoiled: the loss of a step says nothing of its update."""
-        state = self.training.state()
-        tensors = [value for value in state["model"].values() if isinstance(value, Tensor)]  # a module may keep other things
-        finite = torch.stack([value.isfinite().all() for value in tensors if value.is_floating_point()])
-        if not finite.all():
-            self._refuse(f"the weights are not finite after step {self.training.step}")
-        return self.folder.checkpoints.save(state, self.training.step)
+    def _save(self, *, now: bool) -> None:
+        """Writes a checkpoint, in the background unless it is wanted now."""
+        state, step = self.training.state(), self.training.step
+        with self._writing("the checkpoint"):
+            if not now:
+                self.checkpoints.start_saving(state, step)
+                return
+            self.checkpoints.save(state, step)
+            return
+        # A full disk at the end would cost all that was done since the last checkpoint.
+        for _ in range(LAST_TRIES):
+            if self.stop.signal:
+                break
+            self.watchdog.expect("waiting for room on the disk", STARTING_S)
+            time.sleep(LAST_TRIES_S)
+            with self._writing("the checkpoint"):
+                self.checkpoints.save(state, step)
+                return
+        raise UserError(f"{self.cannot_write}; what was done since then is lost; make room, then start again")
+
+    def _check_saved(self) -> None:
+        with self._writing("the checkpoint"):
+            self.checkpoints.check()
+
+    def _write(self, what: str, write: Callable[[], None]) -> None:
+        with self._writing(what):
+            write()
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """What a full disk refuses ends the run, or is told once, as `--on-full-disk` says."""
+        try:
+            yield
+        except SpoiledWeights as error:
+            self._refuse(str(error))
+        except (OSError, CannotWrite) as error:
+            text = str(error)
+            if not isinstance(error, CannotWrite):
+                text = f"cannot write {what}: {text} ({free_gib(self.folder.path):.1f} GiB free)"
+            if self.config["on_full_disk"] == "stop":
+                saved = "" if what == "the checkpoint" else f"{self._save_at_the_end()}; "
+                raise UserError(f"{text}; {saved}make room or change --output, then start again") from error
+            if not self.cannot_write:
+                self._warn("warning", f"{text}; going on without, and trying again")
+            self.cannot_write = text
+        else:
+            if self.cannot_write:
+                self._warn("warning", f"{what} could be written again")
+            self.cannot_write = ""
+
+    def _save_at_the_end(self) -> str:
+        """Saves, if the weights are whole and this is the process that does; says what came of it."""
+        step = self.training.step
+        if not self.process.is_main or self.log is None:
+            return "the first process saves"
+        if self.in_step or not step:
+            return self._how_to_continue()
+        try:
+            return f"saved {self.checkpoints.save(self.training.state(), step)} after step {step}"
+        except (CannotWrite, SpoiledWeights) as error:
+            return str(error)
+
+    def _how_to_continue(self) -> str:
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return "there is no checkpoint yet; the same command starts anew"
+        return f"the same command continues from {newest.resolve().name}"
+
+    def _explain(self, error: Exception) -> None:
+        """Turns what is not this process's fault into one line."""
+        if self.process.world > 1 and is_of_others(error):
+            saved = self._save_at_the_end()
+            raise UserError(
+                f"another process of this run ended or does not answer, see its own lines ({first_line(error)[:120]}); {saved}"
+            ) from error
+        saved = self._save_at_the_end()
+        print(f"an unexpected error after step {self.training.step}; {saved}", file=sys.stderr, flush=True)
 
     def _leave(self, *, spoiled: bool) -> int:
         log, step = self.log, self.training.step
-        saved = f"saved {self._save()} after step {step}" if log and step else "nothing to save yet"
-        if log:
-            with suppress(OSError):
+        self.watchdog.expect("saving", STARTING_S)
+        saved = "nothing to save yet"
+        if log and step:
+            saved = self._save_at_the_end()
+            with suppress(OSError, CannotWrite):
                 log.plot()
         if spoiled:
             listed = "\n  ".join(sorted(self.unreadable)) or "those of another process, see its lines"
@@ -394,8 +512,51 @@ class Loop:
             )
         number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
         if log:
-            log.finish(f"{signal.Signals(number).name}: {saved}; the same command continues from here")
+            name = signal.Signals(number).name
+            self.notes.add("stopped", step, f"{name}: {saved}")
+            log.finish(f"{name}: {saved}; the same command continues from here")
         return 128 + number
+
+
+# After the last step, a full disk is tried again so often, every so many seconds.
+LAST_TRIES, LAST_TRIES_S = 60, 10.0
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that was in use: of a GPU by torch, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def command_line(process: Process, command: str) -> str:
+    """The command that this process was started with, for people to copy."""
+    launcher = f"{python_command()} -m"
+    if process.world > 1:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', process.world)} -m"
+    return f"{launcher} sparkme.{command} {shlex.join(sys.argv[1:])}".strip()
+
+
+def start_wandb(config: dict[str, Any], folder: Path) -> Any:
+    """A run of Weights & Biases, which a resumed run continues.
+
+    Raises:
+        UserError: it is not installed, or refuses.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError("--wandb needs the package wandb: pip install wandb; or leave --wandb out") from None
+    path = folder / "wandb-run-id"
+    try:
+        name = path.read_text().strip() if path.is_file() else ""
+        run = wandb.init(project="sparkme", name=folder.name, dir=str(folder), config=config, id=name or None, resume="allow")
+        path.write_text(run.id + "\n")
+    except Exception as error:  # of the service, of the network, of the settings
+        raise UserError(f"--wandb: {first_line(error)}; leave it out, or set WANDB_MODE=offline") from error
+    return run
 
 
 def run_training(create: Callable[[], Training]) -> int:

@@ -1,0 +1,154 @@
+"""The folder of a run: what may be written there, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparkme.errors import CannotWrite, UserError, first_line
+from sparkme.interop.files import replaced_when_whole
+from sparkme.training.checkpoint import Checkpoints, DamagedCheckpoint, load_checkpoint
+from sparkme.training.config import as_text, flag_of
+from sparkme.training.distributed import Process
+
+
+class RunFolder:
+    """The folder of a run, and the checkpoint to go on from.
+
+    Args:
+        path: the folder.
+        args: the command line, of which `resume` and `keep_checkpoints` are read.
+        command: whose run it is; another's is refused.
+        process: this process; all of them take the checkpoint that the first one finds.
+
+    Raises:
+        UserError: there are checkpoints and none can be read, or they are another command's; or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, args: argparse.Namespace, *, command: str, process: Process) -> None:
+        self.path, self.resume, self.process = path, args.resume, process
+        check_writable(path)
+        self.checkpoints = Checkpoints(path / "checkpoints", args.keep_checkpoints)
+        self.newest, self.saved = self.read_newest() if args.resume else (None, None)
+        if self.saved is not None and (other := self.saved["config"].get("command", "pretrain")) != command:
+            raise UserError(f"{self.newest} is a checkpoint of sparkme.{other}; use another --output")
+
+    def read_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The newest checkpoint that is whole; those that are not are named, and renamed. The same in every process.
+
+        Raises:
+            UserError: none is whole.
+        """
+        path: Path | None = None
+        saved: dict[str, Any] | None = None
+        problem: str | None = None
+        if self.process.is_main:
+            try:
+                path, saved = self._first_whole()
+            except UserError as error:
+                problem = str(error)
+        path, problem = self.process.share((path, problem))
+        if problem is not None:
+            raise UserError(problem)
+        if path is not None and saved is None:
+            saved = load_checkpoint(path, verify=False)
+        return path, saved
+
+    def _first_whole(self) -> tuple[Path | None, dict[str, Any] | None]:
+        problems = []
+        for path in self.checkpoints.candidates():
+            try:
+                saved = load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                problems.append((path.resolve(), str(error).partition("; earlier ones")[0]))
+                continue
+            for damaged, problem in problems:
+                aside = self.checkpoints.set_aside(damaged)
+                print(f"{problem}; it is now {aside.name}, and the run goes on from {path.resolve().name}", file=sys.stderr)
+            return path, saved
+        if problems:
+            raise UserError(f"{problems[0][1]}; no other checkpoint can be read; use another --output, or --no-resume")
+        return None, None
+
+    @property
+    def saved_config(self) -> dict[str, Any] | None:
+        return self.saved["config"] if self.saved else None
+
+    def restore(self, load: Callable[[dict[str, Any]], None]) -> int:
+        """Has `load` take what the checkpoint keeps, if there is one. Returns how many steps were done."""
+        if self.saved is None:
+            return 0
+        try:
+            load(self.saved)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{self.newest}: {first_line(error)}; use another --output, or --no-resume to start anew"
+            ) from error
+        step: int = self.saved["step"]
+        return step
+
+    def prepare(self, config: dict[str, Any], *, pictures: tuple[str, ...]) -> None:
+        """Makes the folder, with config.json; takes away what an earlier run left, if this one starts anew."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
+                written = ("checkpoints/*.pt", "metrics.jsonl", "notes.jsonl", "tensorboard/events.*", *pictures)
+                for old in (path for pattern in written for path in self.path.glob(pattern)):
+                    old.unlink()
+            self.checkpoints.clean()
+            with replaced_when_whole(self.path / "config.json") as temporary:
+                temporary.write_text(json.dumps(config, indent=2) + "\n")
+        except (OSError, CannotWrite) as error:
+            raise UserError(f"cannot write to --output {self.path}: {error}") from error
+
+    def print_changes(self, config: dict[str, Any]) -> None:
+        """Says which settings differ from the checkpoint's."""
+        for name, before in self.saved["config"].items() if self.saved else ():
+            if config.get(name) != before:
+                print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
+        if self.newest and self.newest != self.checkpoints.last:
+            print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from {self.newest.name} beside it")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where nothing can be written to a folder, which need not be there yet; changes nothing."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write to --output {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to --output {folder}: {existing} is read-only, or another user's")
+
+
+# Settings that no flag sets, since they are found in the data.
+FOUND = {"num_train_images": "images to learn from", "num_classes": "classes", "weights": "to start from",
+         "split_digest": "as digest of the images, their classes and which of them are measured on"}  # fmt: skip
+
+
+def check_same_run(
+    saved: dict[str, Any], config: dict[str, Any], path: Path | None, fixed: tuple[str, ...], older: dict[str, Any]
+) -> None:
+    """Refuses to continue a run with other settings than it has to keep.
+
+    Args:
+        saved: the checkpoint's configuration.
+        config: the command's.
+        path: the checkpoint.
+        fixed: what has to stay.
+        older: what checkpoints mean that do not say.
+
+    Raises:
+        UserError: names the first flag that differs.
+    """
+    for name in fixed:
+        before = saved.get(name, older.get(name))
+        if before != config[name]:
+            said = f"{before} {FOUND[name]}" if name in FOUND else f"{flag_of(name)} {as_text(before)}"
+            raise UserError(
+                f"{path} was trained with {said}, now it is {as_text(config[name])}; use the same, "
+                "another --output, or --no-resume to start anew"
+            )

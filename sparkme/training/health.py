@@ -1,0 +1,121 @@
+"""Says early when something is wrong with a run, while it can still be mended: each thing once, with what to change."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from sparkme.data.dataset import Batch
+    from sparkme.training.loop import Training
+
+LINES = 3  # log lines in a row that have to say the same
+FIRST_STEPS = 50  # whose numbers say little: of a start, and of the warm-up's end
+FIRST_IMAGES = 256  # that are looked at
+
+
+class Health:
+    """Looks at the first images, and at the numbers of every log line.
+
+    Args:
+        training: what is trained.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.said: set[str] = set()
+        self.counts: dict[str, int] = {}
+        self.rates: list[float] = []
+        self.first_step: int | None = None
+        self.seen = self.enlarged = self.plain = 0
+
+    def of_batch(self, batch: Batch) -> Iterator[str]:
+        """What is odd about a batch of the first ones."""
+        images = batch.images
+        if images is None or self.seen >= FIRST_IMAGES:
+            return
+        values = images.float() / (255 if images.dtype == torch.uint8 else 1)
+        if len(images) > 1 and float((values - values[0]).abs().max()) < 1 / 255:
+            yield from self._once("alike", "all pictures of a batch are the same: is --data what it should be?")
+        self.seen += len(images)
+        self.enlarged += batch.enlarged
+        self.plain += int((values.flatten(1).std(1) < 1 / 255).sum())
+        if self.seen >= min(FIRST_IMAGES, self.training.config["batch_size"]):
+            size = self.training.config["input_size"]
+            if 2 * self.enlarged > self.seen:
+                yield from self._once(
+                    "enlarged",
+                    f"{100 * self.enlarged // self.seen} % of the crops are enlarged, since the images are smaller than "
+                    f"--input-size {' '.join(map(str, size))}; a smaller one is faster and loses nothing",
+                )
+            if 2 * self.plain > self.seen:
+                yield from self._once(
+                    "plain",
+                    f"{100 * self.plain // self.seen} % of the crops are of one colour: see --data, --background",
+                )
+
+    def of_numbers(self, step: int, numbers: dict[str, float]) -> Iterator[str]:
+        """What the numbers of a log line, and of those before it, say."""
+        training, config = self.training, self.training.config
+        poor = training.poor_loss
+        self.first_step = step if self.first_step is None else self.first_step
+        if step < self.first_step + FIRST_STEPS:
+            return
+        warm = step > config["warmup_epochs"] * training.steps_per_epoch + FIRST_STEPS
+        if self._lasts("loss", poor is not None and warm and numbers["loss"] > 1.01 * poor):
+            yield from self._once(
+                "loss",
+                f"the loss is {numbers['loss']:.3f} after the warm-up, above {poor:g}, which painting every patch in its mean "
+                "colour would reach: lower --base-lr, or look at the reconstructions",
+            )
+        wait = numbers["loader_wait"]
+        if self._lasts("wait", wait > 0.2):
+            yield from self._once(
+                "wait", f"steps wait for images {100 * wait:.0f} % of the time: {more_workers(config['workers'], wait)}"
+            )
+        rate = numbers["images_per_s"]
+        usual = median(self.rates) if len(self.rates) >= 10 else 0.0
+        if self._lasts("rate", rate < 0.6 * usual):
+            yield from self._once(
+                "rate", f"{rate:.0f} images/s, and {usual:.0f} were usual: does something else use this machine, or its disk?"
+            )
+        self.rates = [*self.rates[-99:], rate]
+        if training.process.device.type == "cuda":
+            busy = utilisation(training.process.device)
+            if self._lasts("gpu", busy is not None and busy < 50 and wait < 0.2):
+                yield from self._once(
+                    "gpu",
+                    f"the GPU computes {busy} % of the time, and images are there: raise --batch-size, or --compile",
+                )
+
+    def _lasts(self, name: str, is_so: bool) -> bool:
+        self.counts[name] = self.counts.get(name, 0) + 1 if is_so else 0
+        return self.counts[name] >= LINES
+
+    def _once(self, name: str, text: str) -> Iterator[str]:
+        if name not in self.said:
+            self.said.add(name)
+            yield text
+
+
+def more_workers(workers: int, wait: float) -> str:
+    """How many would keep up, where the machine has the cores."""
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    wanted = max(workers + 1, math.ceil(max(1, workers) / (1 - min(wait, 0.9))))
+    if workers >= cores:
+        return f"--workers is {workers}, and there are no more cores; smaller image files, or a faster disk, would help"
+    more = f" (of {wanted} that would keep up)" if wanted > cores else ""
+    return f"try --workers {min(wanted, cores)} instead of {workers}{more}"
+
+
+def utilisation(device: torch.device) -> int | None:
+    """Percent of the last second that a GPU computed; None where it cannot be asked, for want of nvidia-ml-py for example."""
+    try:
+        return int(torch.cuda.utilization(device))
+    except Exception:  # of a driver, of a library that is not installed
+        return None
