@@ -233,7 +233,7 @@ def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Na
         link.unlink()
     sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
     if getattr(args, "unlabelled", None):
-        from sparkme.data.images import find_images
+        from sparkme.data.sources.files import find_images
 
         sources += find_images(args.unlabelled, flag="--unlabelled")
     for number, source in enumerate(sources):

@@ -244,7 +244,7 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     from tqdm import tqdm
 
     from sparkme.data.dataset import normalise, preview_images, statistics_of
-    from sparkme.data.images import find_images
+    from sparkme.data.sources.files import find_images
 
     paths = find_images(data, flag="--recalibrate-bn")
     norms = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}

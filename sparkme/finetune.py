@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparkme.errors import UserError, run_command
+from sparkme.errors import CannotWrite, UserError, run_command
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.finetune_config import FIXED, create_parser, output_folder, resolve_config
 from sparkme.training.folder import RunFolder, check_same_run
@@ -68,7 +68,10 @@ class Finetuning(Training):
         self.process = process
         pretrained = find_weights(args)
         self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
-        split = find_labelled(args.data, args.labels, val_share=args.val_share, seed=args.seed)
+        split = find_labelled(
+            args.data, args.labels, val_share=args.val_share, seed=args.seed, cache=args.shard_cache,
+            cache_gib=args.shard_cache_gib,
+        )  # fmt: skip
         self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
         self.val_set = split.val
         self.classes = split.train.classes
@@ -109,9 +112,9 @@ class Finetuning(Training):
         self.network, self.model = distribute(self.network, process)
         self.mix, self.criterion, self.erase = create_losses(config, process.device)
         self.dataset = CropDataset(
-            self.train_set.paths, self.size, min_scale=config["crop_scale"], seed=config["seed"],
+            self.train_set.images, self.size, min_scale=config["crop_scale"], seed=config["seed"],
             channels=config["channels"], background=config["background"], flip=config["flip"],
-            augment=create_augment(config["auto_augment"]), labels=self.train_set.labels,
+            augment=create_augment(config["auto_augment"]), labels=self.train_set.labels, reduced_jpeg=config["reduced_jpeg"],
         )  # fmt: skip
         if process.is_main:
             folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
@@ -123,7 +126,7 @@ class Finetuning(Training):
         config, process = self.config, self.process
         sampler = EpochSampler(
             len(self.dataset), len(self.dataset), config["batch_size"], config["seed"], steps, process.rank, process.world,
-            config["repeats"],
+            config["repeats"], self.dataset.source.blocks, self.dataset.source.window,
         )  # fmt: skip
         return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
 
@@ -165,7 +168,8 @@ class Finetuning(Training):
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(saved.get("average", saved["model"]))
-        self.best = saved["best"]
+        if not self.best:  # with `--on-nan rollback` what is in best.safetensors stays
+            self.best = saved["best"]
 
     def is_due(self, epoch: int) -> bool:
         return epoch > 0 and (epoch % self.config["eval_epochs"] == 0 or epoch == self.config["epochs"])
@@ -184,8 +188,12 @@ class Finetuning(Training):
             return
         log.measured(self.step, epoch, values, text)
         if not self.best or top1 > self.best["top1"]:
-            self.best = {"top1": top1, "epoch": epoch}
-            self._write_weights(kept)
+            before, self.best = self.best, {"top1": top1, "epoch": epoch}
+            try:
+                self._write_weights(kept)
+            except CannotWrite:  # a full disk: what is there is still that of before
+                self.best = before
+                raise
         self._write_results(values, epoch, confusion)
 
     @torch.no_grad()
@@ -196,7 +204,7 @@ class Finetuning(Training):
         from sparkme.data.labelled import WholeImages, whole_batches
 
         config, process, classes = self.config, self.process, len(self.classes)
-        images = WholeImages(self.val_set.paths, self.size, channels=config["channels"], background=config["background"])
+        images = WholeImages(self.val_set.images, self.size, channels=config["channels"], background=config["background"])
         share = range(process.rank, len(self.val_set), process.world)
         counts, confusion = torch.zeros(2, dtype=torch.long), torch.zeros(classes, classes, dtype=torch.long)
         network.eval()
@@ -261,7 +269,7 @@ class Finetuning(Training):
         from sparkme.data.labelled import WholeImages, whole_batches
 
         config, labels = self.config, []
-        images = WholeImages(self.train_set.paths, self.size, channels=config["channels"], background=config["background"])
+        images = WholeImages(self.train_set.images, self.size, channels=config["channels"], background=config["background"])
         # Shuffled, since a batch of one class would give batch norms its own statistics.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config["seed"])).tolist()
         for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=order):
@@ -299,6 +307,8 @@ class Finetuning(Training):
 
     def last_words(self, checkpoint: Path) -> str:
         folder = self.folder.path
+        if not self.best:
+            return "no weights could be written; make room, then start again with more --epochs"
         best = f"best of the measured epochs: top-1 {100 * self.best['top1']:.1f} % after epoch {self.best['epoch']}"
         return f"{best}, {folder / 'best.safetensors'}\npictures: {folder / 'loss.png'}, {folder / 'confusion.png'}"
 

@@ -30,6 +30,7 @@ MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to meas
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch, Statistics
     from sparkme.data.labelled import Labelled, Split
+    from sparkme.data.sources import ImageSource
     from sparkme.masked import MaskedAutoencoder
     from sparkme.training.log import RunLog
 
@@ -73,7 +74,8 @@ class Pretraining(Training):
 
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
-        from sparkme.data.images import demo_photographs, find_images
+        from sparkme.data.sources import Files, find_source
+        from sparkme.data.sources.files import demo_photographs
         from sparkme.training.build import build_network
         from sparkme.training.memory import keep_freed_memory
         from sparkme.training.optimizer import create_optimizer
@@ -82,14 +84,19 @@ class Pretraining(Training):
             keep_freed_memory()
         self.process = process
         self.folder = folder = RunFolder(output_folder(args), args, command="pretrain", process=process)
-        paths = find_images(args.data, leave_out=folder.path) if args.data else demo_photographs()
-        self.config = config = resolve_config(args, len(paths), process, folder.saved_config)
+        index = folder.path / "images.npz"
+        images: ImageSource = Files.of(demo_photographs()) if args.data is None else find_source(
+            args.data, leave_out=folder.path, root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
+            index=index,
+        )  # fmt: skip
+        process.check_same(len(images), "number of images")
+        self.config = config = resolve_config(args, len(images), process, folder.saved_config)
         self.recipe_reason = config.pop("recipe_reason")
-        self.statistics = self._find_statistics(paths)
+        self.statistics = self._find_statistics(images)
         if folder.saved_config is not None:
             check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
             config["init"] = folder.saved_config.get("init")  # it has started from that, whatever the command says now
-        self.probe_split = self._find_probe_data()
+        self.probe_split = self._find_probe_data(args)
 
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
@@ -113,15 +120,17 @@ class Pretraining(Training):
         self.resume()
         self.network, self.model = distribute(self.network, process, self._compile if config["compile"] else None)
         self.dataset = CropDataset(
-            paths,
+            images,
             self.network.input_size,
             min_scale=config["crop_scale"],
             seed=config["seed"],
             channels=config["channels"],
             background=config["background"],
+            reduced_jpeg=config["reduced_jpeg"],
         )
         if process.is_main:
-            folder.prepare(config, pictures=("reconstructions/epoch_*.png",))
+            folder.prepare(config, pictures=("reconstructions/epoch_*.png", "images.npz"))
+            images.write_index(index)
             self._introduce(args)
 
     def batches(self, steps: range) -> Iterable[Batch]:
@@ -130,7 +139,7 @@ class Pretraining(Training):
         config, process = self.config, self.process
         sampler = EpochSampler(
             len(self.dataset), config["samples_per_epoch"], config["batch_size"], config["seed"],
-            steps, process.rank, process.world,
+            steps, process.rank, process.world, blocks=self.dataset.source.blocks, window=self.dataset.source.window,
         )  # fmt: skip
         return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
 
@@ -183,7 +192,7 @@ class Pretraining(Training):
         stride = network.encoder.strides[-1]
         parts: list[tuple[Tensor, Tensor]] = []
         for part in (self.probe_split.train, self.probe_split.val):
-            images = WholeImages(part.paths, network.input_size, channels=config["channels"], background=config["background"])
+            images = WholeImages(part.images, network.input_size, channels=config["channels"], background=config["background"])
             share = range(process.rank, len(part), process.world)
             batches = whole_batches(images, batch_size=64, workers=config["workers"], share=share)
             with self.precision():
@@ -201,10 +210,11 @@ class Pretraining(Training):
         from torchvision.utils import save_image
 
         from sparkme.data.dataset import normalise, preview_images
+        from sparkme.interop.files import replaced_when_whole
         from sparkme.pictures.panel import reconstruction_panel
 
         images = preview_images(
-            self.dataset.paths, self.network.input_size, 6, self.config["channels"], self.config["background"]
+            self.dataset.source, self.network.input_size, 6, self.config["channels"], self.config["background"]
         ).to(self.process.device)
         if not len(images):
             return
@@ -214,12 +224,11 @@ class Pretraining(Training):
             panel = reconstruction_panel(
                 self.network, normalise(images, self.statistics), active.to(images.device), self.statistics
             )
-        path = self.folder.path / "reconstructions" / f"epoch_{epoch:04d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_image(panel, path)
+        with replaced_when_whole(self.folder.path / "reconstructions" / f"epoch_{epoch:04d}.png") as temporary:
+            save_image(panel, temporary, format="png")
         log.picture("reconstructions", panel, self.step)
 
-    def _find_statistics(self, paths: list[Path]) -> Statistics:
+    def _find_statistics(self, images: ImageSource) -> Statistics:
         """Mean and deviation that images are normalised by: the command's, ImageNet's for colour, or estimated once."""
         from sparkme.data.dataset import Statistics, estimate_statistics
 
@@ -227,17 +236,20 @@ class Pretraining(Training):
         if config["mean"] is None:
             found = Statistics()
             if config["channels"] != 3:
-                found = estimate_statistics(paths, config["channels"], config["background"], seed=config["seed"])
+                found = estimate_statistics(images, config["channels"], config["background"], seed=config["seed"])
             config |= {"mean": [*found.mean], "std": [*found.std]}
         return Statistics(tuple(config["mean"]), tuple(config["std"]))
 
-    def _find_probe_data(self) -> Split | None:
+    def _find_probe_data(self, args: argparse.Namespace) -> Split | None:
         """Labelled images to measure the encoder on; of many, some at random."""
         from sparkme.data.labelled import Split, find_labelled
 
         if self.config["probe_data"] is None:
             return None
-        split = find_labelled(Path(self.config["probe_data"]), seed=self.config["seed"], flag="--probe-data")
+        split = find_labelled(
+            self.config["probe_data"], seed=self.config["seed"], flag="--probe-data", cache=args.shard_cache,
+            cache_gib=args.shard_cache_gib,
+        )  # fmt: skip
 
         def some(part: Labelled, most: int) -> Labelled:
             drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(self.config["seed"]))

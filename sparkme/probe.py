@@ -102,7 +102,10 @@ def probe(args: argparse.Namespace) -> int:
     if process.world > 1:
         stop_process()
         raise UserError("sparkme.probe runs in one process; start it with python")
-    split = find_labelled(args.data, args.labels, val_share=args.val_share, seed=args.seed)
+    split = find_labelled(
+        args.data, args.labels, val_share=args.val_share, seed=args.seed, cache=args.shard_cache,
+        cache_gib=args.shard_cache_gib,
+    )  # fmt: skip
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer
     main_weights = read_pretrained(args.weights, args.model)
@@ -186,7 +189,7 @@ def extract(pretrained: Pretrained, args: argparse.Namespace, parts: list[Labell
     size = whole_size(args.input_size, encoder.patch)
     found = []
     for part in parts:
-        images = WholeImages(part.paths, size, channels=pretrained.channels, background=pretrained.background)
+        images = WholeImages(part.images, size, channels=pretrained.channels, background=pretrained.background)
         batches = whole_batches(
             images, batch_size=args.batch_size, workers=default_workers() if args.workers is None else args.workers
         )
@@ -213,12 +216,11 @@ def measure(
 ) -> dict[str, Any]:
     """Scores of one map, from 0 to 1, with their standard errors: over the draws of --shots or, without, of a share of so many
     images."""
-    from sparkme.data.labelled import Labelled
     from sparkme.features import knn_accuracy, linear_accuracy
 
     x, y = train.maps[stride], train_set.labels[train.numbers]
     xv, yv = val.maps[stride], val_set.labels[val.numbers]
-    readable = Labelled([train_set.paths[i] for i in train.numbers.tolist()], y, train_set.classes)
+    readable = train_set.subset(train.numbers)
     draws = [readable.draw(args.shots, args.seed + i) for i in range(args.draws)] if args.shots else [slice(None)]
     knn = [knn_accuracy(x[d], y[d], xv, yv) for d in draws]
     out: dict[str, Any] = {"stride": stride, "channels": x.shape[1], "knn": _mean(knn), "knn_error": _error(knn, len(yv))}

@@ -243,7 +243,7 @@ def chosen_images(given: list[Path], output: Path) -> tuple[list[Path], list[Pat
     Raises:
         UserError: there are none.
     """
-    from sparkme.data.images import demo_photographs, find_images
+    from sparkme.data.sources.files import demo_photographs, find_images
 
     if not given:
         try:

@@ -18,7 +18,8 @@ from test_pretrain import SMALL, fails
 
 import sparkme.export
 from sparkme.data.dataset import EpochSampler
-from sparkme.data.images import find_images, load_image, load_rgb
+from sparkme.data.images import load_image, load_rgb
+from sparkme.data.sources.files import find_images
 from sparkme.decoder import Decoder
 from sparkme.errors import UserError
 from sparkme.interop.files import read_state_dict

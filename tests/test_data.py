@@ -121,6 +121,7 @@ def test_a_run_on_images_of_other_channels_resumes_with_its_statistics(
     assert network.encoder.in_channels == channels
     assert Image.open(tmp_path / "run" / "reconstructions" / "epoch_0002.png").mode == "RGB"
     assert preview_images([tmp_path / "data" / "0.npy"], (32, 64), 1, channels).shape == (1, channels, 32, 64)
+    capsys.readouterr()
     assert f"--channels {channels}, now it is 3" in fails(capsys, *words, "--channels", 3, "--epochs", 3)
     assert "--mean takes" in fails(capsys, *words, "--mean", *[0.5] * (channels + 1), "--std", *[0.5] * channels)
     assert "above 0" in fails(capsys, *words, "--no-resume", "--mean", *[0.5] * channels, "--std", *[0.0] * channels)

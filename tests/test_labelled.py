@@ -90,7 +90,7 @@ def test_mistakes_in_folders_are_named(tmp_path: Path) -> None:
     make_labelled(tmp_path / "one", {"red": 3})
     with pytest.raises(UserError, match="has 1 folders with images"):
         find_labelled(tmp_path / "one")
-    with pytest.raises(UserError, match=r"neither a folder nor a \.csv file"):
+    with pytest.raises(UserError, match="is not a folder, and no file matches it"):
         find_labelled(tmp_path / "none")
     make_labelled(tmp_path / "two", {"red": 3, "blue": 4})
     with pytest.raises(UserError, match=r"--val-share 1.0 is outside \(0, 1\)"):

@@ -14,7 +14,8 @@ from PIL import Image
 
 import sparkme
 from sparkme.data.dataset import CropDataset, EpochSampler, create_loader, denormalise, normalise, preview_images
-from sparkme.data.images import demo_photographs, find_images, load_rgb
+from sparkme.data.images import load_rgb
+from sparkme.data.sources.files import demo_photographs, find_images
 from sparkme.errors import UserError
 from sparkme.models import create_encoder
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint

@@ -7,9 +7,10 @@ the number of workers nor on what ran before, so a resumed run sees what a strai
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from sparkme.data.images import load_image
+from sparkme.data.images import REDUCTIONS, Decoded, OpenImage, load_image, open_image
+from sparkme.data.sources import Files, ImageSource
 from sparkme.errors import UserError
 from sparkme.training.random import derived_seed
+
+# Processes that load images share what the source keeps. By other ways of starting them each would get a copy of its own.
+FORK = "fork"
 
 # ImageNet's channel means and deviations, of values in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -59,17 +64,25 @@ def _on_device(statistics: Statistics, device: torch.device, dtype: torch.dtype)
     return mean, std
 
 
-def estimate_statistics(paths: list[Path], channels: int, background: str, *, seed: int, count: int = 256) -> Statistics:
+def as_source(images: ImageSource | Sequence[Path]) -> ImageSource:
+    """A source, also of files that are listed."""
+    return images if isinstance(images, ImageSource) else Files.of(images)
+
+
+def estimate_statistics(
+    images: ImageSource | Sequence[Path], channels: int, background: str, *, seed: int, count: int = 256
+) -> Statistics:
     """Mean and deviation of each channel over all pixels of `count` images, drawn once.
 
     Raises:
         UserError: none of them can be read.
     """
+    source = as_source(images)
     generator = torch.Generator().manual_seed(derived_seed(seed, "statistics"))
     sums, squares, pixels, problem = torch.zeros(channels), torch.zeros(channels), 0, ""
-    for number in torch.randperm(len(paths), generator=generator)[:count].tolist():
+    for number in torch.randperm(len(source), generator=generator)[:count].tolist():
         try:
-            values = as_floats(load_image(paths[number], channels, background)).flatten(1).double()
+            values = as_floats(load_image(source.read(number), channels, background)).flatten(1).double()
         except OSError as error:
             problem = str(error)
             continue
@@ -81,23 +94,24 @@ def estimate_statistics(paths: list[Path], channels: int, background: str, *, se
     return Statistics(tuple(round(v, 6) for v in mean.tolist()), tuple(round(max(v, 1e-3), 6) for v in std.tolist()))
 
 
-def as_floats(image: Image.Image | Tensor) -> Tensor:
+def as_floats(image: Decoded) -> Tensor:
     """(C, H, W) in [0, 1]."""
     return image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image).float() / 255
 
 
 class Sample(NamedTuple):
-    """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; the images that could not; and the
-    number of its class, where images have one."""
+    """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; the images that could not; the number
+    of its class, where images have one; and whether the image had fewer pixels there than the crop has."""
 
     image: Tensor | None
     unreadable: tuple[str, ...]
     label: int = -1
+    is_enlarged: bool = False
 
 
 class Batch(NamedTuple):
     """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; those that
-    could not; and (B,) int64, the numbers of their classes."""
+    could not; (B,) int64, the numbers of their classes; and how many crops were enlarged."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]
@@ -109,7 +123,7 @@ class CropDataset(Dataset[Sample]):
     """Random crops of images (utils/imagenet.py:66 of the official code), indexed by (epoch, draw).
 
     Args:
-        paths: the images.
+        images: a source, or files.
         size: height and width of a crop.
         min_scale: smallest share of the image's area that a crop covers.
         seed: of the run.
@@ -118,6 +132,8 @@ class CropDataset(Dataset[Sample]):
         flip: whether half of the crops are mirrored.
         augment: further changes of a crop, from Pillow image or tensor to the same, by torch's generator.
         labels: (N,) int64, the number of each image's class, if there are classes.
+        reduced_jpeg: whether JPEG files are decoded at a half, a quarter or an eighth of their size where the crop still has
+            as many pixels as it needs.
 
     An image that cannot be read is replaced by another, and reported.
     """
@@ -125,17 +141,20 @@ class CropDataset(Dataset[Sample]):
     TRIES = 16
 
     def __init__(
-        self, paths: list[Path], size: tuple[int, int], *, min_scale: float, seed: int, channels: int = 3,
+        self, images: ImageSource | Sequence[Path], size: tuple[int, int], *, min_scale: float, seed: int, channels: int = 3,
         background: str = "white", flip: bool = True, augment: nn.Module | None = None, labels: Tensor | None = None,
+        reduced_jpeg: bool = True,
     ) -> None:  # fmt: skip
-        self.paths = paths
+        self.source = as_source(images)
+        self.size = size
         self.seed = seed
         self.channels = channels
         self.background = background
         self.labels = labels
-        self.crop = v2.Compose(
+        self.reduced_jpeg = reduced_jpeg
+        self.random_crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))  # where it is; cut out by `cut`
+        self.rest = v2.Compose(
             [
-                v2.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
                 *([v2.RandomHorizontalFlip()] if flip else []),
                 *([augment] if augment is not None else []),
                 v2.PILToTensor(),
@@ -143,26 +162,60 @@ class CropDataset(Dataset[Sample]):
         )
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         epoch, draw = index
         unreadable: list[str] = []
         for attempt in range(self.TRIES):
             number = draw if attempt == 0 else derived_seed(self.seed, "replacement", epoch, draw, attempt)
-            number %= len(self.paths)
-            path = self.paths[number]
-            try:
-                image = load_image(path, self.channels, self.background)
-            except OSError as error:
-                unreadable.append(str(error))
-                continue
+            number %= len(self.source)
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))
-                crop = self.crop(image)  # by bicubic, which may overshoot
-                label = -1 if self.labels is None else int(self.labels[number])
-                return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable), label)
+                try:
+                    with open_image(self.source.read(number), self.channels, self.background) as image:
+                        box = self._draw_box(image.size)
+                        crop = cut(image, box, self.size, reduced=self.reduced_jpeg)
+                except OSError as error:
+                    unreadable.append(str(error))
+                    continue
+                crop = self.rest(crop)
+            label = -1 if self.labels is None else int(self.labels[number])
+            is_enlarged = box.height < self.size[0] or box.width < self.size[1]
+            # Bicubic interpolation may overshoot.
+            return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable), label, is_enlarged)
         return Sample(None, tuple(dict.fromkeys(unreadable)))
+
+    def _draw_box(self, size: tuple[int, int]) -> Box:
+        """Where the crop is in an image of this height and width, by torch's generator."""
+        return Box(**self.random_crop.make_params([torch.empty(1, *size, device="meta")]))
+
+
+class Box(NamedTuple):
+    """A part of an image, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def cut(image: OpenImage, box: Box, size: tuple[int, int], *, reduced: bool) -> Decoded:
+    """A part of an image, resized to (height, width) by bicubic interpolation, antialiased.
+
+    With `reduced`, a JPEG file is decoded at a fraction of its size, of which the part still has as many pixels as are wanted.
+    """
+    room = min(box.height / size[0], box.width / size[1])
+    reduction = next((r for r in REDUCTIONS if r <= room), 1) if reduced and image.can_reduce else 1
+    whole = image.decode(reduction)
+    if isinstance(whole, Image.Image) and (whole.height, whole.width) != image.size:
+        y, x = whole.height / image.size[0], whole.width / image.size[1]
+        edges = (box.left * x, box.top * y, (box.left + box.width) * x, (box.top + box.height) * y)
+        return whole.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges)
+    cropped: Decoded = v2.functional.resized_crop(
+        whole, *box, size=list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+    )
+    return cropped
 
 
 @dataclass(frozen=True)
@@ -172,6 +225,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     An epoch goes through shuffled copies of the images until it has `samples_per_epoch`; an incomplete last batch is
     left out. Step k of a run is the same whether or not the run was interrupted before it. With `repeats` each image comes
     so many times in a row, in different crops, and an epoch has fewer images (repeated augmentation, Hoffer et al., 2020).
+
+    With `blocks` (see `ImageSource`) a copy is the blocks in random order, of which each process takes its part, so that it
+    reads few of them, and in windows, so that it reads them one after the other. No image is in two parts.
     """
 
     num_images: int
@@ -182,6 +238,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     rank: int = 0
     world: int = 1
     repeats: int = 1
+    blocks: Tensor | None = None
+    window: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -191,6 +249,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._of_all() if self.blocks is None else self._of_blocks(self.blocks)
+
+    def _of_all(self) -> Iterator[list[tuple[int, int]]]:
+        """The processes deal each batch of one order among themselves."""
         current, order = (-1, -1), torch.empty(0)
         for step in self.steps:
             epoch, position = divmod(step, self.steps_per_epoch)
@@ -209,6 +271,34 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch, *words))
         return torch.randperm(self.num_images, generator=generator)
 
+    def _of_blocks(self, blocks: Tensor) -> Iterator[list[tuple[int, int]]]:
+        """Each process has a part of the order for itself."""
+        share, images = self.batch_size // self.world, self.num_images // self.world
+        current, order = (-1, -1, -1), torch.empty(0)
+        for step in self.steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            batch = []
+            for place in range(position * share, (position + 1) * share):
+                place, repeat = divmod(place, self.repeats)
+                copy, place_in_copy = divmod(place, images)
+                window, place_in_window = divmod(place_in_copy, self.window)
+                if current != (epoch, copy, window):
+                    current, order = (epoch, copy, window), self._window(blocks, epoch, copy, window)
+                batch.append((epoch, (copy * self.repeats + repeat) * self.num_images + int(order[place_in_window])))
+            yield batch
+
+    def _window(self, blocks: Tensor, epoch: int, copy: int, window: int) -> Tensor:
+        """The images of a window of this process's part, shuffled."""
+        seed = derived_seed(self.seed, "blocks", epoch, copy)
+        shuffled = torch.randperm(len(blocks) - 1, generator=torch.Generator().manual_seed(seed))
+        ends = blocks.diff()[shuffled].cumsum(0)
+        images = self.num_images // self.world
+        places = torch.arange(window * self.window, min((window + 1) * self.window, images)) + self.rank * images
+        block = torch.searchsorted(ends, places, right=True)
+        numbers = blocks[1:][shuffled[block]] - (ends[block] - places)
+        seed = derived_seed(self.seed, "window", epoch, copy, self.rank, window)
+        return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
+
 
 def collate(samples: list[Sample]) -> Batch:
     images = [sample.image for sample in samples if sample.image is not None]
@@ -216,7 +306,8 @@ def collate(samples: list[Sample]) -> Batch:
     if len({image.dtype for image in images}) > 1:
         images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
     labels = torch.tensor([sample.label for sample in samples])
-    return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable, labels)
+    enlarged = sum(sample.is_enlarged for sample in samples)
+    return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable, labels, enlarged)
 
 
 def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
@@ -229,6 +320,7 @@ def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, 
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals if workers else None,
         prefetch_factor=4 if workers else None,
+        multiprocessing_context=FORK if workers else None,
     )
 
 
@@ -251,18 +343,19 @@ def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def preview_images(
-    paths: list[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white"
+    images: ImageSource | Sequence[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white"
 ) -> Tensor:
-    """Centre crops of `count` images spread over the list, (B, C, H, W), as `collate` puts them together; unreadable ones are
+    """Centre crops of `count` images spread over the source, (B, C, H, W), as `collate` puts them together; unreadable ones are
     passed over."""
-    step = max(1, len(paths) // count)
-    crops = []
-    for path in dict.fromkeys(paths[::step] + paths):
+    source = as_source(images)
+    step = max(1, len(source) // count)
+    crops: list[Sample] = []
+    for number in chain(range(0, len(source), step), (i for i in range(len(source)) if i % step)):
         try:
-            crops.append(Sample(centre_crop(load_image(path, channels, background), size), ()))
+            crops.append(Sample(centre_crop(load_image(source.read(number), channels, background), size), ()))
         except OSError:
             continue
         if len(crops) == count:
             break
-    images = collate(crops).images if crops else None
-    return torch.empty(0, channels, *size, dtype=torch.uint8) if images is None else images
+    batch = collate(crops).images if crops else None
+    return torch.empty(0, channels, *size, dtype=torch.uint8) if batch is None else batch

@@ -1,83 +1,101 @@
-"""Where training images come from: any folder of images, or the photographs that scikit-image ships."""
+"""Decoding: files, arrays and bytes of any kind to Pillow's images, or to tensors where there is more than 8 bits of RGB."""
 
 from __future__ import annotations
 
-import os
+import io
 import warnings
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
-from sparkme.errors import UserError, first_line
+from sparkme.errors import first_line
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-# The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
-_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
-                "retina.jpg", "rocket.jpg")  # fmt: skip
+Decoded = Image.Image | Tensor
+REDUCTIONS = (8, 4, 2)  # by which a JPEG decoder can leave pixels out
 
 
-def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:
-    """All images below a folder, sorted, whatever its structure; follows links, each directory once.
+class Stored(NamedTuple):
+    """An image as its source keeps it: a file, the bytes of one, or decoded already; `name` is for people, in one line."""
 
-    Args:
-        folder: where to look.
-        leave_out: a folder below it whose images do not count, such as the run's own pictures.
-        flag: what the folder was given by, for messages.
+    name: str
+    content: Path | bytes | Decoded
+
+
+class OpenImage:
+    """An image whose size is known, and whose pixels are not read yet if its format allows that.
+
+    Attributes:
+        size: height and width, upright.
+    """
+
+    def __init__(self, size: tuple[int, int], jpeg: Image.Image | None = None, decoded: Decoded | None = None) -> None:
+        self.size, self._jpeg, self._decoded = size, jpeg, decoded
+
+    def decode(self, reduction: int = 1) -> Decoded:
+        """The pixels. Of a JPEG file, sides may be divided by 2, 4 or 8 on the way, rounded up, for a fraction of the time:
+        the decoder then transforms back the low frequencies of its 8x8 blocks only."""
+        if self._jpeg is None:
+            assert self._decoded is not None
+            return self._decoded
+        if reduction > 1:
+            width, height = self._jpeg.size
+            self._jpeg.draft(self._jpeg.mode, (max(1, width // reduction), max(1, height // reduction)))
+        return ImageOps.exif_transpose(self._jpeg).convert("RGB")
+
+    @property
+    def can_reduce(self) -> bool:
+        return self._jpeg is not None
+
+
+@contextmanager
+def open_image(stored: Stored, channels: int = 3, background: str = "white") -> Iterator[OpenImage]:
+    """Opens an image of any number of channels, see `load_image`.
 
     Raises:
-        UserError: no such folder, or no images in it.
+        OSError: it cannot be read, or has other channels; also of what is done while it is open, since a file can be broken
+            anywhere.
     """
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder")
-    found: list[Path] = []
-    seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails, checkpoints of notebooks
-        found += [path for name in files if _is_image(name) and not _is_special(path := Path(root, name))]
-    if not found:
-        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
-    return sorted(found)
+    try:
+        if channels != 3 or not _is_jpeg(stored.content):
+            decoded = _decode(stored, channels, background)
+            height, width = functional.get_size(decoded)
+            yield OpenImage((height, width), decoded=decoded)
+            return
+        with warnings.catch_warnings(), Image.open(_file(stored.content)) as opened:
+            warnings.simplefilter("ignore")
+            width, height = opened.size
+            if opened.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # the orientations that lie on their side
+                width, height = height, width
+            yield OpenImage((height, width), jpeg=opened)
+    except Exception as error:  # decoders fail in all ways there are
+        text = first_line(error)
+        raise OSError(text if text.startswith(f"{stored.name}: ") else f"{stored.name}: {text}") from error
 
 
-def demo_photographs() -> list[Path]:
-    """The colour photographs in scikit-image's wheel.
-
-    Raises:
-        UserError: scikit-image is not installed, or ships none of them any more.
-    """
-    spec = find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "without --data, training runs on scikit-image's photographs, and scikit-image is not installed; "
-            "pass --data FOLDER or install the extra: pip install 'sparkme[demo]'"
-        )
-    folder = Path(spec.submodule_search_locations[0], "data")
-    found = [folder / name for name in _PHOTOGRAPHS if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"scikit-image ships none of its photographs in {folder}; pass --data FOLDER")
-    return found
+def _is_jpeg(content: Path | bytes | Decoded) -> bool:
+    if isinstance(content, Path):
+        return content.suffix.lower() in (".jpg", ".jpeg") and _starts(content, b"\xff\xd8\xff")
+    return isinstance(content, bytes) and content.startswith(b"\xff\xd8\xff")
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
+def _starts(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
-def _is_special(path: Path) -> bool:
-    """A pipe, a device or a folder, which reading would wait for; a broken link is reported when it is read."""
-    return path.exists() and not path.is_file()
+def _file(content: Path | bytes | Decoded) -> Path | io.BytesIO:
+    assert isinstance(content, Path | bytes)
+    return content if isinstance(content, Path) else io.BytesIO(content)
 
 
-def printable(path: Path) -> str:
+def printable(path: Path | str) -> str:
     """A path in one line, whatever characters its name has."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
@@ -95,26 +113,17 @@ def load_rgb(path: Path, background: str = "white") -> Image.Image:
         OSError: it cannot be read, whatever Pillow's own reason, or its numbers have no known range.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # of palettes and tags that Pillow finds odd, and reads nevertheless
-            image = ImageOps.exif_transpose(opened)
-            if image.mode == "F":
-                raise OSError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                image = Image.fromarray((_sixteen_bits(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-            return image.convert("RGB")
+        return _rgb(path, background)
     except Exception as error:  # decoders fail in all ways there are
         raise OSError(f"{printable(path)}: {first_line(error)}") from error
 
 
-def load_image(path: Path, channels: int = 3, background: str = "white") -> Image.Image | Tensor:
+def load_image(stored: Stored | Path, channels: int = 3, background: str = "white") -> Decoded:
     """Decodes an image of any number of channels.
 
     Args:
-        path: an image file, or a `.npy` array (H, W), (H, W, C) or (C, H, W) of uint8, uint16, or floats from 0 to 1.
+        stored: an image file or its bytes, or a `.npy` array (H, W), (H, W, C) or (C, H, W) of uint8, uint16, or floats from 0
+            to 1.
         channels: how many the network takes. With 3, files are read by `load_rgb`; with 1, colours become grey; with another
             number the channels of an array, or the grey pages of a TIFF file, have to be as many.
         background: see `load_rgb`.
@@ -126,38 +135,76 @@ def load_image(path: Path, channels: int = 3, background: str = "white") -> Imag
     Raises:
         OSError: it cannot be read, or has other channels.
     """
-    if path.suffix.lower() == ".npy":
-        return _load_array(path, channels)
-    if channels == 3 and not (path.suffix.lower() in (".tif", ".tiff") and _has_grey_pages(path, channels)):
-        return load_rgb(path, background)
+    stored = Stored(printable(stored), stored) if isinstance(stored, Path) else stored
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")
-            pages = getattr(opened, "n_frames", 1)
-            if channels == 1:
-                return _grey(ImageOps.exif_transpose(opened), background).unsqueeze(0)
-            if pages == channels:
-                planes = []
-                for page in range(pages):
-                    opened.seek(page)
-                    if len(opened.getbands()) != 1:
-                        raise OSError(
-                            f"page {page + 1} has {len(opened.getbands())} channels; pages that are channels have one"
-                        )
-                    planes.append(_grey(opened, background))
-                return torch.stack(planes)
-            if len(opened.getbands()) == channels:
-                values = np.asarray(opened).astype(np.float32) / 255
-                return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-            raise OSError(f"it has {len(opened.getbands())} channels and {pages} pages, --channels is {channels}")
-    except Exception as error:
-        raise OSError(f"{printable(path)}: {first_line(error)}") from error
+        return _decode(stored, channels, background)
+    except Exception as error:  # decoders fail in all ways there are
+        raise OSError(f"{stored.name}: {first_line(error)}") from error
 
 
-def _has_grey_pages(path: Path, channels: int) -> bool:
+def _decode(stored: Stored, channels: int, background: str) -> Decoded:
+    content = stored.content
+    if isinstance(content, Image.Image):
+        return _from_pillow(content, channels, background)
+    if isinstance(content, Tensor):
+        return _from_array(content.numpy(), channels)
+    if content.suffix.lower() == ".npy" if isinstance(content, Path) else content.startswith(_NPY):
+        return _load_array(content, channels)
+    if channels == 3 and not (_may_have_pages(content) and _has_grey_pages(content, channels)):
+        return _rgb(content, background)
+    with warnings.catch_warnings(), Image.open(_file(content)) as opened:
+        warnings.simplefilter("ignore")
+        return _from_pillow(opened, channels, background)
+
+
+def _rgb(content: Path | bytes, background: str) -> Image.Image:
+    with warnings.catch_warnings(), Image.open(_file(content)) as opened:
+        warnings.simplefilter("ignore")  # of palettes and tags that Pillow finds odd, and reads nevertheless
+        return _to_rgb(opened, background)
+
+
+def _to_rgb(opened: Image.Image, background: str) -> Image.Image:
+    image = ImageOps.exif_transpose(opened)
+    if image.mode == "F":
+        raise OSError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((_sixteen_bits(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def _from_pillow(opened: Image.Image, channels: int, background: str) -> Decoded:
+    pages, bands = getattr(opened, "n_frames", 1), len(opened.getbands())
+    if channels == 3 and not (pages == 3 and bands == 1):
+        return _to_rgb(opened, background)
+    if channels == 1:
+        return _grey(ImageOps.exif_transpose(opened), background).unsqueeze(0)
+    if pages == channels:
+        planes = []
+        for page in range(pages):
+            opened.seek(page)
+            if len(opened.getbands()) != 1:
+                raise OSError(f"page {page + 1} has {len(opened.getbands())} channels; pages that are channels have one")
+            planes.append(_grey(opened, background))
+        return torch.stack(planes)
+    if bands == channels:
+        values = np.asarray(opened).astype(np.float32) / 255
+        return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+    raise OSError(f"it has {bands} channels and {pages} pages, --channels is {channels}")
+
+
+def _may_have_pages(content: Path | bytes) -> bool:
+    if isinstance(content, Path):
+        return content.suffix.lower() in (".tif", ".tiff")
+    return content[:4] in (b"II*\0", b"MM\0*")
+
+
+def _has_grey_pages(content: Path | bytes, channels: int) -> bool:
     """Whether a file has a page of one channel for each of the channels that are wanted."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
+        with warnings.catch_warnings(), Image.open(_file(content)) as opened:
             warnings.simplefilter("ignore")
             return getattr(opened, "n_frames", 1) == channels and len(opened.getbands()) == 1
     except Exception:  # which reading will name
@@ -183,31 +230,52 @@ def _grey(image: Image.Image, background: str) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("L")).astype(np.float32) / 255)
 
 
-def _load_array(path: Path, channels: int) -> Tensor:
+_NPY = b"\x93NUMPY"
+
+
+def _load_array(content: Path | bytes, channels: int) -> Tensor:
     try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise OSError("it holds several arrays; save each by itself")
-        if not array.size:
-            raise OSError(f"an array {array.shape} has no pixels")
-        array = array.astype(array.dtype.newbyteorder("="))
-        if array.ndim == 2:
-            array = array[:, :, None]
-        if array.ndim != 3:
-            raise OSError(f"an array of {array.ndim} axes is no image")
-        if array.shape[2] != channels and array.shape[0] == channels:
-            array = array.transpose(1, 2, 0)
-        if array.shape[2] != channels:
-            raise OSError(f"an array {array.shape} has not {channels} channels, first or last; see --channels")
-        if array.dtype in (np.uint8, np.uint16):
-            values = array.astype(np.float32) / np.iinfo(array.dtype).max
-        elif array.dtype.kind == "f":
-            values = array.astype(np.float32)
-        else:
-            raise OSError(f"an array of {array.dtype} has no known range; use uint8, uint16, or floats from 0 to 1")
-        if not (values.min() >= 0 and values.max() <= 1):  # NaN too
-            raise OSError("its values are not all from 0 to 1")
-        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        # Mapped, so that a head which promises more than the file has takes no memory.
+        array = _array_in(content) if isinstance(content, bytes) else np.load(content, allow_pickle=False, mmap_mode="r")
     except Exception as error:
-        why = "it is no array of numbers" if "pickle" in str(error) else first_line(error)
-        raise OSError(f"{printable(path)}: {why}") from error
+        raise OSError(
+            "it is no array of numbers" if "pickle" in str(error) or "object" in str(error) else first_line(error)
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise OSError("it holds several arrays; save each by itself")
+    return _from_array(array, channels)
+
+
+def _array_in(content: bytes) -> np.ndarray:
+    """The array whose file these bytes are, without a copy."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise OSError("it is no array of numbers")
+    count = int(np.prod(shape, dtype=object))
+    return np.frombuffer(content, dtype, count, file.tell()).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _from_array(array: np.ndarray, channels: int) -> Tensor:
+    if not array.size:
+        raise OSError(f"an array {array.shape} has no pixels")
+    array = np.asarray(array, array.dtype.newbyteorder("="))
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3:
+        raise OSError(f"an array of {array.ndim} axes is no image")
+    if array.shape[2] != channels and array.shape[0] == channels:
+        array = array.transpose(1, 2, 0)
+    if array.shape[2] != channels:
+        raise OSError(f"an array {array.shape} has not {channels} channels, first or last; see --channels")
+    if array.dtype in (np.uint8, np.uint16):
+        values = array.astype(np.float32) / np.iinfo(array.dtype).max
+    elif array.dtype.kind == "f":
+        values = array.astype(np.float32)
+    else:
+        raise OSError(f"an array of {array.dtype} has no known range; use uint8, uint16, or floats from 0 to 1")
+    if not (values.min() >= 0 and values.max() <= 1):  # NaN too
+        raise OSError("its values are not all from 0 to 1")
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))

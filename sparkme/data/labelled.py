@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from sparkme.data.dataset import Sample, collate, ignore_signals
-from sparkme.data.images import find_images, load_image, printable
+from sparkme.data.dataset import FORK, Sample, as_source, collate, ignore_signals
+from sparkme.data.images import load_image, printable
+from sparkme.data.sources import Files, ImageSource, find_source
+from sparkme.data.sources.files import Names, list_folder
 from sparkme.errors import UserError, first_line
 from sparkme.training.random import derived_seed
 
@@ -28,24 +30,30 @@ class Labelled:
     """Images and the number of each one's class.
 
     Attributes:
-        paths: the images.
+        images: where they are.
         labels: (N,) int64.
         classes: what the numbers stand for.
     """
 
-    paths: list[Path]
+    images: ImageSource
     labels: Tensor
     classes: list[str]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of images that are files."""
+        assert isinstance(self.images, Files)
+        return [self.images.path(i) for i in range(len(self))]
 
     def members(self, label: int) -> Tensor:
         """The numbers of a class's images."""
         return (self.labels == label).nonzero().flatten()
 
     def subset(self, numbers: Tensor) -> Labelled:
-        return Labelled([self.paths[i] for i in numbers.tolist()], self.labels[numbers], self.classes)
+        return Labelled(self.images.subset(numbers.tolist()), self.labels[numbers], self.classes)
 
     def draw(self, count: int, seed: int) -> Tensor:
         """The numbers of `count` images of each class, drawn at random.
@@ -77,28 +85,40 @@ class Split(NamedTuple):
 
 
 def find_labelled(
-    data: Path, labels: Path | None = None, *, val_share: float = 0.2, seed: int = 0, flag: str = "--data"
+    where: Path | str,
+    labels: Path | None = None,
+    *,
+    val_share: float = 0.2,
+    seed: int = 0,
+    flag: str = "--data",
+    cache: Path | None = None,
+    cache_gib: float = 50.0,
 ) -> Split:
     """Labelled images, split into those to learn from and those to measure on.
 
     Args:
-        data: a folder with a folder for each class, or with folders `train` and `val` of that kind; or a .csv file.
-        labels: a .csv file of `path,label`, the paths below `data`; a third column may say `train` or `val`.
+        where: a folder with a folder for each class, or with folders `train` and `val` of that kind; a .csv file; or any other
+            source that has labels, see `sparkme.data.sources`.
+        labels: a .csv file of `path,label`, the paths below `where`; a third column may say `train` or `val`.
         val_share: of each class, to measure on, where the data does not say.
         seed: of that choice.
         flag: what the data was given by, for messages.
+        cache, cache_gib: for shards.
 
     Raises:
         UserError: nothing of that kind is there; says what is expected.
     """
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is outside (0, 1)")
-    if labels is None and data.suffix.lower() == ".csv":
+    data = Path(where)
+    if labels is None and data.suffix.lower() == ".csv" and data.is_file():
         data, labels = data.parent, data
-    if not data.is_dir():
-        raise UserError(f"{flag} {data} is neither a folder nor a .csv file")
     if labels is not None:
+        if not data.is_dir():
+            raise UserError(f"{flag} {data} is not a folder, which --labels names images of")
         return _from_table(data, labels, val_share, seed)
+    if not data.is_dir() or not any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(data)):
+        return split(_from_source(str(where), cache, cache_gib, flag), val_share, seed)
     folders = {entry.name.lower(): Path(entry) for entry in os.scandir(data) if entry.is_dir()}
     train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
     if train and not val and _has_classes(train):
@@ -139,21 +159,38 @@ def _has_classes(folder: Path) -> bool:
 def split_digest(train: Labelled, val: Labelled) -> str:
     """Twelve digits that change with the images' names, their classes, and which of them are to learn from."""
     parts = [
-        (*(path.parts[-2:]), part.classes[label], name)
+        (*_last_names(part.images, i), part.classes[label], name)
         for name, part in (("train", train), ("val", val))
-        for path, label in zip(part.paths, part.labels.tolist(), strict=True)
+        for i, label in enumerate(part.labels.tolist())
     ]
     return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
+def _last_names(images: ImageSource, number: int) -> tuple[str, ...]:
+    """The same wherever the data lies."""
+    return images.path(number).parts[-2:] if isinstance(images, Files) else (os.path.basename(images.name(number)),)
+
+
+def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str) -> Labelled:
+    source = find_source(where, cache=cache, cache_gib=cache_gib, flag=flag)
+    try:
+        labels, classes = source.labels()
+    except ValueError as error:
+        more = "; each class needs a folder, or pass --labels FILE.csv with lines of path,label" if Path(where).is_dir() else ""
+        raise UserError(f"{flag} {error}{more}") from error
+    if len(classes) < 2:
+        raise UserError(f"{flag} {where} has {len(classes)} class, it takes two or more")
+    return Labelled(source, labels, classes)
+
+
 def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> Labelled:
     """The first folder below is the class, whatever is below that; `known` are the classes there may be."""
-    paths: list[Path] = []
+    names: list[str] = []
     labels: list[int] = []
     classes = list(known or [])
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
         try:
-            found = find_images(folder / name)
+            found = [os.path.join(name, image) for image in list_folder(folder / name).names]
         except UserError:  # an empty one
             continue
         if known is None:
@@ -161,15 +198,15 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
         elif name not in known:
             raise UserError(f"{flag}: {folder} has a class {name!r} that the images to learn from do not have")
         labels += [classes.index(name)] * len(found)
-        paths += found
+        names += found
     if len(classes) < 2:
         raise UserError(
             f"{flag} {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
             "with lines of path,label"
         )
-    if not paths:
+    if not names:
         raise UserError(f"{flag}: {folder} has no images in folders of classes")
-    return Labelled(paths, torch.tensor(labels), classes)
+    return Labelled(Files(folder, Names.pack(names), str(folder)), torch.tensor(labels), classes)
 
 
 def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
@@ -178,7 +215,8 @@ def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
     if len(classes) < 2:
         raise UserError(f"{table} has {len(classes)} different labels; it takes two or more, in lines of path,label")
     number = {name: i for i, name in enumerate(classes)}
-    labelled = Labelled([path for path, _, _ in rows], torch.tensor([number[label] for _, label, _ in rows]), classes)
+    images = Files.of([path for path, _, _ in rows])
+    labelled = Labelled(images, torch.tensor([number[label] for _, label, _ in rows]), classes)
     parts = [part for _, _, part in rows]
     if not any(parts):
         return split(labelled, val_share, seed)
@@ -243,26 +281,26 @@ class WholeImages(Dataset[NumberedSample]):
     """Images as they are measured: resized, so that the centre crop keeps `crop_share` of the shorter side.
 
     Args:
-        paths: the images.
+        images: a source, or files.
         size: height and width.
         channels, background: see `load_image`.
         crop_share: 0.95 as in the official fine-tuning code (downstream_imagenet/data.py).
     """
 
     def __init__(
-        self, paths: list[Path], size: tuple[int, int], *, channels: int = 3, background: str = "white",
+        self, images: ImageSource | Sequence[Path], size: tuple[int, int], *, channels: int = 3, background: str = "white",
         crop_share: float = 0.95,
     ) -> None:  # fmt: skip
-        self.paths, self.channels, self.background = paths, channels, background
+        self.source, self.channels, self.background = as_source(images), channels, background
         self.resized = [round(side / crop_share) for side in size]
         self.crop = v2.Compose([v2.CenterCrop(size), v2.PILToTensor()])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def __getitem__(self, number: int) -> NumberedSample:
         try:
-            image = load_image(self.paths[number], self.channels, self.background)
+            image = load_image(self.source.read(number), self.channels, self.background)
         except OSError as error:
             return NumberedSample(Sample(None, (str(error),)), number)
         height, width = v2.functional.get_size(image)
@@ -284,6 +322,7 @@ def whole_batches(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=ignore_signals if workers else None,
+        multiprocessing_context=FORK if workers else None,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sparkme.interop.files import replaced_when_whole
 from sparkme.training.log import unformatted
 
 MOST_NAMED = 40  # classes; of more the names cannot be read
@@ -46,7 +47,8 @@ def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
     with warnings.catch_warnings():  # of names in a writing that the font does not have
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(path, dpi=110)
+        with replaced_when_whole(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
 
 
 def _short(name: str) -> str:

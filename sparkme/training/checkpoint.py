@@ -1,7 +1,6 @@
 """Checkpoints: written beside and renamed, so that a crash or a full disk never costs the last good one.
 
-A checkpoint is torch's own format, a zip archive, which has a CRC-32 of every tensor. torch writes those sums and does not look
-at them when it reads; `load_checkpoint` does.
+A checkpoint is torch's own format, a zip archive, which has a CRC-32 of every part; `load_checkpoint` compares them.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import copy
 import os
 import shutil
 import warnings
-import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
+from sparkme.interop.files import archive_damage
 
 FORMAT = 1
 
@@ -45,8 +44,8 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.keep_every = keep_every
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[Path] | None = None  # what is being written, or was and nobody has asked for yet
+        self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._written: futures.Future[Path] | None = None  # what is being written, or was and nobody has asked for yet
         self._copy: Any = None  # of the state, in the host's memory
 
     @property
@@ -96,16 +95,19 @@ class Checkpoints:
         """As `save`, but returns as soon as the state is copied; the rest is done by another thread.
 
         Raises:
-            CannotWrite, SpoiledWeights: of the save before; this one is begun nevertheless.
+            CannotWrite, SpoiledWeights: of the save before, where nobody has waited for it; this one is not begun.
         """
-        try:
-            self.wait()
-        finally:
-            self._copy = _copied(state, self._copy)
-            event = torch.cuda.Event() if torch.cuda.is_initialized() else None
-            if event is not None:
-                event.record()
-            self._written = self._writer.submit(self._write, self._copy, step, event)
+        self.wait()  # it is written from the memory that this one is copied to
+        self._copy = _copied(state, self._copy)
+        event = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if event is not None:
+            event.record()
+        self._written = self._writer.submit(self._write, self._copy, step, event)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save was started that nobody has waited for."""
+        return self._written is not None
 
     @property
     def busy(self) -> bool:
@@ -118,30 +120,20 @@ class Checkpoints:
         Raises:
             CannotWrite, SpoiledWeights: why it was not written.
         """
+        if self._written is None:
+            return None
+        futures.wait([self._written])  # Ctrl-C may end this; then it is still being written
         written, self._written = self._written, None
-        return written.result() if written is not None else None
-
-    def check(self) -> None:
-        """Raises what the save that was started ended with; waits for nothing."""
-        if not self.busy:
-            self.wait()
+        return written.result()
 
     def _write(self, state: dict[str, Any], step: int, copied: torch.cuda.Event | None = None) -> Path:
         if copied is not None:
             copied.synchronize()
         _check_finite(state, step)
         path = self.folder / f"step_{step:08d}.pt"
-        temporary = path.with_suffix(".pt.writing")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"format": FORMAT, "step": step, **state}, temporary)
-            _to_disk(temporary)
-            os.replace(temporary, path)
-            self._point_at(path)
-            _to_disk(self.folder)
+            self._put({"format": FORMAT, "step": step, **state}, path)
         except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                temporary.unlink()
             resume = f"{self.last} is intact" if self.last.exists() else "there is no earlier one"
             free, needed = free_gib(path), _gib(state)
             reason = f"it takes {needed:.2f} GiB, {free:.2f} are free" if free < needed else first_line(error)
@@ -151,6 +143,20 @@ class Checkpoints:
         for old in earlier[: max(0, len(earlier) - recent)]:
             old.unlink(missing_ok=True)
         return path
+
+    def _put(self, content: dict[str, Any], path: Path) -> None:
+        temporary = path.with_suffix(".pt.writing")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(content, temporary)
+            _to_disk(temporary)
+            os.replace(temporary, path)
+            self._point_at(path)
+            _to_disk(self.folder)
+        finally:
+            for torn in (temporary, self.last.with_suffix(".pt.writing")):
+                with suppress(OSError):
+                    torn.unlink()
 
     def _is_kept(self, path: Path) -> bool:
         number = path.stem.removeprefix("step_")
@@ -238,6 +244,8 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
+    if verify and (problem := archive_damage(path)) is not None:  # before any of it is believed
+        raise DamagedCheckpoint(f"{path} is damaged: {problem}{_others(path)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are refused here
@@ -248,18 +256,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
     if not isinstance(state["config"], dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
         raise DamagedCheckpoint(f"{path} is a damaged checkpoint: its step or its configuration is of another kind")
-    if verify and (part := _first_damage(path)) is not None:
-        raise DamagedCheckpoint(f"{path} is damaged: the checksum of {part} differs{_others(path)}")
     return state
-
-
-def _first_damage(path: Path) -> str | None:
-    """The first part of a zip archive whose CRC-32 is not the one that it was written with."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except Exception as error:  # of a damaged head, too, zipfile has many
-        return f"the archive ({first_line(error)})"
 
 
 def _others(path: Path) -> str:

@@ -119,10 +119,12 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        type=path_argument,
-        metavar="DIR",
-        help="folder of images, nested or flat, labels not needed; scikit-image's photographs if left out",
+        type=source_argument,
+        metavar="SOURCE",
+        help="images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
+        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset (scikit-image's photographs)",
     )
+    add_source(group)
     group.add_argument(
         "--crop-scale",
         type=float,
@@ -163,6 +165,7 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="COLOUR",
         help="what transparent images are laid on, a name or #rrggbb (%(default)s)",
     )
+    add_reduced_jpeg(group)
     add_workers(group)
 
     group = parser.add_argument_group("network")
@@ -263,7 +266,7 @@ def create_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--probe-data",
-        type=path_argument,
+        type=source_argument,
         metavar="LABELLED",
         help="labelled images, a folder for each class or a .csv, to measure the frozen encoder's kNN accuracy on while it "
         "trains (none)",
@@ -343,6 +346,32 @@ def add_workers(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
 
 
+def add_source(group: argparse._ArgumentGroup) -> None:
+    """What goes with `--data`."""
+    group.add_argument(
+        "--root", type=path_argument, metavar="DIR", help="what the names in a list are below (the list's own folder)"
+    )
+    group.add_argument(
+        "--shard-cache",
+        type=path_argument,
+        metavar="DIR",
+        help="for what is known of tar shards, and for copies of those that are compressed or remote (~/.cache/sparkme/shards)",
+    )
+    group.add_argument(
+        "--shard-cache-gib", type=float, default=50.0, metavar="G", help="that the copies may take together (%(default)s)"
+    )
+
+
+def add_reduced_jpeg(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--reduced-jpeg",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode JPEG files at 1/2, 1/4 or 1/8 of their size where a crop keeps as many pixels as it needs: faster, and a "
+        "few grey levels different (on)",
+    )
+
+
 def add_seed(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
@@ -352,11 +381,13 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
-        type=path_argument,
+        type=source_argument,
         required=True,
         metavar="LABELLED",
-        help="a folder with a folder of images for each class, or with folders train and val of that kind",
+        help="a folder with a folder of images for each class, or with folders train and val of that kind; a .csv; tar shards "
+        "with .cls or .json; Parquet with a column label; or package.module:dataset with `targets`",
     )
+    add_source(group)
     group.add_argument(
         "--labels",
         type=path_argument,
@@ -387,6 +418,14 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
+def source_argument(text: str) -> str:
+    """What `sparkme.data.sources` reads."""
+    path_argument(text)
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("has a character that no name has")
+    return text
+
+
 # What a resumed run must share with its checkpoint: the network, the optimiser's state, and what a step is.
 FIXED = ("recipe", "model", "channels", "input_size", "patch", "decoder_width", "densify_norm", "optimizer", "beta2",
          "batch_size", "samples_per_epoch", "seed")  # fmt: skip
@@ -394,6 +433,7 @@ FIXED = ("recipe", "model", "channels", "input_size", "patch", "decoder_width", 
 OLDER = {"recipe": "spark", "channels": 3}  # what checkpoints mean that do not say
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "keep_every": 0, "hang_seconds": 0,
+             "shard_cache_gib": 0,
              "batch_size": 1, "samples_per_epoch": 1,
              "patch": 1, "channels": 1, "max_unreadable": 0, "weight_decay": 0, "weight_decay_end": 0,
              "clip_grad": 0, "checkpoint_minutes": 0, "panel_epochs": 0, "probe_epochs": 1, "warmup_epochs": 0}  # fmt: skip
@@ -427,7 +467,10 @@ def resolve_config(
     from sparkme.models import paper_drop_path
 
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
-    config |= {name: str(value) if (value := getattr(args, name)) else None for name in ("data", "init", "probe_data")}
+    config |= {
+        name: str(value) if (value := getattr(args, name)) else None
+        for name in ("data", "root", "shard_cache", "init", "probe_data")
+    }
     config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images}
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
 
+LEAVING_S = 60  # that a process takes to end after an error, at most
+
 
 @dataclass(frozen=True)
 class Process:
@@ -22,7 +25,7 @@ class Process:
 
     Attributes:
         hosts: a gloo group of all processes, for what concerns the hosts alone.
-        peers: host and process number of each, by rank.
+        peers: `whereabouts` and process number of each, by rank.
     """
 
     rank: int
@@ -64,6 +67,12 @@ class Process:
         values = [value]
         dist.broadcast_object_list(values, 0, group=self.hosts)
         return values[0]
+
+    def check_same(self, value: Any, what: str) -> None:
+        """Raises UserError where a process has another value than the first one, whose steps would then differ from its."""
+        first = self.share(value)
+        if any(self.agree(value != first)):
+            raise UserError(f"the processes do not see the same data: the {what} is {first} in the first, {value} in another")
 
     def gather(self, value: Any) -> list[Any]:
         """What every process has, in the first one; elsewhere what this one has. It travels between the hosts."""
@@ -108,15 +117,28 @@ def start_process(device: str) -> Process:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         hosts: Any = dist.new_group(backend="gloo")
         peers: list[Any] = [None] * world
-        dist.all_gather_object(peers, (socket.gethostname(), os.getpid()), group=hosts)
+        dist.all_gather_object(peers, (whereabouts(), os.getpid()), group=hosts)
         return Process(rank, world, chosen, hosts, tuple(peers))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{world} processes cannot meet ({first_line(error)}); start them with torchrun") from error
 
 
-def stop_process() -> None:
-    if dist.is_initialized():
+def stop_process(*, in_order: bool = True) -> None:
+    """Takes leave of the other processes. After an error nothing is waited for: NCCL would, for those that are gone."""
+    if not dist.is_initialized():
+        return
+    if in_order:
         dist.destroy_process_group()
+    else:
+        signal.alarm(LEAVING_S)
+
+
+def whereabouts() -> str:
+    """Where a process number means the same process: the host and, of containers on it, the process namespace."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def is_of_others(error: Exception) -> bool:

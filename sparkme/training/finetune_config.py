@@ -18,6 +18,7 @@ from sparkme.training.config import (
     add_device,
     add_labelled_data,
     add_precision,
+    add_reduced_jpeg,
     add_run,
     add_seed,
     add_workers,
@@ -136,6 +137,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--cutmix", type=float, metavar="ALPHA", help="likewise; one of both is drawn for every batch")
     group.add_argument("--repeats", type=int, metavar="N", help="repeated augmentation: so many crops of an image in a row")
     group.add_argument("--max-unreadable", type=int, metavar="N", help="stop when more images than this cannot be read")
+    add_reduced_jpeg(group)
     add_workers(group)
 
     group = parser.add_argument_group("network")
@@ -184,6 +186,7 @@ FIXED = ("model", "weights", "channels", "num_classes", "num_train_images", "spl
          "layer_decay", "batch_size", "repeats", "from_scratch", "shots", "seed")  # fmt: skip
 
 _AT_LEAST = {"epochs": 1, "accumulate": 1, "log_steps": 1, "keep_checkpoints": 1, "keep_every": 0, "hang_seconds": 0,
+             "shard_cache_gib": 0,
              "batch_size": 1, "repeats": 1, "shots": 1,
              "eval_epochs": 1, "max_unreadable": 0, "weight_decay": 0, "clip_grad": 0, "checkpoint_minutes": 0,
              "warmup_epochs": 0, "mixup": 0, "cutmix": 0}  # fmt: skip
@@ -217,7 +220,10 @@ def resolve_config(
         UserError: values that are out of range or do not fit together; names the flag.
     """
     config = {name: value for name, value in vars(args).items() if name != "resume"}
-    config |= {name: str(value) if (value := getattr(args, name)) else None for name in ("weights", "data", "labels")}
+    config |= {
+        name: str(value) if (value := getattr(args, name)) else None
+        for name in ("weights", "data", "labels", "root", "shard_cache")
+    }
     config |= {"command": "finetune", "output": str(output_folder(args, known["model"])), **known}
     num_train = known["num_train_images"]
     small = args.recipe == "small" or (args.recipe == "auto" and num_train < SMALL_SET)

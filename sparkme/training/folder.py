@@ -15,6 +15,7 @@ from sparkme.interop.files import replaced_when_whole
 from sparkme.training.checkpoint import Checkpoints, DamagedCheckpoint, load_checkpoint
 from sparkme.training.config import as_text, flag_of
 from sparkme.training.distributed import Process
+from sparkme.training.log import check_tracker
 
 
 class RunFolder:
@@ -27,12 +28,16 @@ class RunFolder:
         process: this process; all of them take the checkpoint that the first one finds.
 
     Raises:
-        UserError: there are checkpoints and none can be read, or they are another command's; or the folder cannot be written.
+        UserError: there are checkpoints and none can be read, or they are another command's; or the folder cannot be written,
+            or --wandb cannot be had.
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, *, command: str, process: Process) -> None:
         self.path, self.resume, self.process = path, args.resume, process
+        self.damaged: list[Path] = []
         check_writable(path)
+        if args.wandb:
+            check_tracker()
         self.checkpoints = Checkpoints(path / "checkpoints", args.keep_checkpoints)
         self.newest, self.saved = self.read_newest() if args.resume else (None, None)
         if self.saved is not None and (other := self.saved["config"].get("command", "pretrain")) != command:
@@ -53,10 +58,13 @@ class RunFolder:
             except UserError as error:
                 problem = str(error)
         path, problem = self.process.share((path, problem))
-        if problem is not None:
-            raise UserError(problem)
         if path is not None and saved is None:
-            saved = load_checkpoint(path, verify=False)
+            try:
+                saved = load_checkpoint(path, verify=False)
+            except UserError as error:
+                problem = str(error)
+        if any(self.process.agree(problem is not None)):  # nobody goes on, and replaces it, before all have read it
+            raise UserError(problem or f"{path} cannot be read by another process, see its lines")
         return path, saved
 
     def _first_whole(self) -> tuple[Path | None, dict[str, Any] | None]:
@@ -69,6 +77,7 @@ class RunFolder:
                 continue
             for damaged, problem in problems:
                 aside = self.checkpoints.set_aside(damaged)
+                self.damaged.append(aside)
                 print(f"{problem}; it is now {aside.name}, and the run goes on from {path.resolve().name}", file=sys.stderr)
             return path, saved
         if problems:
@@ -97,7 +106,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resume:
-                written = ("checkpoints/*.pt", "metrics.jsonl", "notes.jsonl", "tensorboard/events.*", *pictures)
+                written = ("checkpoints/*.pt", "checkpoints/*.damaged", "metrics.jsonl", "notes.jsonl", "tensorboard/events.*",
+                           "wandb-run-id", *pictures)  # fmt: skip
                 for old in (path for pattern in written for path in self.path.glob(pattern)):
                     old.unlink()
             self.checkpoints.clean()
@@ -111,7 +121,7 @@ class RunFolder:
         for name, before in self.saved["config"].items() if self.saved else ():
             if config.get(name) != before:
                 print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
-        if self.newest and self.newest != self.checkpoints.last:
+        if self.newest and self.newest != self.checkpoints.last and not self.damaged:
             print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from {self.newest.name} beside it")
 
 

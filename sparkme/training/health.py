@@ -9,14 +9,15 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
     from sparkme.training.loop import Training
 
-LINES = 3  # log lines in a row that have to say the same
+LINES, STEPS = 3, 20  # log lines in a row, and steps, that have to say the same
 FIRST_STEPS = 50  # whose numbers say little: of a start, and of the warm-up's end
-FIRST_IMAGES = 256  # that are looked at
+FIRST_IMAGES, LEAST_IMAGES = 256, 32  # that are looked at
 
 
 class Health:
@@ -29,10 +30,12 @@ class Health:
     def __init__(self, training: Training) -> None:
         self.training = training
         self.said: set[str] = set()
-        self.counts: dict[str, int] = {}
+        self.lasting: dict[str, tuple[int, int]] = {}  # how many lines have said it, and the step of the first
         self.rates: list[float] = []
         self.first_step: int | None = None
         self.seen = self.enlarged = self.plain = 0
+        self.first: Tensor | None = None  # image
+        self.differ = False
 
     def of_batch(self, batch: Batch) -> Iterator[str]:
         """What is odd about a batch of the first ones."""
@@ -40,12 +43,14 @@ class Health:
         if images is None or self.seen >= FIRST_IMAGES:
             return
         values = images.float() / (255 if images.dtype == torch.uint8 else 1)
-        if len(images) > 1 and float((values - values[0]).abs().max()) < 1 / 255:
-            yield from self._once("alike", "all pictures of a batch are the same: is --data what it should be?")
+        self.first = values[0] if self.first is None else self.first
+        self.differ = self.differ or float((values - self.first).abs().max()) > 1 / 255
         self.seen += len(images)
         self.enlarged += batch.enlarged
         self.plain += int((values.flatten(1).std(1) < 1 / 255).sum())
-        if self.seen >= min(FIRST_IMAGES, self.training.config["batch_size"]):
+        if self.seen >= min(FIRST_IMAGES, max(LEAST_IMAGES, self.training.config["batch_size"])):
+            if not self.differ:
+                yield from self._once("alike", f"the first {self.seen} pictures are all the same: is --data what it should be?")
             size = self.training.config["input_size"]
             if 2 * self.enlarged > self.seen:
                 yield from self._once(
@@ -53,7 +58,7 @@ class Health:
                     f"{100 * self.enlarged // self.seen} % of the crops are enlarged, since the images are smaller than "
                     f"--input-size {' '.join(map(str, size))}; a smaller one is faster and loses nothing",
                 )
-            if 2 * self.plain > self.seen:
+            if 2 * self.plain > self.seen and self.differ:
                 yield from self._once(
                     "plain",
                     f"{100 * self.plain // self.seen} % of the crops are of one colour: see --data, --background",
@@ -67,35 +72,37 @@ class Health:
         if step < self.first_step + FIRST_STEPS:
             return
         warm = step > config["warmup_epochs"] * training.steps_per_epoch + FIRST_STEPS
-        if self._lasts("loss", poor is not None and warm and numbers["loss"] > 1.01 * poor):
+        if self._lasts("loss", step, poor is not None and warm and numbers["loss"] > 1.01 * poor):
             yield from self._once(
                 "loss",
                 f"the loss is {numbers['loss']:.3f} after the warm-up, above {poor:g}, which painting every patch in its mean "
                 "colour would reach: lower --base-lr, or look at the reconstructions",
             )
         wait = numbers["loader_wait"]
-        if self._lasts("wait", wait > 0.2):
+        if self._lasts("wait", step, wait > 0.2):
             yield from self._once(
                 "wait", f"steps wait for images {100 * wait:.0f} % of the time: {more_workers(config['workers'], wait)}"
             )
         rate = numbers["images_per_s"]
         usual = median(self.rates) if len(self.rates) >= 10 else 0.0
-        if self._lasts("rate", rate < 0.6 * usual):
+        if self._lasts("rate", step, rate < 0.6 * usual):
             yield from self._once(
                 "rate", f"{rate:.0f} images/s, and {usual:.0f} were usual: does something else use this machine, or its disk?"
             )
         self.rates = [*self.rates[-99:], rate]
         if training.process.device.type == "cuda":
             busy = utilisation(training.process.device)
-            if self._lasts("gpu", busy is not None and busy < 50 and wait < 0.2):
+            if self._lasts("gpu", step, busy is not None and busy < 50 and wait < 0.2):
                 yield from self._once(
                     "gpu",
                     f"the GPU computes {busy} % of the time, and images are there: raise --batch-size, or --compile",
                 )
 
-    def _lasts(self, name: str, is_so: bool) -> bool:
-        self.counts[name] = self.counts.get(name, 0) + 1 if is_so else 0
-        return self.counts[name] >= LINES
+    def _lasts(self, name: str, step: int, is_so: bool) -> bool:
+        """Whether something is so for some time: of a single step, or a few, many things are."""
+        lines, since = self.lasting.get(name, (0, step))
+        self.lasting[name] = (lines + 1, since) if is_so else (0, step)
+        return is_so and lines + 1 >= LINES and step - since >= STEPS
 
     def _once(self, name: str, text: str) -> Iterator[str]:
         if name not in self.said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -11,10 +12,11 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from sparkme.errors import UserError, first_line
 from sparkme.interop.files import replaced_when_whole
 
 LEAST_POINTS = 10  # of percent that the axis of what was measured spans, so that an image more or less is no fall
@@ -43,6 +45,16 @@ class Lines:
         """
         values = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         self.kept = [*self.kept[-self.MOST_KEPT :], json.dumps(values) + "\n"]
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what was kept.
+
+        Raises:
+            OSError: likewise.
+        """
+        if not self.kept:
+            return
         data = "".join(self.kept).encode()
         number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -88,9 +100,7 @@ class RunLog:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.first_step, self.done = first_step, first_step
         self.lines = Lines(folder / "metrics.jsonl")
-        kept = [line for line in read_records(self.lines.path) if line["step"] <= first_step] if first_step else []
-        with replaced_when_whole(self.lines.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        drop_after(self.lines.path, first_step)
         self._events: Any = None
         self._purge: int | None = first_step + 1  # TensorBoard shows no events from here on of writers before
         self.bars: list[Any] = []
@@ -119,6 +129,7 @@ class RunLog:
         of_run.update()
         of_epoch.update()
         if self.done % self.steps_per_epoch == 0 and self.done < self.total_steps:
+            of_epoch.initial = 0  # of a resumed run's first epoch
             of_epoch.reset()
             of_epoch.set_description(self._epoch(self.done // self.steps_per_epoch))
 
@@ -139,21 +150,26 @@ class RunLog:
             self.bars[1].set_postfix_str(rate, refresh=False)
         else:
             share = 100 * step / self.total_steps
-            print(f"step {step}/{self.total_steps} ({share:.0f} %) | {shown} | {rate} | {left} left", flush=True)
+            show(f"step {step}/{self.total_steps} ({share:.0f} %) | {shown} | {rate} | {left} left", sys.stdout)
         self._write(step, epoch, values)
 
     def measured(self, step: int, epoch: float, values: dict[str, float], text: str) -> None:
         """Records what was measured after `step` steps, such as an accuracy from 0 to 1, and says it.
 
-        Raises:
-            OSError: the disk refused it.
+        What the disk refuses now is written with the next line, so that what follows, such as the best weights, is not lost.
         """
         self.say(f"epoch {epoch:g}: {text}")
-        self._write(step, epoch, values)
+        with suppress(OSError):
+            self._write(step, epoch, values)
 
     def _write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.tracker is not None:
-            self.tracker.log({"epoch": epoch, **values}, step=step)
+            try:
+                self.tracker.log({"epoch": epoch, **values}, step=step)
+            except Exception as error:  # of its service, or of its own files
+                self.warn(f"--wandb: {first_line(error)}; it gets no more metrics")
+                self.tracker = None
         self.lines.add({"step": step, "epoch": round(epoch, 4), **values})
         try:
             for name, value in values.items():
@@ -169,24 +185,21 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line that does not tear the bars."""
-        if self.bars:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        show(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """The same on the error stream."""
-        tqdm.write(text, file=sys.stderr)
+        show(text, sys.stderr)
 
     def finish(self, text: str) -> None:
         """Last words: below the bars, where nothing is drawn any more."""
         self._close_bars()
-        with suppress(OSError):  # of a terminal that is gone
-            print(text, flush=True)
+        show(text, sys.stdout)
 
     def _close_bars(self) -> None:
         for bar in self.bars:
-            bar.close()
+            with suppress(OSError):
+                bar.close()
         self.bars = []
 
     def picture(self, name: str, image: Any, step: int) -> None:
@@ -253,6 +266,48 @@ class RunLog:
             self.tracker.finish()
 
 
+def show(text: str, stream: TextIO) -> None:
+    """Prints a line above the progress bars, if there are any. A terminal that is gone, or a full disk, ends no run."""
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except OSError:
+        settle(stream, only_if_gone=True)
+
+
+def settle(stream: TextIO, *, only_if_gone: bool = False) -> None:
+    """Leaves nothing in a stream that Python would fail to write at its end, which changes the exit code."""
+    try:
+        stream.flush()
+    except OSError as error:
+        if only_if_gone and error.errno not in (errno.EIO, errno.EPIPE):  # a full disk may have room again
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def check_tracker() -> None:
+    """Raises UserError where the package of --wandb is not installed."""
+    if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs the package wandb: pip install wandb; or leave --wandb out")
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Cuts the lines of later steps off a metrics file, and what a crash has torn; that takes no room on the disk."""
+    if not path.is_file():
+        return
+    end = 0
+    with path.open("rb+") as file:
+        for line in file:
+            record = _record(line)
+            if record is None or record["step"] > step or not line.endswith(b"\n"):
+                break
+            end += len(line)
+        file.truncate(end if step else 0)
+
+
 def earlier_runs(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Epoch and loss of the newest other runs of the same command in the same parent folder, by their names."""
     command, found = _command(folder), list[tuple[float, Path]]()
@@ -297,13 +352,11 @@ class Throughput:
 
     Attributes:
         waited_s: for images, since the last report; the loop adds to it.
-        longest_s: that a step took, of the means over what was reported.
     """
 
     def __init__(self, images_per_step: int, total_steps: int) -> None:
         self.images_per_step = images_per_step
         self.total_steps = total_steps
-        self.longest_s = 0.0
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -313,7 +366,6 @@ class Throughput:
     def report(self, step: int) -> dict[str, float]:
         seconds = max(time.perf_counter() - self.since, 1e-9)
         per_step = seconds / max(1, step - self.step)
-        self.longest_s = max(self.longest_s, per_step)
         waited = min(1.0, self.waited_s / seconds)
         self.restart(step)
         return {
@@ -341,13 +393,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return records
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            needed = ("step", "epoch", "loss", "learning_rate") if "loss" in record else ("step", "epoch")
-            if not all(isinstance(record[name], int | float) and abs(record[name]) < 1e15 for name in needed):
-                break
-        except (ValueError, TypeError, KeyError, RecursionError):
+    for line in path.read_bytes().splitlines():
+        if (record := _record(line)) is None:
             break
         records.append(record)
     return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        needed = ("step", "epoch", "loss", "learning_rate") if "loss" in record else ("step", "epoch")
+        if all(isinstance(record[name], int | float) and abs(record[name]) < 1e15 for name in needed):
+            return record
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return None

@@ -29,13 +29,18 @@ from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
 from sparkme.training.distributed import Process, is_of_others, stop_process
 from sparkme.training.folder import RunFolder
 from sparkme.training.health import Health
-from sparkme.training.log import Notes, RunLog, Throughput
+from sparkme.training.log import Notes, RunLog, Throughput, settle, show
 from sparkme.training.optimizer import update_schedule
 from sparkme.training.random import seed_step
-from sparkme.training.watchdog import STARTING_S, Watchdog
+from sparkme.training.watchdog import SAVING_S, STARTING_S, Watchdog
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
+
+
+CHECKPOINT = "the checkpoint"  # among what is written
+RETRY_S = 60.0  # after which a checkpoint that could not be written is tried again
+LAST_TRIES, LAST_TRIES_S = 60, 10.0  # after the last step it is tried so often, every so many seconds
 
 
 class Training(ABC):
@@ -234,7 +239,9 @@ class Loop:
         self.log: RunLog | None = None
         self.losses: list[Tensor] = []  # of the steps since the last log line, still on the device
         self.in_step = False  # then the weights are neither those of one step nor of the next
-        self.cannot_write = ""  # what a full disk refused last, until something can be written again
+        self.refused: dict[str, str] = {}  # what a full disk refused, and why, until it can be written again
+        self.last_save = 0.0
+        self.stopped_s = 0.0  # the longest that a step waited for a save to be begun, since the last log line
 
     def run(self) -> int:
         """Steps, logs, reports and saves. Returns the exit code."""
@@ -247,9 +254,16 @@ class Loop:
                 self._explain(error)
                 raise
             finally:
+                self.watchdog.expect("saving", SAVING_S)
+                try:
+                    self.checkpoints.wait()
+                except (CannotWrite, SpoiledWeights) as error:
+                    self._warn("warning", str(error))
                 if self.log:
                     with suppress(OSError):
                         self.log.close()
+                for stream in (sys.stdout, sys.stderr):
+                    settle(stream)
 
     def _run(self) -> int:
         training, config, process = self.training, self.config, self.process
@@ -260,7 +274,7 @@ class Loop:
                 )
             return 0
         speed = Throughput(config["batch_size"], training.total_steps)
-        first_step, last_save = training.step, time.monotonic()
+        first_step, self.last_save = training.step, time.monotonic()
         batches = iter(training.batches(range(training.step, training.total_steps)))
         # Where a worker dies, torch raises from a signal's handler, in the midst of a step. To wait for its batch raises, too.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -275,24 +289,24 @@ class Loop:
         if training.step == 0 and training.is_due(0):
             self._report(0)
         speed.restart(training.step)
-        slow = True  # the first steps take longer than others
+        usual_s = 0.0  # the longest that a step took, but for the first, which may compile
+        alone_s = 0.0  # that the first process may have been busy with what the others do not do
         while training.step < training.total_steps:
-            self.watchdog.expect(f"waiting for the images of step {training.step + 1}", STARTING_S if slow else None)
             since = time.perf_counter()
+            first, second = training.step == first_step, training.step == first_step + 1
+            limit_s = STARTING_S if first or second else 5 * usual_s
+            self.watchdog.expect(f"waiting for the images of step {training.step + 1}", STARTING_S if first else limit_s)
             batch = self._next(batches)
             speed.waited_s += time.perf_counter() - since
             self._look_at(batch)
-            overdue = process.is_main and 0 < 60 * config["checkpoint_minutes"] <= time.monotonic() - last_save
-            self.watchdog.expect("waiting for the other processes", STARTING_S if slow else None)
-            stop, spoiled, overdue = process.agree(
-                bool(self.stop.signal), self._is_spoiled(batch), overdue and not self.checkpoints.busy
-            )
+            self.watchdog.expect("waiting for the other processes", max(limit_s, alone_s))
+            stop, spoiled, overdue = process.agree(bool(self.stop.signal), self._is_spoiled(batch), self._is_overdue())
+            alone_s = 0.0
             if stop or spoiled:
                 self._log(speed)
                 return self._leave(spoiled=spoiled)
 
-            slow = training.step < first_step + 2
-            self.watchdog.expect(f"computing step {training.step + 1}", STARTING_S if slow else 5 * speed.longest_s)
+            self.watchdog.expect(f"computing step {training.step + 1}", limit_s)
             self.in_step = True
             loss = training.train_step(batch)
             self.in_step = False
@@ -302,8 +316,8 @@ class Loop:
                 self.losses.append(loss)
             if self.log:
                 self.log.step()
-                self._check_saved()
-                if training.step == first_step + 1:
+                self._check_saved(wait=False)
+                if first:
                     self.checkpoints.make_room(training.state())
             epoch, in_epoch = divmod(training.step, training.steps_per_epoch)
             done = training.step == training.total_steps
@@ -312,15 +326,16 @@ class Loop:
             save = done or overdue or kept or (in_epoch == 0 and not config["checkpoint_minutes"])
             if report or save or training.step == 1 or training.step % config["log_steps"] == 0:
                 self._log(speed)
+            usual_s = 0.0 if first else max(usual_s, time.perf_counter() - since)
             if report:
                 self._report(epoch)
-                slow = True
             if save:
-                last_save = time.monotonic()
-                slow = True
+                self.last_save = time.monotonic()
+            if report or save:
+                alone_s = STARTING_S if report else SAVING_S
+                self.watchdog.expect("saving", SAVING_S)
             if self.log and save:
-                self.watchdog.expect("saving", STARTING_S)
-                self._save(now=done)
+                self._save_last() if done else self._save()
             if self.log and (save or report):
                 self._write("loss.png", self.log.plot)
             if report:
@@ -340,7 +355,7 @@ class Loop:
             return next(batches)
         except Exception as error:
             died = "DataLoader worker" in str(error) and "exited unexpectedly" in str(error)
-            if not (died or isinstance(error, MemoryError | OSError)):
+            if not (died or isinstance(error, MemoryError | OSError | EOFError)):
                 raise
             saved = self._save_at_the_end()
             advice = "mostly for want of memory: lower --workers" if died else "see --workers"
@@ -357,10 +372,16 @@ class Loop:
 
     def _warn(self, kind: str, text: str) -> None:
         self.notes.add(kind, self.training.step, text)
-        if self.log:
-            self.log.warn(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        show(text, sys.stderr)
+
+    def _is_overdue(self) -> bool:
+        """Whether the first process would save, and can."""
+        if not self.process.is_main or self.checkpoints.busy:
+            return False
+        every_s, since_s = 60 * self.config["checkpoint_minutes"], time.monotonic() - self.last_save
+        if CHECKPOINT in self.refused:
+            return since_s >= min(every_s or RETRY_S, RETRY_S)
+        return bool(0 < every_s <= since_s)
 
     def _is_spoiled(self, batch: Batch) -> bool:
         return batch.images is None or len(self.unreadable) > self.config["max_unreadable"]
@@ -382,6 +403,8 @@ class Loop:
             numbers["memory_gib"] = peak_memory_gib(self.process.device)
             if count := training.not_finite[0]:
                 numbers["not_finite"] = count
+            if self.stopped_s:
+                numbers["save_ms"], self.stopped_s = 1e3 * self.stopped_s, 0.0
             log, epoch = self.log, step / training.steps_per_epoch
             self._write("metrics.jsonl", lambda: log.metrics(step, epoch, numbers))
             for warning in self.health.of_numbers(step, numbers):
@@ -400,9 +423,8 @@ class Loop:
         if len(recent) > MOST_NOT_FINITE:
             self._refuse(f"{text}; {len(recent)} of the last {RECENT_STEPS} steps were not finite")
         if self.config["on_nan"] == "rollback":
-            if self.log:
-                with suppress(CannotWrite):
-                    self.checkpoints.wait()
+            self.watchdog.expect("reading the last checkpoint", SAVING_S)
+            self._check_saved(wait=True)
             path, saved = self.folder.read_newest()
             if path is None or saved is None:
                 self._refuse(f"{text}; there is no checkpoint to roll back to")
@@ -412,45 +434,47 @@ class Loop:
             self._warn("not_finite", text)
 
     def _refuse(self, problem: str) -> NoReturn:
+        with suppress(CannotWrite, SpoiledWeights):
+            self.checkpoints.wait()
         newest = self.checkpoints.newest()
         good = f"the last good checkpoint is {newest.resolve()}" if newest else "there is no checkpoint yet"
         clip = "lower --base-lr or --clip-grad" if self.config["clip_grad"] else "lower --base-lr, set --clip-grad"
         others = "" if self.config["on_nan"] != "stop" else ", or --on-nan skip"
         raise UserError(f"{problem}; {good}; {clip}, or use --precision float32{others}")
 
-    def _save(self, *, now: bool) -> None:
-        """Writes a checkpoint, in the background unless it is wanted now."""
+    def _save(self) -> None:
+        """Begins to write a checkpoint."""
+        self._check_saved(wait=True)
+        since = time.perf_counter()
+        self.checkpoints.start_saving(self.training.state(), self.training.step)
+        self.stopped_s = max(self.stopped_s, time.perf_counter() - since)
+
+    def _check_saved(self, *, wait: bool) -> None:
+        """Tells what came of the save that was begun, if there is one and, unless it is to be waited for, it has ended."""
+        if self.checkpoints.pending and (wait or not self.checkpoints.busy):
+            self._write(CHECKPOINT, self.checkpoints.wait)
+
+    def _save_last(self) -> None:
+        """Writes the last checkpoint. Where a full disk refuses it, all that was done since the one before hangs on it, so
+        some time is given to make room."""
         state, step = self.training.state(), self.training.step
-        with self._writing("the checkpoint"):
-            if not now:
-                self.checkpoints.start_saving(state, step)
+        assert self.log
+        for tries_left in reversed(range(LAST_TRIES)):
+            self._write(CHECKPOINT, lambda: self.checkpoints.save(state, step))
+            self._write("metrics.jsonl", self.log.lines.flush)
+            if not self.log.lines.kept and CHECKPOINT not in self.refused:
                 return
-            self.checkpoints.save(state, step)
-            return
-        # A full disk at the end would cost all that was done since the last checkpoint.
-        for _ in range(LAST_TRIES):
-            if self.stop.signal:
+            if self.stop.signal or not tries_left:
                 break
             self.watchdog.expect("waiting for room on the disk", STARTING_S)
             time.sleep(LAST_TRIES_S)
-            with self._writing("the checkpoint"):
-                self.checkpoints.save(state, step)
-                return
-        raise UserError(f"{self.cannot_write}; what was done since then is lost; make room, then start again")
+        if problem := self.refused.get(CHECKPOINT):
+            raise UserError(f"{problem}; what was done since then is lost; make room, then start again")
 
-    def _check_saved(self) -> None:
-        with self._writing("the checkpoint"):
-            self.checkpoints.check()
-
-    def _write(self, what: str, write: Callable[[], None]) -> None:
-        with self._writing(what):
-            write()
-
-    @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        """What a full disk refuses ends the run, or is told once, as `--on-full-disk` says."""
+    def _write(self, what: str, write: Callable[[], object]) -> None:
+        """Writes; what a full disk refuses ends the run, or is told once, as `--on-full-disk` says."""
         try:
-            yield
+            write()
         except SpoiledWeights as error:
             self._refuse(str(error))
         except (OSError, CannotWrite) as error:
@@ -458,27 +482,34 @@ class Loop:
             if not isinstance(error, CannotWrite):
                 text = f"cannot write {what}: {text} ({free_gib(self.folder.path):.1f} GiB free)"
             if self.config["on_full_disk"] == "stop":
-                saved = "" if what == "the checkpoint" else f"{self._save_at_the_end()}; "
+                saved = "" if what == CHECKPOINT else f"{self._save_at_the_end()}; "
                 raise UserError(f"{text}; {saved}make room or change --output, then start again") from error
-            if not self.cannot_write:
+            if not self.refused or (what == CHECKPOINT and what not in self.refused):
                 self._warn("warning", f"{text}; going on without, and trying again")
-            self.cannot_write = text
+            self.refused[what] = text
         else:
-            if self.cannot_write:
+            # Of all that is written a checkpoint takes most room.
+            before, self.refused = self.refused, {} if what == CHECKPOINT else {
+                other: why for other, why in self.refused.items() if other != what
+            }  # fmt: skip
+            if before and not self.refused:
                 self._warn("warning", f"{what} could be written again")
-            self.cannot_write = ""
 
     def _save_at_the_end(self) -> str:
         """Saves, if the weights are whole and this is the process that does; says what came of it."""
         step = self.training.step
-        if not self.process.is_main or self.log is None:
-            return "the first process saves"
-        if self.in_step or not step:
+        if self.log is None or self.in_step or not step:
             return self._how_to_continue()
+        with suppress(OSError):
+            self.log.lines.flush()
         try:
-            return f"saved {self.checkpoints.save(self.training.state(), step)} after step {step}"
-        except (CannotWrite, SpoiledWeights) as error:
-            return str(error)
+            if self.process.device.type == "cuda":  # it may wait for a process that is gone; not as long as a save may take
+                torch.cuda.synchronize()
+            self.watchdog.expect("saving", SAVING_S)
+            path = self.checkpoints.save(self.training.state(), step)
+        except Exception as error:  # of a device that is spoiled, too; what led here is to be told as well
+            return first_line(error)
+        return f"saved {path} after step {step}; the same command continues from there"
 
     def _how_to_continue(self) -> str:
         newest = self.checkpoints.newest()
@@ -494,14 +525,13 @@ class Loop:
                 f"another process of this run ended or does not answer, see its own lines ({first_line(error)[:120]}); {saved}"
             ) from error
         saved = self._save_at_the_end()
-        print(f"an unexpected error after step {self.training.step}; {saved}", file=sys.stderr, flush=True)
+        show(f"an unexpected error after step {self.training.step}; {saved}", sys.stderr)
 
     def _leave(self, *, spoiled: bool) -> int:
         log, step = self.log, self.training.step
-        self.watchdog.expect("saving", STARTING_S)
-        saved = "nothing to save yet"
+        saved = self._save_at_the_end()
+        self.watchdog.expect("saving", SAVING_S)
         if log and step:
-            saved = self._save_at_the_end()
             with suppress(OSError, CannotWrite):
                 log.plot()
         if spoiled:
@@ -514,12 +544,8 @@ class Loop:
         if log:
             name = signal.Signals(number).name
             self.notes.add("stopped", step, f"{name}: {saved}")
-            log.finish(f"{name}: {saved}; the same command continues from here")
+            log.finish(f"{name}: {saved}")
         return 128 + number
-
-
-# After the last step, a full disk is tried again so often, every so many seconds.
-LAST_TRIES, LAST_TRIES_S = 60, 10.0
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -543,12 +569,10 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
     """A run of Weights & Biases, which a resumed run continues.
 
     Raises:
-        UserError: it is not installed, or refuses.
+        UserError: it refuses.
     """
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise UserError("--wandb needs the package wandb: pip install wandb; or leave --wandb out") from None
+    import wandb
+
     path = folder / "wandb-run-id"
     try:
         name = path.read_text().strip() if path.is_file() else ""
@@ -564,6 +588,9 @@ def run_training(create: Callable[[], Training]) -> int:
     try:
         with user_errors():
             training = create()
-        return Loop(training).run()
-    finally:
-        stop_process()
+        code = Loop(training).run()
+    except BaseException:
+        stop_process(in_order=False)
+        raise
+    stop_process()
+    return code

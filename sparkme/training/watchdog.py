@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sparkme.training.distributed import Process
+from sparkme.training.distributed import Process, whereabouts
 
 STARTING_S = 3600.0  # for what has no usual length: compiling, the first step, measuring and drawing
+SAVING_S = 600.0  # for what waits for a disk
+ANSWER_S = 5.0  # that the advice may take, which looks at the disk, and the error stream
 
 
 class Watchdog:
@@ -29,13 +31,13 @@ class Watchdog:
 
     def __init__(self, process: Process, limit_s: float, advice: Callable[[], str]) -> None:
         self.process, self.limit_s, self.advice = process, limit_s, advice
-        self._doing, self._allowed_s, self._counted_s = "starting", STARTING_S, 0.0
+        self._now = ("starting", STARTING_S)
         self._ended = threading.Event()
         self._main = threading.get_ident()
 
-    def expect(self, doing: str, limit_s: float | None = None) -> None:
+    def expect(self, doing: str, limit_s: float = 0.0) -> None:
         """Says what the main thread does from here, and how long it may take; never less than the limit for all."""
-        self._doing, self._allowed_s, self._counted_s = doing, max(self.limit_s, limit_s or 0), 0.0
+        self._now = (doing, max(self.limit_s, limit_s))
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -50,16 +52,24 @@ class Watchdog:
             self._ended.set()
 
     def _count(self) -> None:
-        while not self._ended.wait(1):
-            self._counted_s += 1
-            if self._counted_s > self._allowed_s:
-                self._end()
+        seen, seconds = self._now, 0
+        while not self._ended.wait(1):  # not by the clock, which goes on while the process is stopped
+            if self._now is not seen:
+                seen, seconds = self._now, 0
+            seconds += 1
+            if seconds > seen[1]:
+                self._end(seen[0], seconds)
 
-    def _end(self) -> None:
+    def _end(self, doing: str, seconds: int) -> None:
         """Says why, and leaves at once: the main thread may never answer."""
+        leave = threading.Timer(3 * ANSWER_S, os._exit, (1,))
+        leave.daemon = True
+        leave.start()
         with suppress(Exception):  # nothing may keep it from leaving
-            text = f"error: no progress for {self._counted_s:.0f} s while {self._doing}{self._place()}{self._stopped()}"
-            os.write(2, f"\n{text}; {self.advice()}\n".encode(errors="replace"))
+            text = f"error: no progress for {seconds} s while {doing}{self._place()}{self._stopped()}{self._advice()}"
+            for worker in multiprocessing.active_children():  # one that hangs as well would outlive this process
+                worker.kill()
+            os.write(2, f"\n{text}\n".encode(errors="replace"))
         os._exit(1)
 
     def _place(self) -> str:
@@ -72,8 +82,8 @@ class Watchdog:
     def _stopped(self) -> str:
         """Names processes of this machine that are gone or stopped; the latter would be left behind, so they are killed."""
         found = ""
-        for rank, (host, number) in enumerate(self.process.peers):
-            if host != socket.gethostname() or number == os.getpid():
+        for rank, (where, number) in enumerate(self.process.peers):
+            if where != whereabouts() or number == os.getpid():
                 continue
             try:
                 state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
@@ -85,3 +95,11 @@ class Watchdog:
                 with suppress(OSError):
                     os.kill(number, signal.SIGKILL)
         return found
+
+    def _advice(self) -> str:
+        """What to do next, unless the disk that it is looked up on is what hangs."""
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self.advice()), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return f"; {found[0]}" if found else ""

@@ -1,0 +1,101 @@
+"""Where images come from: one description for every command.
+
+photos/                            a folder, whatever its structure
+list.txt, table.csv                names of files, one in a line
+shards/train-{000..146}.tar        tar archives, also in a folder, by a pattern with *, or from a URL
+data/train-*.parquet               Parquet with the bytes of images
+package.module:dataset             anything that has a length and gives an image for a number
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from sparkme.data.sources.base import ImageSource
+from sparkme.data.sources.dataset import DatasetImages
+from sparkme.data.sources.files import Files, list_folder, read_list
+from sparkme.data.sources.parquet import ParquetImages
+from sparkme.data.sources.shards import Cache, Shards, default_cache, expand_braces, is_remote, is_shard
+from sparkme.errors import UserError
+
+LISTS = (".txt", ".lst", ".list", ".csv")
+_DATASET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def find_source(
+    text: str,
+    *,
+    leave_out: Path | None = None,
+    root: Path | None = None,
+    cache: Path | None = None,
+    cache_gib: float = 50.0,
+    index: Path | None = None,
+    flag: str = "--data",
+) -> ImageSource:
+    """Finds the images that a text describes.
+
+    Args:
+        text: see the module.
+        leave_out: a folder whose images do not count, such as the run's own pictures.
+        root: what the names in a list are relative to.
+        cache: the folder for copies of shards.
+        cache_gib: how large they may be together.
+        index: where a list of a large folder may be kept, see `Files.write_index`.
+        flag: what the text was given by, for messages.
+
+    Raises:
+        UserError: it describes no images.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return _in_folder(path, leave_out, cache, cache_gib, index, flag)
+    if path.is_file() and path.suffix.lower() in LISTS:
+        return read_list(path, root, flag=flag)
+    if not path.exists() and _DATASET.fullmatch(text):
+        return DatasetImages(text, flag=flag)
+    try:
+        found = [name for pattern in expand_braces(text) for name in _matching(pattern)]
+    except ValueError as error:
+        raise UserError(f"{flag} {error}") from error
+    if not found:
+        raise UserError(f"{flag} {text} is not a folder, and no file matches it")
+    return _of_files(found, text, cache, cache_gib, flag)
+
+
+def _in_folder(
+    path: Path, leave_out: Path | None, cache: Path | None, cache_gib: float, index: Path | None, flag: str
+) -> ImageSource:
+    """The images of a folder or, where it has none, the shards or the Parquet files in it."""
+    try:
+        return list_folder(path, leave_out, flag=flag, index=index)
+    except UserError as error:
+        names = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+        found = [name for name in names if is_shard(name)] or [name for name in names if name.lower().endswith(".parquet")]
+        if not found:
+            raise error
+    return _of_files(found, str(path), cache, cache_gib, flag)
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a pattern with * stands for, or the name itself where there is no *."""
+    if is_remote(pattern) or not glob.has_magic(pattern):
+        return [pattern] if is_remote(pattern) or os.path.exists(pattern) else []
+    return sorted(glob.glob(pattern))
+
+
+def _of_files(names: list[str], text: str, cache: Path | None, cache_gib: float, flag: str) -> ImageSource:
+    if all(map(is_shard, names)):
+        return Shards(names, Cache(cache or default_cache(), int(cache_gib * 2**30)), text, flag=flag)
+    if all(name.lower().endswith(".parquet") and not is_remote(name) for name in names):
+        return ParquetImages([Path(name) for name in names], text, flag=flag)
+    odd = next(name for name in names if not is_shard(name) and not name.lower().endswith(".parquet"))
+    raise UserError(
+        f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet; to take "
+        "single images, put them into a folder"
+    )
+
+
+__all__ = ["Files", "ImageSource", "find_source"]

@@ -1,0 +1,76 @@
+"""What every source of images has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparkme.data.images import Stored
+
+
+class ImageSource(ABC):
+    """Images by their numbers, wherever they are.
+
+    Reading is done by the processes that load images, which share what the source keeps in NumPy arrays and tensors; files are
+    opened there, and not before.
+
+    Attributes:
+        description: for people.
+        blocks: (K + 1,) int64, where it is faster to read images that lie together (a tar shard, a row group of Parquet):
+            the first number of each such part, and the number of images at the end; None where any order is as good.
+        window: with blocks, how many images that follow one another in the order of an epoch are shuffled among each other.
+    """
+
+    description: str
+    blocks: Tensor | None = None
+    window: int = 1
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, number: int) -> Stored:
+        """One image as it is stored.
+
+        Raises:
+            OSError: it cannot be read; names it.
+        """
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """For messages, and to recognise the image by."""
+
+    def subset(self, numbers: Sequence[int]) -> ImageSource:
+        """Some of the images, in this order."""
+        return Subset(self, torch.tensor(numbers, dtype=torch.long))
+
+    def labels(self) -> tuple[Tensor, list[str]]:
+        """(N,) int64, and the names that the numbers stand for.
+
+        Raises:
+            ValueError: it has none.
+        """
+        raise ValueError(f"{self.description} has no labels")
+
+    def write_index(self, path: Path) -> None:  # noqa: B027
+        """Keeps for the next start what was slow to find out."""
+
+
+class Subset(ImageSource):
+    """Some images of another source."""
+
+    def __init__(self, source: ImageSource, numbers: Tensor) -> None:
+        self.source, self.numbers, self.description = source, numbers, source.description
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, number: int) -> Stored:
+        return self.source.read(int(self.numbers[number]))
+
+    def name(self, number: int) -> str:
+        return self.source.name(int(self.numbers[number]))

@@ -1,0 +1,97 @@
+"""A user's own dataset: `package.module:name` of anything that has a length and gives an image for a number."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sparkme.data.images import Stored
+from sparkme.data.sources.base import ImageSource
+from sparkme.errors import UserError, first_line
+
+IMAGE_KEYS = ("image", "img", "jpg", "png", "pixel_values", "bytes")
+
+
+class DatasetImages(ImageSource):
+    """What a dataset gives by number: an image of Pillow's, a tensor (C, H, W) or array, or bytes; or a tuple that begins with
+    one, or a dict that has one under `image` or the like, as torchvision's and Hugging Face's datasets do.
+
+    Labels are taken from its attribute `targets` or `labels`, and their names from `classes`.
+
+    Args:
+        where: `package.module:name` of the dataset, or of a function without arguments that makes it.
+        flag: what it was given by, for messages.
+
+    Raises:
+        UserError: it cannot be imported, or is nothing of that kind.
+    """
+
+    def __init__(self, where: str, *, flag: str = "--data") -> None:
+        self.description = where
+        self.dataset = _imported(where, flag)
+        try:
+            self._length = len(self.dataset)
+        except Exception as error:
+            raise UserError(
+                f"{flag} {where} has no length ({first_line(error)}): it must have __len__ and __getitem__"
+            ) from error
+        if self._length < 1:
+            raise UserError(f"{flag} {where} has no images")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, number: int) -> str:
+        return f"{self.description}, item {number}"
+
+    def read(self, number: int) -> Stored:
+        try:
+            item = self.dataset[number]
+            while isinstance(item, tuple | list) and item:
+                item = item[0]
+            if isinstance(item, dict):
+                item = next(item[key] for key in IMAGE_KEYS if key in item)
+                item = item["bytes"] if isinstance(item, dict) and "bytes" in item else item
+        except Exception as error:  # it is another's code
+            raise OSError(f"{self.name(number)}: {type(error).__name__}: {first_line(error)}") from error
+        if isinstance(item, np.ndarray):
+            item = torch.from_numpy(np.array(item))  # a copy, which may be written to
+        if isinstance(item, Tensor):
+            item = item.detach().cpu()
+        if not isinstance(item, Image.Image | Tensor | bytes):
+            raise OSError(f"{self.name(number)}: it gives {type(item).__name__}, which is no image")
+        return Stored(self.name(number), item)
+
+    def labels(self) -> tuple[Tensor, list[str]]:
+        values = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
+        if values is None or callable(values):
+            raise ValueError(f"{self.description} has no labels: give the dataset an attribute `targets`, a number for each")
+        labels = torch.as_tensor(values).flatten().long()
+        if len(labels) != len(self):
+            raise ValueError(f"{self.description} has {len(labels)} labels for {len(self)} images")
+        names = getattr(self.dataset, "classes", None)
+        count = int(labels.max()) + 1
+        if int(labels.min()) < 0:
+            raise ValueError(f"{self.description} has labels below 0")
+        named = names if isinstance(names, list | tuple) and len(names) >= count else range(count)
+        return labels, [str(name) for name in named]
+
+
+def _imported(where: str, flag: str) -> Any:
+    module_name, _, name = where.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+        if not hasattr(found, "__getitem__") or isinstance(found, type):
+            found = found()
+    except (Exception, SystemExit) as error:  # it is another's code
+        raise UserError(f"{flag} {where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    return found

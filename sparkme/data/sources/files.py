@@ -1,0 +1,258 @@
+"""Lists of image files: any folder, as fast as the disk says its names, or a text file; in little memory.
+
+A million Python strings take 100 MB, and again in every process that loads images, since counting references copies the pages
+that were shared. Here all names are one NumPy array, which processes that fork share for good.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from tqdm import tqdm
+
+from sparkme.data.images import Stored, printable
+from sparkme.data.sources.base import ImageSource
+from sparkme.errors import UserError, first_line
+from sparkme.interop.files import replaced_when_whole
+
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+# The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+                "retina.jpg", "rocket.jpg")  # fmt: skip
+
+
+INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
+_INDEX_VERSION = 1
+
+
+class Names(Sequence[str]):
+    """Many names in two arrays.
+
+    Args:
+        text: all of them, one after the other, as the file system has them, uint8.
+        ends: where each ends, int64.
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def pack(cls, names: Iterable[str]) -> Names:
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # counts from the end, and raises
+        start = self.ends[number - 1] if number else 0
+        return os.fsdecode(self.text[start : self.ends[number]].tobytes())
+
+
+class Files(ImageSource):
+    """Image files by their names.
+
+    Args:
+        root: the folder that the names are relative to.
+        names: of the files.
+        description: for people.
+        folders: that were looked through, with the times of their last change in ns; what an index is valid for.
+    """
+
+    def __init__(
+        self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None
+    ) -> None:  # fmt: skip
+        self.root, self.names, self.description, self.folders = root, names, description, folders
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> Files:
+        """Of files anywhere."""
+        return cls(Path(), Names.pack(map(str, paths)), f"{len(paths)} files")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, number: int) -> Path:
+        return self.root / self.names[number]
+
+    def read(self, number: int) -> Stored:
+        path = self.path(number)
+        return Stored(printable(path), path)
+
+    def name(self, number: int) -> str:
+        return printable(self.path(number))
+
+    def subset(self, numbers: Sequence[int]) -> Files:
+        return Files(self.root, Names.pack(self.names[i] for i in numbers), self.description)
+
+    def write_index(self, path: Path) -> None:
+        """Keeps the list of a folder with many files for the next start.
+
+        Raises:
+            CannotWrite: as a whole or not at all.
+        """
+        if self.folders is None or len(self) < INDEX_FROM:
+            return
+        folders, times = self.folders
+        with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, version=_INDEX_VERSION, root=str(self.root.absolute()), text=self.names.text, ends=self.names.ends,
+                folders_text=folders.text, folders_ends=folders.ends, times=times,
+            )  # fmt: skip
+
+
+def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:
+    """All images below a folder, see `list_folder`."""
+    files = list_folder(folder, leave_out, flag=flag)
+    return [folder / name for name in files.names]
+
+
+def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--data", index: Path | None = None) -> Files:
+    """All images below a folder, sorted, whatever its structure; follows links, each directory once.
+
+    Args:
+        folder: where to look.
+        leave_out: a folder below it whose images do not count, such as the run's own pictures.
+        flag: what the folder was given by, for messages.
+        index: what an earlier start kept by `Files.write_index`. It counts as long as no folder has changed.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder} is not a folder")
+    if index is not None and (known := _read_index(index, folder)) is not None:
+        return known
+    names: list[str] = []
+    folders: list[str] = []
+    times: list[int] = []
+    seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
+    with tqdm(desc=f"listing {folder}"[:60], unit=" files", delay=2, disable=not sys.stderr.isatty()) as bar:
+        waiting = [""]
+        while waiting:
+            below = waiting.pop()
+            where = os.path.join(folder, below)
+            if (real := os.path.realpath(where)) in seen:
+                continue
+            seen.add(real)
+            before = len(names)
+            with suppress(OSError):  # a folder of another user
+                folders.append(below)
+                times.append(os.stat(where).st_mtime_ns)
+                with os.scandir(where) as entries:
+                    for entry in entries:
+                        name = os.path.join(below, entry.name)
+                        if entry.is_dir():
+                            if not entry.name.startswith("."):  # thumbnails, checkpoints of notebooks
+                                waiting.append(name)
+                        elif _is_image(entry.name) and (entry.is_file() or _is_broken_link(entry)):
+                            names.append(name)
+            bar.update(len(names) - before)
+    if not names:
+        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
+    names.sort(key=lambda name: name.replace(os.sep, "\0"))  # as paths compare: folder by folder
+    return Files(folder, Names.pack(names), str(folder), (Names.pack(folders), np.array(times[: len(folders)], dtype=np.int64)))
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
+
+
+def _is_broken_link(entry: os.DirEntry[str]) -> bool:
+    """Which is reported when it is read; a pipe or a device, which reading would wait for, is no image."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _read_index(path: Path, folder: Path) -> Files | None:
+    """What was kept, if it is of this folder and nothing below it has changed."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if kept["version"] != _INDEX_VERSION or str(kept["root"]) != str(folder.absolute()):
+                return None
+            folders, times = Names(kept["folders_text"], kept["folders_ends"]), kept["times"]
+            names = Names(kept["text"], kept["ends"])
+        for below, time in zip(folders, times.tolist(), strict=True):
+            if os.stat(os.path.join(folder, below)).st_mtime_ns != time:
+                return None
+    except Exception:  # there is none, or it is damaged: then the list is made anew
+        return None
+    return Files(folder, names, str(folder), (folders, times))
+
+
+def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> Files:
+    """Images that a text file names, one in a line, or the first column of a .csv file; relative to a root.
+
+    Args:
+        path: the file.
+        root: the folder that the names are below; the file's own if None.
+        flag: what the file was given by, for messages.
+
+    Raises:
+        UserError: it cannot be read, names nothing, or names something outside of the root.
+    """
+    root = path.parent if root is None else root
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            names = Names.pack(_entries(file, path, root, flag))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
+    if not names:
+        raise UserError(f"{flag} {path} names no images")
+    if not any((root / name).is_file() for name in names[:16]):
+        raise UserError(f"{flag} {path} names {names[0]!r}, and there is no such file in {root}; see --root")
+    return Files(root, names, f"{path}")
+
+
+def _entries(file: Iterable[str], path: Path, root: Path, flag: str) -> Iterator[str]:
+    top = os.path.abspath(root)
+    is_table = path.suffix.lower() == ".csv"
+    rows = csv.reader(file) if is_table else ([line.rstrip("\r\n")] for line in file)
+    for number, row in enumerate(rows, 1):
+        if not row or not row[0].strip() or (is_table and number == 1 and row[0].strip().lower() == "path"):
+            continue
+        name = row[0].strip() if is_table else row[0]
+        if "\0" in name or not inside(top, name):
+            raise UserError(f"{flag} {path}: line {number} names {name[:80]!r}, which lies outside of {root}; see --root")
+        yield name
+
+
+def inside(top: str, name: str) -> bool:
+    """Whether a name, relative or absolute, is of something below an absolute folder; links may lead anywhere."""
+    joined = os.path.normpath(os.path.join(top, name))
+    return joined.startswith(top.rstrip(os.sep) + os.sep)
+
+
+def demo_photographs() -> list[Path]:
+    """The colour photographs in scikit-image's wheel.
+
+    Raises:
+        UserError: scikit-image is not installed, or ships none of them any more.
+    """
+    spec = find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "without --data, training runs on scikit-image's photographs, and scikit-image is not installed; "
+            "pass --data FOLDER or install the extra: pip install 'sparkme[demo]'"
+        )
+    folder = Path(spec.submodule_search_locations[0], "data")
+    found = [folder / name for name in _PHOTOGRAPHS if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"scikit-image ships none of its photographs in {folder}; pass --data FOLDER")
+    return found

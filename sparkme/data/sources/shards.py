@@ -1,0 +1,360 @@
+"""Tar shards, as WebDataset has them, of this machine or from a URL: many images in one file, read where they lie.
+
+Every shard is looked through once, and what is found (where each image begins and how long it is) is kept in the cache folder.
+So the number of images is known, any image can be read by itself, and the order of an epoch is a function of the seed, which a
+resumed run repeats exactly. Shards from a URL, and compressed ones, are copied into the cache folder first and leave it when
+others need the room.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparkme.data.images import Stored, printable
+from sparkme.data.sources.base import ImageSource
+from sparkme.data.sources.files import EXTENSIONS
+from sparkme.errors import CannotWrite, UserError, first_line
+from sparkme.interop.files import replaced_when_whole
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
+WINDOW = 16_384  # images that are shuffled among each other, of as many shards as they fill
+MOST_BYTES = 2**28  # of an image file; one that claims more is no image
+MOST_SHARDS = 1_000_000
+OPEN_FILES = 32
+TRIES, TIMEOUT_S = 3, 60
+
+
+class Index(NamedTuple):
+    """What a shard holds: where the images begin, how many bytes they have, and the label of each, or ""."""
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    problem: str  # why it ends early, if it does
+
+
+class Cache:
+    """A folder for copies of shards and what is known of them; several processes may use it.
+
+    Args:
+        folder: where.
+        most_bytes: of copies; those that were used least lately make room.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self.folder, self.most_bytes = folder, most_bytes
+
+    def path(self, location: str, suffix: str) -> Path:
+        return self.folder / (hashlib.sha256(location.encode(errors="surrogateescape")).hexdigest()[:24] + suffix)
+
+    @contextmanager
+    def locked(self, location: str) -> Iterator[None]:
+        """One process at a time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path(location, ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def copy(self, location: str) -> Path:
+        """A shard as a plain tar file here, copied or decompressed if it is not there yet.
+
+        Raises:
+            OSError: it cannot be had, or there is no room.
+        """
+        path = self.path(location, ".tar")
+        with self.locked(location):
+            if not path.exists():
+                self._make_room()
+                try:
+                    with replaced_when_whole(path) as temporary:
+                        fetch(location, temporary)
+                except CannotWrite as error:
+                    raise OSError(f"{location}: {first_line(error.__cause__ or error)}") from error
+        os.utime(path)
+        return path
+
+    def _make_room(self) -> None:
+        copies = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".tar"):
+                with suppress(OSError):  # another process was faster
+                    copies.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        total = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
+            if total <= self.most_bytes:
+                break
+            with suppress(OSError):  # processes that have it open keep it
+                os.unlink(path)
+            total -= size
+
+
+def fetch(location: str, path: Path) -> None:
+    """Copies a shard to a file, decompressed.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    for attempt in range(TRIES):
+        try:
+            with _opened(location) as remote, path.open("wb") as file:
+                shutil.copyfileobj(_decompressed(remote, location), file, 2**20)
+            return
+        except (EOFError, lzma.LZMAError) as error:
+            raise OSError(f"{location}: {first_line(error)}") from error
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError) or getattr(error, "code", 0) in (401, 403, 404, 410)
+            if missing or attempt == TRIES - 1 or not is_remote(location):
+                raise
+            time.sleep(2**attempt)
+
+
+def _opened(location: str) -> Any:
+    if location.startswith(("http://", "https://")):
+        return urllib.request.urlopen(location, timeout=TIMEOUT_S)
+    if is_remote(location):  # s3, gs and others, as far as their packages are installed
+        import fsspec
+
+        try:
+            return fsspec.open(location, "rb").open()
+        except (ImportError, ValueError) as error:
+            raise OSError(first_line(error)) from error
+    return open(location, "rb")
+
+
+def _decompressed(file: Any, location: str) -> Any:
+    name = location.partition("?")[0].lower()
+    if name.endswith((".gz", ".tgz")):
+        return gzip.GzipFile(fileobj=file)
+    return lzma.LZMAFile(file) if name.endswith(".xz") else file
+
+
+def is_remote(location: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
+
+
+def is_shard(location: str) -> bool:
+    return location.partition("?")[0].lower().endswith(SUFFIXES)
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a{00..02}` and `a{x,y}`, as a shell has them: a00 a01 a02, ax ay. Braces in braces are not read.
+
+    Raises:
+        ValueError: so many that it must be a mistake.
+    """
+    parts: list[Sequence[str]] = []
+    count = 1
+    for i, part in enumerate(re.split(r"\{([^{}]*)\}", text)):
+        options: Sequence[str] = [part]
+        if i % 2:
+            ends = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", part)
+            if ends:
+                first, last = int(ends[1]), int(ends[2])
+                if abs(last - first) >= MOST_SHARDS:
+                    raise ValueError(f"{text} stands for more than {MOST_SHARDS:,} shards")
+                width = max(map(len, ends.groups())) if any(e.startswith("0") and len(e) > 1 for e in ends.groups()) else 0
+                step = 1 if last >= first else -1
+                options = [f"{n:0{width}d}" for n in range(first, last + step, step)]
+            else:
+                options = part.split(",") if "," in part else [f"{{{part}}}"]
+        count *= len(options)
+        if count > MOST_SHARDS:
+            raise ValueError(f"{text} stands for more than {MOST_SHARDS:,} shards")
+        parts.append(options)
+    return ["".join(words) for words in product(*parts)]
+
+
+def read_index(file: Any) -> Index:
+    """Looks through a tar archive: regular members with an image's suffix, and `.cls` and `.json` of the same name for labels.
+
+    Args:
+        file: a plain archive, opened for reading.
+    """
+    offsets: list[int] = []
+    sizes: list[int] = []
+    keys: list[str] = []
+    labels: dict[str, str] = {}
+    problem = ""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                key, suffix = _key(member.name)
+                if not member.isreg() or member.issparse():  # links and devices name other things
+                    continue
+                if suffix in EXTENSIONS:
+                    offsets.append(member.offset_data)
+                    sizes.append(member.size)
+                    keys.append(key)
+                elif suffix in (".cls", ".json") and member.size < 2**20:
+                    label = _label(os.pread(file.fileno(), member.size, member.offset_data), suffix)
+                    if label:
+                        labels[key] = label
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        problem = first_line(error)
+    size = os.fstat(file.fileno()).st_size
+    while offsets and offsets[-1] + sizes[-1] > size:
+        problem = problem or "it is cut off"
+        del offsets[-1], sizes[-1], keys[-1]
+    found = np.array([labels.get(key, "") for key in keys] if labels else [], dtype=np.str_)
+    return Index(np.array(offsets, np.int64), np.array(sizes, np.int64), found, problem)
+
+
+def _key(name: str) -> tuple[str, str]:
+    """The name of a sample, which its files share, and the suffix of this one, as WebDataset takes them apart."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return folder + slash + stem, "." + suffix.rpartition(".")[2].lower() if dot and stem else ""
+
+
+def _label(content: bytes, suffix: str) -> str:
+    try:
+        if suffix == ".cls":
+            return content.decode().strip()
+        value = json.loads(content)
+        for name in ("label", "cls", "class"):
+            if isinstance(value, dict) and isinstance(value.get(name), str | int):
+                return str(value[name])
+    except (ValueError, RecursionError):
+        pass
+    return ""
+
+
+class Shards(ImageSource):
+    """Images in tar archives.
+
+    Args:
+        locations: files or URLs, in order.
+        cache: for what has to be copied.
+        description: for people.
+        flag: what they were given by, for messages.
+
+    Raises:
+        UserError: one cannot be had, or none holds an image.
+    """
+
+    window = WINDOW
+
+    def __init__(self, locations: list[str], cache: Cache, description: str, *, flag: str = "--data") -> None:
+        self.locations, self.cache, self.description = locations, cache, description
+        self.problems: list[str] = []
+        parts = []
+        bar = tqdm(locations, desc="looking through shards", unit=" shards", delay=2, disable=not sys.stderr.isatty())
+        for location in bar:
+            try:
+                index = self._index(location)
+            except OSError as error:
+                raise UserError(f"{flag}: the shard {printable(location)} cannot be read: {first_line(error)}") from error
+            if index.problem:
+                self.problems.append(f"{printable(location)} after {len(index.sizes)} images: {index.problem}")
+            parts.append(index)
+        self.offsets = np.concatenate([part.offsets for part in parts])
+        self.sizes = np.concatenate([part.sizes for part in parts])
+        self._labels = [part.labels for part in parts]
+        self.blocks = torch.tensor([0, *np.cumsum([len(part.sizes) for part in parts]).tolist()])
+        self._first = self.blocks.tolist()
+        if not len(self.sizes):
+            why = f": {self.problems[0]}" if self.problems else f" (looked for {', '.join(sorted(EXTENSIONS))})"
+            raise UserError(f"{flag} {description}: no images in {len(locations)} shards{why}")
+        self._open: OrderedDict[int, int] = OrderedDict()  # descriptors of this process, by shard
+        self._owner = 0
+
+    def _index(self, location: str) -> Index:
+        """What is in a shard, from the cache or found out."""
+        known = location
+        if not is_remote(location):
+            status = os.stat(location)
+            known = f"{os.path.abspath(location)} {status.st_size} {status.st_mtime_ns}"
+        path = self.cache.path(known, ".npz")
+        with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
+            return Index(kept["offsets"], kept["sizes"], kept["labels"], str(kept["problem"]))
+        with open(self._copied(location), "rb") as file:
+            index = read_index(file)
+        with suppress(OSError, CannotWrite):  # then it is found out again next time
+            self.cache.folder.mkdir(parents=True, exist_ok=True)
+            with self.cache.locked(known), replaced_when_whole(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **index._asdict())
+        return index
+
+    def _copied(self, location: str) -> str | Path:
+        is_plain = location.partition("?")[0].lower().endswith(".tar")
+        return location if is_plain and not is_remote(location) else self.cache.copy(location)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def read(self, number: int) -> Stored:
+        shard = bisect_right(self._first, number) - 1
+        size, offset = int(self.sizes[number]), int(self.offsets[number])
+        where = f"{printable(self.locations[shard])}, image {number - self._first[shard]}"
+        if size > MOST_BYTES:
+            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is no image")
+        try:
+            content = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            raise OSError(f"{where}: {first_line(error)}") from error
+        if len(content) < size:
+            raise OSError(f"{where}: the shard has become shorter")
+        return Stored(where, content)
+
+    def _descriptor(self, shard: int) -> int:
+        """Of a shard, opened in this process; a few stay open."""
+        if self._owner != os.getpid():  # after a fork: the parent's are shared, and closing ours leaves them open there
+            self._open, self._owner = OrderedDict(), os.getpid()
+        if shard not in self._open:
+            self._open[shard] = os.open(self._copied(self.locations[shard]), os.O_RDONLY)
+            if len(self._open) > OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def name(self, number: int) -> str:
+        shard = bisect_right(self._first, number) - 1
+        return f"{printable(self.locations[shard])}, image {number - self._first[shard]}"
+
+    def labels(self) -> tuple[Tensor, list[str]]:
+        if any(len(part) != last - first for part, first, last in zip(self._labels, self._first, self._first[1:])):
+            raise ValueError(f"{self.description}: not every shard has labels, .cls or .json files of the same names")
+        found = np.concatenate(self._labels)
+        if (found == "").any():
+            raise ValueError(f"{self.description}: {self.name(int((found == '').argmax()))} has no label")
+        classes, labels = np.unique(found, return_inverse=True)
+        if all(name.isdecimal() for name in classes.tolist()):  # numbers are in the order of numbers
+            order = np.argsort([int(name) for name in classes.tolist()], kind="stable")
+            classes, labels = classes[order], np.argsort(order)[labels]
+        return torch.from_numpy(labels.astype(np.int64)), classes.tolist()
+
+
+def default_cache() -> Path:
+    """Where shards are kept if nobody says where."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base, "sparkme", "shards")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir(), f"sparkme-shards-{os.getuid()}")
+    return folder

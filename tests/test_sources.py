@@ -1,0 +1,597 @@
+"""Where images come from: every kind of source gives the same images, each once, in an order that repeats."""
+
+import contextlib
+import functools
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pretrain import SMALL, fails, losses, weights
+from torchvision.transforms import v2
+
+import sparkme.finetune
+import sparkme.probe
+from sparkme.data.dataset import CropDataset, EpochSampler, create_loader
+from sparkme.data.images import load_image, load_rgb
+from sparkme.data.sources import ImageSource, files, find_source, shards
+from sparkme.data.sources.files import Files, Names, list_folder, read_list
+from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
+from sparkme.errors import UserError
+from sparkme.pretrain import main
+from sparkme.training.random import derived_seed
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+
+
+def encoded(number: int, colour: tuple[int, int, int], kind: str = "PNG", size: tuple[int, int] = (48, 40)) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 30, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise + np.array(colour, dtype=np.uint8) // 2).save(file, kind)
+    return file.getvalue()
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def write_shard(path: Path, numbers: range, label: str = ".cls") -> list[bytes]:
+    """Images of alternating classes, with their labels beside them. Returns the images."""
+    images = []
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for number in numbers:
+            name = list(COLOURS)[number % 2]
+            images.append(encoded(number, COLOURS[name]))
+            add(archive, f"{number:05d}.png", images[-1])
+            content = name if label == ".cls" else json.dumps({"label": name})
+            add(archive, f"{number:05d}{label}", content.encode())
+    return images
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """Three shards of 7, 5 and 8 images."""
+    folder = tmp_path_factory.mktemp("shards")
+    images = []
+    for i, numbers in enumerate((range(7), range(7, 12), range(12, 20))):
+        images += write_shard(folder / f"part-{i:03d}.tar", numbers)
+    return folder, images
+
+
+def stored(source: ImageSource) -> list[bytes]:
+    return [c.read_bytes() if isinstance(c := source.read(i).content, Path) else c for i in range(len(source))]  # type: ignore
+
+
+def test_names_are_those_of_the_folder_in_the_order_of_paths(tmp_path: Path) -> None:
+    for name in (
+        "a/1.png",
+        "a-b/2.png",
+        "a b/3.jpg",
+        "a/x/4.PNG",
+        "z.webp",
+        "ä/ö.png",
+        "a/not.txt",
+        ".hidden/5.png",
+        "a/._6.png",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)  # each directory counts once
+    (tmp_path / "odd\udcff.png").write_bytes(b"")
+    found = list_folder(tmp_path)
+    every = (p for p in tmp_path.rglob("*") if p.suffix.lower() in files.EXTENSIONS)
+    expected = sorted(p for p in every if ".hidden" not in p.parts and not p.name.startswith("._"))
+    assert sorted(found.path(i).resolve() for i in range(len(found))) == sorted({p.resolve() for p in expected})
+    paths = [found.path(i) for i in range(len(found))]
+    assert paths == sorted(paths) and len(paths) == 7
+    packed = Names.pack(["", "x", "yy", ""])
+    assert list(packed) == ["", "x", "yy", ""] and packed[-2] == "yy" and packed[1:3] == ["x", "yy"]
+    assert not Names.pack([])
+
+
+def test_an_index_is_used_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "INDEX_FROM", 1)
+    data, index = tmp_path / "data", tmp_path / "images.npz"
+    for i in range(6):
+        (data / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        (data / str(i % 2) / f"{i}.png").write_bytes(b"")
+    first = list_folder(data, index=index)
+    first.write_index(index)
+    with monkeypatch.context() as closed:
+        closed.setattr(os, "scandir", lambda path: pytest.fail("the folder is listed again"))
+        again = list_folder(data, index=index)
+    assert list(again.names) == list(first.names)
+    (data / "1" / "7.png").write_bytes(b"")
+    assert len(list_folder(data, index=index)) == 7
+    (data / "1" / "7.png").unlink()
+    list_folder(data).write_index(index)
+    (data / "0" / "0.png").rename(data / "0" / "9.png")
+    assert "0/9.png" in list(list_folder(data, index=index).names)
+    shutil.copytree(data, tmp_path / "other")
+    assert str(list_folder(tmp_path / "other", index=index).path(0)).startswith(str(tmp_path / "other"))
+    content = index.read_bytes()
+    for position in range(0, len(content), 101):
+        index.write_bytes(content[:position])
+        assert len(list_folder(data, index=index)) == 6
+    monkeypatch.setattr(files, "INDEX_FROM", 100)
+    first.write_index(tmp_path / "small.npz")
+    assert not (tmp_path / "small.npz").exists()
+
+
+def test_processes_that_load_images_share_the_names() -> None:
+    """A million references to strings would be counted in each process, and each count copies a page."""
+    code = """
+import os, re
+from pathlib import Path
+from sparkme.data.sources.files import Files, Names
+KIND = "{kind}"
+names = [f"some/folder/of/images/{{i:08d}}.jpeg" for i in range(200_000)]
+names = Names.pack(names) if KIND == "packed" else names
+def private():
+    return int(re.search(r"Private_Dirty: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
+reader, writer = os.pipe()
+if os.fork() == 0:
+    before = private()
+    kept = None
+    for i in range(len(names)):
+        kept = names[i]
+    os.write(writer, str(private() - before).encode())
+    os._exit(0)
+print(os.read(reader, 99).decode())
+"""
+    grown = {}
+    for kind in ("packed", "list"):
+        done = subprocess.run([sys.executable, "-c", code.format(kind=kind)], capture_output=True, text=True, check=True)
+        grown[kind] = int(done.stdout)
+    assert grown["packed"] < 1500 < 8000 < grown["list"], grown  # KiB
+
+
+@pytest.mark.parametrize("bad", ["../x.png", "/etc/passwd", "a/../../x.png", "a\0b.png", ".", ""])
+def test_a_list_names_files_below_its_root_only(bad: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    for name in ("a/0.png", "1.png"):
+        (root / name).write_bytes(encoded(0, (9, 9, 9)))
+    (root / "list.txt").write_text(f"a/0.png\n{root}/1.png\na/../1.png\n\n")
+    found = read_list(root / "list.txt")
+    assert [found.path(i).resolve() for i in range(3)] == [root / "a/0.png", root / "1.png", root / "1.png"] and len(found) == 3
+    (tmp_path / "table.csv").write_text('path,label\n"a/0.png",x\n1.png,y\n')
+    assert len(read_list(tmp_path / "table.csv", root)) == 2
+    if bad:
+        (root / "list.txt").write_text(f"1.png\n{bad}\n")
+        with pytest.raises(UserError, match=r"line 2 names .* which lies outside of"):
+            read_list(root / "list.txt")
+    (root / "list.txt").write_text("none.png\n")
+    with pytest.raises(UserError, match=r"there is no such file in .*; see --root"):
+        read_list(root / "list.txt")
+
+
+@pytest.mark.parametrize(
+    "text", ["a{000..012}.tar", "{a,b}-{1..3}", "x{7..5}y", "{8..11}", "plain", "{08..11}", "p{}q", "a{b}c", "{,x}y"]
+)
+def test_braces_are_those_of_bash(text: str) -> None:
+    expected = subprocess.run(["bash", "-c", f"echo {text}"], capture_output=True, text=True, check=True).stdout.split()
+    assert expand_braces(text) == expected
+    with pytest.raises(ValueError, match="more than 1,000,000 shards"):
+        expand_braces("{0..999999999}")
+    with pytest.raises(ValueError, match="more than 1,000,000 shards"):
+        expand_braces("{0..9999}{0..9999}")
+
+
+def test_shards_hold_what_was_put_into_them(sharded: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    folder, images = sharded
+    cache = Cache(tmp_path / "cache", 2**30)
+    for text in (str(folder / "part-{000..002}.tar"), str(folder / "*.tar"), str(folder)):
+        source = find_source(text, cache=cache.folder)
+        assert stored(source) == images
+    assert source.blocks is not None and source.blocks.tolist() == [0, 7, 12, 20]
+    labels, classes = source.labels()
+    assert classes == ["blue", "red"] and labels.tolist() == [1 - i % 2 for i in range(20)]
+    assert source.name(8) == f"{folder / 'part-001.tar'}, image 1"
+    part = source.subset([3, 8])
+    assert stored(part) == [images[3], images[8]] and part.name(1) == source.name(8)
+
+
+def test_shards_are_looked_through_once_and_again_when_they_change(
+    sharded: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.tar"
+    shutil.copy(sharded[0] / "part-000.tar", path)
+    cache = Cache(tmp_path / "cache", 2**30)
+    assert len(Shards([str(path)], cache, "x")) == 7
+    with monkeypatch.context() as closed:
+        closed.setattr(shards, "read_index", lambda file: pytest.fail("it is looked through again"))
+        assert len(Shards([str(path)], cache, "x")) == 7
+    shutil.copy(sharded[0] / "part-001.tar", path)
+    os.utime(path, (1, 1))
+    assert len(Shards([str(path)], cache, "x")) == 5
+    for known in cache.folder.glob("*.npz"):
+        known.write_bytes(b"damaged")
+    assert len(Shards([str(path)], cache, "x")) == 5
+
+
+def test_compressed_shards_are_copied_and_leave_when_room_is_wanted(tmp_path: Path) -> None:
+    images, paths = [], [tmp_path / f"{i}.tar.gz" for i in range(4)]
+    for i, path in enumerate(paths):
+        images += write_shard(path, range(10 * i, 10 * i + 3), ".json")
+    cache = Cache(tmp_path / "cache", 30_000)  # two of them
+    source = Shards([*map(str, paths)], cache, "gz")
+    assert stored(source) == images and source.labels()[1] == ["blue", "red"]
+    copies = [p.stat().st_size for p in cache.folder.glob("*.tar")]
+    assert 1 <= len(copies) < 4 and stored(source) == images  # those that left come back
+    paths[0].write_bytes(paths[0].read_bytes()[:200])
+    with pytest.raises(UserError, match=r"the shard .*0.tar.gz cannot be read"):
+        Shards([str(paths[0])], Cache(tmp_path / "new", 2**30), "gz")
+
+
+@pytest.fixture
+def served(sharded: tuple[Path, list[bytes]]) -> Iterator[tuple[str, list[str]]]:
+    """The shards from a URL, and what was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(sharded[0]))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def test_shards_come_from_a_url_once(
+    served: tuple[str, list[str]], sharded: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    url, asked = served
+    source = find_source(url + "/part-{000..002}.tar", cache=tmp_path)
+    dataset = CropDataset(source, (16, 16), min_scale=0.5, seed=0)
+    sampler = EpochSampler(20, 20, 5, 0, range(4), blocks=source.blocks, window=source.window)
+    assert len(list(create_loader(dataset, sampler, workers=2, pin_memory=False))) == 4
+    assert stored(source) == sharded[1] and len(asked) == 3
+    with pytest.raises(UserError, match=r"part-009.tar cannot be read: .*404"):
+        find_source(url + "/part-009.tar", cache=tmp_path)
+
+
+def test_what_a_shard_names_outside_of_itself_is_not_followed(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(0, (1, 2, 3)))
+    path = tmp_path / "in" / "evil.tar"
+    path.parent.mkdir()
+    good = encoded(1, (200, 0, 0))
+    with tarfile.open(path, "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo(f"{kind!r}.png")
+            member.type, member.linkname = kind, str(secret)
+            archive.addfile(member)
+        add(archive, "../../outside.png", good)
+        add(archive, f"{tmp_path}/absolute.png", good)
+        add(archive, "x.txt", b"no image")
+    before = set(tmp_path.rglob("*"))
+    source = find_source(str(path), cache=tmp_path / "cache")
+    assert stored(source) == [good, good]  # bytes of the shard itself; nothing is unpacked to a path
+    assert {p for p in tmp_path.rglob("*") if "cache" not in p.parts} - before == set()
+
+
+def test_damaged_shards_give_what_is_whole(sharded: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    content = (sharded[0] / "part-002.tar").read_bytes()
+    for end in range(0, len(content), 1999):
+        path = tmp_path / f"{end}.tar"
+        path.write_bytes(content[:end])
+        with path.open("rb") as file:
+            index = read_index(file)
+        assert all(
+            content[o : o + s] == image for o, s, image in zip(index.offsets, index.sizes, sharded[1][12:], strict=False)
+        )
+    path.write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)))
+    with pytest.raises(UserError, match="no images in 1 shards"):
+        Shards([str(path)], Cache(tmp_path / "cache", 1), "x")
+    huge = tarfile.TarInfo("a.png")
+    huge.size = 2**40
+    path.write_bytes(huge.tobuf() + b"x" * 512)
+    with pytest.raises(UserError, match="no images in 1 shards"):
+        Shards([str(path)], Cache(tmp_path / "cache2", 1), "x")
+
+
+def test_an_epoch_has_every_image_of_shards_once_over_processes_and_repeats_wherever_it_starts() -> None:
+    blocks = torch.tensor([0, *torch.tensor([13, 7, 20, 1, 9, 10, 4]).cumsum(0).tolist()])
+    whole = [list(EpochSampler(64, 128, 16, 5, range(16), rank, 4, blocks=blocks, window=6)) for rank in range(4)]
+    for epoch in range(2):
+        for copy in range(2):
+            draws = [
+                draw - 64 * copy
+                for of_rank in whole
+                for batch in of_rank
+                for e, draw in batch
+                if e == epoch and draw // 64 == copy
+            ]
+            assert sorted(draws) == list(range(64))
+    for start in (1, 7, 9, 15):
+        again = list(EpochSampler(64, 128, 16, 5, range(start, 16), 2, 4, blocks=blocks, window=6))
+        assert again == whole[2][start:]
+    assert whole[0][0] != whole[0][8] and all(len(batch) == 4 for of_rank in whole for batch in of_rank)
+    # A window is of few blocks: 6 images of a part of 16 cannot touch more than the blocks they fill.
+    for first in range(0, 12, 6):
+        numbers = [draw for batch in whole[1][:4] for _, draw in batch][first : first + 6]
+        touched = {int(torch.searchsorted(blocks, n, right=True)) for n in numbers}
+        assert len(touched) <= 4
+    uneven = [list(EpochSampler(66, 66, 4, 5, range(16), rank, 4, blocks=blocks, window=6)) for rank in range(4)]
+    seen = [draw for of_rank in uneven for batch in of_rank for _, draw in batch]
+    assert len(seen) == len(set(seen)) == 64
+
+
+def write_parquet(path: Path, images: list[bytes], kind: str = "struct", rows: int = 4) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    labels = [i % 2 for i in range(len(images))]
+    column = [{"bytes": image, "path": None} for image in images] if kind == "struct" else images
+    table = pyarrow.table({"label": labels, "image": column})
+    if kind == "struct":
+        info = {"info": {"features": {"label": {"names": ["red", "blue"], "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    parquet.write_table(table, path, row_group_size=rows)
+
+
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+def test_parquet_holds_what_was_put_into_it(kind: str, sharded: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    images = sharded[1]
+    write_parquet(tmp_path / "a.parquet", images[:11], kind)
+    write_parquet(tmp_path / "b.parquet", images[11:], kind)
+    source = find_source(str(tmp_path))
+    assert stored(source) == images and source.blocks is not None and source.blocks.tolist() == [0, 4, 8, 11, 15, 19, 20]
+    labels, classes = source.labels()
+    assert labels.tolist() == [i % 2 for i in (*range(11), *range(9))]
+    assert classes == (["red", "blue"] if kind == "struct" else ["0", "1"])
+    dataset = CropDataset(source, (16, 16), min_scale=0.5, seed=0)
+    sampler = EpochSampler(20, 20, 5, 0, range(4), blocks=source.blocks, window=source.window)
+    straight, by_workers = (
+        torch.cat([b.images for b in create_loader(dataset, sampler, workers=n, pin_memory=False)]) for n in (0, 2)
+    )
+    assert torch.equal(straight, by_workers)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:-20])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        find_source(str(tmp_path / "*.parquet"))
+    damaged = bytearray(content)
+    damaged[40 : len(content) // 2] = bytes(len(content) // 2 - 40)
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    source = find_source(str(tmp_path / "a.parquet"))
+    with contextlib.suppress(OSError):  # named, whatever pyarrow says of it
+        [load_image(source.read(i)) for i in range(len(source))]
+
+
+def test_parquet_without_images_or_without_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="has no column with the bytes of images; its columns: text, n"):
+        find_source(str(tmp_path / "x.parquet"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'sparkme\[parquet\]'"):
+        find_source(str(tmp_path / "x.parquet"))
+
+
+OWN = """
+import io, numpy as np, torch
+from PIL import Image
+RED = Image.new("RGB", (40, 30), (255, 0, 0))
+def png():
+    file = io.BytesIO(); RED.save(file, "PNG"); return file.getvalue()
+class Own:
+    def __init__(self, kinds="ptbad"): self.kinds, self.targets, self.classes = kinds, [0, 1] * 2 + [1], ["a", "b"]
+    def __len__(self): return len(self.kinds)
+    def __getitem__(self, i):
+        tensor = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 30, 40)
+        return {"p": (RED, 1), "t": tensor,
+                "b": png(), "a": np.asarray(RED), "d": {"image": {"bytes": png()}, "label": 0}}[self.kinds[i]]
+made = Own()
+nothing = 5
+class Broken(Own):
+    def __getitem__(self, i): raise KeyError("gone")
+"""
+
+
+def test_a_dataset_of_ones_own_gives_images_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_dataset.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for where in ("own_dataset:made", "own_dataset:Own"):
+        source = find_source(where)
+        for i in range(5):
+            image = load_image(source.read(i))
+            values = np.asarray(image) / 255 if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+            assert values.shape == (30, 40, 3) and np.allclose(values, (1, 0, 0)), i
+        assert source.labels()[0].tolist() == [0, 1, 0, 1, 1] and source.labels()[1] == ["a", "b"]
+    for where, reason in {
+        "own_dataset:nothing": "not callable",
+        "own_dataset:none": "AttributeError",
+        "no_such:x": "imported",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            find_source(where)
+    with pytest.raises(OSError, match="own_dataset:Broken, item 2: KeyError"):
+        find_source("own_dataset:Broken").read(2)
+
+
+def test_crops_are_torchvisions(tmp_path: Path) -> None:
+    """Of a file that is no JPEG, and of one that is decoded as a whole: the same pixels as torchvision's transforms give."""
+    for i, (name, size) in enumerate({"a.png": (90, 70), "b.jpg": (500, 333)}.items()):
+        (tmp_path / name).write_bytes(encoded(i, (99, 9, 200), "JPEG" if "jpg" in name else "PNG", size))
+    dataset = CropDataset(sorted(tmp_path.iterdir()), (48, 64), min_scale=0.3, seed=4, reduced_jpeg=False)
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop((48, 64), scale=(0.3, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+    for draw in range(24):
+        torch.manual_seed(derived_seed(4, "crop", 3, draw))
+        expected = theirs(load_rgb(sorted(tmp_path.iterdir())[draw % 2]))
+        assert torch.equal(dataset[3, draw].image, expected)  # type: ignore[arg-type]
+
+
+def photograph(path: Path, orientation: int = 1) -> None:
+    """A large picture whose colours say where in it a pixel is, with some texture."""
+    y, x = np.mgrid[0:1000, 0:1400].astype(np.float32)
+    texture = 12 * np.sin(x / 3) * np.sin(y / 4)
+    array = np.stack([255 * x / 1400, 255 * y / 1000, 128 + texture], -1).clip(0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(path, quality=92, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_reduced_decoding_cuts_the_same_part(orientation: int, tmp_path: Path) -> None:
+    photograph(tmp_path / "photo.jpg", orientation)
+    crops = {}
+    for reduced in (False, True):
+        dataset = CropDataset([tmp_path / "photo.jpg"], (112, 112), min_scale=0.3, seed=0, reduced_jpeg=reduced)
+        crops[reduced] = torch.stack([dataset[0, draw].image for draw in range(16)]).float()  # type: ignore[misc]
+    difference = (crops[True] - crops[False]).abs()
+    assert 0 < difference.mean() < 1.5 and difference[:, :2].mean() < 0.7  # of 255; a pixel's shift would be two
+
+
+def test_reduced_decoding_reads_fewer_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photograph(tmp_path / "photo.jpg")
+    seen = []
+    right = Image.Image.resize
+
+    def resize(self: Image.Image, *args: object, **kwargs: object) -> Image.Image:
+        seen.append(self.size)
+        return right(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    for size in (700, 300, 150, 100):
+        CropDataset([tmp_path / "photo.jpg"], (size, size), min_scale=0.999, seed=0)[0, 0]
+    assert [max(size) for size in seen[1:]] == [700, 350, 175] and max(seen[0]) >= 1000
+
+
+def test_images_smaller_than_the_crop_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(0, (9, 9, 9), size=(20, 20)))
+    dataset = CropDataset([tmp_path / "a.png"], (32, 32), min_scale=0.9, seed=0)
+    (batch,) = create_loader(dataset, EpochSampler(1, 4, 4, 0, range(1)), workers=0, pin_memory=False)
+    assert batch.enlarged == 4
+
+
+def test_heads_that_promise_more_than_there_is_take_no_memory(tmp_path: Path) -> None:
+    code = """
+import io, resource, struct, sys, zlib
+from pathlib import Path
+import numpy as np
+from sparkme.data.images import Stored, load_image
+head = io.BytesIO()
+np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)})
+def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+png = b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"x")
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))
+for name, content in {"a.npy": head.getvalue() + bytes(64), "b.png": png}.items():
+    (folder / name).write_bytes(content)
+    for stored in (folder / name, Stored("bytes", content)):
+        try:
+            load_image(stored)
+        except OSError as error:
+            print(name, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 4 and done.stdout.count("decompression bomb") == 2, done.stdout
+
+
+@pytest.fixture(scope="module")
+def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder, images = sharded
+    root = tmp_path_factory.mktemp("sources")
+    (root / "files").mkdir()
+    for i, image in enumerate(images):
+        (root / "files" / f"{i:03d}.png").write_bytes(image)
+    (root / "list.txt").write_text("".join(f"files/{i:03d}.png\n" for i in range(20)))
+    write_parquet(root / "data.parquet", images)
+    (root / "own_images.py").write_text(
+        "from pathlib import Path\nfrom PIL import Image\n"
+        "class Own(list):\n    def __getitem__(self, i): return Image.open(super().__getitem__(i))\n"
+        f"images = Own(sorted(Path({str(root / 'files')!r}).iterdir()))\nimages.targets = [i % 2 for i in range(20)]\n"
+    )
+    sys.path.insert(0, str(root))
+    return {"folder": str(root / "files"), "list": str(root / "list.txt"), "shards": str(folder / "part-{000..002}.tar"),
+            "parquet": str(root / "data.parquet"), "dataset": "own_images:images"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["list", "shards", "parquet", "dataset"])
+def test_every_source_pretrains_and_resumes_bit_for_bit(kind: str, every_source: dict[str, str], tmp_path: Path) -> None:
+    words = [*SMALL, "--data", every_source[kind], "--samples-per-epoch", "20", "--panel-epochs", "0", "--epochs", "2",
+             "--shard-cache", str(tmp_path / "cache"), "--checkpoint-minutes", "0", "--keep-checkpoints", "9"]  # fmt: skip
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert main([*words, "--output", str(straight)]) == 0
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copy(straight / "checkpoints" / "step_00000005.pt", resumed / "checkpoints")
+    shutil.copy(straight / "metrics.jsonl", resumed)
+    assert main([*words, "--output", str(resumed), "--workers", "2"]) == 0
+    assert losses(straight) == losses(resumed) and len(losses(straight)) == 10
+    expected = weights(straight)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+    if kind in ("list", "dataset"):  # the order is that of the folder of the same files
+        folder = tmp_path / "folder"
+        assert main([*words, "--data", every_source["folder"], "--output", str(folder)]) == 0
+        assert losses(folder) == losses(straight)
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet", "dataset"])
+def test_every_labelled_source_is_probed_and_fine_tuned(
+    kind: str, every_source: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(trained), "--data", every_source[kind], "--shard-cache", str(tmp_path / "cache"), "--workers", "0"]
+    small = ["--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    assert sparkme.probe.main([*words, "--output", str(tmp_path / "scores.json"), "--no-linear"]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["num_train"], scores["num_val"]) == (16, 4) and scores["scores"][0]["knn"] == 1.0
+    output = tmp_path / "run"
+    assert sparkme.finetune.main([*words, "--output", str(output), *small]) == 0
+    assert set(json.loads((output / "results.json").read_text())["of_each_class"]) == set(scores["classes"])
+    capsys.readouterr()
+
+
+def test_sources_that_are_none_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], every_source: dict[str, str], trained: Path
+) -> None:
+    (tmp_path / "picture.png").write_bytes(encoded(0, (1, 1, 1)))
+    (tmp_path / "empty").mkdir()
+    for data, reason in {
+        str(tmp_path / "picture.png"): "is neither a folder of images, nor a list",
+        str(tmp_path / "none-{0..3}.tar"): "is not a folder, and no file matches it",
+        str(tmp_path / "empty"): "holds no images",
+        "{0..99999999}.tar": "stands for more than",
+        "x\0y": "has a character that no name has",
+    }.items():
+        if "\0" in data:
+            with pytest.raises(SystemExit):
+                main([*SMALL, "--data", data])
+            assert reason in capsys.readouterr().err
+        else:
+            assert reason in fails(capsys, *SMALL, "--data", data, "--output", tmp_path / "run")
+    assert sparkme.probe.main([str(trained), "--data", every_source["folder"]]) == 2
+    assert "has no labels; each class needs a folder" in capsys.readouterr().err
+
+
+def test_files_of_a_list_are_a_source_too(tmp_path: Path) -> None:
+    paths = [tmp_path / "b.png", tmp_path / "a.png"]
+    for i, path in enumerate(paths):
+        path.write_bytes(encoded(i, (1, 1, 1)))
+    source = Files.of(paths)
+    assert [source.path(i) for i in range(2)] == paths and stored(source.subset([1])) == [paths[1].read_bytes()]
