@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, too; --help prints the rest."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists what there is)\n")
+        self.exit(2, f"error: {' '.join(message.split())[:500]} (--help lists what there is)\n")
 
 
 class UserError(ValueError):

@@ -136,7 +136,10 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             resume = f"{self.last} is intact" if self.last.exists() else "there is no earlier one"
             free, needed = free_gib(path), _gib(state)
-            reason = f"it takes {needed:.2f} GiB, {free:.2f} are free" if free < needed else first_line(error)
+            cause: BaseException = error
+            while cause.__context__ is not None:  # torch fails a second time, to close what it failed to write
+                cause = cause.__context__
+            reason = f"it takes {needed:.2f} GiB, {free:.2f} are free" if free < needed else first_line(cause)
             raise CannotWrite(f"cannot write the checkpoint {path} ({reason}); {resume}") from error
         earlier = [old for old in self._steps() if old.name < path.name and not self._is_kept(old)]
         recent = self.keep - (not self._is_kept(path))

@@ -71,9 +71,9 @@ class RunFolder:
         problems = []
         for path in self.checkpoints.candidates():
             try:
-                saved = load_checkpoint(path)
+                saved = load_checkpoint(path.resolve())
             except DamagedCheckpoint as error:
-                problems.append((path.resolve(), str(error).partition("; earlier ones")[0]))
+                problems.append((path, str(error).partition("; earlier ones")[0]))
                 continue
             for damaged, problem in problems:
                 aside = self.checkpoints.set_aside(damaged)

@@ -59,9 +59,11 @@ class Lines:
         number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             end = os.fstat(number).st_size
-            if os.write(number, data) < len(data):
-                os.ftruncate(number, end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            while data:  # a full disk takes a part
+                data = data[os.write(number, data) :]
+        except OSError:
+            os.ftruncate(number, end)
+            raise
         finally:
             os.close(number)
         self.kept.clear()

@@ -49,6 +49,8 @@ def find_source(
     Raises:
         UserError: it describes no images.
     """
+    if not 0 <= cache_gib < 1e9:
+        raise UserError(f"--shard-cache-gib {cache_gib} must be at least 0, and finite")
     path = Path(text)
     if path.is_dir():
         return _in_folder(path, leave_out, cache, cache_gib, index, flag)
