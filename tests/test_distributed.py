@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchvision
-from test_pretrain import SMALL
+from test_pretrain import SMALL, losses
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,18 @@ from sparkme.training.config import create_parser
 from sparkme.training.distributed import start_process, synchronise_batch_norms
 from sparkme.training.finetune_config import create_parser as finetune_parser
 from sparkme.training.loop import Loop
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def join(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def network() -> sparkme.SparK:
@@ -62,8 +74,7 @@ def test_two_halves_make_a_whole(tmp_path: Path) -> None:
 
 
 def train(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join(rank, port)
     process = start_process("cpu")
     run = Pretraining(create_parser().parse_args([*SMALL, "--accumulate", "2", "--output", folder]), process)
     assert Loop(run).run() == 0
@@ -71,10 +82,7 @@ def train(rank: int, folder: str, port: int) -> None:
 
 
 def test_processes_that_train_together_keep_the_same_weights(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(train, (str(tmp_path), port), nprocs=2)
+    mp.spawn(train, (str(tmp_path), free_port()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -130,8 +138,7 @@ def test_synchronised_batch_norms_still_drop_residual_branches() -> None:
 
 
 def measure(rank: int, data: str, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join(rank, port)
     words = ["--from-scratch", "--model", "timm:test_resnet", "--data", data, "--input-size", "64", "--batch-size", "8",
              "--workers", "0", "--output", f"{folder}/run"]  # fmt: skip
     run = Finetuning(finetune_parser().parse_args(words), start_process("cpu"))
@@ -144,10 +151,63 @@ def measure(rank: int, data: str, folder: str, port: int) -> None:
 
 
 def test_processes_measure_the_first_ones_batch_norms(labelled: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(measure, (str(labelled), str(tmp_path), port), nprocs=2)
+    mp.spawn(measure, (str(labelled), str(tmp_path), free_port()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first and all(torch.equal(value, second[name]) for name, value in first.items())
     assert all((value == 0).all() for name, value in first.items() if name.endswith("running_mean"))
+
+
+def train_on_shards(rank: int, folder: str, port: int) -> None:
+    """One epoch, in which each process notes what it reads, and the gradients of the first step."""
+    join(rank, port)
+    words = [*SMALL, "--data", f"{folder}/part-{{0..3}}.tar", "--samples-per-epoch", "24", "--epochs", "1", "--drop-path", "0",
+             "--model", "convnext_tiny", "--shard-cache", f"{folder}/cache", "--output", f"{folder}/run"]  # fmt: skip
+    run = Pretraining(create_parser().parse_args(words), start_process("cpu"))
+    read: list[int] = []
+    right = run.dataset.source.read
+    run.dataset.source.read = lambda number: read.append(number) or right(number)  # type: ignore[method-assign,func-returns-value]
+    gradients: list[torch.Tensor] = []
+    own_step = run.optimizer.step
+
+    def step() -> None:
+        gradients.extend(p.grad.clone() for p in run.network.parameters() if not gradients or len(gradients) < 200)
+        own_step()
+
+    run.optimizer.step = step  # type: ignore[method-assign]
+    assert Loop(run).run() == 0
+    torch.save({"read": read[:12], "gradients": gradients}, Path(folder, f"{rank}.pt"))
+
+
+def test_two_processes_read_every_image_of_shards_once_and_share_gradients(tmp_path: Path) -> None:
+    from test_sources import write_shard
+
+    for i in range(4):
+        write_shard(tmp_path / f"part-{i}.tar", range(6 * i, 6 * i + 6))
+    mp.spawn(train_on_shards, (str(tmp_path), free_port()), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert sorted(first["read"] + second["read"]) == list(range(24))
+    shards = [{number // 6 for number in part["read"]} for part in (first, second)]
+    assert not shards[0] & shards[1]  # each reads its own, two of the four
+    assert all(torch.equal(a, b) for a, b in zip(first["gradients"], second["gradients"], strict=True))
+
+
+def train_compiled(rank: int, folder: str, port: int, compiled: bool) -> None:
+    join(rank, port)
+
+    def compile_parts(self: sparkme.SparK) -> sparkme.SparK:  # as the command does, but without minutes of code generation
+        self.encoder.compile_stages(backend="aot_eager")
+        self.decoder.compile(backend="aot_eager")
+        return self
+
+    sparkme.SparK.compile_parts = compile_parts  # type: ignore[assignment]
+    words = [*SMALL, "--drop-path", "0", "--output", f"{folder}/{compiled}", *(["--compile"] if compiled else [])]
+    run = Pretraining(create_parser().parse_args(words), start_process("cpu"))
+    assert Loop(run).run() == 0
+
+
+@pytest.mark.slow
+def test_compiled_parts_train_in_several_processes(tmp_path: Path) -> None:
+    for compiled in (False, True):
+        mp.spawn(train_compiled, (str(tmp_path), free_port(), compiled), nprocs=2)
+    eager, compiled_losses = losses(tmp_path / "False"), losses(tmp_path / "True")
+    assert len(eager) == 6 and compiled_losses == pytest.approx(eager, rel=1e-5)
