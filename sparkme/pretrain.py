@@ -305,6 +305,8 @@ class Pretraining(Training):
             lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}"
         for name, text in lines.items():
             print(f"{name:9s} {text}")
+        for problem in self.dataset.source.problems[:10]:
+            print(f"{'note':9s} left out: {problem}")
         self.folder.print_changes(config)
         if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
             rates = "take --recipe small" if config["recipe"] == "spark" else "raise --base-lr"

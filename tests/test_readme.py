@@ -23,7 +23,7 @@ def test_the_snippet_runs() -> None:
     assert names["loss"].isfinite() and len(names["maps"]) == 4
 
 
-@pytest.mark.parametrize("module", ["pretrain", "export", "visualize", "probe", "finetune"])
+@pytest.mark.parametrize("module", ["pretrain", "export", "visualize", "probe", "finetune", "report"])
 def test_flags_in_the_readme_exist(module: str) -> None:
     from importlib import import_module
 

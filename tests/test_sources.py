@@ -301,6 +301,9 @@ def test_damaged_shards_give_what_is_whole(sharded: tuple[Path, list[bytes]], tm
     path.write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)))
     with pytest.raises(UserError, match="no images in 1 shards"):
         Shards([str(path)], Cache(tmp_path / "cache", 1), "x")
+    path.write_bytes(content[: len(content) // 2 + 100])
+    cut_off = Shards([str(path)], Cache(tmp_path / "cut", 1), "x")
+    assert 0 < len(cut_off) < 8 and stored(cut_off) == sharded[1][12 : 12 + len(cut_off)]
     huge = tarfile.TarInfo("a.png")
     huge.size = 2**40
     path.write_bytes(huge.tobuf() + b"x" * 512)

@@ -23,11 +23,13 @@ class ImageSource(ABC):
         blocks: (K + 1,) int64, where it is faster to read images that lie together (a tar shard, a row group of Parquet):
             the first number of each such part, and the number of images at the end; None where any order is as good.
         window: with blocks, how many images that follow one another in the order of an epoch are shuffled among each other.
+        problems: what was damaged and is left out, in words.
     """
 
     description: str
     blocks: Tensor | None = None
     window: int = 1
+    problems: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -261,7 +261,7 @@ class Shards(ImageSource):
 
     def __init__(self, locations: list[str], cache: Cache, description: str, *, flag: str = "--data") -> None:
         self.locations, self.cache, self.description = locations, cache, description
-        self.problems: list[str] = []
+        self.problems = problems = list[str]()
         parts = []
         bar = tqdm(locations, desc="looking through shards", unit=" shards", delay=2, disable=not sys.stderr.isatty())
         for location in bar:
@@ -270,7 +270,7 @@ class Shards(ImageSource):
             except OSError as error:
                 raise UserError(f"{flag}: the shard {printable(location)} cannot be read: {first_line(error)}") from error
             if index.problem:
-                self.problems.append(f"{printable(location)} after {len(index.sizes)} images: {index.problem}")
+                problems.append(f"{printable(location)} after {len(index.sizes)} images: {index.problem}")
             parts.append(index)
         self.offsets = np.concatenate([part.offsets for part in parts])
         self.sizes = np.concatenate([part.sizes for part in parts])
