@@ -19,6 +19,7 @@ from sparkme.errors import first_line
 
 Decoded = Image.Image | Tensor
 REDUCTIONS = (8, 4, 2)  # by which a JPEG decoder can leave pixels out
+_JPEG, _ORIENTATION = b"\xff\xd8\xff", 0x0112  # the first bytes of a file, and the tag that says how it was held
 
 
 class Stored(NamedTuple):
@@ -44,10 +45,13 @@ class OpenImage:
         if self._jpeg is None:
             assert self._decoded is not None
             return self._decoded
+        image = self._jpeg
         if reduction > 1:
-            width, height = self._jpeg.size
-            self._jpeg.draft(self._jpeg.mode, (max(1, width // reduction), max(1, height // reduction)))
-        return ImageOps.exif_transpose(self._jpeg).convert("RGB")
+            image.draft(image.mode, (max(1, image.width // reduction), max(1, image.height // reduction)))
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
     @property
     def can_reduce(self) -> bool:
@@ -68,10 +72,10 @@ def open_image(stored: Stored, channels: int = 3, background: str = "white") -> 
             height, width = functional.get_size(decoded)
             yield OpenImage((height, width), decoded=decoded)
             return
-        with warnings.catch_warnings(), Image.open(_file(stored.content)) as opened:
+        with warnings.catch_warnings(), Image.open(_file(stored.content), formats=("JPEG", "MPO")) as opened:
             warnings.simplefilter("ignore")
             width, height = opened.size
-            if opened.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # the orientations that lie on their side
+            if opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # that lie on their side
                 width, height = height, width
             yield OpenImage((height, width), jpeg=opened)
     except Exception as error:  # decoders fail in all ways there are
@@ -80,14 +84,10 @@ def open_image(stored: Stored, channels: int = 3, background: str = "white") -> 
 
 
 def _is_jpeg(content: Path | bytes | Decoded) -> bool:
-    if isinstance(content, Path):
-        return content.suffix.lower() in (".jpg", ".jpeg") and _starts(content, b"\xff\xd8\xff")
-    return isinstance(content, bytes) and content.startswith(b"\xff\xd8\xff")
-
-
-def _starts(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+    if isinstance(content, Path) and content.suffix.lower() in (".jpg", ".jpeg"):
+        with content.open("rb", buffering=0) as file:
+            return file.read(3) == _JPEG
+    return isinstance(content, bytes) and content.startswith(_JPEG)
 
 
 def _file(content: Path | bytes | Decoded) -> Path | io.BytesIO:
