@@ -4,7 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -229,8 +229,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path,
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     checkpoints.save({"config": {}, "model": {}}, 5)
 
-    def full(state: object, path: Path) -> None:
-        path.write_bytes(b"half of it")
+    def full(state: object, file: BinaryIO) -> None:
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

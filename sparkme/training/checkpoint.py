@@ -151,11 +151,13 @@ class Checkpoints:
         temporary = path.with_suffix(".pt.writing")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(content, temporary)
-            _to_disk(temporary)
+            with temporary.open("wb") as file:  # by Python, whose errors give the system's reason
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
             self._point_at(path)
-            _to_disk(self.folder)
+            _names_to_disk(self.folder)
         finally:
             for torn in (temporary, self.last.with_suffix(".pt.writing")):
                 with suppress(OSError):
@@ -225,9 +227,8 @@ def _gib(value: Any) -> float:
     return sum(map(_gib, parts))
 
 
-def _to_disk(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
+def _names_to_disk(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

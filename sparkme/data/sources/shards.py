@@ -262,16 +262,19 @@ class Shards(ImageSource):
     def __init__(self, locations: list[str], cache: Cache, description: str, *, flag: str = "--data") -> None:
         self.locations, self.cache, self.description = locations, cache, description
         self.problems = problems = list[str]()
-        parts = []
-        bar = tqdm(locations, desc="looking through shards", unit=" shards", delay=2, disable=not sys.stderr.isatty())
-        for location in bar:
+        found: dict[int, Index] = {}
+        # Processes that start together begin at different places, and so divide the work: each shard is looked through once.
+        first = len(locations) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        order = [*range(first, len(locations)), *range(first)]
+        for i in tqdm(order, "looking through shards", unit=" shards", delay=2, disable=not sys.stderr.isatty()):
             try:
-                index = self._index(location)
+                found[i] = self._index(locations[i])
             except OSError as error:
-                raise UserError(f"{flag}: the shard {printable(location)} cannot be read: {first_line(error)}") from error
-            if index.problem:
-                problems.append(f"{printable(location)} after {len(index.sizes)} images: {index.problem}")
-            parts.append(index)
+                raise UserError(f"{flag}: the shard {printable(locations[i])} cannot be read: {first_line(error)}") from error
+        parts = [found[i] for i in range(len(locations))]
+        for location, part in zip(locations, parts, strict=True):
+            if part.problem:
+                problems.append(f"{printable(location)} after {len(part.sizes)} images: {part.problem}")
         self.offsets = np.concatenate([part.offsets for part in parts])
         self.sizes = np.concatenate([part.sizes for part in parts])
         self._labels = [part.labels for part in parts]
@@ -290,13 +293,12 @@ class Shards(ImageSource):
             status = os.stat(location)
             known = f"{os.path.abspath(location)} {status.st_size} {status.st_mtime_ns}"
         path = self.cache.path(known, ".npz")
-        with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
-            return Index(kept["offsets"], kept["sizes"], kept["labels"], str(kept["problem"]))
-        with open(self._copied(location), "rb") as file:
-            index = read_index(file)
-        with suppress(OSError, CannotWrite):  # then it is found out again next time
-            self.cache.folder.mkdir(parents=True, exist_ok=True)
-            with self.cache.locked(known), replaced_when_whole(path) as temporary, temporary.open("wb") as file:
+        with self.cache.locked(f"the index of {known}"):  # not the lock of the copy, which is made meanwhile
+            with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
+                return Index(kept["offsets"], kept["sizes"], kept["labels"], str(kept["problem"]))
+            with open(self._copied(location), "rb") as file:
+                index = read_index(file)
+            with suppress(CannotWrite), replaced_when_whole(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **index._asdict())
         return index
 
