@@ -57,6 +57,7 @@ setup: $(VENV)/.sparkme-done
 demo: setup
 	$(RUN) -m sparkme.pretrain --output $(DEMO_DIR) $(DEMO_FLAGS)
 	$(RUN) -m sparkme.export $(DEMO_DIR)/checkpoints/last.pt --to torchvision --output $(DEMO_DIR)/resnet18.safetensors --overwrite
+	$(RUN) -m sparkme.report $(DEMO_DIR)
 
 test: setup
 	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_FLAGS)

@@ -179,7 +179,8 @@ class Pretraining(Training):
 
     def last_words(self, checkpoint: Path) -> str:
         folder = self.folder.path
-        return (f"pictures: {folder / 'loss.png'}, {folder / 'reconstructions'}\n"
+        return (f"pictures: {folder / 'loss.png'}, {folder / 'reconstructions'}; on one page: "
+                f"{python_command()} -m sparkme.report {folder}\n"
                 f"next: {python_command()} -m sparkme.export {checkpoint}")  # fmt: skip
 
     def _probe(self, epoch: int, log: RunLog | None) -> None:

@@ -1,6 +1,8 @@
 """Optimiser, schedules, sampler, data and checkpoints: the parts of a training run."""
 
+import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from sparkme.models import create_encoder
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, choose_recipe, create_parser, resolve_config
 from sparkme.training.distributed import Process
-from sparkme.training.log import duration
+from sparkme.training.log import duration, earlier_runs
 from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
 from sparkme.training.random import derived_seed, seed_step
 
@@ -254,6 +256,23 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({"format": 1, "config": {}, "code": Path("x")}, tmp_path / "code.pt")  # needs more than weights_only
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         load_checkpoint(tmp_path / "code.pt")
+
+
+def test_the_loss_curve_is_drawn_with_those_of_earlier_runs(tmp_path: Path) -> None:
+    def write(name: str, command: str, losses: list[float], age: int) -> None:
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "epoch": i, "loss": loss, "learning_rate": 1} for i, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "config.json").write_text(json.dumps({"command": command}))
+        os.utime(tmp_path / name / "metrics.jsonl", (1e9 - age, 1e9 - age))
+
+    for i in range(6):
+        write(f"run{i}", "pretrain", [1.0, i / 10], i)
+    write("tuned", "finetune", [5.0], 0)
+    write("empty", "pretrain", [], 0)
+    assert earlier_runs(tmp_path / "run1") == {f"run{i}": [(0, 1.0), (1, i / 10)] for i in (0, 2, 3, 4)}
+    assert earlier_runs(tmp_path / "tuned") == {}
+    assert earlier_runs(tmp_path / "none" / "run") == {}
 
 
 def test_durations_read_well() -> None:
