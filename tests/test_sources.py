@@ -336,6 +336,8 @@ def test_an_epoch_has_every_image_of_shards_once_over_processes_and_repeats_wher
     uneven = [list(EpochSampler(66, 66, 4, 5, range(16), rank, 4, blocks=blocks, window=6)) for rank in range(4)]
     seen = [draw for of_rank in uneven for batch in of_rank for _, draw in batch]
     assert len(seen) == len(set(seen)) == 64
+    few = [list(EpochSampler(2, 8, 4, 0, range(2), rank, 4, blocks=torch.tensor([0, 1, 2]))) for rank in range(4)]
+    assert sorted(draw % 2 for of_rank in few for batch in of_rank for _, draw in batch) == [0] * 4 + [1] * 4
 
 
 def write_parquet(path: Path, images: list[bytes], kind: str = "struct", rows: int = 4) -> None:

@@ -249,7 +249,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._of_all() if self.blocks is None else self._of_blocks(self.blocks)
+        few = self.num_images < self.world  # then a part would be empty
+        return self._of_all() if self.blocks is None or few else self._of_blocks(self.blocks)
 
     def _of_all(self) -> Iterator[list[tuple[int, int]]]:
         """The processes deal each batch of one order among themselves."""
