@@ -201,8 +201,8 @@ def check_installed() -> Iterator[Finding]:
     yield check_operators()
     for name in ("timm", "safetensors", "pillow", "tqdm", "matplotlib", "tensorboard"):
         yield check_package(name, INSTALL)
-    mend = "for the demo's photographs: pip install scikit-image"
-    yield check_package("scikit-image", mend, fatal=False)
+    yield check_package("scikit-image", "for the demo's photographs: pip install scikit-image", fatal=False)
+    yield check_package("pyarrow", "for --data of Parquet files: pip install pyarrow", fatal=False)
 
 
 def check_machine() -> Iterator[Finding]:
