@@ -257,8 +257,8 @@ class Loop:
                 self.watchdog.expect("saving", SAVING_S)
                 try:
                     self.checkpoints.wait()
-                except (CannotWrite, SpoiledWeights) as error:
-                    self._warn("warning", str(error))
+                except Exception as error:  # not instead of what has ended the run
+                    self._warn("warning", first_line(error))
                 if self.log:
                     with suppress(OSError):
                         self.log.close()
@@ -301,7 +301,6 @@ class Loop:
             self._look_at(batch)
             self.watchdog.expect("waiting for the other processes", max(limit_s, alone_s))
             stop, spoiled, overdue = process.agree(bool(self.stop.signal), self._is_spoiled(batch), self._is_overdue())
-            alone_s = 0.0
             if stop or spoiled:
                 self._log(speed)
                 return self._leave(spoiled=spoiled)
@@ -326,13 +325,14 @@ class Loop:
             save = done or overdue or kept or (in_epoch == 0 and not config["checkpoint_minutes"])
             if report or save or training.step == 1 or training.step % config["log_steps"] == 0:
                 self._log(speed)
-            usual_s = 0.0 if first else max(usual_s, time.perf_counter() - since)
+            if not first and not alone_s:
+                usual_s = max(usual_s, time.perf_counter() - since)
+            alone_s = STARTING_S if report else SAVING_S if save else 0.0
             if report:
                 self._report(epoch)
             if save:
                 self.last_save = time.monotonic()
             if report or save:
-                alone_s = STARTING_S if report else SAVING_S
                 self.watchdog.expect("saving", SAVING_S)
             if self.log and save:
                 self._save_last() if done else self._save()
@@ -350,16 +350,11 @@ class Loop:
         return 0
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch. Whatever ends the loader, a worker that was killed, say, costs no step that was done."""
+        """The next batch. What ends the loader costs no step that was done."""
         try:
             return next(batches)
-        except Exception as error:
-            died = "DataLoader worker" in str(error) and "exited unexpectedly" in str(error)
-            if not (died or isinstance(error, MemoryError | OSError | EOFError)):
-                raise
-            saved = self._save_at_the_end()
-            advice = "mostly for want of memory: lower --workers" if died else "see --workers"
-            raise UserError(f"loading images ended: {first_line(error)} ({advice}); {saved}") from error
+        except (MemoryError, OSError, EOFError) as error:
+            raise UserError(f"loading images ended: {first_line(error)} (see --workers); {self._save_at_the_end()}") from error
 
     def _look_at(self, batch: Batch) -> None:
         """Names what could not be read, and says what is odd about the first images."""
@@ -519,12 +514,14 @@ class Loop:
 
     def _explain(self, error: Exception) -> None:
         """Turns what is not this process's fault into one line."""
+        saved = self._save_at_the_end()
+        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
+            advice = "mostly for want of memory: lower --workers"
+            raise UserError(f"loading images ended: {first_line(error)} ({advice}); {saved}") from error
         if self.process.world > 1 and is_of_others(error):
-            saved = self._save_at_the_end()
             raise UserError(
                 f"another process of this run ended or does not answer, see its own lines ({first_line(error)[:120]}); {saved}"
             ) from error
-        saved = self._save_at_the_end()
         show(f"an unexpected error after step {self.training.step}; {saved}", sys.stderr)
 
     def _leave(self, *, spoiled: bool) -> int:

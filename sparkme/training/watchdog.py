@@ -99,7 +99,12 @@ class Watchdog:
     def _advice(self) -> str:
         """What to do next, unless the disk that it is looked up on is what hangs."""
         found: list[str] = []
-        asking = threading.Thread(target=lambda: found.append(self.advice()), daemon=True)
+
+        def ask() -> None:
+            with suppress(Exception):
+                found.append(self.advice())
+
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER_S)
         return f"; {found[0]}" if found else ""
