@@ -2,15 +2,20 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +28,11 @@ from torchvision.transforms import v2
 
 import sparkme.finetune
 import sparkme.probe
-from sparkme.data.dataset import CropDataset, EpochSampler, create_loader
-from sparkme.data.images import load_image, load_rgb
+from sparkme.data.dataset import Box, CropDataset, EpochSampler, create_loader, cut
+from sparkme.data.images import Stored, load_image, load_rgb, open_image
+from sparkme.data.labelled import find_labelled
 from sparkme.data.sources import ImageSource, files, find_source, shards
+from sparkme.data.sources import parquet as parquet_files
 from sparkme.data.sources.files import Files, Names, list_folder, read_list
 from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
 from sparkme.errors import UserError
@@ -105,6 +112,8 @@ def test_names_are_those_of_the_folder_in_the_order_of_paths(tmp_path: Path) -> 
 
 def test_an_index_is_used_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "INDEX_FROM", 1)
+    right = time.time_ns
+    monkeypatch.setattr(files.time, "time_ns", lambda: right() + 10**10)  # what is made here is old
     data, index = tmp_path / "data", tmp_path / "images.npz"
     for i in range(6):
         (data / str(i % 2)).mkdir(parents=True, exist_ok=True)
@@ -121,15 +130,50 @@ def test_an_index_is_used_until_a_folder_changes(tmp_path: Path, monkeypatch: py
     list_folder(data).write_index(index)
     (data / "0" / "0.png").rename(data / "0" / "9.png")
     assert "0/9.png" in list(list_folder(data, index=index).names)
+    list_folder(data).write_index(index)
+    status = os.stat(data / "1")
+    (data / "1" / "new.png").write_bytes(b"")
+    os.utime(data / "1", ns=(status.st_atime_ns, status.st_mtime_ns))  # as tar and rsync do
+    assert len(list_folder(data, index=index)) == 7
+    (data / "1" / "new.png").unlink()
+    list_folder(data).write_index(index)
     shutil.copytree(data, tmp_path / "other")
     assert str(list_folder(tmp_path / "other", index=index).path(0)).startswith(str(tmp_path / "other"))
     content = index.read_bytes()
     for position in range(0, len(content), 101):
         index.write_bytes(content[:position])
         assert len(list_folder(data, index=index)) == 6
+    monkeypatch.setattr(files.time, "time_ns", right)  # and now it is not: a file may come with the same time
+    list_folder(data).write_index(index)
+    with monkeypatch.context() as closed, pytest.raises(StopIteration):
+        closed.setattr(os, "scandir", lambda path: next(iter([])))
+        list_folder(data, index=index)
     monkeypatch.setattr(files, "INDEX_FROM", 100)
     first.write_index(tmp_path / "small.npz")
     assert not (tmp_path / "small.npz").exists()
+
+
+def test_odd_links_and_folders_hide_no_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/0.png", "b/1.png", "closed/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "loop.png").symlink_to("loop.png")  # named when it is read, as any image that is not there
+    for name in "zyx":
+        (tmp_path / "a" / name).symlink_to(tmp_path / "b")
+    right = os.scandir
+
+    def scandir(path: str) -> object:
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return right(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = list_folder(tmp_path)
+    assert list(found.names) == ["a/0.png", "a/x/1.png", "loop.png"]  # the first of the links, on every machine
+    assert len(found.problems) == 1 and "closed: [Errno 13] Permission denied" in found.problems[0]
+    with pytest.raises(UserError, match=r"holds no images .*; left out: images in .*closed/: \[Errno 13\]"):
+        find_source(str(tmp_path / "closed"))
 
 
 def test_processes_that_load_images_share_the_names() -> None:
@@ -178,6 +222,26 @@ def test_a_list_names_files_below_its_root_only(bad: str, tmp_path: Path) -> Non
     (root / "list.txt").write_text("none.png\n")
     with pytest.raises(UserError, match=r"there is no such file in .*; see --root"):
         read_list(root / "list.txt")
+
+
+def test_a_list_that_is_no_list_or_goes_through_a_link_leads_nowhere(tmp_path: Path) -> None:
+    for name in ("root/0.png", "else/secret.png", "else/inner/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "else" / "inner")
+    path = tmp_path / "root" / "list.txt"
+    path.write_text("0.png\nlink/1.png\nlink/../secret.png\n")
+    assert [read_list(path).path(i).exists() for i in range(3)] == [True, True, False]
+    path.write_text("0.png\n" + "x" * 1_000_000)
+    with pytest.raises(UserError, match="a line has more than 65,536 characters"):
+        read_list(path)
+    path.write_text("x" * 5000)
+    with pytest.raises(UserError, match=r"there is no such file in .*; see --root"):
+        read_list(path)
+    with pytest.raises(UserError, match="no file matches it"):
+        find_source("x" * 5000)
+    write_shard(tmp_path / "a[1].tar", range(2))
+    assert len(find_source(str(tmp_path / "a[1].tar"), cache=tmp_path / "cache")) == 2
 
 
 @pytest.mark.parametrize(
@@ -231,11 +295,104 @@ def test_compressed_shards_are_copied_and_leave_when_room_is_wanted(tmp_path: Pa
     cache = Cache(tmp_path / "cache", 30_000)  # two of them
     source = Shards([*map(str, paths)], cache, "gz")
     assert stored(source) == images and source.labels()[1] == ["blue", "red"]
-    copies = [p.stat().st_size for p in cache.folder.glob("*.tar")]
+    copies = [p.stat().st_size for p in cache.folder.glob("*.copy")]
     assert 1 <= len(copies) < 4 and stored(source) == images  # those that left come back
     paths[0].write_bytes(paths[0].read_bytes()[:200])
     with pytest.raises(UserError, match=r"the shard .*0.tar.gz cannot be read"):
         Shards([str(paths[0])], Cache(tmp_path / "new", 2**30), "gz")
+
+
+def test_a_copy_is_of_this_very_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of one that had its name before, or has it in another folder."""
+    cache = tmp_path / "cache"
+    for folder, numbers in {"a": range(3), "b": range(5)}.items():
+        (tmp_path / folder).mkdir()
+        images = write_shard(tmp_path / folder / "x.tar.gz", numbers)
+        monkeypatch.chdir(tmp_path / folder)
+        source = find_source("x.tar.gz", cache=cache)
+        assert stored(source) == images
+    for copy in cache.glob("*.copy"):
+        copy.unlink()
+    source = find_source("x.tar.gz", cache=cache)
+    images = write_shard(tmp_path / "b" / "x.tar.gz", range(20, 22))
+    assert len(source) == 5
+    for copy in cache.glob("*.copy"):
+        copy.unlink()
+    with pytest.raises(OSError, match=r"image 0: .*the shard has changed since the run began"):
+        source.read(0)
+    assert stored(find_source("x.tar.gz", cache=cache)) == images
+
+
+def test_the_cache_evicts_nothing_but_its_copies(tmp_path: Path) -> None:
+    """Its folder may be that of the data, whose shards are not its own; and a copy is no further shard."""
+    write_shard(tmp_path / "a.tar", range(3))
+    size = (tmp_path / "a.tar").stat().st_size
+    for i in range(3):
+        write_shard(tmp_path / f"{i}.tar.gz", range(3))
+    for _ in range(2):
+        source = find_source(str(tmp_path), cache=tmp_path, cache_gib=1.5 * size / 2**30)
+        assert len(stored(source)) == 12 and (tmp_path / "a.tar").exists()
+
+
+def test_a_copy_that_another_process_evicts_at_once_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_shard(tmp_path / "a.tar.gz", range(3))
+    source = find_source(str(tmp_path / "a.tar.gz"), cache=tmp_path / "cache")
+    right = os.utime
+
+    def utime(path: Path) -> None:
+        right(path)
+        path.unlink()
+
+    monkeypatch.setattr(os, "utime", utime)
+    assert stored(source) == images
+
+
+def test_a_small_file_that_decompresses_to_a_large_one_is_refused(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(bytes(50_000_000))
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match="cannot be read: its copy takes more than --shard-cache-gib allows"):
+        find_source(str(tmp_path / "a.tar.gz"), cache=cache, cache_gib=0.01)
+    assert sum(file.stat().st_size for file in cache.iterdir()) == 0
+    content = bytearray(gzip.compress(b"abcdefgh" * 3000))
+    content[20:40] = b"\xff" * 20
+    (tmp_path / "b.tar.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"b.tar.gz cannot be read: Error -3 while decompressing"):
+        find_source(str(tmp_path / "b.tar.gz"), cache=cache)
+    write_shard(tmp_path / "c.tar", range(2))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"file cannot be written .*; see --shard-cache"):
+        find_source(str(tmp_path / "c.tar"), cache=tmp_path / "file")
+
+
+@pytest.mark.parametrize("answer", ["short", "chunked", "garbage"])
+def test_a_download_that_ends_early_is_not_kept(
+    answer: str, sharded: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (sharded[0] / "part-000.tar").read_bytes()
+    first = {"short": f"HTTP/1.0 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode() + whole[: len(whole) // 2],
+             "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n" + whole[:100],
+             "garbage": b"\0garbage\r\n\r\n"}[answer]  # fmt: skip
+    answers = [first] * shards.TRIES + [f"HTTP/1.0 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode() + whole]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(answers.pop(0))
+
+    if answer == "garbage":
+        del answers[1 : shards.TRIES]  # what is no HTTP is not asked for again
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x.tar"
+        with pytest.raises(UserError, match=r"x.tar cannot be read"):
+            find_source(url, cache=tmp_path)
+        assert stored(find_source(url, cache=tmp_path)) == sharded[1][:7]
+        server.shutdown()
+    for bad in ("http://[x/a.tar", "http://a:b/a.tar", "http://localhost/a b.tar", "none://a/b.tar"):
+        with pytest.raises(UserError, match="cannot be read"):
+            find_source(bad, cache=tmp_path)
 
 
 @pytest.fixture
@@ -311,6 +468,54 @@ def test_damaged_shards_give_what_is_whole(sharded: tuple[Path, list[bytes]], tm
         Shards([str(path)], Cache(tmp_path / "cache2", 1), "x")
 
 
+def head(size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
+    """The head of a member that claims to have `size` bytes, and what follows it."""
+    block = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (size % 2**96).to_bytes(12, "big") if size < 0 else b"%011o\0" % size
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + content.ljust(-len(content) % 512 + len(content), b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    {
+        "backwards": (head(0) + head(-512), "a head of|a member of -512 bytes|bad"),
+        "negative": (head(-1024), "a member of -1024 bytes"),
+        "by pax": (head(17, b"x", b"17 size=-1000000\n") + head(0), "a member of -1000000 bytes"),
+        "large head": (head(2**31, b"x"), "a head of 2147483648 bytes"),
+        "long name": (head(2**31, b"L"), "a head of 2147483648 bytes"),
+        "chain": (head(5, b"L", b"a.png") * 3000 + head(0), "recursion"),
+    }.values(),
+)
+def test_hostile_archives_take_neither_memory_nor_time(content: bytes, problem: str, tmp_path: Path) -> None:
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(content + bytes(1024))
+        file.truncate(2**31 + 2**20)  # a hole
+    signal.signal(signal.SIGALRM, lambda *args: pytest.fail("it takes for ever"))
+    signal.alarm(20)
+    tracemalloc.start()
+    with (tmp_path / "x.tar").open("rb") as opened:
+        index = read_index(opened)
+    signal.alarm(0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**25 and len(index.sizes) <= 1 and re.search(problem, index.problem), index
+
+
+def test_a_long_text_is_no_label(tmp_path: Path) -> None:
+    """In an array each label takes as much room as the longest."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for i in range(300):
+            add(archive, f"{i}.png", b"x")
+            add(archive, f"{i}.json", json.dumps({"label": "word" * 100_000 if i == 7 else "a"}).encode())
+    with (tmp_path / "x.tar").open("rb") as file:
+        assert read_index(file).labels.nbytes < 2**20
+    with pytest.raises(ValueError, match=r"image 7 has no label"):
+        find_source(str(tmp_path / "x.tar"), cache=tmp_path / "cache").labels()
+
+
 def test_an_epoch_has_every_image_of_shards_once_over_processes_and_repeats_wherever_it_starts() -> None:
     blocks = torch.tensor([0, *torch.tensor([13, 7, 20, 1, 9, 10, 4]).cumsum(0).tolist()])
     whole = [list(EpochSampler(64, 128, 16, 5, range(16), rank, 4, blocks=blocks, window=6)) for rank in range(4)]
@@ -379,6 +584,67 @@ def test_parquet_holds_what_was_put_into_it(kind: str, sharded: tuple[Path, list
     source = find_source(str(tmp_path / "a.parquet"))
     with contextlib.suppress(OSError):  # named, whatever pyarrow says of it
         [load_image(source.read(i)) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("share", [0.4, 0.9, 1.4, 2.5])
+def test_row_groups_are_read_once_in_an_epoch_however_large(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [np.random.default_rng(i).bytes(2000) for i in range(200)]
+    write_parquet(tmp_path / "a.parquet", images, rows=20)
+    monkeypatch.setattr(parquet_files, "CACHED_BYTES", int(20 * 2000 / share))
+    source = find_source(str(tmp_path / "a.parquet"))
+    groups = []
+    right = parquet_files._read
+    monkeypatch.setattr(parquet_files, "_read", lambda opened, group, name: groups.append(group) or right(opened, group, name))
+    for part in (source, source.subset(range(0, 200, 3))):
+        groups.clear()
+        count = len(part)
+        for batch in EpochSampler(count, count, 1, 0, range(count), blocks=part.blocks, window=part.window):
+            for _, number in batch:
+                part.read(number)
+        assert 10 <= len(groups) <= 14  # some are read for two windows
+
+
+def test_a_dictionary_that_is_named_again_and_again_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10_000), pyarrow.array([bytes(10_000)]))
+    parquet.write_table(pyarrow.table({"image": column}), tmp_path / "x.parquet", store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 20_000
+    monkeypatch.setattr(parquet_files, "MOST_GROUP_BYTES", 2**24)
+    source = find_source(str(tmp_path / "x.parquet"))
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(OSError, match=r"row 5 of group 0: a row group of more than 0.0 GiB; write smaller ones"):
+        source.read(5)
+    assert pyarrow.total_allocated_bytes() - before < 2**20
+
+
+def test_parquet_labels_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"image": [b"x"]}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"image": [b"x"], "label": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"a.parquet has no labels that can be read in its column label"):
+        find_labelled(tmp_path / "*.parquet")
+
+
+def test_classes_without_images_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_labels.py").write_text(
+        "class Own(list): pass\n"
+        "def made(targets, classes=None):\n"
+        "    own = Own([b''] * 4); own.targets = targets; own.classes = classes; return lambda: own\n"
+        "named = made([3, 1, 3, 1], list('abcde'))\nfrom_one = made([1, 2, 2, 1])\n"
+        "large = made([10**15, 7, 7, 10**15])\nwords = made(list('abba'))\nparts = made([0.5, 1, 1, 0.5])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, classes in {"named": ["b", "d"], "from_one": ["1", "2"], "large": ["7", str(10**15)]}.items():
+        assert find_labelled(f"own_labels:{name}").train.classes == classes
+    for name, reason in {"words": "its labels are no numbers", "parts": "no whole numbers"}.items():
+        with pytest.raises(UserError, match=reason):
+            find_labelled(f"own_labels:{name}")
 
 
 def test_parquet_without_images_or_without_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +737,23 @@ def test_reduced_decoding_cuts_the_same_part(orientation: int, tmp_path: Path) -
         crops[reduced] = torch.stack([dataset[0, draw].image for draw in range(16)]).float()  # type: ignore[misc]
     difference = (crops[True] - crops[False]).abs()
     assert 0 < difference.mean() < 1.5 and difference[:, :2].mean() < 0.7  # of 255; a pixel's shift would be two
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_decoding_of_sides_that_are_no_multiple_is_in_place(orientation: int) -> None:
+    """The last column of a reduced image is of one pixel, not of 8; to stretch it would move what is beside it."""
+    y, x = np.mgrid[0:905, 0:1001]
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.stack([x / 4, y / 4, 0 * x], -1).astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
+    means = []
+    for reduced in (False, True):
+        with open_image(Stored("x", file.getvalue())) as image:
+            height, width = image.size
+            boxes = [(0, 0), (height - 300, width - 300)]
+            crops = [np.asarray(cut(image, Box(*at, 300, 300), (32, 32), reduced=reduced), dtype=float) for at in boxes]
+        means.append(np.array([crop.mean((0, 1)) for crop in crops]))
+    assert np.abs(means[0] - means[1])[..., :2].max() < 0.6  # of four pixels for each level
 
 
 def test_reduced_decoding_reads_fewer_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,11 +860,14 @@ def test_sources_that_are_none_are_one_line(
 ) -> None:
     (tmp_path / "picture.png").write_bytes(encoded(0, (1, 1, 1)))
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.parquet")
     for data, reason in {
         str(tmp_path / "picture.png"): "is neither a folder of images, nor a list",
         str(tmp_path / "none-{0..3}.tar"): "is not a folder, and no file matches it",
         str(tmp_path / "empty"): "holds no images",
         "{0..99999999}.tar": "stands for more than",
+        str(tmp_path / "pipe.*"): "pipe.parquet is no file",
+        "http://localhost/{0..3}.parquet": "not both; and Parquet must be of this machine",
         "x\0y": "has a character that no name has",
     }.items():
         if "\0" in data:

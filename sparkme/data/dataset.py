@@ -209,8 +209,11 @@ def cut(image: OpenImage, box: Box, size: tuple[int, int], *, reduced: bool) -> 
     reduction = next((r for r in REDUCTIONS if r <= room), 1) if reduced and image.can_reduce else 1
     whole = image.decode(reduction)
     if isinstance(whole, Image.Image) and (whole.height, whole.width) != image.size:
-        y, x = whole.height / image.size[0], whole.width / image.size[1]
-        edges = (box.left * x, box.top * y, (box.left + box.width) * x, (box.top + box.height) * y)
+        # Where a side is no multiple, the last row or column is of fewer pixels, or the first one if the file is mirrored.
+        y = whole.height - image.size[0] / reduction if image.mirrored[0] else 0
+        x = whole.width - image.size[1] / reduction if image.mirrored[1] else 0
+        right, bottom = box.left + box.width, box.top + box.height
+        edges = (x + box.left / reduction, y + box.top / reduction, x + right / reduction, y + bottom / reduction)
         return whole.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges)
     cropped: Decoded = v2.functional.resized_crop(
         whole, *box, size=list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True

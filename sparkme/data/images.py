@@ -34,10 +34,14 @@ class OpenImage:
 
     Attributes:
         size: height and width, upright.
+        mirrored: whether the file has the bottom row first, and the right column.
     """
 
-    def __init__(self, size: tuple[int, int], jpeg: Image.Image | None = None, decoded: Decoded | None = None) -> None:
-        self.size, self._jpeg, self._decoded = size, jpeg, decoded
+    def __init__(
+        self, size: tuple[int, int], jpeg: Image.Image | None = None, decoded: Decoded | None = None,
+        mirrored: tuple[bool, bool] = (False, False),
+    ) -> None:  # fmt: skip
+        self.size, self._jpeg, self._decoded, self.mirrored = size, jpeg, decoded, mirrored
 
     def decode(self, reduction: int = 1) -> Decoded:
         """The pixels. Of a JPEG file, sides may be divided by 2, 4 or 8 on the way, rounded up, for a fraction of the time:
@@ -75,9 +79,10 @@ def open_image(stored: Stored, channels: int = 3, background: str = "white") -> 
         with warnings.catch_warnings(), Image.open(_file(stored.content), formats=("JPEG", "MPO")) as opened:
             warnings.simplefilter("ignore")
             width, height = opened.size
-            if opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # that lie on their side
+            orientation = opened.getexif().get(_ORIENTATION, 1)
+            if orientation in (5, 6, 7, 8):  # that lie on their side
                 width, height = height, width
-            yield OpenImage((height, width), jpeg=opened)
+            yield OpenImage((height, width), jpeg=opened, mirrored=(orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)))
     except Exception as error:  # decoders fail in all ways there are
         text = first_line(error)
         raise OSError(text if text.startswith(f"{stored.name}: ") else f"{stored.name}: {text}") from error

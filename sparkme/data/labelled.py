@@ -111,13 +111,14 @@ def find_labelled(
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is outside (0, 1)")
     data = Path(where)
-    if labels is None and data.suffix.lower() == ".csv" and data.is_file():
+    # Here and below not `data.is_file()`, which raises of a name that is too long.
+    if labels is None and data.suffix.lower() == ".csv" and os.path.isfile(data):
         data, labels = data.parent, data
     if labels is not None:
-        if not data.is_dir():
+        if not os.path.isdir(data):
             raise UserError(f"{flag} {data} is not a folder, which --labels names images of")
         return _from_table(data, labels, val_share, seed)
-    if not data.is_dir() or not any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(data)):
+    if not os.path.isdir(data) or not any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(data)):
         return split(_from_source(str(where), cache, cache_gib, flag), val_share, seed)
     folders = {entry.name.lower(): Path(entry) for entry in os.scandir(data) if entry.is_dir()}
     train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
@@ -178,6 +179,8 @@ def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str) ->
     except ValueError as error:
         more = "; each class needs a folder, or pass --labels FILE.csv with lines of path,label" if Path(where).is_dir() else ""
         raise UserError(f"{flag} {error}{more}") from error
+    used, labels = torch.unique(labels, return_inverse=True)  # a part of a data set may name more classes than it has
+    classes = [classes[i] for i in used.tolist()]
     if len(classes) < 2:
         raise UserError(f"{flag} {where} has {len(classes)} class, it takes two or more")
     return Labelled(source, labels, classes)

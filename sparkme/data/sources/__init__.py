@@ -52,11 +52,11 @@ def find_source(
     if not 0 <= cache_gib < 1e9:
         raise UserError(f"--shard-cache-gib {cache_gib} must be at least 0, and finite")
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):  # which is False for a name that is too long
         return _in_folder(path, leave_out, cache, cache_gib, index, flag)
-    if path.is_file() and path.suffix.lower() in LISTS:
+    if os.path.isfile(path) and path.suffix.lower() in LISTS:
         return read_list(path, root, flag=flag)
-    if not path.exists() and _DATASET.fullmatch(text):
+    if not os.path.exists(path) and _DATASET.fullmatch(text):
         return DatasetImages(text, flag=flag)
     try:
         found = [name for pattern in expand_braces(text) for name in _matching(pattern)]
@@ -74,7 +74,10 @@ def _in_folder(
     try:
         return list_folder(path, leave_out, flag=flag, index=index)
     except UserError as error:
-        names = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+        try:
+            names = sorted(entry.path for entry in os.scandir(path) if os.path.isfile(entry.path))
+        except OSError:
+            raise error from None
         found = [name for name in names if is_shard(name)] or [name for name in names if name.lower().endswith(".parquet")]
         if not found:
             raise error
@@ -83,17 +86,21 @@ def _in_folder(
 
 def _matching(pattern: str) -> list[str]:
     """The files that a pattern with * stands for, or the name itself where there is no *."""
-    if is_remote(pattern) or not glob.has_magic(pattern):
-        return [pattern] if is_remote(pattern) or os.path.exists(pattern) else []
+    if is_remote(pattern) or os.path.exists(pattern):  # also a name with a * or [ of its own
+        return [pattern]
     return sorted(glob.glob(pattern))
 
 
 def _of_files(names: list[str], text: str, cache: Path | None, cache_gib: float, flag: str) -> ImageSource:
+    if (pipe := next((name for name in names if not is_remote(name) and not os.path.isfile(name)), None)) is not None:
+        raise UserError(f"{flag} {pipe} is no file")  # and to open a pipe would wait for ever
     if all(map(is_shard, names)):
         return Shards(names, Cache(cache or default_cache(), int(cache_gib * 2**30)), text, flag=flag)
     if all(name.lower().endswith(".parquet") and not is_remote(name) for name in names):
         return ParquetImages([Path(name) for name in names], text, flag=flag)
-    odd = next(name for name in names if not is_shard(name) and not name.lower().endswith(".parquet"))
+    odd = next((name for name in names if not is_shard(name) and not name.lower().endswith(".parquet")), None)
+    if odd is None:
+        raise UserError(f"{flag} {text} must be either .tar shards or Parquet, not both; and Parquet must be of this machine")
     raise UserError(
         f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet; to take "
         "single images, put them into a folder"

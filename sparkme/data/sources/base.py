@@ -66,7 +66,10 @@ class Subset(ImageSource):
     """Some images of another source."""
 
     def __init__(self, source: ImageSource, numbers: Tensor) -> None:
-        self.source, self.numbers, self.description = source, numbers, source.description
+        self.source, self.numbers, self.description, self.problems = source, numbers, source.description, source.problems
+        if source.blocks is not None and bool((numbers.diff() > 0).all()):
+            self.blocks = torch.searchsorted(numbers, source.blocks)
+            self.window = max(1, source.window * len(numbers) // len(source))  # of as many blocks as the source's
 
     def __len__(self) -> int:
         return len(self.numbers)

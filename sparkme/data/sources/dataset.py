@@ -57,7 +57,10 @@ class DatasetImages(ImageSource):
             while isinstance(item, tuple | list) and item:
                 item = item[0]
             if isinstance(item, dict):
-                item = next(item[key] for key in IMAGE_KEYS if key in item)
+                key = next((key for key in IMAGE_KEYS if key in item), None)
+                if key is None:
+                    raise ValueError(f"none of its keys is {', '.join(IMAGE_KEYS)}: {', '.join(map(str, item))}")
+                item = item[key]
                 item = item["bytes"] if isinstance(item, dict) and "bytes" in item else item
         except Exception as error:  # it is another's code
             raise OSError(f"{self.name(number)}: {type(error).__name__}: {first_line(error)}") from error
@@ -73,15 +76,20 @@ class DatasetImages(ImageSource):
         values = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
         if values is None or callable(values):
             raise ValueError(f"{self.description} has no labels: give the dataset an attribute `targets`, a number for each")
-        labels = torch.as_tensor(values).flatten().long()
+        try:
+            given = torch.as_tensor(np.asarray(values)).flatten()
+        except Exception as error:
+            raise ValueError(f"{self.description}: its labels are no numbers: {first_line(error)}") from error
+        labels = given.long()
         if len(labels) != len(self):
             raise ValueError(f"{self.description} has {len(labels)} labels for {len(self)} images")
+        if not torch.equal(labels.to(given.dtype), given) or int(labels.min()) < 0:
+            raise ValueError(f"{self.description} has labels that are no whole numbers from 0")
         names = getattr(self.dataset, "classes", None)
-        count = int(labels.max()) + 1
-        if int(labels.min()) < 0:
-            raise ValueError(f"{self.description} has labels below 0")
-        named = names if isinstance(names, list | tuple) and len(names) >= count else range(count)
-        return labels, [str(name) for name in named]
+        if isinstance(names, list | tuple) and len(names) > int(labels.max()):
+            return labels, [str(name) for name in names]
+        classes, labels = torch.unique(labels, return_inverse=True)
+        return labels, [str(number) for number in classes.tolist()]
 
 
 def _imported(where: str, flag: str) -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import overload
+from typing import TextIO, overload
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +32,9 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field
 
 
 INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
+_SETTLED_S = 2.0  # a clock's tick, at most: what changes within the same one has the same time
+_LONGEST_LINE = 2**16  # of a list
 
 
 class Names(Sequence[str]):
@@ -74,12 +77,14 @@ class Files(ImageSource):
         names: of the files.
         description: for people.
         folders: that were looked through, with the times of their last change in ns; what an index is valid for.
+        problems: folders that could not be looked through.
     """
 
     def __init__(
-        self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None
+        self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None,
+        problems: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.root, self.names, self.description, self.folders = root, names, description, folders
+        self.root, self.names, self.description, self.folders, self.problems = root, names, description, folders, problems
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Files:
@@ -108,7 +113,7 @@ class Files(ImageSource):
         Raises:
             CannotWrite: as a whole or not at all.
         """
-        if self.folders is None or len(self) < INDEX_FROM:
+        if self.folders is None or self.problems or len(self) < INDEX_FROM:
             return
         folders, times = self.folders
         with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
@@ -143,6 +148,8 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
     names: list[str] = []
     folders: list[str] = []
     times: list[int] = []
+    problems: list[str] = []
+    settled = time.time_ns() - int(_SETTLED_S * 1e9)
     seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     with tqdm(desc=f"listing {folder}"[:60], unit=" files", delay=2, disable=not sys.stderr.isatty()) as bar:
         waiting = [""]
@@ -153,26 +160,43 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
                 continue
             seen.add(real)
             before = len(names)
-            with suppress(OSError):  # a folder of another user
-                folders.append(below)
-                times.append(os.stat(where).st_mtime_ns)
+            found: list[str] = []
+            try:
+                changed = _changed(where)
                 with os.scandir(where) as entries:
                     for entry in entries:
                         name = os.path.join(below, entry.name)
-                        if entry.is_dir():
+                        if _is_folder(entry):
                             if not entry.name.startswith("."):  # thumbnails, checkpoints of notebooks
-                                waiting.append(name)
-                        elif _is_image(entry.name) and (entry.is_file() or _is_broken_link(entry)):
+                                found.append(name)
+                        elif _is_image(entry.name) and (_is_broken_link(entry) or entry.is_file()):
                             names.append(name)
+                folders.append(below)
+                times.append(changed if changed < settled else -1)  # which never is the time of a folder
+            except OSError as error:  # a folder of another user
+                problems.append(f"images in {printable(where)}: {first_line(error)}")
+            waiting += sorted(found, reverse=True)  # so that of several links to a folder the same one counts everywhere
             bar.update(len(names) - before)
     if not names:
-        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too)")
+        why = f"; left out: {problems[0]}" if problems else ""
+        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too){why}")
     names.sort(key=lambda name: name.replace(os.sep, "\0"))  # as paths compare: folder by folder
-    return Files(folder, Names.pack(names), str(folder), (Names.pack(folders), np.array(times[: len(folders)], dtype=np.int64)))
+    return Files(folder, Names.pack(names), str(folder), (Names.pack(folders), np.array(times, dtype=np.int64)), problems)
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
+
+
+def _changed(folder: str) -> int:
+    """When a folder changed, ns: not the time that tar and rsync set back to what it was elsewhere."""
+    return os.stat(folder).st_ctime_ns
 
 
 def _is_broken_link(entry: os.DirEntry[str]) -> bool:
@@ -188,8 +212,8 @@ def _read_index(path: Path, folder: Path) -> Files | None:
                 return None
             folders, times = Names(kept["folders_text"], kept["folders_ends"]), kept["times"]
             names = Names(kept["text"], kept["ends"])
-        for below, time in zip(folders, times.tolist(), strict=True):
-            if os.stat(os.path.join(folder, below)).st_mtime_ns != time:
+        for below, known in zip(folders, times.tolist(), strict=True):
+            if _changed(os.path.join(folder, below)) != known:
                 return None
     except Exception:  # there is none, or it is damaged: then the list is made anew
         return None
@@ -211,26 +235,37 @@ def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> 
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             names = Names.pack(_entries(file, path, root, flag))
-    except (OSError, UnicodeError, csv.Error) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
     if not names:
         raise UserError(f"{flag} {path} names no images")
-    if not any((root / name).is_file() for name in names[:16]):
-        raise UserError(f"{flag} {path} names {names[0]!r}, and there is no such file in {root}; see --root")
+    if not any(os.path.isfile(root / name) for name in names[:16]):
+        raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
     return Files(root, names, f"{path}")
 
 
-def _entries(file: Iterable[str], path: Path, root: Path, flag: str) -> Iterator[str]:
+def _entries(file: TextIO, path: Path, root: Path, flag: str) -> Iterator[str]:
     top = os.path.abspath(root)
     is_table = path.suffix.lower() == ".csv"
-    rows = csv.reader(file) if is_table else ([line.rstrip("\r\n")] for line in file)
+    lines = _lines(file)
+    rows = csv.reader(lines) if is_table else ([line.rstrip("\r\n")] for line in lines)
     for number, row in enumerate(rows, 1):
         if not row or not row[0].strip() or (is_table and number == 1 and row[0].strip().lower() == "path"):
             continue
         name = row[0].strip() if is_table else row[0]
         if "\0" in name or not inside(top, name):
             raise UserError(f"{flag} {path}: line {number} names {name[:80]!r}, which lies outside of {root}; see --root")
-        yield name
+        yield os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Of a file that may be no text at all, and then one line as a whole."""
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
+        yield line
 
 
 def inside(top: str, name: str) -> bool:

@@ -18,7 +18,8 @@ from sparkme.data.sources.base import ImageSource
 from sparkme.errors import UserError, first_line
 
 CACHED_BYTES = 2**29  # of row groups, in each process that loads images
-MOST_GROUP_BYTES = 2**33  # one that claims more is not read
+MOST_GROUP_BYTES = 2**31  # one that has more is not read: two are in memory, in each process
+BATCH_ROWS = 16
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "content"), ("label", "labels", "cls", "class")
 
 
@@ -43,8 +44,7 @@ class ParquetImages(ImageSource):
         except ModuleNotFoundError:
             raise UserError(f"{flag} {description}: Parquet needs pyarrow: pip install 'sparkme[parquet]'") from None
         self.paths, self.description = paths, description
-        self.groups: list[tuple[int, int]] = []  # file and row group of each block
-        counts, largest = [], 1
+        groups, counts, largest = list[tuple[int, int]](), list[int](), 1
         self.column = ""
         for i, path in enumerate(paths):
             try:
@@ -60,18 +60,21 @@ class ParquetImages(ImageSource):
                 )
             self.column, self.schema = column, schema
             for group in range(metadata.num_row_groups):
-                self.groups.append((i, group))
+                groups.append((i, group))
                 counts.append(metadata.row_group(group).num_rows)
                 largest = max(largest, metadata.row_group(group).total_byte_size)
         if not sum(counts):
             raise UserError(f"{flag} {description} has no rows")
         if largest > MOST_GROUP_BYTES:
-            raise UserError(f"{flag} {description}: a row group of {largest / 2**30:.0f} GiB; write smaller ones")
-        self.cached = max(1, CACHED_BYTES // largest)
+            raise UserError(
+                f"{flag} {description}: a row group of {largest / 2**30:.1f} GiB; write smaller ones, of some hundred images"
+            )
+        cached = max(2, CACHED_BYTES // largest)  # row groups
         self.blocks = torch.tensor([0, *np.cumsum(counts).tolist()])
-        self._first = self.blocks.tolist()
-        self.window = max(1, self.cached * max(counts) * 3 // 4)
+        self._first = self.blocks.numpy()
+        self.window = max(counts) * (cached - 1)  # and may begin and end within one, so that it is of as many as are kept
         self._tables: OrderedDict[int, Any] = OrderedDict()
+        self.groups = np.array(groups)  # file and row group of each block
         self._owner = 0
 
     def __len__(self) -> int:
@@ -95,22 +98,20 @@ class ParquetImages(ImageSource):
         if self._owner != os.getpid():
             self._tables, self._owner = OrderedDict(), os.getpid()
         if block not in self._tables:
-            file, group = self.groups[block]
-            # Without threads of its own, which a process that was forked may not have.
+            file, group = self.groups[block].tolist()
             with parquet.ParquetFile(self.paths[file], memory_map=True) as opened:
-                table = opened.read_row_group(group, columns=[self.column], use_threads=False)
-            column = table.column(table.column_names[0])
+                column = _read(opened, group, self.column)
             while str(column.type).startswith("struct"):
                 column = _field(column, "bytes")
             self._tables[block] = column
-            if len(self._tables) > self.cached:
+            while len(self._tables) > 2 and sum(kept.nbytes for kept in self._tables.values()) > CACHED_BYTES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(block)
         return self._tables[block]
 
     def name(self, number: int) -> str:
         block = bisect_right(self._first, number) - 1
-        file, group = self.groups[block]
+        file, group = self.groups[block].tolist()
         return f"{printable(self.paths[file])}, row {number - self._first[block]} of group {group}"
 
     def labels(self) -> tuple[Tensor, list[str]]:
@@ -120,8 +121,11 @@ class ParquetImages(ImageSource):
         if name is None:
             raise ValueError(f"{self.description} has no labels: no column {', '.join(LABEL_COLUMNS)}")
         values: list[Any] = []
-        for path in self.paths:
-            values += parquet.read_table(path, columns=[name], use_threads=False).column(name).to_pylist()
+        try:
+            for path in self.paths:
+                values += parquet.read_table(path, columns=[name], use_threads=False).column(name).to_pylist()
+        except Exception as error:  # pyarrow has many
+            raise ValueError(f"{path} has no labels that can be read in its column {name}: {first_line(error)}") from error
         if any(not isinstance(value, int | str) for value in values):
             raise ValueError(f"{self.description}: the column {name} has values that are neither numbers nor words")
         known = _class_names(self.schema, name)
@@ -143,6 +147,20 @@ def _image_column(schema: Any) -> str | None:
             if fields.get("bytes") in ("binary", "large_binary"):
                 return f"{name}.bytes"
     return None
+
+
+def _read(opened: Any, group: int, name: str) -> Any:
+    """A column of a row group, piece by piece: a dictionary that is named again and again may be small in the file only."""
+    import pyarrow
+
+    pieces, size = [], 0
+    # Without threads of its own, which a process that was forked may not have.
+    for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False):
+        pieces.append(batch.column(0))
+        size += pieces[-1].nbytes
+        if size > MOST_GROUP_BYTES:
+            raise OSError(f"a row group of more than {MOST_GROUP_BYTES / 2**30:.1f} GiB; write smaller ones")
+    return pyarrow.chunked_array(pieces)
 
 
 def _field(column: Any, name: str) -> Any:

@@ -8,26 +8,28 @@ others need the room.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
+import http.client
 import json
 import lzma
 import os
 import re
-import shutil
 import sys
 import tarfile
 import tempfile
 import time
 import urllib.request
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +46,13 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 WINDOW = 16_384  # images that are shuffled among each other, of as many shards as they fill
 MOST_BYTES = 2**28  # of an image file; one that claims more is no image
 MOST_SHARDS = 1_000_000
+MOST_HEAD = 2**20  # bytes of what a tar archive says about one member
+LONGEST_LABEL = 256
 OPEN_FILES = 32
 TRIES, TIMEOUT_S = 3, 60
+# Errors that another try will not mend: no room, not allowed; and HTTP's for not allowed and not there.
+_FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, 401, 403, 404, 410)
+_COPY = ".copy"  # no suffix of shards: should the folder be that of the data, its shards stay, and copies count as none
 
 
 class Index(NamedTuple):
@@ -68,39 +75,53 @@ class Cache:
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
 
-    def path(self, location: str, suffix: str) -> Path:
-        return self.folder / (hashlib.sha256(location.encode(errors="surrogateescape")).hexdigest()[:24] + suffix)
+    def path(self, known: str, suffix: str) -> Path:
+        return self.folder / (hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:24] + suffix)
 
     @contextmanager
-    def locked(self, location: str) -> Iterator[None]:
+    def locked(self, known: str) -> Iterator[None]:
         """One process at a time."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path(location, ".lock").open("w") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.path(known, ".lock").open("w")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(f"{self.folder} cannot be written ({first_line(error)}); see --shard-cache") from error
+        with file:
             yield
 
-    def copy(self, location: str) -> Path:
-        """A shard as a plain tar file here, copied or decompressed if it is not there yet.
+    def open(self, location: str, known: str) -> int:
+        """A descriptor of a shard as a plain tar file here, copied or decompressed if it is not there yet.
+
+        Args:
+            location: a file or a URL.
+            known: what the copy is kept by.
 
         Raises:
             OSError: it cannot be had, or there is no room.
         """
-        path = self.path(location, ".tar")
-        with self.locked(location):
-            if not path.exists():
-                self._make_room()
-                try:
-                    with replaced_when_whole(path) as temporary:
-                        fetch(location, temporary)
-                except CannotWrite as error:
-                    raise OSError(f"{location}: {first_line(error.__cause__ or error)}") from error
-        os.utime(path)
-        return path
+        path = self.path(known, _COPY)
+        with self.locked(known):
+            # Opened at once, under the lock or before it has its name: other processes make room at any time.
+            with suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY)
+                with suppress(OSError):  # of another user
+                    os.utime(path)
+                return descriptor
+            self._make_room()
+            try:
+                with replaced_when_whole(path) as temporary:
+                    fetch(location, temporary, self.most_bytes)
+                    _check_same(location, known)
+                    descriptor = os.open(temporary, os.O_RDONLY)
+            except CannotWrite as error:
+                raise OSError(first_line(error.__cause__ or error)) from error
+        return descriptor
 
     def _make_room(self) -> None:
         copies = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith(".tar"):
+            if re.fullmatch(f"[0-9a-f]{{24}}{_COPY}", entry.name):  # nobody's but the cache's
                 with suppress(OSError):  # another process was faster
                     copies.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         total = sum(size for _, size, _ in copies)
@@ -112,24 +133,39 @@ class Cache:
             total -= size
 
 
-def fetch(location: str, path: Path) -> None:
+def fetch(location: str, path: Path, most_bytes: int) -> None:
     """Copies a shard to a file, decompressed.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it cannot be had whole, or has more bytes.
     """
     for attempt in range(TRIES):
         try:
             with _opened(location) as remote, path.open("wb") as file:
-                shutil.copyfileobj(_decompressed(remote, location), file, 2**20)
+                _copy(_decompressed(remote, location), file, most_bytes)
+                # What http.client still waits for, and does not complain about.
+                if isinstance(remote, http.client.HTTPResponse) and remote.length:
+                    raise ConnectionError(f"the connection ended {remote.length:,} bytes too early")
             return
-        except (EOFError, lzma.LZMAError) as error:
-            raise OSError(f"{location}: {first_line(error)}") from error
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError) or getattr(error, "code", 0) in (401, 403, 404, 410)
-            if missing or attempt == TRIES - 1 or not is_remote(location):
-                raise
-            time.sleep(2**attempt)
+        except (EOFError, lzma.LZMAError, zlib.error) as error:
+            reason: Exception = error
+            again = is_remote(location) and isinstance(error, EOFError)
+        except Exception as error:  # http.client has many, and fsspec's packages their own
+            reason, code = error, getattr(error, "code", getattr(error, "errno", 0))
+            final = isinstance(error, FileNotFoundError) or code in _FINAL
+            again = is_remote(location) and not final and isinstance(error, OSError | http.client.IncompleteRead)
+        if not again or attempt == TRIES - 1:
+            raise OSError(first_line(reason)) from reason
+        time.sleep(2**attempt)
+
+
+def _copy(source: Any, file: BinaryIO, most_bytes: int) -> None:
+    """A small file may decompress to any number of bytes."""
+    while piece := source.read(2**20):
+        most_bytes -= len(piece)
+        if most_bytes < 0:
+            raise ValueError("its copy takes more than --shard-cache-gib allows all of them together; raise it")
+        file.write(piece)
 
 
 def _opened(location: str) -> Any:
@@ -138,10 +174,7 @@ def _opened(location: str) -> Any:
     if is_remote(location):  # s3, gs and others, as far as their packages are installed
         import fsspec
 
-        try:
-            return fsspec.open(location, "rb").open()
-        except (ImportError, ValueError) as error:
-            raise OSError(first_line(error)) from error
+        return fsspec.open(location, "rb").open()
     return open(location, "rb")
 
 
@@ -200,9 +233,11 @@ def read_index(file: Any) -> Index:
     labels: dict[str, str] = {}
     problem = ""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=_Heads(file), mode="r:") as archive:  # type: ignore[call-overload]
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                archive.members = []  # else it keeps them all
+                if member.size < 0:  # after which it would be found again and again
+                    raise ValueError(f"a member of {member.size} bytes")
                 key, suffix = _key(member.name)
                 if not member.isreg() or member.issparse():  # links and devices name other things
                     continue
@@ -214,7 +249,7 @@ def read_index(file: Any) -> Index:
                     label = _label(os.pread(file.fileno(), member.size, member.offset_data), suffix)
                     if label:
                         labels[key] = label
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except Exception as error:  # of what is no archive tarfile has many, such as RecursionError
         problem = first_line(error)
     size = os.fstat(file.fileno()).st_size
     while offsets and offsets[-1] + sizes[-1] > size:
@@ -222,6 +257,18 @@ def read_index(file: Any) -> Index:
         del offsets[-1], sizes[-1], keys[-1]
     found = np.array([labels.get(key, "") for key in keys] if labels else [], dtype=np.str_)
     return Index(np.array(offsets, np.int64), np.array(sizes, np.int64), found, problem)
+
+
+class _Heads:
+    """A file that gives no more than a member's head may have. Tarfile would read as much as an archive asks for."""
+
+    def __init__(self, file: Any) -> None:
+        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+
+    def read(self, count: int) -> Any:
+        if not 0 <= count <= MOST_HEAD:
+            raise ValueError(f"a head of {count} bytes")
+        return self._read(count)
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -232,16 +279,28 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _label(content: bytes, suffix: str) -> str:
-    try:
+    label = ""
+    with suppress(ValueError, RecursionError):
         if suffix == ".cls":
-            return content.decode().strip()
-        value = json.loads(content)
-        for name in ("label", "cls", "class"):
-            if isinstance(value, dict) and isinstance(value.get(name), str | int):
-                return str(value[name])
-    except (ValueError, RecursionError):
-        pass
-    return ""
+            label = content.decode().strip()
+        elif isinstance(value := json.loads(content), dict):
+            given = (value.get(name) for name in ("label", "cls", "class"))
+            label = str(next((word for word in given if isinstance(word, str | int)), ""))
+    # A text of any length would be no class; and in an array each label takes as much as the longest.
+    return label if len(label) <= LONGEST_LABEL else ""
+
+
+def _known(location: str) -> str:
+    """What a shard is recognised by: another of the same name is another."""
+    if is_remote(location):
+        return location
+    status = os.stat(location)
+    return f"{os.path.abspath(location)} {status.st_size} {status.st_mtime_ns}"
+
+
+def _check_same(location: str, known: str) -> None:
+    if _known(location) != known:
+        raise OSError("the shard has changed since the run began; start it again")
 
 
 class Shards(ImageSource):
@@ -262,16 +321,16 @@ class Shards(ImageSource):
     def __init__(self, locations: list[str], cache: Cache, description: str, *, flag: str = "--data") -> None:
         self.locations, self.cache, self.description = locations, cache, description
         self.problems = problems = list[str]()
-        found: dict[int, Index] = {}
+        found: dict[int, tuple[str, Index]] = {}
         # Processes that start together begin at different places, and so divide the work: each shard is looked through once.
         first = len(locations) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         order = [*range(first, len(locations)), *range(first)]
         for i in tqdm(order, "looking through shards", unit=" shards", delay=2, disable=not sys.stderr.isatty()):
             try:
-                found[i] = self._index(locations[i])
+                found[i] = (known := _known(locations[i])), self._index(locations[i], known)
             except OSError as error:
                 raise UserError(f"{flag}: the shard {printable(locations[i])} cannot be read: {first_line(error)}") from error
-        parts = [found[i] for i in range(len(locations))]
+        self.known, parts = zip(*(found[i] for i in range(len(locations))), strict=True)
         for location, part in zip(locations, parts, strict=True):
             if part.problem:
                 problems.append(f"{printable(location)} after {len(part.sizes)} images: {part.problem}")
@@ -286,25 +345,23 @@ class Shards(ImageSource):
         self._open: OrderedDict[int, int] = OrderedDict()  # descriptors of this process, by shard
         self._owner = 0
 
-    def _index(self, location: str) -> Index:
+    def _index(self, location: str, known: str) -> Index:
         """What is in a shard, from the cache or found out."""
-        known = location
-        if not is_remote(location):
-            status = os.stat(location)
-            known = f"{os.path.abspath(location)} {status.st_size} {status.st_mtime_ns}"
         path = self.cache.path(known, ".npz")
         with self.cache.locked(f"the index of {known}"):  # not the lock of the copy, which is made meanwhile
             with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
                 return Index(kept["offsets"], kept["sizes"], kept["labels"], str(kept["problem"]))
-            with open(self._copied(location), "rb") as file:
+            with open(self._opened(location, known), "rb") as file:
                 index = read_index(file)
             with suppress(CannotWrite), replaced_when_whole(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **index._asdict())
         return index
 
-    def _copied(self, location: str) -> str | Path:
-        is_plain = location.partition("?")[0].lower().endswith(".tar")
-        return location if is_plain and not is_remote(location) else self.cache.copy(location)
+    def _opened(self, location: str, known: str) -> int:
+        if is_remote(location) or not location.lower().endswith(".tar"):
+            return self.cache.open(location, known)
+        _check_same(location, known)
+        return os.open(location, os.O_RDONLY)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -328,7 +385,7 @@ class Shards(ImageSource):
         if self._owner != os.getpid():  # after a fork: the parent's are shared, and closing ours leaves them open there
             self._open, self._owner = OrderedDict(), os.getpid()
         if shard not in self._open:
-            self._open[shard] = os.open(self._copied(self.locations[shard]), os.O_RDONLY)
+            self._open[shard] = self._opened(self.locations[shard], self.known[shard])
             if len(self._open) > OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(shard)
@@ -358,5 +415,9 @@ def default_cache() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.gettempdir(), f"sparkme-shards-{os.getuid()}")
+        folder = Path(tempfile.gettempdir(), f"sparkme-shards-{os.getuid()}")
+        with suppress(OSError):  # which is said when something is to be written
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+            raise UserError(f"{folder} belongs to somebody else; see --shard-cache") from None
     return folder
