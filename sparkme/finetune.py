@@ -69,7 +69,7 @@ class Finetuning(Training):
         pretrained = find_weights(args)
         self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
         split = find_labelled(
-            args.data, args.labels, val_share=args.val_share, seed=args.seed, cache=args.shard_cache,
+            args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
             cache_gib=args.shard_cache_gib,
         )  # fmt: skip
         self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
@@ -349,6 +349,8 @@ class Finetuning(Training):
         }
         for name, text in lines.items():
             print(f"{name:9s} {text}")
+        for problem in self.train_set.images.problems[:10]:
+            print(f"{'note':9s} left out: {problem}")
         self.folder.print_changes(config)
         sys.stdout.flush()
 

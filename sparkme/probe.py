@@ -103,7 +103,7 @@ def probe(args: argparse.Namespace) -> int:
         stop_process()
         raise UserError("sparkme.probe runs in one process; start it with python")
     split = find_labelled(
-        args.data, args.labels, val_share=args.val_share, seed=args.seed, cache=args.shard_cache,
+        args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
         cache_gib=args.shard_cache_gib,
     )  # fmt: skip
     if args.shots is not None:
@@ -113,6 +113,8 @@ def probe(args: argparse.Namespace) -> int:
     # Of other files the model is theirs, and --model is for those that do not say it.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
     print(f"data      {args.data}: {split.note}; {class_counts(split.train)}")
+    for problem in split.train.images.problems[:10]:
+        print(f"note      left out: {problem}")
     records: list[dict[str, Any]] = []
     for pretrained in (main_weights, *others):
         with user_errors():

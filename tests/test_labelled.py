@@ -161,3 +161,15 @@ def test_repeated_augmentation_crops_an_image_several_times_in_a_row() -> None:
         assert len({draw for _, draw in batch}) == 6
     plain = EpochSampler(8, 8, 6, seed=0, steps=range(2))
     assert all(sorted({draw for _, draw in batch}) == sorted(draw for _, draw in batch) for batch in plain)
+
+
+def test_a_table_elsewhere_names_images_below_a_root(tmp_path: Path) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 3, "blue": 3})
+    names = sorted(str(path.relative_to(data)) for path in data.rglob("*.png"))
+    table = tmp_path / "lists" / "table.csv"
+    table.parent.mkdir()
+    table.write_text("".join(f"{name},{Path(name).parts[0]}\n" for name in names))
+    found = find_labelled(table, root=data)
+    assert len(found.train) + len(found.val) == 6 and found.train.classes == ["blue", "red"]
+    with pytest.raises(UserError, match="there is no such file"):
+        find_labelled(table)

@@ -91,6 +91,7 @@ def find_labelled(
     val_share: float = 0.2,
     seed: int = 0,
     flag: str = "--data",
+    root: Path | None = None,
     cache: Path | None = None,
     cache_gib: float = 50.0,
 ) -> Split:
@@ -103,6 +104,7 @@ def find_labelled(
         val_share: of each class, to measure on, where the data does not say.
         seed: of that choice.
         flag: what the data was given by, for messages.
+        root: what the names in a .csv are below; its folder if None.
         cache, cache_gib: for shards.
 
     Raises:
@@ -113,7 +115,7 @@ def find_labelled(
     data = Path(where)
     # Here and below not `data.is_file()`, which raises of a name that is too long.
     if labels is None and data.suffix.lower() == ".csv" and os.path.isfile(data):
-        data, labels = data.parent, data
+        data, labels = root or data.parent, data
     if labels is not None:
         if not os.path.isdir(data):
             raise UserError(f"{flag} {data} is not a folder, which --labels names images of")

@@ -471,7 +471,7 @@ def resolve_config(
         name: str(value) if (value := getattr(args, name)) else None
         for name in ("data", "root", "shard_cache", "init", "probe_data")
     }
-    config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images}
+    config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images, "processes": process.world}
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
     config["recipe"], config["recipe_reason"] = choose_recipe(args.recipe, num_images, saved)

@@ -224,7 +224,7 @@ def resolve_config(
         name: str(value) if (value := getattr(args, name)) else None
         for name in ("weights", "data", "labels", "root", "shard_cache")
     }
-    config |= {"command": "finetune", "output": str(output_folder(args, known["model"])), **known}
+    config |= {"command": "finetune", "output": str(output_folder(args, known["model"])), "processes": process.world, **known}
     num_train = known["num_train_images"]
     small = args.recipe == "small" or (args.recipe == "auto" and num_train < SMALL_SET)
     config["recipe"] = "small" if small else "paper"
