@@ -60,7 +60,7 @@ demo: setup
 	$(RUN) -m sparkme.report $(DEMO_DIR)
 
 test: setup
-	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_FLAGS)
+	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
 lint: setup
 	$(RUN) -m ruff check .

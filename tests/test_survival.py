@@ -450,7 +450,9 @@ def test_a_killed_loader_costs_no_step(
     began = time.monotonic()
     message = fails(capsys, *TINY, "--output", tmp_path / "run", *words)
     assert time.monotonic() - began < LIMIT_S
-    found = re.search(r"DataLoader worker .* exited unexpectedly.*lower --workers.*saved .* after step (\d+)", message)
+    # It dies between two batches or in the midst of handing one over.
+    reason = r"DataLoader worker .* exited unexpectedly.*lower --workers|loading images ended: .*see --workers"
+    found = re.search(rf"(?:{reason}).*saved .* after step (\d+)", message)
     assert found and state(tmp_path / "run")["step"] == int(found[1]) == len(losses(tmp_path / "run")) < 16
     monkeypatch.undo()
     assert train(tmp_path / "run", *words) == 0 and train(tmp_path / "other", *words, "--workers", 0) == 0
@@ -590,6 +592,8 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
     script.write_text(
         "import os, signal, sys\n"
         "from sparkme.pretrain import Pretraining, main\n"
+        "from sparkme.training import distributed\n"
+        "distributed.MEETING_S = 30.0\n"  # rarely, on a busy machine, gloo loses a connection
         "right = Pretraining.train_step\n"
         "def step(self, batch):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], self.step) == ('1', '0', 3):\n"
@@ -598,7 +602,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
         "Pretraining.train_step = step\n"
         "sys.exit(main())\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "4"]
     words = [str(script), *TINY, "--panel-epochs", "0", "--output", str(tmp_path / "run")]
     done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -746,12 +750,12 @@ def test_a_terminal_shows_two_bars_follows_its_width_and_may_be_closed(tmp_path:
         runs.append((process, master))
     shown = []
     for process, master in runs:
-        shown.append(read_until(master, rb"run: .*loss|run: .*images/s"))
+        shown.append(read_until(master, rb"epoch \d+/\d+: [^\r\n]*<[^\r\n]*loss \d\.\d.*run: [^\r\n]*<[^\r\n]*images/s"))
         text = shown[-1].decode(errors="replace")
         assert re.search(r"epoch \d+/\d+: .*<.*loss \d\.\d+", text) and re.search(r"run: .*<.*images/s", text), text[-2000:]
         ioctl(master, TIOCSWINSZ, struct.pack("HHHH", 40, 70, 0, 0))
         process.send_signal(signal.SIGWINCH)
-        read_until(master, rb"run: ")
+        read_until(master, rb"run: .*\r.*run: .*\r.*run: ")  # what was drawn before it heard of the width, or meanwhile
         narrow = read_until(master, rb"run: .*\r.*run: ").decode(errors="replace")
         lines = [re.sub(r"\x1b\[[A-Z]", "", line) for line in re.split(r"[\r\n]", narrow)[1:]]
         assert max(map(len, lines)) <= 70, lines

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparkme.errors import UserError, first_line
 
 LEAVING_S = 60  # that a process takes to end after an error, at most
+MEETING_S = 300.0  # that the processes take to meet, at most
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,36 @@ def start_process(device: str) -> Process:
     if device.startswith("cuda:"):
         raise UserError(f"--device {device} puts {world} processes on one GPU; use --device cuda")
     try:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        hosts: Any = dist.new_group(backend="gloo")
-        peers: list[Any] = [None] * world
-        dist.all_gather_object(peers, (whereabouts(), os.getpid()), group=hosts)
-        return Process(rank, world, chosen, hosts, tuple(peers))
+        with ending_after(MEETING_S, f"the {world} processes have not met"):
+            return _meet(rank, world, chosen)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{world} processes cannot meet ({first_line(error)}); start them with torchrun") from error
+
+
+def _meet(rank: int, world: int, device: torch.device) -> Process:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    hosts: Any = dist.new_group(backend="gloo")
+    peers: list[Any] = [None] * world
+    dist.all_gather_object(peers, (whereabouts(), os.getpid()), group=hosts)
+    return Process(rank, world, device, hosts, tuple(peers))
+
+
+@contextmanager
+def ending_after(seconds: float, problem: str) -> Iterator[None]:
+    """Ends this process where what is in it takes too long: gloo can wait half an hour for a connection that was lost. torchrun
+    then starts all of them again, if it may."""
+
+    def end() -> None:
+        os.write(2, f"\nerror: {problem} within {seconds:.0f} s; start them again\n".encode())
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def stop_process(*, in_order: bool = True) -> None:

@@ -347,6 +347,8 @@ class Loop:
             last = self.checkpoints.last
             self.notes.add("done", training.step, f"done{skipped}")
             self.log.finish(f"done: {last}{skipped}\n{training.last_words(last)}")
+        self.watchdog.expect("waiting for the first process to save", STARTING_S)
+        process.agree(True)  # so that they leave together
         return 0
 
     def _next(self, batches: Iterator[Batch]) -> Batch:

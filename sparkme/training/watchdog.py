@@ -45,11 +45,13 @@ class Watchdog:
         if not self.limit_s:
             yield
             return
-        threading.Thread(target=self._count, name="watchdog", daemon=True).start()
+        counting = threading.Thread(target=self._count, name="watchdog", daemon=True)
+        counting.start()
         try:
             yield
         finally:
             self._ended.set()
+            counting.join(ANSWER_S)  # a thread that is left when Python ends can end the process by a signal
 
     def _count(self) -> None:
         seen, seconds = self._now, 0
