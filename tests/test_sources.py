@@ -424,6 +424,22 @@ def test_shards_come_from_a_url_once(
         find_source(url + "/part-009.tar", cache=tmp_path)
 
 
+def test_another_cache_folder_is_said_and_nobody_elses_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shards.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert shards.default_cache() == tmp_path / "cache" / "sparkme" / "shards" and not capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = shards.default_cache()
+    assert found.parent == tmp_path and f"shards are kept in {found}" in capsys.readouterr().err
+    found.rmdir()
+    found.symlink_to(tmp_path / "cache")
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        shards.default_cache()
+
+
 def test_what_a_shard_names_outside_of_itself_is_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(encoded(0, (1, 2, 3)))

@@ -420,4 +420,5 @@ def default_cache() -> Path:
             folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
             raise UserError(f"{folder} belongs to somebody else; see --shard-cache") from None
+        print(f"note: {base} cannot be written; shards are kept in {folder}, see --shard-cache", file=sys.stderr, flush=True)
     return folder
