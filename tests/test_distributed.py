@@ -21,7 +21,7 @@ from sparkme.finetune import Finetuning
 from sparkme.models import add_drop_path, create_encoder
 from sparkme.pretrain import Pretraining
 from sparkme.training.config import create_parser
-from sparkme.training.distributed import start_process, synchronise_batch_norms
+from sparkme.training.distributed import start_process, store_of_this_start, synchronise_batch_norms
 from sparkme.training.finetune_config import create_parser as finetune_parser
 from sparkme.training.loop import Loop
 
@@ -36,6 +36,31 @@ def free_port() -> int:
 def join(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def test_a_restart_does_not_find_the_addresses_of_the_start_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store outlives its processes. Without torchrun, and on several machines, the choice is torch's."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    words = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.port),
+        "GROUP_WORLD_SIZE": "1",
+    }
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert store_of_this_start() is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    stores = []
+    for start in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(start))
+        stores += [store_of_this_start(), store_of_this_start()]
+    stores[0].set("address of 0", "port of a process that ended")
+    assert stores[1].check(["address of 0"])
+    assert not stores[2].check(["address of 0"]) and not stores[3].check(["address of 0"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert store_of_this_start() is None
 
 
 def network() -> sparkme.SparK:

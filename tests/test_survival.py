@@ -592,8 +592,6 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
     script.write_text(
         "import os, signal, sys\n"
         "from sparkme.pretrain import Pretraining, main\n"
-        "from sparkme.training import distributed\n"
-        "distributed.MEETING_S = 30.0\n"  # rarely, on a busy machine, gloo loses a connection
         "right = Pretraining.train_step\n"
         "def step(self, batch):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], self.step) == ('1', '0', 3):\n"
@@ -602,7 +600,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
         "Pretraining.train_step = step\n"
         "sys.exit(main())\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "4"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     words = [str(script), *TINY, "--panel-epochs", "0", "--output", str(tmp_path / "run")]
     done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

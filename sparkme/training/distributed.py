@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
@@ -124,11 +125,28 @@ def start_process(device: str) -> Process:
 
 
 def _meet(rank: int, world: int, device: torch.device) -> Process:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend, store = "nccl" if device.type == "cuda" else "gloo", store_of_this_start()
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     hosts: Any = dist.new_group(backend="gloo")
     peers: list[Any] = [None] * world
     dist.all_gather_object(peers, (whereabouts(), os.getpid()), group=hosts)
     return Process(rank, world, device, hosts, tuple(peers))
+
+
+def store_of_this_start() -> dist.Store | None:
+    """Where the processes leave their addresses for each other; None leaves it to torch.
+
+    torchrun keeps one store over all restarts, in which those started again may find the addresses of those that ended. On one
+    machine the number of the restart keeps them apart. The launchers of several machines count their restarts each for itself;
+    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has torchrun take a new store every time.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store, _, _ = next(rendezvous("env://"))
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextmanager
