@@ -1,15 +1,27 @@
-"""The official SparK algorithm as published, for comparison: dense layers, each followed by a mask, in float32 and NCHW.
+"""The published algorithms of SparK and FCMAE, for comparison: dense layers and masks between them, in float32 and NCHW.
 
-Written from the description of the method (Tian et al., ICLR 2023) and of its official implementation, keyu-tian/SparK; no
-code is copied. What makes it what it is, and what it costs, is kept:
+Written from the descriptions of the methods (Tian et al., ICLR 2023; Woo et al., ConvNeXt V2, CVPR 2023, section 3) and of
+SparK's official implementation, keyu-tian/SparK; no code is copied. What makes them what they are, and what it costs, is kept.
+In both the mask of a map's size is expanded from one entry per patch at every layer anew, and the loss is computed on all
+patches and masked at the end.
 
-- a convolution or pooling computes the whole map, which is then multiplied with the mask; the mask of the map's size is
-  expanded from one entry per patch at every layer anew;
+SparK:
+
+- a convolution or pooling computes the whole map, which is then multiplied with the mask;
 - a norm looks for the visible pixels with `nonzero`, gathers them as (N, C) rows, normalises these, and writes them into
   a tensor of zeros by index;
-- densify writes mask tokens with `where` over the whole map; the loss is computed on all patches and masked at the end.
+- densify writes mask tokens with `where` over the whole map.
 
-`OfficialSparK` takes its weights from a `sparkme.SparK`, and gives the same loss and gradients.
+FCMAE, by masked dense convolutions, as the paper has it where there is no library of sparse ones:
+
+- a map is multiplied with the mask before and after each convolution, with one of 1x1 after it only;
+- layer norms, linear layers and GELU compute every pixel, and the mask comes after each residual branch;
+- the norm in GRN is over each image's visible pixels, for which another mask hides the rest. MinkowskiEngine's takes it
+  over the whole batch; this one is that of `sparkme.FCMAE`, and the work is the same;
+- mask tokens are added in by products with the mask.
+
+`OfficialSparK` and `OfficialFCMAE` take their weights from a `sparkme.SparK` and a `sparkme.FCMAE`, and give the same loss and
+gradients.
 """
 
 from __future__ import annotations
@@ -17,16 +29,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from typing import cast
 
 import torch
+from timm.layers import LayerNorm2d as TimmLayerNorm2d
+from timm.layers.grn import GlobalResponseNorm
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock, LayerNorm2d
 
 from sparkme.decoder import Decoder
+from sparkme.fcmae import FCMAE
+from sparkme.masked import MaskedAutoencoder
 from sparkme.models import add_drop_path, create_dense
 from sparkme.spark import SparK
-from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import ReachedDeepest, attach
 
 
@@ -59,13 +74,15 @@ class Visibility:
 
 
 class _Masked(nn.Module):
-    """A dense layer, and a mask behind it."""
+    """A dense layer, and a mask behind it, or also one before it."""
 
-    def __init__(self, layer: nn.Module, visibility: Visibility) -> None:
+    def __init__(self, layer: nn.Module, visibility: Visibility, *, before: bool = False) -> None:
         super().__init__()
-        self.layer, self.visibility = layer, visibility
+        self.layer, self.visibility, self.before = layer, visibility, before
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.before:
+            x = x * self.visibility.pixels(*x.shape[2:])
         return self.visibility.hide(self.layer(x))
 
 
@@ -82,37 +99,66 @@ class _RowNorm(nn.Module):
         return self.visibility.normalise(x.permute(0, 2, 3, 1), self.layer).permute(0, 3, 1, 2)
 
 
-class _ConvNeXtBlock(nn.Module):
-    """The block of ConvNeXt; the mask comes after the linear layers, whose biases fill the hidden pixels."""
+class _ChannelNorm(nn.Module):
+    """A layer norm at every pixel of an NCHW map, in that memory order, and a mask behind it."""
 
-    def __init__(self, block: CNBlock, visibility: Visibility) -> None:
+    def __init__(self, norm: nn.LayerNorm, visibility: Visibility) -> None:
         super().__init__()
-        depthwise, _, norm, expand, activation, reduce, _ = block.block
-        self.depthwise = _Masked(depthwise, visibility)
-        self.norm = _RowNorm(norm, visibility, channels_last=True)
-        self.mlp = nn.Sequential(expand, activation, reduce)
-        self.layer_scale, self.drop_path, self.visibility = block.layer_scale, block.stochastic_depth, visibility
+        self.layer, self.visibility = norm, visibility
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        y = (self.layer_scale.flatten() * self.mlp(y)).permute(0, 3, 1, 2)
-        out: Tensor = x + self.drop_path(self.visibility.hide(y))
+        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        normalised = (x - mean) / (variance + self.layer.eps).sqrt()
+        return self.visibility.hide(normalised * self.layer.weight.view(-1, 1, 1) + self.layer.bias.view(-1, 1, 1))
+
+
+class _VisibleGRN(nn.Module):
+    """GRN of an NHWC map, its norm over the visible pixels."""
+
+    def __init__(self, grn: nn.Module, visibility: Visibility) -> None:
+        super().__init__()
+        self.layer, self.visibility = grn, visibility
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x * self.visibility.pixels(*x.shape[1:3]).permute(0, 2, 3, 1))
         return out
 
 
-def _official_form(layer: nn.Module, visibility: Visibility) -> nn.Module | None:
-    """What stands in for a layer of the dense network, with the same parameters; None where the layer stays."""
-    if isinstance(layer, CNBlock):
-        return _ConvNeXtBlock(layer, visibility)
-    if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        return _Masked(layer, visibility)
-    if isinstance(layer, nn.BatchNorm2d):
-        return _RowNorm(_batch_norm_of_rows(layer), visibility, channels_last=False)
-    if isinstance(layer, nn.LayerNorm):
-        rows = nn.LayerNorm(layer.normalized_shape, layer.eps)
-        rows.weight, rows.bias = layer.weight, layer.bias
-        return _RowNorm(rows, visibility, channels_last=not isinstance(layer, LayerNorm2d))
-    return None
+class _ConvNeXtBlock(nn.Module):
+    """The block of ConvNeXt; the mask comes after the linear layers, whose biases fill the hidden pixels.
+
+    Args:
+        depthwise: of an NCHW map, hides pixels.
+        norm: of an NHWC map.
+        mlp: of an NHWC map.
+        layer_scale: of as many values as channels, if there is one.
+        drop_path: of an NCHW map.
+        visibility: the network's.
+    """
+
+    def __init__(
+        self, depthwise: nn.Module, norm: nn.Module, mlp: nn.Module, layer_scale: nn.Parameter | None, drop_path: nn.Module,
+        visibility: Visibility,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.depthwise, self.norm, self.mlp = depthwise, norm, mlp
+        self.layer_scale, self.drop_path, self.visibility = layer_scale, drop_path, visibility
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))
+        if self.layer_scale is not None:
+            y = self.layer_scale.flatten() * y
+        out: Tensor = x + self.drop_path(self.visibility.hide(y.permute(0, 3, 1, 2)))
+        return out
+
+
+def _replaced(layer: nn.Module, form: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """What stands in for a layer of the dense network or, where that is nothing, for its parts."""
+    if (replacement := form(layer)) is not None:
+        return replacement
+    for name, child in layer.named_children():
+        setattr(layer, name, _replaced(child, form))
+    return layer
 
 
 def _batch_norm_of_rows(norm: nn.BatchNorm2d) -> nn.BatchNorm1d:
@@ -124,56 +170,44 @@ def _batch_norm_of_rows(norm: nn.BatchNorm2d) -> nn.BatchNorm1d:
     return rows
 
 
-class OfficialSparK(nn.Module):
-    """SparK with the weights of a `sparkme.SparK`, as copies in the dense layout and in NCHW memory.
+class Official(nn.Module):
+    """What both share: an encoder with the weights of a model of sparkme, as copies in the dense layout and in NCHW memory.
 
     Args:
-        name: torchvision's name of the encoder.
-        model: whose weights, device, dtype and mode are taken.
+        name: of the encoder, see `sparkme.models.create_dense`.
+        model: whose weights, device and dtype are taken.
         drop_path: as the encoder was made with, see `sparkme.models.create_encoder`.
 
     Raises:
         ValueError: the model is not that network.
     """
 
-    def __init__(self, name: str, model: SparK, *, drop_path: float = 0.0) -> None:
+    def __init__(self, name: str, model: MaskedAutoencoder, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.patch, self.visibility = model.patch, Visibility()
+        self.patch, self.normalise_patches, self.visibility = model.patch, model.normalise_patches, Visibility()
         self.taps = model.encoder.hierarchy.taps
-        example = next(model.parameters())
-        self.network = create_dense(name, drop_path=drop_path).to(example)
+        network = create_dense(name, drop_path=drop_path).to(next(model.parameters()))
         state = model.encoder.dense_state_dict()
-        if unexpected := self.network.load_state_dict(state, strict=False).unexpected_keys:
+        if unexpected := network.load_state_dict(state, strict=False).unexpected_keys:
             raise ValueError(f"{name} has no {', '.join(unexpected[:5])}")
-        for child, module in self.network.named_children():
+        for child, module in network.named_children():
             if any(True for _ in module.parameters()) and not any(key.startswith(f"{child}.") for key in state):
-                setattr(self.network, child, nn.Identity())  # the head
-        self.dense_parameters = dict(self.network.named_parameters())  # under their names in the dense network
-        _replace_layers(self.network, self.visibility)
-        if not name.startswith("convnext"):
-            add_drop_path(cast(SparseEncoder, self), drop_path)  # it asks for nothing but `network`
+                setattr(network, child, nn.Identity())  # the head
+        self.dense_parameters = dict(network.named_parameters())  # under their names in the dense network
+        self.network = _replaced(network, self._form)
+        if ":" not in name:
+            add_drop_path(self.network, drop_path)
         self.maps: dict[int, Tensor] = {}
         attach(self.network, self.taps, self._keep)
 
-        self.densify_norms = nn.ModuleList(
-            _RowNorm(copy.deepcopy(norm), self.visibility, channels_last=False) for norm in model.densify_norms
-        )
-        self.densify_projs = nn.ModuleList(_fresh_projection(projection) for projection in model.densify_projs)
-        self.mask_tokens = nn.ParameterList(
-            token.detach().clone(memory_format=torch.contiguous_format) for token in model.mask_tokens
-        )
-        width = model.decoder.get_submodule("dec.0.up_sample").get_parameter("weight").shape[0]
-        self.decoder = Decoder(model.encoder.strides[-1], width, model.encoder.in_channels).to(example)
-        self.decoder.load_state_dict(model.decoder.state_dict())
-        self.train(model.training)
-
     def forward(self, images: Tensor, active: Tensor) -> Tensor:
         """Loss of (B, C, H, W) images and a (B, 1, f_h, f_w) bool mask, True = visible."""
-        dense = {i: self._densify(i, x) for i, x in enumerate(reversed(self.encode(images, active)))}
-        prediction = _patches(self.decoder(dense), self.patch)
+        prediction = self._predict(self.encode(images, active))
         target = _patches(images, self.patch)
-        mean, variance = target.mean(2, keepdim=True), target.var(2, keepdim=True)
-        errors = (prediction - (target - mean) / (variance + 1e-6).sqrt()).square().mean(2)
+        if self.normalise_patches:
+            mean, variance = target.mean(2, keepdim=True), target.var(2, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        errors = (prediction - target).square().mean(2)
         hidden = active.logical_not().flatten(1).to(errors.dtype)
         return (errors * hidden).sum() / (hidden.sum() + 1e-8)
 
@@ -186,17 +220,7 @@ class OfficialSparK(nn.Module):
         self.maps.clear()
         return maps
 
-    def _keep(self, i: int, x: Tensor) -> bool:
-        self.maps[i] = x
-        return len(self.maps) == len(self.taps)
-
-    def _densify(self, i: int, x: Tensor) -> Tensor:
-        visible = self.visibility.pixels(*x.shape[2:]).expand_as(x)
-        filled = torch.where(visible, self.densify_norms[i](x), self.mask_tokens[i].expand_as(x))
-        projected: Tensor = self.densify_projs[i](filled)
-        return projected
-
-    def gradients(self, model: SparK) -> dict[str, Tensor]:
+    def gradients(self, model: MaskedAutoencoder) -> dict[str, Tensor]:
         """The gradients that this network has, under the names and in the layout of `model`'s parameters."""
         found = _gradients({name.replace(".layer.", "."): p for name, p in self.named_parameters()})
         found = {name: gradient for name, gradient in found.items() if not name.startswith("network.")}
@@ -204,17 +228,109 @@ class OfficialSparK(nn.Module):
         twin.load_dense_state_dict(twin.dense_state_dict() | _gradients(self.dense_parameters))
         return found | {f"encoder.{name}": parameter.detach() for name, parameter in twin.named_parameters()}
 
+    def _form(self, layer: nn.Module) -> nn.Module | None:
+        """What stands in for a layer of the dense network, with the same parameters; None where the layer stays."""
+        if isinstance(layer, CNBlock):
+            depthwise, _, norm, expand, activation, reduce, _ = layer.block
+            parts = depthwise, norm, nn.Sequential(expand, activation, reduce)
+            return self._block(parts, layer.layer_scale, layer.stochastic_depth)
+        if isinstance(layer, ConvNeXtBlock) and not layer.use_conv_mlp:
+            return self._block((layer.conv_dw, layer.norm, layer.mlp), layer.gamma, layer.drop_path)
+        if isinstance(layer, GlobalResponseNorm) and layer.channel_dim == -1:
+            return _VisibleGRN(layer, self.visibility)
+        if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
+            return _Masked(layer, self.visibility)
+        if isinstance(layer, nn.BatchNorm2d):
+            return _RowNorm(_batch_norm_of_rows(layer), self.visibility, channels_last=False)
+        return None
 
-def _replace_layers(module: nn.Module, visibility: Visibility) -> None:
-    for name, child in module.named_children():
-        form = _official_form(child, visibility)
-        if form is None:
-            _replace_layers(child, visibility)
-        else:
-            setattr(module, name, form)
+    def _block(self, parts: tuple[nn.Module, ...], scale: nn.Parameter | None, drop_path: nn.Module) -> _ConvNeXtBlock:
+        depthwise, norm, mlp = (_replaced(part, self._form) for part in parts)
+        return _ConvNeXtBlock(depthwise, norm, mlp, scale, drop_path, self.visibility)
+
+    def _keep(self, i: int, x: Tensor) -> bool:
+        self.maps[i] = x
+        return len(self.maps) == len(self.taps)
+
+    def _predict(self, maps: list[Tensor]) -> Tensor:
+        """From the encoder's maps to (B, L, p * p * C), ordered as `_patches` has it."""
+        raise NotImplementedError
 
 
-def _fresh_projection(projection: nn.Module) -> nn.Module:
+class OfficialSparK(Official):
+    """SparK with the weights of a `sparkme.SparK`, in its mode; see `Official`."""
+
+    def __init__(self, name: str, model: SparK, *, drop_path: float = 0.0) -> None:
+        super().__init__(name, model, drop_path=drop_path)
+        self.densify_norms = nn.ModuleList(
+            _RowNorm(copy.deepcopy(norm), self.visibility, channels_last=False) for norm in model.densify_norms
+        )
+        self.densify_projs = nn.ModuleList(_fresh(projection) for projection in model.densify_projs)
+        self.mask_tokens = nn.ParameterList(
+            token.detach().clone(memory_format=torch.contiguous_format) for token in model.mask_tokens
+        )
+        width = model.decoder.get_submodule("dec.0.up_sample").get_parameter("weight").shape[0]
+        self.decoder = Decoder(model.encoder.strides[-1], width, model.encoder.in_channels).to(self.mask_tokens[0])
+        self.decoder.load_state_dict(model.decoder.state_dict())
+        self.train(model.training)
+
+    def _form(self, layer: nn.Module) -> nn.Module | None:
+        if isinstance(layer, nn.Conv2d):
+            return _Masked(layer, self.visibility)
+        if isinstance(layer, nn.LayerNorm):
+            rows = nn.LayerNorm(layer.normalized_shape, layer.eps)
+            rows.weight, rows.bias = layer.weight, layer.bias
+            return _RowNorm(rows, self.visibility, channels_last=not isinstance(layer, LayerNorm2d | TimmLayerNorm2d))
+        return super()._form(layer)
+
+    def _predict(self, maps: list[Tensor]) -> Tensor:
+        dense = {i: self._densify(i, x) for i, x in enumerate(reversed(maps))}
+        return _patches(self.decoder(dense), self.patch)
+
+    def _densify(self, i: int, x: Tensor) -> Tensor:
+        visible = self.visibility.pixels(*x.shape[2:]).expand_as(x)
+        filled = torch.where(visible, self.densify_norms[i](x), self.mask_tokens[i].expand_as(x))
+        projected: Tensor = self.densify_projs[i](filled)
+        return projected
+
+
+class OfficialFCMAE(Official):
+    """FCMAE with the weights of a `sparkme.FCMAE`, in its mode; see `Official`."""
+
+    def __init__(self, name: str, model: FCMAE, *, drop_path: float = 0.0) -> None:
+        super().__init__(name, model, drop_path=drop_path)
+        self.stride = model.stride
+        self.projection, self.prediction = _fresh(model.projection), _fresh(model.prediction)
+        self.mask_token = nn.Parameter(model.mask_token.detach().clone(memory_format=torch.contiguous_format))
+        self.decoder = ConvNeXtBlock(self.mask_token.shape[1], use_grn=True, ls_init_value=None).to(self.mask_token)
+        self.decoder.load_state_dict(model.decoder.state_dict())
+        self.train(model.training)
+
+    def _form(self, layer: nn.Module) -> nn.Module | None:
+        if isinstance(layer, nn.Conv2d):
+            return _Masked(layer, self.visibility, before=max(layer.kernel_size) > 1)
+        if isinstance(layer, LayerNorm2d | TimmLayerNorm2d):
+            return _ChannelNorm(layer, self.visibility)
+        return super()._form(layer)
+
+    def _predict(self, maps: list[Tensor]) -> Tensor:
+        x = self.projection(maps[-1])
+        b, s, (h, w) = len(x), self.stride, x.shape[2:]
+        visible = self.visibility.pixels(h, w).to(x.dtype)
+        x = self.decoder(x * visible + self.mask_token * (1 - visible))
+        blocks = self.prediction(x).view(b, s, s, -1, h, w)  # values of a place are ordered (y, x, channel)
+        return _patches(blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, -1, h * s, w * s), self.patch)
+
+
+def create_official(name: str, model: MaskedAutoencoder) -> Official:
+    """The published algorithm of a `sparkme.SparK` or `sparkme.FCMAE`, whose encoder has this name; see `Official`."""
+    if isinstance(model, FCMAE):
+        return OfficialFCMAE(name, model)
+    assert isinstance(model, SparK)
+    return OfficialSparK(name, model)
+
+
+def _fresh(projection: nn.Module) -> nn.Module:
     """A copy in NCHW memory. The memory order of a 1x1 weight is ambiguous, so it is copied into a new layer."""
     if not isinstance(projection, nn.Conv2d):
         return nn.Identity()

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 WORK = {
     "encoder-forward": "Encoder, forward", "encoder": "Encoder, forward and backward", "step": "Whole training step",
 }  # fmt: skip
+METHODS = {"spark": "SparK", "fcmae": "FCMAE"}
 TUNED = "tuned masked-dense"
 COLOURS = {
     "cuda_ext": "#d1495b", "minkowski": "#edae49", "masked-dense": "#00798c", "masked-dense-nchw": "#66a5ad",
@@ -134,10 +135,10 @@ def is_sweep(cases: list[dict[str, Any]]) -> bool:
 
 
 def throughput_tables(name: str, record: dict[str, Any]) -> list[str]:
-    """One table for each kind of work, precision, size and batch of a file."""
+    """One table for each kind of work, method, precision, size and batch of a file."""
     blocks = []
     same = ("what", "precision", "compile", "input_size", "batch_size")
-    for cases in grouped(record["cases"], lambda case: tuple(case[key] for key in same)).values():
+    for cases in grouped(record["cases"], lambda case: (method(case), *(case[key] for key in same))).values():
         if is_sweep(cases):
             blocks += [title(name, record, cases[0], with_ratio=False), sweep_table(cases)]
         else:
@@ -150,6 +151,7 @@ def throughput_tables(name: str, record: dict[str, Any]) -> list[str]:
 
 def title(name: str, record: dict[str, Any], case: dict[str, Any], *, with_ratio: bool) -> str:
     words = [hardware(record), precision(case), f"batch {case['batch_size']}", f"{case['input_size']} pixels"]
+    words += [method(case)] if method(case) else []
     if with_ratio:
         words.append(f"mask ratio {case['mask_ratio']:g}")
     return f"**{WORK[case['what']]}**: {', '.join(words)} (`{name}`, commit {record.get('commit')})"
@@ -158,6 +160,11 @@ def title(name: str, record: dict[str, Any], case: dict[str, Any], *, with_ratio
 def hardware(record: dict[str, Any]) -> str:
     found = record["hardware"]
     return found["gpu"] or f"{found['cpu']}, {count(found['threads'], 'thread')}"
+
+
+def method(case: dict[str, Any]) -> str:
+    """The method and the width of its decoder; nothing for a case of an older file, which does not say."""
+    return f"{METHODS[case['recipe']]}, decoder width {case['decoder_width']}" if "recipe" in case else ""
 
 
 def count(number: int, noun: str) -> str:
@@ -260,7 +267,7 @@ def draw_all(stem: str, record: dict[str, Any], folder: Path) -> Iterator[Path]:
     sweeps: list[list[dict[str, Any]]] = []
     bars: list[list[dict[str, Any]]] = []
     same = ("what", "model", "input_size", "batch_size", "precision", "compile")
-    for cases in grouped(timed, lambda case: tuple(case[key] for key in same)).values():
+    for cases in grouped(timed, lambda case: (method(case), *(case[key] for key in same))).values():
         (sweeps if is_sweep(cases) else bars).append(cases)
     shown = [case for cases in bars for case in cases if case["what"] != "encoder-forward"]
     if shown:
@@ -323,12 +330,14 @@ def draw_bars(cases: list[dict[str, Any]], record: dict[str, Any], path: Path) -
 
 
 def setting_of(case: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(case[key] for key in ("model", "input_size", "batch_size", "mask_ratio", "precision", "compile"))
+    same = ("model", "input_size", "batch_size", "mask_ratio", "precision", "compile")
+    return method(case), *(case[key] for key in same)
 
 
 def setting_title(case: dict[str, Any]) -> str:
     size = f"{case['model']}, {case['input_size']} px, batch {case['batch_size']}"
-    return f"{size},\nmask ratio {case['mask_ratio']:g}, {precision(case)}"
+    about = f"mask ratio {case['mask_ratio']:g}, {precision(case)}"
+    return ",\n".join([size, about, method(case)] if method(case) else [size, about])
 
 
 def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path: Path) -> None:
@@ -336,11 +345,10 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
     fig, axes = figure(1, 1, 6.4, 3.6)
     axis = axes[0][0]
     highest = 1.0
-    about: dict[str, Callable[[dict[str, Any]], str]] = {
-        "precision": precision,
-        "input_size": lambda c: f"{c['input_size']} pixels",
-        "batch_size": lambda c: f"batch {c['batch_size']}",
-    }
+    about: list[Callable[[dict[str, Any]], str]] = [
+        precision, method, lambda c: f"{c['input_size']} pixels", lambda c: f"batch {c['batch_size']}",
+    ]  # fmt: skip
+    differ = [text for text in about if len({text(c) for of in groups for c in of}) > 1]
     for i, cases in enumerate(groups):
         points = sorted((case["mask_ratio"], case["ratios"][TUNED]) for case in cases if TUNED in case["ratios"])
         if not points:
@@ -348,10 +356,7 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
         x, y = zip(*points)
         highest = max(highest, *y)
         case, colour = cases[0], LINES[i % len(LINES)]
-        label = f"{case['model']}, {WORK[case['what']].lower()}"
-        for key, text in about.items():
-            if len({c[key] for of in groups for c in of}) > 1:
-                label += f", {text(case)}"
+        label = ", ".join([case["model"], WORK[case["what"]].lower(), *(text(case) for text in differ)])
         axis.plot(x, y, "o-", color=colour, label=label, markersize=4.5, linewidth=1.8)
     axis.axhline(1, color="#555555", linestyle="--", linewidth=1)
     axis.annotate(
@@ -363,8 +368,8 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
     axis.grid(axis="y", color="#dddddd", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.legend(frameon=False, loc="upper left")
-    shared = [text(groups[0][0]) for key, text in about.items() if len({c[key] for of in groups for c in of}) == 1]
-    save(fig, ", ".join([f"cuda_ext on {hardware(record)}", *shared]), path)
+    shared = [text(groups[0][0]) for text in about if text not in differ]
+    save(fig, ", ".join(filter(None, [f"cuda_ext on {hardware(record)}", *shared])), path)
 
 
 def save(fig: Any, text: str, path: Path) -> None:

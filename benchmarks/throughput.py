@@ -2,13 +2,18 @@
 
     python -m benchmarks.throughput --model resnet18 --batch-size 8 --json resnet18.json
     python -m benchmarks.throughput --model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda
+    python -m benchmarks.throughput --recipe fcmae --model timm:convnextv2_tiny --what step --decoder-width 256 512
     python -m benchmarks.throughput --sweep --what encoder
 
 What is timed (`--what`), always in training mode and on images that are on the device already:
 
     encoder-forward  the sites of a given mask and the forward pass, which keeps what the backward pass needs
     encoder          the same and the backward pass, from a random gradient of every map
-    step             draw a mask, SparK's loss, backward, LAMB with its gradient clipping, gradients set to None
+    step             draw a mask, the loss, backward, the optimiser, gradients set to None
+
+The step is that of a method, with the optimiser of its recipe in sparkme.pretrain (`--recipe`): `spark` is SparK and LAMB with
+its gradient clipping, `fcmae` is FCMAE and AdamW. Of the encoder the recipe changes initial values and how many patches are
+visible, which SparK rounds and FCMAE rounds down.
 
 Who is timed (`--contenders`):
 
@@ -17,7 +22,7 @@ Who is timed (`--contenders`):
     masked-dense       dense convolutions and masks, tuned, in channels_last memory
     masked-dense-nchw  the same in contiguous memory; the faster of the two is the "tuned masked-dense" of the ratios
     rows-dense         what plain PyTorch can do: rows, and dense convolutions where windows overlap (benchmarks/rows_dense.py)
-    official           the algorithm as the official SparK code runs it (benchmarks/official.py), always in float32 and NCHW
+    official           the published algorithm, by masked dense layers (benchmarks/official.py), always in float32 and NCHW
 
 Each has a copy of the weights, in the memory order that it likes. First all are compared with masked-dense, twice, on the
 same weights, images and mask: the maps of an encoder pass, the gradients of all its parameters, and for `step` the loss;
@@ -36,9 +41,10 @@ the forward pass) above what was there before: weights, images, mask, and for `s
 the weights are part of it, the optimiser's step is not. See benchmarks/profiling.py for what torch cannot see.
 
 The JSON file, rewritten after every case, holds `date`, `commit` (marked where the tree was changed), `versions`,
-`command`, `hardware`, `settings` and `cases`. A case is one model, batch size, mask ratio and kind of work:
+`command`, `hardware`, `settings` and `cases`. A case is one model, decoder width, batch size, mask ratio and kind of work:
 
-    model, input_size, patch, num_patches, visible_patches, batch_size, mask_ratio, what, precision, compile
+    recipe, model, decoder_width, input_size, patch, num_patches, visible_patches, batch_size, mask_ratio, what, precision,
+    compile
     agreement   {contender: {float64: {maps, gradients, loss}, float32: {...}, bf16: {maps}}}: relative errors; loss for
                 `step` only, and in bf16 the largest error over that of masked-dense
     left_out    {contender: reason}
@@ -73,13 +79,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import profiling
-from benchmarks.flops import build, provenance
-from sparkme.errors import UserError, first_line, run_command, user_errors
+from benchmarks.flops import provenance
+from sparkme.errors import Parser, UserError, first_line, run_command, user_errors
+from sparkme.models import library_of
+from sparkme.training.config import RECIPES
 from sparkme.training.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from sparkme.spark import SparK
+    from sparkme.masked import MaskedAutoencoder
 
+METHODS = ("spark", "fcmae")  # of sparkme.pretrain's recipes those that differ in what is computed
 WHAT = ("encoder-forward", "encoder", "step")
 ENGINE_OF = {  # the engine whose kernels run, and whose order of weights in memory is used
     "cuda_ext": "cuda_ext", "minkowski": "minkowski", "masked-dense": "masked-dense", "masked-dense-nchw": "masked-dense",
@@ -99,13 +108,16 @@ GIB = 2**30
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.throughput",
         description="Time encoder and training step, engine by engine, after checking that all engines compute the same.",
         epilog="What the words mean, and the fields of the JSON file, are in the head of benchmarks/throughput.py.",
     )
     group = parser.add_argument_group("what is timed")
-    group.add_argument("--model", nargs="+", default=["resnet50"], help="models of sparkme.pretrain (resnet50)")
+    group.add_argument(
+        "--recipe", default="spark", choices=METHODS, help="whose training step: spark, with LAMB, or fcmae, with AdamW (spark)"
+    )
+    group.add_argument("--model", nargs="+", help=f"models of sparkme.pretrain ({of_recipes('model')})")
     group.add_argument("--what", nargs="+", metavar="WHAT", help=f"of {', '.join(WHAT)} (all; encoder with --sweep)")
     group.add_argument(
         "--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"of {', '.join(CONTENDERS)} (all)"
@@ -116,7 +128,9 @@ def create_parser() -> argparse.ArgumentParser:
         "--sweep", action="store_true", help=f"mask ratios {', '.join(f'{ratio:g}' for ratio in SWEEP)}, encoder only"
     )
     group.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
-    group.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (%(default)s)")
+    group.add_argument(
+        "--decoder-width", type=int, nargs="+", metavar="N", help=f"channels of the decoder ({of_recipes('decoder_width')})"
+    )
     group = parser.add_argument_group("how it is run")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s: a GPU if there is one)")
     group.add_argument("--threads", type=int, help="of torch on the CPU (as torch chooses)")
@@ -136,6 +150,11 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def of_recipes(name: str) -> str:
+    """For --help: a default in each recipe."""
+    return ", ".join(f"{method}: {RECIPES[method].defaults[name]}" for method in METHODS)
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = create_parser().parse_args(words)
@@ -145,9 +164,12 @@ def main(argv: list[str] | None = None) -> int:
 def throughput(args: argparse.Namespace, words: list[str]) -> int:
     device = check_arguments(args)
     with user_errors():
-        for name in args.model:
-            for ratio in args.mask_ratio:  # without memory for the weights
-                build(name, [args.input_size], ratio_of_model(ratio, args), args.decoder_width, None)
+        for name, width in product(args.model, args.decoder_width):
+            # Without memory for the weights, which a user's own network has to have.
+            with torch.device("cpu" if library_of(name) == "own" else "meta"):
+                model = create_model(name, width, args.mask_ratio[0], args)
+            for ratio in args.mask_ratio:
+                model.set_task(args.input_size, ratio_of_model(ratio, args))
     if args.threads:
         torch.set_num_threads(args.threads)
     if device.type == "cpu":  # as pretrain does; every contender gains
@@ -163,7 +185,7 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.throughput", *words]),
         **provenance(),
         "hardware": hardware(device),
-        "settings": {"rounds": args.rounds, "warmup": args.warmup, "drop_path": 0.0, "decoder_width": args.decoder_width},
+        "settings": {"rounds": args.rounds, "warmup": args.warmup, "drop_path": 0.0},
         "cases": [],
     }
     record["versions"]["cuda"] = torch.version.cuda
@@ -172,8 +194,9 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
         args.profile.write_text("")
     print(", ".join(f"{key} {value}" for key, value in record["hardware"].items() if value), flush=True)
     failed = False
-    for name, batch_size, ratio, precision in product(args.model, args.batch_size, args.mask_ratio, args.precision):
-        for case in run_cases(name, batch_size, ratio, precision, device, args):
+    settings = product(args.model, args.decoder_width, args.batch_size, args.mask_ratio, args.precision)
+    for name, width, batch_size, ratio, precision in settings:
+        for case in run_cases(name, width, batch_size, ratio, precision, device, args):
             record["cases"].append(case)
             failed |= "error" in case or any(DISAGREES in reason for reason in case["left_out"].values())
             write_json(args.json, record)
@@ -202,7 +225,9 @@ def check_arguments(args: argparse.Namespace) -> torch.device:
         if "step" in (args.what or ()):
             raise UserError("--sweep times the encoder only; leave out --what step")
         args.mask_ratio, args.what = list(SWEEP), args.what or ["encoder"]
-    args.mask_ratio, args.what = args.mask_ratio or [0.6], args.what or list(WHAT)
+    defaults = RECIPES[args.recipe].defaults
+    args.model, args.decoder_width = args.model or [defaults["model"]], args.decoder_width or [defaults["decoder_width"]]
+    args.mask_ratio, args.what = args.mask_ratio or [defaults["mask_ratio"]], args.what or list(WHAT)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; `python -m sparkme.doctor` says why, or use --device cpu")
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
@@ -215,7 +240,7 @@ def check_arguments(args: argparse.Namespace) -> torch.device:
 
 
 def ratio_of_model(ratio: float, args: argparse.Namespace) -> float:
-    """SparK cannot be built to hide nothing; where it is made for its encoder only, any other ratio does."""
+    """No method can be built to hide nothing; where it is made for its encoder only, any other ratio does."""
     return ratio if ratio > 0 or "step" in args.what else 0.5
 
 
@@ -247,7 +272,8 @@ class Setting:
     """What the contenders of one model, batch size and mask ratio share.
 
     Attributes:
-        name: torchvision's of the encoder.
+        recipe: of `METHODS`.
+        name: of the encoder.
         images: (B, 3, H, W) float32.
         active: (B, 1, f_h, f_w) bool, True = visible; `keep` of them in every image.
         autocast: whether sparkme's contenders are timed in bf16.
@@ -255,13 +281,14 @@ class Setting:
         shared: the weights; every contender takes a copy.
     """
 
+    recipe: str
     name: str
     images: Tensor
     active: Tensor
     keep: int
     autocast: bool
     compiled: bool
-    shared: SparK
+    shared: MaskedAutoencoder
 
     @property
     def device(self) -> torch.device:
@@ -269,35 +296,44 @@ class Setting:
 
     def draw(self) -> Tensor:
         """A new random mask."""
-        from sparkme.masking import random_active
+        return self.shared.random_active(len(self.images), device=self.device)
 
-        model = self.shared
-        return random_active(len(self.images), model.num_patches, model.mask_ratio, device=self.device)
+
+def create_model(name: str, width: int, ratio: float, args: argparse.Namespace) -> MaskedAutoencoder:
+    """The network of `--recipe` as sparkme.pretrain makes it, without drop path.
+
+    Raises:
+        ValueError: an unknown name, or sizes, ratio or width that do not fit together.
+    """
+    from sparkme.training.build import build_network
+
+    return build_network({
+        **RECIPES[args.recipe].defaults, "recipe": args.recipe, "model": name, "drop_path": 0.0, "patch": None,
+        "input_size": (args.input_size, args.input_size), "mask_ratio": ratio_of_model(ratio, args), "decoder_width": width,
+        "densify_norm": "auto",
+    })  # fmt: skip
 
 
 def create_setting(
-    name: str, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
+    name: str, width: int, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
 ) -> Setting:
     """Makes weights, images and mask from fixed seeds."""
-    from sparkme.masking import num_visible, random_active
-    from sparkme.models import create_encoder
-    from sparkme.spark import SparK
+    from sparkme.masking import random_active
 
     torch.manual_seed(0)
-    model = SparK(
-        create_encoder(name, drop_path=0.0), input_size=args.input_size, mask_ratio=ratio_of_model(ratio, args),
-        decoder_width=args.decoder_width,
-    ).to(device).train()  # fmt: skip
+    model = create_model(name, width, ratio, args).to(device).train()
     randomise_scales(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, model.encoder.in_channels, *model.input_size, generator=generator)
-    active = random_active(batch_size, model.num_patches, ratio, generator=generator)
-    keep = num_visible(active[0].numel(), ratio)
-    return Setting(name, images.to(device), active.to(device), keep, precision == "bf16", args.compile, model)
+    num_patches = math.prod(model.num_patches)
+    keep = model.num_visible(num_patches, ratio)
+    active = random_active(batch_size, model.num_patches, 1 - keep / num_patches, generator=generator)
+    autocast = precision == "bf16"
+    return Setting(args.recipe, name, images.to(device), active.to(device), keep, autocast, args.compile, model)
 
 
 @torch.no_grad()
-def randomise_scales(model: SparK) -> None:
+def randomise_scales(model: MaskedAutoencoder) -> None:
     """Draws norm weights and layer scales of the encoder from [0.5, 1.5]."""
     for name, parameter in model.encoder.named_parameters():
         if parameter.numel() == max(parameter.shape) and not name.endswith("bias"):
@@ -388,26 +424,28 @@ class Contender:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """LAMB as in pretraining, with a rate that changes the weights little; made when first asked for."""
+        """The recipe's as in pretraining, with a rate that changes the weights little; made when first asked for."""
         from sparkme.training.optimizer import create_optimizer, update_schedule
 
         if self._optimizer is None:
-            beta2 = 0.95 if self.setting.shared.encoder.norm == "bn" else 0.999
-            self._optimizer = create_optimizer("lamb", self.model, beta2=beta2, clip_grad=5.0)
-            update_schedule(self._optimizer, learning_rate=1e-6, weight_decay=0.04)
+            defaults = RECIPES[self.setting.recipe].defaults
+            beta2 = defaults.get("beta2", 0.95 if self.setting.shared.encoder.norm == "bn" else 0.999)
+            clip = defaults["clip_grad"] or None
+            self._optimizer = create_optimizer(defaults["optimizer"], self.model, beta2=beta2, clip_grad=clip)
+            update_schedule(self._optimizer, learning_rate=1e-6, weight_decay=defaults["weight_decay"])
         return self._optimizer
 
 
 class Official(Contender):
-    """The algorithm as the official code runs it."""
+    """The algorithm as it is published."""
 
     precision = "float32"
 
     def _prepare(self) -> None:
-        from benchmarks.official import OfficialSparK
+        from benchmarks.official import create_official
 
-        self.official = OfficialSparK(self.setting.name, self.setting.shared)
-        self.model = cast("SparK", self.official)  # for what both have: parameters and gradients
+        self.official = create_official(self.setting.name, self.setting.shared)
+        self.model = cast("MaskedAutoencoder", self.official)  # for what both have: parameters and gradients
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -581,16 +619,20 @@ def release(device: torch.device) -> None:
 
 
 def run_cases(
-    name: str, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
+    name: str, width: int, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Checks, times and prints one setting, a case for each kind of work."""
     about = {
-        "model": name, "input_size": args.input_size, "batch_size": batch_size, "mask_ratio": ratio,
-        "precision": precision, "compile": args.compile,
+        "recipe": args.recipe, "model": name, "decoder_width": width, "input_size": args.input_size, "batch_size": batch_size,
+        "mask_ratio": ratio, "precision": precision, "compile": args.compile,
     }  # fmt: skip
-    print(f"\n{name}, {args.input_size} pixels, batch {batch_size}, mask ratio {ratio:g}, {precision}", flush=True)
+    print(
+        f"\n{RECIPES[args.recipe].name}, {name}, decoder width {width}, {args.input_size} pixels, batch {batch_size}, "
+        f"mask ratio {ratio:g}, {precision}",
+        flush=True,
+    )
     try:
-        setting = create_setting(name, batch_size, ratio, precision, device, args)
+        setting = create_setting(name, width, batch_size, ratio, precision, device, args)
         about |= {"patch": setting.shared.patch, "num_patches": setting.active[0].numel(), "visible_patches": setting.keep}
         contenders, left_out = admit(args.contenders, setting)
         contenders, agreement, refused = check_agreement(contenders, setting, "step" in args.what)

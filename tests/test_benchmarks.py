@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_official import V2
 
 from benchmarks import plot, profiling, throughput
 from sparkme.sparse import sparsify
@@ -37,6 +38,7 @@ def test_the_file_has_what_the_head_of_the_module_says(tmp_path: Path) -> None:
     assert [case["what"] for case in record["cases"]] == list(throughput.WHAT)
     for case in record["cases"]:
         assert (case["model"], case["input_size"], case["batch_size"], case["mask_ratio"]) == ("resnet18", 64, 2, 0.5)
+        assert (case["recipe"], case["decoder_width"]) == ("spark", 32)
         assert (case["patch"], case["num_patches"], case["visible_patches"]) == (32, 4, 2)
         assert (case["precision"], case["compile"], case["left_out"]) == ("float32", False, {})
         assert case["contenders"].keys() == case["agreement"].keys() == set(names)
@@ -66,6 +68,54 @@ def test_everything_visible_is_timed_for_the_encoder(tmp_path: Path) -> None:
     record = run(tmp_path, "--mask-ratio", "0", "--what", "encoder", "--contenders", "cuda_ext", "--precision", "bf16")
     (case,) = record["cases"]
     assert case["visible_patches"] == 4 and case["contenders"]["cuda_ext"]["precision"] == "bf16"
+
+
+def test_fcmaes_step_is_timed_for_every_contender(tmp_path: Path) -> None:
+    words = ["--recipe", "fcmae", "--model", V2, "--what", "step", "--mask-ratio", "0.6", "--rounds", "1", "--warmup", "0"]
+    (case,) = run(tmp_path, *words)["cases"]
+    assert list(case["contenders"]) == list(throughput.CONTENDERS) and case["left_out"] == {}
+    assert case["recipe"] == "fcmae" and case["visible_patches"] == 1  # of 4; SparK has 2
+
+
+def test_every_width_of_the_decoder_is_a_case(tmp_path: Path) -> None:
+    words = ["--recipe", "fcmae", "--model", V2, "--what", "step", "--contenders", "cuda_ext", "--decoder-width", "16", "32"]
+    cases = run(tmp_path, *words)["cases"]
+    assert [case["decoder_width"] for case in cases] == [16, 32]
+    less, more = (case["contenders"]["cuda_ext"]["activation_bytes"] for case in cases)
+    assert less < more
+
+
+def setting(*words: str) -> throughput.Setting:
+    args = throughput.create_parser().parse_args([*TINY, *words])
+    throughput.check_arguments(args)
+    return throughput.create_setting(args.model[0], args.decoder_width[0], 2, args.mask_ratio[0], "float32", CPU, args)
+
+
+@pytest.mark.parametrize("name", ["cuda_ext", "official"])
+@pytest.mark.parametrize(("recipe", "model", "kind"), [("spark", "resnet18", "Lamb"), ("fcmae", V2, "AdamW")])
+def test_the_optimiser_is_the_recipes(recipe: str, model: str, kind: str, name: str) -> None:
+    of = setting("--recipe", recipe, "--model", model)
+    (contender,), _ = throughput.admit([name], of)
+    group = contender.optimizer.param_groups[0]
+    assert type(contender.optimizer).__name__ == kind and group["betas"] == (0.9, 0.95)
+    assert (group["weight_decay"], group.get("max_grad_norm")) == {"Lamb": (0.04, 5.0), "AdamW": (0.05, None)}[kind]
+    before = [parameter.clone() for parameter in contender.model.parameters()]
+    contender.step()
+    moved = [not torch.equal(x, y) for x, y in zip(before, contender.model.parameters(), strict=True)]
+    assert all(moved) and len(moved) > 20
+
+
+def test_a_recipe_brings_its_network_and_its_decoders_width() -> None:
+    for recipe, model, width in (("spark", "resnet50", 768), ("fcmae", "timm:convnextv2_tiny", 512)):
+        args = throughput.create_parser().parse_args(["--recipe", recipe])
+        throughput.check_arguments(args)
+        assert (args.model, args.decoder_width, args.mask_ratio) == ([model], [width], [0.6])
+
+
+def test_the_encoder_of_fcmae_may_hide_nothing(tmp_path: Path) -> None:
+    words = ["--recipe", "fcmae", "--model", V2, "--what", "encoder", "--rounds", "1"]
+    (case,) = run(tmp_path, *words, "--mask-ratio", "0", "--contenders", "cuda_ext", "official")["cases"]
+    assert case["visible_patches"] == 4 and list(case["contenders"]) == ["cuda_ext", "official"]
 
 
 class WrongForward(CudaExtEngine):
@@ -175,6 +225,9 @@ def test_overlapping_kernels_count_once() -> None:
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--input-size", "65"], "65x65 is not a multiple of the patch of 32; use 64"),
         (["--mask-ratio", "0"], "mask ratio 0.0 hides none of 4 patches"),
+        (["--recipe", "fcmae", "--mask-ratio", "0.8"], "mask ratio 0.8 leaves none of 4 patches visible"),
+        (["--decoder-width", "32", "48"], "decoder width 48 is not a multiple of 32"),
+        (["--recipe", "fcmae", "--decoder-width", "16", "0"], "decoder width 0 is outside 1 to 8192"),
         (["--mask-ratio", "0.5", "1"], "mask ratio 1.0 leaves none of 4 patches visible"),
         (["--sweep"], "--sweep brings its own mask ratios"),
         (["--host-wait"], "--host-wait needs a GPU"),
@@ -189,7 +242,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.Ca
 
 def test_help_works_and_a_wrong_word_ends_with_code_2(capsys: pytest.CaptureFixture) -> None:
     for module in (throughput, plot):
-        for words, code in ((["--help"], 0), (["--colour"], 2)):
+        for words, code in ((["--help"], 0), (["--colour"], 2), (["--recipe", "small"], 2)):
             with pytest.raises(SystemExit) as stop:
                 module.main(words)
             assert stop.value.code == code
@@ -255,6 +308,21 @@ def test_precisions_get_panels_of_their_own(tmp_path: Path, monkeypatch: pytest.
     assert ["bf16" in axis.get_title("left") for axis in panels] == [False, True]
     limits = [axis.get_xlim()[1] for axis in panels]
     assert min(limits) > 44  # the upper quartile in milliseconds
+
+
+def test_methods_and_widths_of_the_decoder_get_tables_and_panels_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: panels.extend(axis for axis in figure.axes if axis.get_visible()))
+    settings = [("spark", 768), ("fcmae", 256), ("fcmae", 512)]
+    steps = [case("step", 0.6, cuda_ext=16) | {"recipe": recipe, "decoder_width": width} for recipe, width in settings]
+    blocks = plot.throughput_tables("numbers.json", record(*steps))
+    names = ["SparK, decoder width 768", "FCMAE, decoder width 256", "FCMAE, decoder width 512"]
+    titles = [block for block in blocks if block.startswith("**")]
+    assert all(f"64 pixels, {name}, mask ratio 0.6" in title for name, title in zip(names, titles, strict=True))
+    plot.draw("numbers", record(*steps), tmp_path)
+    assert all(axis.get_title("left").endswith(name) for name, axis in zip(names, panels, strict=True))
 
 
 def test_counts_get_a_table(capsys: pytest.CaptureFixture) -> None:

@@ -17,6 +17,7 @@ is trusted: make them with `sparkme.Grid` and `neighbour_table`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,14 +177,146 @@ def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Ten
 def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """(N, C_in) rows times a (C_in, C_out) kernel, plus (C_out,): the 1x1 convolution, by the device's fastest GEMM."""
     _check_rows("rows", rows)
-    if kernel.ndim != 2 or kernel.shape[0] != rows.shape[1]:
-        raise ValueError(f"kernel must be ({rows.shape[1]}, C_out), got {tuple(kernel.shape)}")
-    _check_same("kernel", kernel, rows)
+    _check_kernel(rows, kernel)
     if bias is not None:
         if bias.shape != kernel.shape[1:]:
             raise ValueError(f"bias must be ({kernel.shape[1]},), got {tuple(bias.shape)}")
         _check_same("bias", bias, rows)
     return torch.ops.sparkme.linear(rows, kernel, bias)
+
+
+def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel of (N, C) rows: two (C,), float32 or, for float64 rows, float64. For use in
+    `batch_norm`, which knows that they depend on the rows; they have no gradient of their own."""
+    _check_rows("rows", rows)
+    mean, variance = torch.ops.sparkme.batch_statistics(rows.detach())
+    return mean, variance
+
+
+def batch_norm(
+    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    training: bool, factor: Tensor | None = None, residual: Tensor | None = None, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    """Batch norm with what follows it in a residual block: relu(factor * (weight * (rows - mean) * inverse_deviation + bias) +
+    residual). Only the rows are kept for the gradient, and with relu and residual the result.
+
+    Args:
+        rows: (N, C).
+        mean, inverse_deviation, weight, bias: (C,), of any floating type.
+        training: whether mean and deviation are `batch_statistics` of these rows, so that the gradient goes through them.
+        factor: (B,), for each sample; N is a multiple of B, and a sample's rows lie next to each other. No gradient.
+        residual: (N, C), of the rows' type.
+        relu: whether to end with one.
+
+    Returns:
+        (N, C).
+    """
+    _check_rows("rows", rows)
+    numbers = {"mean": mean, "inverse_deviation": inverse_deviation, "weight": weight, "bias": bias}
+    _check_norm(rows, rows.shape[1], numbers, factor, residual)
+    return torch.ops.sparkme.batch_norm(rows, mean, inverse_deviation, weight, bias, factor, residual, relu, training)
+
+
+class ProductStatistics(NamedTuple):
+    """Of x = rows @ kernel, without computing it; see `product_statistics`."""
+
+    row_mean: Tensor
+    gram: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def product_statistics(rows: Tensor, kernel: Tensor) -> ProductStatistics:
+    """Mean and (biased) variance of each channel of x = rows @ kernel, from the rows' means and Gram matrix.
+
+    Args:
+        rows: (N, K).
+        kernel: (K, C).
+
+    Returns:
+        The rows' mean (K,) and Gram matrix (K, K), the sum of (row - mean)' (row - mean), and x's mean and variance (C,), all
+        float32 or, for float64 rows, float64. For use in `linear_batch_norm`; they have no gradient of their own.
+    """
+    _check_rows("rows", rows)
+    _check_kernel(rows, kernel)
+    return ProductStatistics(*torch.ops.sparkme.product_statistics(rows.detach(), kernel.detach()))
+
+
+def linear_batch_norm(
+    rows: Tensor, kernel: Tensor, statistics: ProductStatistics, epsilon: float, weight: Tensor | None = None,
+    bias: Tensor | None = None, *, factor: Tensor | None = None, residual: Tensor | None = None, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    """`batch_norm` of rows @ kernel in training mode, which is neither kept nor ever whole; for kernels with more columns than
+    rows. Kept for the gradient are the rows and, with relu, the result.
+
+    Args:
+        rows: (N, K).
+        kernel: (K, C).
+        statistics: `product_statistics` of both.
+        epsilon: of the variance.
+        weight, bias, factor, residual, relu: as for `batch_norm`.
+
+    Returns:
+        (N, C).
+    """
+    _check_rows("rows", rows)
+    _check_kernel(rows, kernel)
+    row_mean, gram, mean, variance = statistics
+    _check_norm(rows, kernel.shape[1], {"mean": mean, "weight": weight, "bias": bias}, factor, residual)
+    deviation = (variance + epsilon).rsqrt()
+    return torch.ops.sparkme.linear_batch_norm(
+        rows, kernel, row_mean, gram, mean, deviation, weight, bias, factor, residual, relu
+    )
+
+
+def mlp(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """gelu(rows @ weight1' + bias1) @ weight2' + bias2. Of what is between the layers only the first one's result is kept.
+
+    Args:
+        rows: (N, C).
+        weight1, bias1: (H, C) and (H,) or None, as in torch.nn.Linear.
+        weight2, bias2: (C_out, H) and (C_out,) or None.
+
+    Returns:
+        (N, C_out).
+    """
+    _check_rows("rows", rows)
+    for name, weight, inside in (("weight1", weight1, rows.shape[1]), ("weight2", weight2, len(weight1))):
+        if weight.ndim != 2 or weight.shape[1] != inside:
+            raise ValueError(f"{name} must be (channels, {inside}), got {tuple(weight.shape)}")
+        _check_same(name, weight, rows)
+    for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
+        if bias is not None:
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"{name} must be ({len(weight)},), got {tuple(bias.shape)}")
+            _check_same(name, bias, rows)
+    return torch.ops.sparkme.mlp(rows, weight1, bias1, weight2, bias2)[0]
+
+
+def _check_kernel(rows: Tensor, kernel: Tensor) -> None:
+    if kernel.ndim != 2 or kernel.shape[0] != rows.shape[1]:
+        raise ValueError(f"kernel must be ({rows.shape[1]}, C_out), got {tuple(kernel.shape)}")
+    _check_same("kernel", kernel, rows)
+
+
+def _check_norm(
+    rows: Tensor, channels: int, numbers: dict[str, Tensor | None], factor: Tensor | None, residual: Tensor | None
+) -> None:
+    for name, value in numbers.items():
+        if value is not None:
+            if value.shape != (channels,):
+                raise ValueError(f"{name} must be ({channels},), got {tuple(value.shape)}")
+            _check_device(name, value, rows)
+    if factor is not None:
+        if factor.ndim != 1 or not len(factor) or len(rows) % len(factor):
+            raise ValueError(f"factor must be a number for each sample of {len(rows)} rows, got {tuple(factor.shape)}")
+        if factor.requires_grad and torch.is_grad_enabled():
+            raise ValueError("factor has no gradient, and requires one")
+        _check_device("factor", factor, rows)
+    if residual is not None:
+        if residual.shape != (len(rows), channels):
+            raise ValueError(f"residual must be {(len(rows), channels)}, got {tuple(residual.shape)}")
+        _check_same("residual", residual, rows)
 
 
 def _check_float(name: str, value: Tensor) -> None:

@@ -1,21 +1,19 @@
-"""The operators as torch knows them: schema, shapes without data (fake), and gradients.
+"""The operators as torch knows them: schema, and shapes without data (fake).
 
 The kernels are registered from elsewhere: for the CPU and, but for the convolution, for CUDA by the extension
-`sparkme._C` (cuda_ext/csrc), for CUDA's convolution by `sparkme.ops.triton_conv`. Call the functions of `sparkme.ops`,
+`sparkme._C` (cuda_ext/csrc), for CUDA's convolution by `sparkme.ops.triton_conv`. So are the gradients, by autograd.cpp. Call the functions of `sparkme.ops`,
 which check their arguments; those here are what they, autograd and torch.compile arrive at.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("sparkme", "DEF")
-_OPS = torch.ops.sparkme
 
 _PATCH_GEOMETRY = "Tensor slots, Tensor patches, int pixels, int[2] kernel_size, int stride, int dilation"
+_NORM = "Tensor mean, Tensor inverse_deviation, Tensor? weight, Tensor? bias"
 for _schema in (
     f"neighbour_table({_PATCH_GEOMETRY}, bool transposed) -> Tensor",
     "sparse_conv(Tensor rows, Tensor kernel, Tensor table, Tensor? inverse, int groups) -> Tensor",
@@ -30,8 +28,25 @@ for _schema in (
     "voxelise(Tensor dense, Tensor slots, Tensor patches, int pixels) -> Tensor",
     "densify(Tensor rows, Tensor slots, Tensor patches, int pixels, Tensor? fill) -> Tensor",
     "linear(Tensor rows, Tensor kernel, Tensor? bias) -> Tensor",
+    "batch_statistics(Tensor rows) -> (Tensor, Tensor)",
+    f"batch_norm(Tensor rows, {_NORM}, Tensor? factor, Tensor? residual, bool relu, bool training) -> Tensor",
+    f"batch_norm_grad_sums(Tensor grad, Tensor rows, Tensor? out, {_NORM}, Tensor? factor, bool relu) -> (Tensor, Tensor)",
+    f"batch_norm_grad_rows(Tensor grad, Tensor rows, {_NORM}, Tensor? factor, bool relu, Tensor? sums, float? count) -> Tensor",
+    "product_statistics(Tensor rows, Tensor kernel) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_batch_norm(Tensor rows, Tensor kernel, Tensor row_mean, Tensor gram, {_NORM}, Tensor? factor, Tensor? residual, "
+    "bool relu) -> Tensor",
+    "linear_batch_norm_grad(Tensor grad, Tensor rows, Tensor kernel, Tensor? out, Tensor row_mean, Tensor gram, Tensor mean, "
+    "Tensor inverse_deviation, Tensor? weight, Tensor? factor) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mlp(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2) -> (Tensor, Tensor)",
+    "mlp_grad(Tensor grad, Tensor rows, Tensor hidden, Tensor weight1, Tensor weight2) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     LIBRARY.define(_schema)
+
+
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """In which sums over rows of a type are kept, and numbers per channel."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # Shapes, without data.
@@ -116,117 +131,67 @@ def _(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape[0], kernel.shape[1])
 
 
-# Gradients.
+@torch.library.register_fake("sparkme::batch_statistics", lib=LIBRARY)
+def _(rows: Tensor) -> tuple[Tensor, Tensor]:
+    mean = rows.new_empty(rows.shape[1], dtype=sum_type(rows.dtype))
+    return mean, torch.empty_like(mean)
 
 
-def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.groups = inputs
-    ctx.save_for_backward(*tensors)
+@torch.library.register_fake("sparkme::batch_norm", lib=LIBRARY)
+def _(
+    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
+    residual: Tensor | None, relu: bool, training: bool,
+) -> Tensor:  # fmt: skip
+    return rows.new_empty(rows.shape)
 
 
-def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, kernel, table, inverse = ctx.saved_tensors
-    need_rows, need_kernel, *_ = ctx.needs_input_grad
-    grad_rows = _OPS.sparse_conv_grad_rows(grad, kernel, table, inverse, ctx.groups) if need_rows else None
-    grad_kernel = _OPS.sparse_conv_grad_kernel(rows, grad, table, ctx.groups) if need_kernel else None
-    return grad_rows, grad_kernel, None, None, None
+@torch.library.register_fake("sparkme::batch_norm_grad_sums", lib=LIBRARY)
+def _(
+    grad: Tensor, rows: Tensor, out: Tensor | None, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None,
+    bias: Tensor | None, factor: Tensor | None, relu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sums = rows.new_empty(2, rows.shape[1], dtype=sum_type(rows.dtype))
+    return grad.new_empty(0 if out is None else grad.shape), sums
 
 
-def _save_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, kernel, slots, patches, *ctx.geometry = inputs
-    ctx.save_for_backward(rows, kernel, slots, patches)
+@torch.library.register_fake("sparkme::batch_norm_grad_rows", lib=LIBRARY)
+def _(
+    grad: Tensor, rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None,
+    factor: Tensor | None, relu: bool, sums: Tensor | None, count: float | None,
+) -> Tensor:  # fmt: skip
+    return rows.new_empty(rows.shape)
 
 
-def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, kernel, slots, patches = ctx.saved_tensors
-    need_rows, need_kernel, *_ = ctx.needs_input_grad
-    sites = slots, patches, *ctx.geometry
-    grad_rows = _OPS.depthwise_conv_grad_rows(grad, kernel, *sites) if need_rows else None
-    grad_kernel = _OPS.depthwise_conv_grad_kernel(rows, grad, *sites) if need_kernel else None
-    return grad_rows, grad_kernel, *(None,) * 6
+@torch.library.register_fake("sparkme::product_statistics", lib=LIBRARY)
+def _(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inside, outside = kernel.shape
+    like = rows.new_empty(0, dtype=sum_type(rows.dtype))
+    return like.new_empty(inside), like.new_empty(inside, inside), like.new_empty(outside), like.new_empty(outside)
 
 
-def _save_max_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], inputs[2])
+@torch.library.register_fake("sparkme::linear_batch_norm", lib=LIBRARY)
+def _(
+    rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
+    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    return rows.new_empty(rows.shape[0], kernel.shape[1])
 
 
-def _max_pool_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return _OPS.max_pool_grad_rows(grad, *ctx.saved_tensors), None, None
+@torch.library.register_fake("sparkme::linear_batch_norm_grad", lib=LIBRARY)
+def _(
+    grad: Tensor, rows: Tensor, kernel: Tensor, out: Tensor | None, row_mean: Tensor, gram: Tensor, mean: Tensor,
+    inverse_deviation: Tensor, weight: Tensor | None, factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    sums = rows.new_empty(2, kernel.shape[1], dtype=sum_type(rows.dtype))
+    return rows.new_empty(rows.shape), kernel.new_empty(kernel.shape), sums, grad.new_empty(0 if out is None else grad.shape)
 
 
-def _save_avg_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+@torch.library.register_fake("sparkme::mlp", lib=LIBRARY)
+def _(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[0], weight2.shape[0]), rows.new_empty(rows.shape[0], weight1.shape[0])
 
 
-def _avg_pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    table, inverse = ctx.saved_tensors
-    return _OPS.avg_pool(grad, inverse, table), None, None
-
-
-def _save_voxelise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, slots, patches, ctx.pixels = inputs
-    ctx.save_for_backward(slots, patches)
-
-
-def _voxelise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    slots, patches = ctx.saved_tensors
-    return _OPS.densify(grad, slots, patches, ctx.pixels, None), None, None, None
-
-
-def _save_densify(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, slots, patches, ctx.pixels, fill = inputs
-    ctx.fill_dtype = None if fill is None else fill.dtype
-    ctx.save_for_backward(slots, patches)
-
-
-def _densify_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    slots, patches = ctx.saved_tensors
-    need_rows, *_, need_fill = ctx.needs_input_grad
-    grad_rows = _OPS.voxelise(grad, slots, patches, ctx.pixels) if need_rows or need_fill else None
-    grad_fill = None
-    if need_fill and grad_rows is not None:  # of all pixels, less the visible ones
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        pixels = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_fill = (pixels.sum(0, dtype=wide) - grad_rows.sum(0, dtype=wide)).to(ctx.fill_dtype)
-    return grad_rows if need_rows else None, None, None, None, grad_fill
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, kernel = ctx.saved_tensors
-    need_rows, need_kernel, need_bias = ctx.needs_input_grad
-    grad_rows = _OPS.linear(grad, kernel.t(), None) if need_rows else None
-    grad_kernel = None
-    if need_kernel:
-        # A product with fewer rows than columns is up to twice as fast as its transpose (oneDNN, measured); but a transposed
-        # gradient has to be copied, which costs as much where there are few rows.
-        wide = rows.shape[1] <= grad.shape[1] or rows.shape[0] < rows.shape[1]
-        grad_kernel = _OPS.linear(rows.t(), grad, None) if wide else _OPS.linear(grad.t(), rows, None).t()
-    return grad_rows, grad_kernel, grad.sum(0) if need_bias else None
-
-
-for _name, _backward, _save in (
-    ("sparse_conv", _conv_backward, _save_conv),
-    ("depthwise_conv", _depthwise_backward, _save_depthwise),
-    ("max_pool", _max_pool_backward, _save_max_pool),
-    ("avg_pool", _avg_pool_backward, _save_avg_pool),
-    ("voxelise", _voxelise_backward, _save_voxelise),
-    ("densify", _densify_backward, _save_densify),
-    ("linear", _linear_backward, _save_linear),
-):
-    torch.library.register_autograd(f"sparkme::{_name}", _backward, setup_context=_save, lib=LIBRARY)
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("sparkme's operators can be differentiated once, not twice")
-
-
-for _name in (
-    "sparse_conv_grad_rows", "sparse_conv_grad_kernel", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel",
-    "max_pool_grad_rows",
-):  # fmt: skip
-    torch.library.register_autograd(f"sparkme::{_name}", _refuse, lib=LIBRARY)
+@torch.library.register_fake("sparkme::mlp_grad", lib=LIBRARY)
+def _(grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, ...]:
+    biases = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
+    return rows.new_empty(rows.shape), weight1.new_empty(weight1.shape), biases[0], weight2.new_empty(weight2.shape), biases[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import patchify, unpatchify
@@ -86,3 +87,40 @@ def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Ten
 
 def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return rows @ kernel if bias is None else rows @ kernel + bias
+
+
+def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.mean(0), rows.var(0, correction=0)
+
+
+def batch_norm(
+    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
+    residual: Tensor | None, relu: bool, training: bool,
+) -> Tensor:  # fmt: skip
+    if training:  # the same values, with a gradient; the epsilon is what is left
+        own_mean, own_variance = batch_statistics(rows)
+        epsilon = inverse_deviation**-2 - own_variance.detach()
+        mean, inverse_deviation = own_mean, (own_variance + epsilon).rsqrt()
+    out = (rows - mean) * inverse_deviation
+    out = out if weight is None else out * weight
+    out = out if bias is None else out + bias
+    out = out if factor is None else out * factor.repeat_interleave(len(rows) // len(factor)).unsqueeze(1)
+    out = out if residual is None else out + residual
+    return out.relu() if relu else out
+
+
+def product_statistics(rows: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
+    mean = rows.mean(0)
+    return mean, (rows - mean).t() @ (rows - mean), *batch_statistics(rows @ kernel)
+
+
+def linear_batch_norm(
+    rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
+    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    return batch_norm(rows @ kernel, mean, inverse_deviation, weight, bias, factor, residual, relu, True)
+
+
+def mlp(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> tuple[Tensor, Tensor]:
+    hidden = F.linear(rows, weight1, bias1)
+    return F.linear(F.gelu(hidden), weight2, bias2), hidden

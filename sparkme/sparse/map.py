@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparkme.grid import Grid
 from sparkme.sparse.engines.base import Engine, Features
+from sparkme.sparse.unwritten import Unwritten
 
 if TYPE_CHECKING:
     import MinkowskiEngine as ME
@@ -61,13 +62,15 @@ class Storage:
     """What a map and its views share, so that an operation in place on one is seen by the others, or refused.
 
     Args:
-        features: what it holds.
+        features: what it holds; perhaps still to be written.
         root: the storage that it is a view of.
         span: the channels of the root that it shows, (first, one after the last); None for all, in whatever order.
     """
 
-    def __init__(self, features: Features, root: Storage | None = None, span: tuple[int, int] | None = None) -> None:
-        self.features = features
+    def __init__(
+        self, features: Features | Unwritten, root: Storage | None = None, span: tuple[int, int] | None = None
+    ) -> None:
+        self.held = features
         self.root = root
         self.span = span
         self.views = 0
@@ -78,7 +81,14 @@ class Storage:
             root.views += 1
             self.number, self.seen = root.views, len(root.writes)
 
-    def read(self) -> Features:
+    @property
+    def features(self) -> Features:
+        if isinstance(self.held, Unwritten):
+            self.held = self.held.write()
+        return self.held
+
+    def check(self) -> None:
+        """Raises NotImplementedError where what is here is not what the network would find."""
         root = self if self.root is None else self.root
         for number, span in root.writes[self.seen :]:
             if number != self.number and _overlap(span, self.span):
@@ -86,14 +96,17 @@ class Storage:
                     "a map and a view of it (a slice, a chunk, a reshaped one), of which one was changed in place before the "
                     "other was used, have no sparse form; write x = x + y for x += y there, or inplace=False"
                 )
+
+    def read(self) -> Features:
+        self.check()
         return self.features
 
-    def write(self, features: Features) -> None:
-        self.read()
+    def write(self, features: Features | Unwritten) -> None:
+        self.check()
         root = self if self.root is None else self.root
         if root.views:
             root.writes.append((self.number, self.span))
-        self.features = features
+        self.held = features
 
 
 def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
@@ -104,7 +117,7 @@ class SparseMap:
     """Features at the visible pixels of a batch, at one stride.
 
     Args:
-        features: what the engine computes on.
+        features: what the engine computes on, or what is still to be written.
         engine: the kernels that the layers use on it.
         recorder: collects the encoder's outputs as this map and its descendants reach them.
         dims: what the axes are to the network: B, C (the channel axes in their order, usually one), H and W, or P for both in
@@ -117,7 +130,7 @@ class SparseMap:
 
     def __init__(
         self,
-        features: Features,
+        features: Features | Unwritten,
         engine: Engine,
         recorder: Recorder | None = None,
         dims: str = "BCHW",
@@ -134,12 +147,12 @@ class SparseMap:
 
     @property
     def grid(self) -> Grid:
-        return self.storage.features.grid
+        return self.storage.held.grid
 
     @property
     def stride(self) -> int:
         """Input pixels per pixel of this map."""
-        return self.storage.features.stride
+        return self.storage.held.stride
 
     @property
     def rows(self) -> Tensor:
@@ -164,11 +177,24 @@ class SparseMap:
     # What the forms use.
 
     @property
-    def features(self) -> Features:
-        """What the engine computes on."""
+    def unpadded(self) -> Storage:
+        """Raises NotImplementedError after `F.pad`."""
         if self.padding is not None:
             raise NotImplementedError("only a convolution or a pooling can follow F.pad of a sparse map")
-        return self.storage.read()
+        return self.storage
+
+    @property
+    def features(self) -> Features:
+        """What the engine computes on."""
+        return self.unpadded.read()
+
+    @property
+    def unwritten(self) -> Unwritten | None:
+        """What is still to be computed of it, if anything."""
+        if not isinstance(self.storage.held, Unwritten):
+            return None
+        self.unpadded.check()
+        return self.storage.held
 
     @property
     def values(self) -> Tensor:
@@ -188,7 +214,7 @@ class SparseMap:
 
     @property
     def channel_shape(self) -> tuple[int, ...]:
-        shape = self.storage.features.data.shape
+        shape = self.storage.held.shape
         return tuple(shape[1:-2] if self.engine.dense else shape[2:])
 
     @property
@@ -222,7 +248,7 @@ class SparseMap:
         rows = self.engine.to_rows(features.replace(data, clean=features.clean))
         return rows.view(self.grid.batch, -1, *self.channel_shape)
 
-    def replace(self, features: Features, dims: str | None = None) -> SparseMap:
+    def replace(self, features: Features | Unwritten, dims: str | None = None) -> SparseMap:
         """A map with other features, otherwise like this one."""
         return SparseMap(features, self.engine, self.recorder, dims or self.dims)
 
@@ -253,7 +279,8 @@ class SparseMap:
 
     def same_storage(self, dims: str) -> SparseMap:
         """The same map with its axes in another order: a change of one in place is a change of the other."""
-        return SparseMap(self.features, self.engine, self.recorder, dims, storage=self.storage)
+        self.unpadded.check()
+        return SparseMap(self.storage.held, self.engine, self.recorder, dims, storage=self.storage)
 
     def padded(self, padding: Padding) -> SparseMap:
         return SparseMap(self.features, self.engine, self.recorder, self.dims, padding, self.storage)
@@ -264,7 +291,7 @@ class SparseMap:
 
     def write(self, new: SparseMap) -> SparseMap:
         """Replaces what this map holds, for operations in place."""
-        self.storage.write(new.features)
+        self.storage.write(new.storage.held)
         return self
 
     def snapshot(self) -> SparseMap:
@@ -289,7 +316,7 @@ class SparseMap:
 
     @property
     def shape(self) -> torch.Size:
-        features, channels = self.storage.features, iter(self.channel_shape)
+        features, channels = self.storage.held, iter(self.channel_shape)
         h, w = features.grid.size(features.stride)
         if self.padding is not None:
             h, w = h + self.padding.top + self.padding.bottom, w + self.padding.left + self.padding.right
@@ -302,11 +329,11 @@ class SparseMap:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.storage.features.data.dtype
+        return self.storage.held.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.storage.features.data.device
+        return self.storage.held.device
 
     @property
     def requires_grad(self) -> bool:
@@ -331,7 +358,7 @@ class SparseMap:
         return self.shape.numel()
 
     def get_device(self) -> int:
-        return self.storage.features.data.get_device()
+        return self.device.index if self.is_cuda else -1
 
     def is_floating_point(self) -> bool:
         return True

@@ -9,31 +9,10 @@
 #include <vector>
 
 #include "bounds.h"
-#include "depthwise_kernels.h"
+#include "kernels.h"
 
 namespace sparkme {
 namespace {
-
-const DepthwiseTable &kernels() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-    return kDepthwiseAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return kDepthwiseAvx2;
-#endif
-  return kDepthwiseBaseline;
-}
-
-template <typename T>
-const DepthwiseKernels<T> &kernels_of() {
-  if constexpr (std::is_same_v<T, double>) {
-    return kernels().of_double;
-  } else if constexpr (std::is_same_v<T, float>) {
-    return kernels().of_float;
-  } else {
-    return kernels().of_bfloat16;
-  }
-}
 
 // Finds the rows of a patch and its halo.
 template <typename T>

@@ -1,48 +1,8 @@
-// Included by one source file per instruction set, which defines SPARKME_VECTOR_BYTES and SPARKME_TABLE. Vectors are the
-// compiler's own extension, so the arithmetic below is written once.
+// The inner loops of the depthwise convolution; see vectors.inl.
+#include "vectors.inl"
 
 namespace sparkme {
 namespace {
-
-template <typename A, int Bytes>
-struct VectorOf {
-  typedef A Vector __attribute__((vector_size(Bytes)));
-  typedef A Unaligned __attribute__((vector_size(Bytes), aligned(1), may_alias));
-  typedef uint16_t Half __attribute__((vector_size(Bytes / 2), aligned(1), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(Bytes)));
-  static constexpr int kLanes = Bytes / sizeof(A);
-};
-
-template <typename A>
-struct VectorOf<A, 0> {  // what is left over of the channels, one by one
-  typedef A Vector;
-  static constexpr int kLanes = 1;
-};
-
-template <typename T, int Bytes>
-inline typename VectorOf<Sum<T>, Bytes>::Vector load(const T *from) {
-  using V = VectorOf<Sum<T>, Bytes>;
-  if constexpr (Bytes == 0) {
-    return static_cast<Sum<T>>(*from);
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const auto half = *reinterpret_cast<const typename V::Half *>(from);
-    return reinterpret_cast<typename V::Vector>(__builtin_convertvector(half, typename V::Bits) << 16);
-  } else {
-    return *reinterpret_cast<const typename V::Unaligned *>(from);
-  }
-}
-
-template <typename T, int Bytes>
-inline void store(T *to, typename VectorOf<Sum<T>, Bytes>::Vector value) {
-  using V = VectorOf<Sum<T>, Bytes>;
-  if constexpr (Bytes == 0) {
-    *to = static_cast<T>(value);
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    for (int i = 0; i < V::kLanes; ++i) to[i] = c10::BFloat16(value[i]);
-  } else {
-    *reinterpret_cast<typename V::Unaligned *>(to) = value;
-  }
-}
 
 // A neighbour of an output pixel that is visible, and its tap.
 template <typename T>
@@ -149,11 +109,4 @@ void correlate(const DepthwisePatch<T> *patches, const T *const *grads, int64_t 
 }
 
 }  // namespace
-
-const DepthwiseTable SPARKME_TABLE = {
-    {convolve<double>, correlate<double>},
-    {convolve<float>, correlate<float>},
-    {convolve<c10::BFloat16>, correlate<c10::BFloat16>},
-};
-
 }  // namespace sparkme

@@ -1,11 +1,16 @@
 #include "gemm.h"
 
 #include <ATen/Context.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 namespace sparkme {
 namespace {
@@ -23,18 +28,50 @@ const std::optional<c10::TypedOperatorHandle<LinearPointwise>> &onednn_linear() 
   return handle;
 }
 
+at::Tensor row_major(const at::Tensor &matrix) { return matrix.stride(0) == 1 ? transposed(matrix.t()) : matrix.contiguous(); }
+
 // Row after row or column after column: with other strides oneDNN falls back to a loop that is a thousand times slower.
 at::Tensor packed(const at::Tensor &matrix) {
   return matrix.is_contiguous() || matrix.t().is_contiguous() ? matrix : matrix.contiguous();
 }
 
+// A square at a time, which stays in the cache: a plain loop would read or write single numbers far apart.
+template <typename T>
+void transpose(const T *rows, int64_t count, int64_t channels, const T *centre, T *out) {
+  constexpr int64_t kSide = 16;
+  at::parallel_for(0, (count + kSide - 1) / kSide, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kSide; first < std::min(count, end * kSide); first += kSide) {
+      const int64_t height = std::min(kSide, count - first);
+      for (int64_t c = 0; c < channels; c += kSide) {
+        const int64_t width = std::min(kSide, channels - c);
+        T square[kSide][kSide];
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x)
+            square[x][y] = centre ? rows[(first + y) * channels + c + x] - centre[c + x] : rows[(first + y) * channels + c + x];
+        for (int64_t x = 0; x < width; ++x) std::copy_n(square[x], height, out + (c + x) * count + first);
+      }
+    }
+  });
+}
+
 }  // namespace
+
+at::Tensor transposed(const at::Tensor &rows, const std::optional<at::Tensor> &centre) {
+  const at::Tensor rows_ = rows.contiguous();
+  const auto centre_ = centre ? std::optional(centre->to(rows.scalar_type()).contiguous()) : centre;
+  at::Tensor out = at::empty({rows_.size(1), rows_.size(0)}, rows_.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "transposed", [&] {
+    transpose(rows_.const_data_ptr<scalar_t>(), rows_.size(0), rows_.size(1),
+              centre_ ? centre_->const_data_ptr<scalar_t>() : nullptr, out.mutable_data_ptr<scalar_t>());
+  });
+  return out;
+}
 
 at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias) {
   const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
   const bool empty = a.numel() == 0 || b.numel() == 0;
   if (a.scalar_type() == at::kFloat && !empty && at::globalContext().userEnabledMkldnn() && onednn_linear()) {
-    return onednn_linear()->call(packed(a), packed(b).t(), bias ? std::optional(bias->contiguous()) : bias, "none",
+    return onednn_linear()->call(row_major(a), packed(b).t(), bias ? std::optional(bias->contiguous()) : bias, "none",
                                  c10::List<std::optional<at::Scalar>>(), "");
   }
   return bias ? at::addmm(*bias, a, b) : at::mm(a, b);

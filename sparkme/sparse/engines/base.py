@@ -33,6 +33,18 @@ class Features(NamedTuple):
     stride: int
     clean: bool = True
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
     def replace(self, data: Tensor, stride: int | None = None, *, clean: bool = True) -> Features:
         return Features(data, self.grid, stride or self.stride, clean)
 
@@ -51,6 +63,10 @@ class Engine(ABC):
     def precision(self, device_type: str) -> AbstractContextManager[None]:
         """The context in which the encoder runs."""
         return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
+
+    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether layers wait for what follows them, see `sparkme.sparse.unwritten`."""
+        return False
 
     @abstractmethod
     def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
@@ -173,3 +189,14 @@ def _at(position: Tensor, size: int, border: str) -> tuple[Tensor, Tensor]:
     if border != "zeros":
         inside = torch.ones_like(inside)
     return position.clamp(0, size - 1), inside
+
+
+def autocast(value: Tensor) -> Tensor:
+    """The tensor in the precision that autocast asks for. torch does this for its own operators only."""
+    kind = value.device.type
+    if not torch.is_autocast_enabled(kind) or value.dtype == torch.float64:
+        return value
+    dtype = torch.get_autocast_dtype(kind)
+    if dtype == torch.float16:
+        raise ValueError("the engine cuda_ext has no float16: use torch.autocast(..., dtype=torch.bfloat16)")
+    return value.to(dtype)

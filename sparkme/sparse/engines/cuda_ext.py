@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparkme import ops
 from sparkme.grid import Grid
-from sparkme.sparse.engines.base import Features, RowEngine
+from sparkme.sparse.engines.base import Features, RowEngine, autocast
 from sparkme.sparse.layout import embed
 from sparkme.sparse.window import Window
 
@@ -20,6 +20,10 @@ class CudaExtEngine(RowEngine):
 
     name = "cuda_ext"
     bf16 = True
+
+    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """On the CPU. On CUDA torch's own functions run, which torch.compile fuses."""
+        return device.type == "cpu" and dtype in ops.FLOATS
 
     def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
         grid, stride = x.grid, x.stride * window.stride
@@ -69,17 +73,6 @@ class CudaExtEngine(RowEngine):
 
     def densify(self, rows: Tensor, grid: Grid, stride: int, fill: Tensor) -> Tensor:
         return ops.densify(rows, grid.slots, grid.patches, grid.pixels(stride), fill)
-
-
-def autocast(value: Tensor) -> Tensor:
-    """The tensor in the precision that autocast asks for. torch does this for its own operators only."""
-    kind = value.device.type
-    if not torch.is_autocast_enabled(kind) or value.dtype == torch.float64:
-        return value
-    dtype = torch.get_autocast_dtype(kind)
-    if dtype == torch.float16:
-        raise ValueError("the engine cuda_ext has no float16: use torch.autocast(..., dtype=torch.bfloat16)")
-    return value.to(dtype)
 
 
 def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparkme.sparse.engines.base import autocast
 from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.layout import (
     channelwise_kernel_to_weight,
@@ -22,6 +23,7 @@ from sparkme.sparse.layout import (
     weight_to_kernel,
 )
 from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
+from sparkme.sparse.unwritten import UnwrittenLinear, UnwrittenProduct
 from sparkme.sparse.window import Window, pair
 
 
@@ -115,7 +117,16 @@ class SparseConvolution(SparseLayer):
             stride, padding, dilation = self.dense_geometry
             x, window = padded_window(x, self.kernel_size, stride, padding, dilation)
         _check_channels(x)
+        if bias is None and self.groups == 1 and _waits_for_norm(x, kernel, window):
+            return x.replace(UnwrittenProduct(x.flat, kernel.flatten(0, -2)))
         return x.replace(x.engine.convolution(x.flat, kernel, bias, window, self.groups))
+
+
+def _waits_for_norm(x: SparseMap, kernel: Tensor, window: Window) -> bool:
+    """Whether a convolution is worth being computed with the batch norm behind it: 1x1, to at least twice as many channels."""
+    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and kernel.shape[-1] >= 2 * kernel.shape[-2]
+    exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
+    return fits and exact and torch.is_grad_enabled() and x.engine.fuses(x.dtype, x.device)
 
 
 class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):
@@ -255,7 +266,12 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     """Along the channels, the last axis."""
     if not is_map(x) or not x.dims.endswith("C"):
         raise NotImplementedError("a linear layer along the width of a map mixes visible and hidden pixels")
-    return x.replace(x.engine.linear(x.flat, weight, bias))
+    if not x.engine.fuses(x.dtype, x.device):
+        return x.replace(x.engine.linear(x.flat, weight, bias))
+    if x.unwritten is not None and (longer := x.unwritten.linear(weight, bias)) is not None:
+        return x.replace(longer)
+    features = x.flat
+    return x.replace(UnwrittenLinear(features.replace(autocast(features.data)), weight, bias))
 
 
 @sparse_function("pad")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.map import SparseMap, sparse_function
+from sparkme.sparse.unwritten import UnwrittenNorm, UnwrittenProduct
 
 
 class RowNorm(nn.BatchNorm2d):
@@ -39,6 +40,10 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
             return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
         if x.dims != "BCHW":
             raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
+        if type(self.bn) is RowNorm and not self.bn._forward_hooks and x.engine.fuses(x.dtype, x.device):
+            return x.replace(
+                UnwrittenNorm(product if isinstance(product := x.unwritten, UnwrittenProduct) else x.features, self.bn)
+            )
         return x.with_rows(self.bn(x.rows))
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
+from sparkme.sparse.unwritten import Unwritten
 
 # What a dense engine's hidden pixels hold afterwards, if it was zero: `zero` again, whatever the other arguments; some
 # `number`, since the function has other arguments or moves zero; or perhaps `infinity` or NaN, which a product with the mask
@@ -69,6 +70,7 @@ class _Pointwise:
     """
 
     def __init__(self, name: str, function: Callable[..., Any], *, in_place: bool = False) -> None:
+        self.name = name
         self.function = function
         self.in_place = in_place
         self.hidden = _POINTWISE.get(name, _NUMBER)
@@ -78,6 +80,8 @@ class _Pointwise:
     def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
         values = (*args, *kwargs.values())
         first = first_map(values)
+        if (longer := self._fused(args, kwargs)) is not None:
+            return self._result(first.replace(longer), args, inplace=inplace)
         features = first.features
         keeps_zero, mask = self._keeps_zero(values), None
         if first.engine.dense and not keeps_zero and not self._is_finite(values):
@@ -96,12 +100,33 @@ class _Pointwise:
             out = first.replace(features.replace(data, clean=clean))
         else:
             out = first.replace(features.replace(data))
-        if inplace or self.in_place:
-            target = args[0] if args else first
-            if not is_map(target):
-                raise NotImplementedError("a tensor that is changed in place by a sparse map has no sparse form")
-            return target.write(out)
-        return out
+        return self._result(out, args or (first,), inplace=inplace)
+
+    def _result(self, out: SparseMap, args: tuple[Any, ...], *, inplace: bool) -> SparseMap:
+        if not (inplace or self.in_place):
+            return out
+        if not is_map(args[0]):
+            raise NotImplementedError("a tensor that is changed in place by a sparse map has no sparse form")
+        return args[0].write(out)
+
+    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unwritten | None:
+        """What is still to be written, with this function at its end; None where it does not fit."""
+        for i, x in enumerate(args):
+            if not is_map(x) or (unwritten := x.unwritten) is None:
+                continue
+            others = [*args[:i], *args[i + 1 :]]
+            if self.name == "relu" and not others and not kwargs:
+                return unwritten.relu()
+            if self.name == "gelu" and not others and kwargs.get("approximate", "none") == "none":
+                return unwritten.gelu()
+            if self.name == "dropout" and _drops_nothing(*others, **kwargs):
+                return unwritten
+            if self.name in ("add", "mul", "multiply") and len(others) == 1 and not kwargs:
+                if self.name == "add":
+                    return unwritten.plus(operand(others[0], x)) if is_map(others[0]) else None
+                if isinstance(others[0], Tensor) and others[0].ndim:
+                    return unwritten.times(operand(others[0], x))
+        return None
 
     def _keeps_zero(self, values: tuple[Any, ...]) -> bool:
         """Whether zero and zero make zero."""
@@ -118,6 +143,10 @@ def _hide(data: Tensor, mask: Tensor, value: int) -> Tensor:
     """A dense engine's data (B, channels..., H, W) with `value` where the mask (B, 1, H, W) is false."""
     mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
     return torch.where(mask, data, torch.full((), value, dtype=data.dtype, device=data.device))
+
+
+def _drops_nothing(p: float = 0.5, training: bool = True) -> bool:
+    return p == 0 or not training
 
 
 def _may_be_infinite(value: Any) -> bool:
@@ -196,7 +225,7 @@ def _converted(method: str) -> Callable[..., Any]:
 def _created(method: str) -> Callable[..., Tensor]:
     def create(x: SparseMap, *args: Any, **kwargs: Any) -> Tensor:
         """A dense tensor of the map's type, such as the noise of drop path."""
-        made: Tensor = getattr(x.storage.features.data, method)(*args, **kwargs)
+        made: Tensor = getattr(torch.empty(0, dtype=x.dtype, device=x.device), method)(*args, **kwargs)
         return made
 
     return create

@@ -1,16 +1,19 @@
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
-#include "depthwise_kernels.h"
+#include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 
 #define SPARKME_VECTOR_BYTES 32
-#define SPARKME_TABLE kDepthwiseAvx2
-#include "depthwise_kernels.inl"
+#define SPARKME_TABLE kKernelsAvx2
+#include "kernels.inl"
 
 #pragma GCC pop_options
 #endif

@@ -1,0 +1,85 @@
+// The inner loops, compiled once per instruction set.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+
+namespace sparkme {
+
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// One visible patch. `tile` points at the rows of the patch and its halo, (rows, columns); a hidden pixel is `zero`, a row of
+// zeros.
+template <typename T>
+struct DepthwisePatch {
+  const T *const *tile;
+  int32_t tile_columns;
+  const T *zero;
+  int32_t side, stride, dilation;  // of the output patch, of the convolution
+  int32_t height, width;           // of the kernel
+  int64_t channels;
+};
+
+// Batch norm, times a factor for each sample, plus a residual, then perhaps a ReLU:
+//     y = relu(factor * (scale * x + shift) + residual)
+// Channels lie next to each other, so all numbers per channel are arrays of `channels`.
+template <typename T>
+struct NormRows {
+  const T *rows;
+  int64_t count, channels;  // of rows
+  const Sum<T> *scale, *shift;
+  const Sum<T> *factors;  // of each row's sample, or null for one
+  bool relu;
+};
+
+template <typename T>
+struct Kernels {
+  // out (side^2, C) = the patch convolved with kernel (height * width, C).
+  void (*convolve)(const DepthwisePatch<T> &patch, const Sum<T> *kernel, T *out);
+  // sums (height * width, C) += the product of grad (side^2, C) and the patch, for `count` patches.
+  void (*correlate)(const DepthwisePatch<T> *patches, const T *const *grads, int64_t count, Sum<T> *sums);
+  // sums (2, C) = the sum of rows - the first row, and of its square.
+  void (*statistics)(const T *rows, int64_t count, int64_t channels, Sum<T> *sums);
+  // out = y; residual may be null.
+  void (*normalise)(const NormRows<T> &x, const T *residual, T *out);
+  // sums (2, C) = the sum of g * factor, and of g * factor * (x - mean), where g is grad where y > 0; y is `out`, or worked out
+  // again where that is null. g goes to `masked`, if not null.
+  void (*norm_grad_sums)(const NormRows<T> &x, const T *grad, const T *out, const Sum<T> *mean, Sum<T> *sums, T *masked);
+  // grad_rows = by_grad * g * factor + by_row * (x - mean) + constant, per channel.
+  void (*norm_grad_rows)(const NormRows<T> &x, const T *grad, const Sum<T> *mean, const Sum<T> *by_grad, const Sum<T> *by_row,
+                         const Sum<T> *constant, T *grad_rows);
+  // masked = grad where out > 0, or nothing where out is null; sums (C) = the sum of that times the rows' factors.
+  void (*masked_sums)(const T *grad, const T *out, const Sum<T> *factors, int64_t count, int64_t channels, Sum<T> *sums,
+                      T *masked);
+  // out = GELU of x; grad becomes its product with GELU's derivative there.
+  void (*gelu)(const T *x, int64_t count, T *out);
+  void (*gelu_with_grad)(const T *x, int64_t count, T *out, T *grad);
+};
+
+struct KernelTable {
+  Kernels<double> of_double;
+  Kernels<float> of_float;
+  Kernels<c10::BFloat16> of_bfloat16;
+};
+
+extern const KernelTable kKernelsBaseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const KernelTable kKernelsAvx2, kKernelsAvx512;
+#endif
+
+const KernelTable &kernel_table();  // for this processor
+
+template <typename T>
+const Kernels<T> &kernels_of() {
+  if constexpr (std::is_same_v<T, double>) {
+    return kernel_table().of_double;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return kernel_table().of_float;
+  } else {
+    return kernel_table().of_bfloat16;
+  }
+}
+
+}  // namespace sparkme

@@ -1,0 +1,101 @@
+// Two linear layers with GELU between them, as in ConvNeXt's blocks, where the layer between is four times as wide as the rest.
+// What is kept of it is the first layer's result; GELU's is made again for the gradient, a block of rows at a time, and so is
+// its derivative, so that neither of them leaves the cache.
+#include <torch/library.h>
+
+#include "gemm.h"
+#include "norm.h"
+
+namespace sparkme {
+namespace {
+
+constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of the wide layer
+constexpr int64_t kFewestRows = 512;               // of a block: fewer would read the weights too often
+
+int64_t block_of(const at::Tensor &hidden) {
+  return std::max(kFewestRows, kBlockBytes / std::max<int64_t>(1, hidden.size(1) * hidden.element_size()));
+}
+
+void check_weights(const at::Tensor &rows, const at::Tensor &weight1, const at::Tensor &weight2) {
+  TORCH_CHECK_VALUE(rows.dim() == 2 && weight1.dim() == 2 && weight2.dim() == 2 && weight1.size(1) == rows.size(1) &&
+                        weight2.size(1) == weight1.size(0),
+                    "weights ", weight1.sizes(), " and ", weight2.sizes(), " do not fit rows ", rows.sizes());
+}
+
+// body(first, count) of numbers that one thread treats at a time.
+template <typename Body>
+void each_piece(int64_t numbers, const Body &body) {
+  at::parallel_for(0, numbers, 8192, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
+}
+
+at::Tensor gelu_of(const at::Tensor &x) {
+  at::Tensor out = at::empty_like(x);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "mlp", [&] {
+    const scalar_t *source = x.const_data_ptr<scalar_t>();
+    scalar_t *target = out.mutable_data_ptr<scalar_t>();
+    each_piece(x.numel(),
+               [&](int64_t first, int64_t count) { kernels_of<scalar_t>().gelu(source + first, count, target + first); });
+  });
+  return out;
+}
+
+// GELU of x; grad becomes its product with the derivative.
+at::Tensor gelu_with_grad(const at::Tensor &x, at::Tensor &grad) {
+  at::Tensor out = at::empty_like(x);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "mlp_grad", [&] {
+    const scalar_t *source = x.const_data_ptr<scalar_t>();
+    scalar_t *target = out.mutable_data_ptr<scalar_t>(), *changed = grad.mutable_data_ptr<scalar_t>();
+    each_piece(x.numel(), [&](int64_t first, int64_t count) {
+      kernels_of<scalar_t>().gelu_with_grad(source + first, count, target + first, changed + first);
+    });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> mlp(const at::Tensor &rows, const at::Tensor &weight1, const Optional &bias1,
+                                       const at::Tensor &weight2, const Optional &bias2) {
+  check_weights(rows, weight1, weight2);
+  const at::Tensor hidden = gemm(rows.contiguous(), weight1.t(), bias1).contiguous();
+  const int64_t num_rows = rows.size(0), block = block_of(hidden);
+  at::Tensor out = at::empty({num_rows, weight2.size(0)}, rows.options());
+  for (int64_t first = 0; first < num_rows; first += block) {
+    const int64_t count = std::min(block, num_rows - first);
+    out.narrow(0, first, count).copy_(gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2));
+  }
+  return {out, hidden};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_grad(const at::Tensor &grad, const at::Tensor &rows,
+                                                                                const at::Tensor &hidden,
+                                                                                const at::Tensor &weight1,
+                                                                                const at::Tensor &weight2) {
+  check_weights(rows, weight1, weight2);
+  const at::Tensor grad_ = grad.contiguous(), rows_ = rows.contiguous(), hidden_ = hidden.contiguous();
+  const auto sums = sum_type(rows), type = rows.scalar_type();
+  const auto options = rows_.options().dtype(sums);
+  const int64_t num_rows = rows_.size(0), block = block_of(hidden_);
+  at::Tensor grad_rows = at::empty_like(rows_), grad_bias1 = at::zeros({weight1.size(0)}, options);
+  at::Tensor grad_weight1 = at::zeros({weight1.size(1), weight1.size(0)}, options);  // transposed
+  at::Tensor grad_weight2 = at::zeros(weight2.sizes(), options);
+  for (int64_t first = 0; first < num_rows; first += block) {
+    const int64_t count = std::min(block, num_rows - first);
+    const at::Tensor g = grad_.narrow(0, first, count);
+    at::Tensor wide = gemm(g, weight2).contiguous();
+    const at::Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
+    grad_weight2.add_(gemm(g.t(), active));
+    grad_weight1.add_(gemm(rows_.narrow(0, first, count).t(), wide));
+    grad_bias1.add_(wide.sum(0, false, sums));
+    grad_rows.narrow(0, first, count).copy_(gemm(wide, weight1));
+  }
+  return {grad_rows, transposed(grad_weight1).to(type), grad_bias1.to(type), grad_weight2.to(type),
+          grad_.sum(0, false, sums).to(type)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sparkme, CPU, m) {
+  m.impl("mlp", mlp);
+  m.impl("mlp_grad", mlp_grad);
+}
+
+}  // namespace sparkme

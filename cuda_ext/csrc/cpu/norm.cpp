@@ -1,0 +1,146 @@
+// Batch norm of rows with what follows it in one pass: the factor of a drop path, a residual, a ReLU. Forward it reads the rows
+// twice (statistics; result) and backward twice (two sums per channel; the gradient). Between the passes nothing is kept but
+// the rows: what was before the ReLU is worked out again.
+//
+// Rows are divided into parts in a way that does not depend on the number of threads, and neither do the sums.
+#include "norm.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace sparkme {
+std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
+  const at::Tensor rows_ = rows.contiguous();
+  TORCH_CHECK_VALUE(rows_.dim() == 2, "rows must be (N, C), got ", rows_.sizes());
+  const int64_t channels = rows_.size(1);
+  const Parts parts(rows_.size(0));
+  at::Tensor mean = at::zeros({channels}, rows_.options().dtype(sum_type(rows_))), variance = at::zeros_like(mean);
+  const at::Tensor sums = at::empty({parts.count(), 2, channels}, mean.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "batch_statistics", [&] {
+    using S = Sum<scalar_t>;
+    const scalar_t *data = rows_.const_data_ptr<scalar_t>();
+    S *partial = sums.mutable_data_ptr<S>();
+    parts.each([&](int64_t part) {
+      kernels_of<scalar_t>().statistics(data + parts.begin(part) * channels, parts.rows(part), channels,
+                                        partial + part * 2 * channels);
+    });
+    // The parts are joined as Chan, Golub and LeVeque (1979) do, in double.
+    std::vector<double> means(channels, 0), squares(channels, 0);
+    for (int64_t part = 0; part < parts.count(); ++part) {
+      const auto before = static_cast<double>(parts.begin(part)), own = static_cast<double>(parts.rows(part));
+      const scalar_t *origin = data + parts.begin(part) * channels;
+      const S *sum = partial + part * 2 * channels, *square = sum + channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double offset = static_cast<double>(sum[c]) / own, apart = static_cast<double>(origin[c]) + offset - means[c];
+        means[c] += apart * own / (before + own);
+        squares[c] += static_cast<double>(square[c]) - offset * offset * own + apart * apart * before * own / (before + own);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      mean.mutable_data_ptr<S>()[c] = static_cast<S>(means[c]);
+      variance.mutable_data_ptr<S>()[c] =
+          static_cast<S>(std::max(0.0, squares[c]) / static_cast<double>(std::max<int64_t>(1, rows_.size(0))));
+    }
+  });
+  return {mean, variance};
+}
+
+namespace {
+
+at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
+                      const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual, bool relu,
+                      bool /*training: whether the statistics are the rows' own, for the gradient*/) {
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
+  Optional added;
+  if (residual) {
+    check_like("residual", *residual, norm.rows);
+    added = residual->contiguous();
+  }
+  const Parts parts(norm.rows.size(0));
+  at::Tensor out = at::empty_like(norm.rows);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "batch_norm", [&] {
+    const scalar_t *residual_data = data_or_null<scalar_t>(added);
+    scalar_t *target = out.mutable_data_ptr<scalar_t>();
+    parts.each([&](int64_t part) {
+      const int64_t first = parts.begin(part), at = first * out.size(1);
+      kernels_of<scalar_t>().normalise(norm.part<scalar_t>(first, parts.rows(part)),
+                                       residual_data ? residual_data + at : nullptr, target + at);
+    });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, const at::Tensor &rows, const Optional &out,
+                                                        const at::Tensor &mean, const at::Tensor &inverse_deviation,
+                                                        const Optional &weight, const Optional &bias, const Optional &factor,
+                                                        bool relu) {
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
+  const at::Tensor grad_ = grad.contiguous();
+  check_like("grad", grad_, norm.rows);
+  Optional out_;
+  if (out) {
+    check_like("out", *out, norm.rows);
+    out_ = out->contiguous();
+  }
+  const int64_t channels = grad_.size(1);
+  const Parts parts(grad_.size(0));
+  const at::Tensor partial = at::empty({parts.count(), 2, channels}, norm.mean.options());
+  at::Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "batch_norm_grad_sums", [&] {
+    const scalar_t *out_data = data_or_null<scalar_t>(out_);
+    scalar_t *target = masked.mutable_data_ptr<scalar_t>();
+    parts.each([&](int64_t part) {
+      const int64_t first = parts.begin(part), at = first * channels;
+      kernels_of<scalar_t>().norm_grad_sums(norm.part<scalar_t>(first, parts.rows(part)), grad_.const_data_ptr<scalar_t>() + at,
+                                            out_data ? out_data + at : nullptr, norm.mean.const_data_ptr<Sum<scalar_t>>(),
+                                            partial.mutable_data_ptr<Sum<scalar_t>>() + part * 2 * channels,
+                                            out_data ? target + at : nullptr);
+    });
+  });
+  at::Tensor sums = partial.sum(0, false, at::kDouble);
+  sums.select(0, 1).mul_(norm.deviation);
+  return {masked, sums.to(norm.mean.scalar_type())};
+}
+
+at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &mean,
+                                const at::Tensor &inverse_deviation, const Optional &weight, const Optional &bias,
+                                const Optional &factor, bool relu, const Optional &sums, std::optional<double> count) {
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
+  const at::Tensor grad_ = grad.contiguous();
+  check_like("grad", grad_, norm.rows);
+  at::Tensor constant = at::zeros_like(norm.mean), by_row = constant;
+  if (sums) {
+    TORCH_CHECK_VALUE(sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == grad_.size(1), "sums must be (2, C), got ",
+                      sums->sizes());
+    const at::Tensor means =
+        (sums->to(norm.mean.scalar_type()) / -std::max(1.0, count.value_or(static_cast<double>(grad_.size(0)))));
+    constant = (means[0] * norm.scale).contiguous();
+    by_row = (means[1] * norm.scale * norm.deviation).contiguous();
+  }
+  const Parts parts(grad_.size(0));
+  at::Tensor grad_rows = at::empty_like(norm.rows);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "batch_norm_grad_rows", [&] {
+    using S = Sum<scalar_t>;
+    scalar_t *target = grad_rows.mutable_data_ptr<scalar_t>();
+    parts.each([&](int64_t part) {
+      const int64_t first = parts.begin(part), at = first * grad_.size(1);
+      kernels_of<scalar_t>().norm_grad_rows(norm.part<scalar_t>(first, parts.rows(part)), grad_.const_data_ptr<scalar_t>() + at,
+                                            norm.mean.const_data_ptr<S>(), norm.scale.const_data_ptr<S>(),
+                                            by_row.const_data_ptr<S>(), constant.const_data_ptr<S>(), target + at);
+    });
+  });
+  return grad_rows;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sparkme, CPU, m) {
+  m.impl("batch_statistics", batch_statistics);
+  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm_grad_sums", batch_norm_grad_sums);
+  m.impl("batch_norm_grad_rows", batch_norm_grad_rows);
+}
+
+}  // namespace sparkme

@@ -1,0 +1,106 @@
+// What the batch norms read, and how they divide rows among threads.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace sparkme {
+
+using Optional = std::optional<at::Tensor>;
+
+inline at::ScalarType sum_type(const at::Tensor &rows) { return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Parts of at most 1024 rows, so that a sum in float32 stays exact enough, and of at least 64.
+class Parts {
+ public:
+  explicit Parts(int64_t num_rows) : num_rows_(num_rows), size_(std::clamp<int64_t>((num_rows + 15) / 16, 64, 1024)) {}
+
+  int64_t count() const { return (num_rows_ + size_ - 1) / size_; }
+  int64_t begin(int64_t part) const { return part * size_; }
+  int64_t rows(int64_t part) const { return std::min(size_, num_rows_ - part * size_); }
+
+  // body(part) for all parts, in parallel.
+  template <typename Body>
+  void each(const Body &body) const {
+    at::parallel_for(0, count(), 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) body(part);
+    });
+  }
+
+ private:
+  int64_t num_rows_, size_;
+};
+
+// A number per channel in the type of sums; `otherwise` where there is none.
+inline at::Tensor per_channel(const char *name, const Optional &value, const at::Tensor &rows, double otherwise) {
+  if (!value) return at::zeros({rows.size(1)}, rows.options().dtype(sum_type(rows))).fill_(otherwise);
+  TORCH_CHECK_VALUE(value->dim() == 1 && value->size(0) == rows.size(1), name, " must be (", rows.size(1), ",), got ",
+                    value->sizes());
+  return value->to(sum_type(rows)).contiguous();
+}
+
+// The factor of every row, from that of every sample.
+inline Optional per_row(const Optional &factor, const at::Tensor &rows) {
+  if (!factor) return std::nullopt;
+  TORCH_CHECK_VALUE(factor->dim() == 1 && factor->size(0) > 0 && rows.size(0) % factor->size(0) == 0, "factor ",
+                    factor->sizes(), " must be one number for each sample of ", rows.size(0), " rows");
+  return factor->to(sum_type(rows)).view({-1, 1}).expand({factor->size(0), rows.size(0) / factor->size(0)}).reshape({-1});
+}
+
+inline void check_like(const char *name, const at::Tensor &value, const at::Tensor &rows) {
+  TORCH_CHECK_VALUE(value.sizes() == rows.sizes() && value.scalar_type() == rows.scalar_type(), name, " must be like rows, ",
+                    rows.sizes(), ", got ", value.sizes());
+}
+
+template <typename T>
+T *data_or_null(const Optional &value) {
+  return value ? const_cast<T *>(value->const_data_ptr<T>()) : nullptr;
+}
+
+// What the kernels read, and whose memory it is.
+struct Norm {
+  at::Tensor rows, mean, deviation, weight, scale, shift;
+  Optional factors;
+  bool relu;
+
+  Norm(const at::Tensor &rows_, const at::Tensor &mean_, const at::Tensor &inverse_deviation, const Optional &weight_,
+       const Optional &bias, const Optional &factor, bool relu_)
+      : rows(rows_.contiguous()), relu(relu_) {
+    TORCH_CHECK_VALUE(rows.dim() == 2, "rows must be (N, C), got ", rows.sizes());
+    mean = per_channel("mean", mean_, rows, 0);
+    deviation = per_channel("inverse_deviation", inverse_deviation, rows, 1);
+    weight = per_channel("weight", weight_, rows, 1);
+    scale = weight * deviation;
+    shift = per_channel("bias", bias, rows, 0) - mean * scale;
+    factors = per_row(factor, rows);
+  }
+
+  template <typename T>
+  NormRows<T> part(int64_t first, int64_t count) const {
+    const int64_t channels = rows.size(1);
+    return {rows.const_data_ptr<T>() + first * channels,
+            count,
+            channels,
+            scale.const_data_ptr<Sum<T>>(),
+            shift.const_data_ptr<Sum<T>>(),
+            factors ? factors->const_data_ptr<Sum<T>>() + first : nullptr,
+            relu};
+  }
+};
+
+// Mean and (biased) variance of each channel.
+std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows);
+
+}  // namespace sparkme

@@ -1,0 +1,193 @@
+"""What is computed together: layers, and the pointwise functions behind them.
+
+A layer hands out a map that is still to be written. What the network does with it next becomes part of it, as long as it fits,
+and the first one who reads the map has it written. Blocks run their own code and notice nothing:
+
+| in the network | what runs | what is saved |
+|---|---|---|
+| batch norm, then perhaps a factor for each sample (drop path), `+` another map, ReLU | `ops.batch_norm` | passes over rows |
+| a 1x1 convolution to at least twice as many channels, then the same | `ops.linear_batch_norm` | the convolution's result |
+| linear, GELU, linear, then perhaps a factor for each channel (layer scale) | `ops.mlp` | GELU's result, and the scale's |
+
+In the middle there may be a dropout that drops nothing. Everything else, and whatever stands in another order, runs as it is.
+A batch norm's statistics are taken at once, so they do not depend on when or how often a map is written. Engines say with
+`Engine.fuses` whether they take part.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkme import ops
+from sparkme.sparse.engines.base import Features
+
+
+class Unwritten:
+    """Features before they are computed: where they lie, and what may become part of them.
+
+    Args:
+        source: what they are computed from, (B, L, C).
+        channels: that they will have.
+        dtype: and their type.
+    """
+
+    def __init__(self, source: Features, channels: int, dtype: torch.dtype) -> None:
+        self.source = source
+        self.grid, self.stride, self.device, self.dtype = source.grid, source.stride, source.device, dtype
+        self.shape = torch.Size((*source.shape[:2], channels))
+
+    def write(self) -> Features:
+        return self.source.replace(self.compute(self.source.data.flatten(0, 1)).view(self.shape))
+
+    def compute(self, rows: Tensor) -> Tensor:
+        """(N, C) of the source to (N, channels)."""
+        raise NotImplementedError
+
+    # The same with one more function at the end; None where it does not fit.
+
+    def relu(self) -> Unwritten | None:
+        return None
+
+    def gelu(self) -> Unwritten | None:
+        return None
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        """`other` is like the rows, (B, L, channels)."""
+        return None
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        """`other` is spread over them, such as (B, 1, 1) or (1, 1, channels)."""
+        return None
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
+        """`weight` is (channels after it, channels)."""
+        return None
+
+
+class UnwrittenProduct(Unwritten):
+    """A 1x1 convolution without bias, (C_in, C_out) kernel, for a batch norm."""
+
+    def __init__(self, source: Features, kernel: Tensor) -> None:
+        super().__init__(source, kernel.shape[1], source.dtype)
+        self.kernel = kernel
+
+    def compute(self, rows: Tensor) -> Tensor:
+        return ops.linear(rows, self.kernel)
+
+
+class UnwrittenNorm(Unwritten):
+    """A batch norm with what is to follow it.
+
+    Args:
+        source: what is normalised.
+        bn: its layer. Where it trains, its running statistics move now.
+        follows: `factor` (B,), `residual` like the rows, `relu`: as of `ops.batch_norm`.
+    """
+
+    def __init__(self, source: Features | UnwrittenProduct, bn: torch.nn.BatchNorm2d) -> None:
+        self.follows: dict[str, Any] = {}
+        self.affine, self.epsilon = (bn.weight, bn.bias), bn.eps
+        self.kernel: Tensor | None = None
+        with torch.no_grad():
+            self.training = bn.training or bn.running_mean is None or bn.running_var is None
+            if isinstance(source, UnwrittenProduct) and self.training:
+                super().__init__(source.source, source.shape[-1], source.dtype)
+                self.kernel = source.kernel
+                self.product = ops.product_statistics(self.source.data.flatten(0, 1), self.kernel)
+                _move_running_statistics(bn, self.product.mean, self.product.variance, self.shape[:2].numel())
+                return
+            features = source.write() if isinstance(source, UnwrittenProduct) else source
+            super().__init__(features, features.shape[-1], features.dtype)
+            if self.training:
+                self.mean, variance = ops.batch_statistics(features.data.flatten(0, 1))
+                _move_running_statistics(bn, self.mean, variance, self.shape[:2].numel())
+            else:
+                self.mean, variance = bn.running_mean, bn.running_var  # type: ignore[assignment]
+            self.deviation = (variance + bn.eps).rsqrt()
+
+    def compute(self, rows: Tensor) -> Tensor:
+        follows = self.follows
+        if "residual" in follows:
+            follows = follows | {"residual": follows["residual"].flatten(0, 1)}
+        if self.kernel is not None:
+            return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **follows)
+        return ops.batch_norm(rows, self.mean, self.deviation, *self.affine, training=self.training, **follows)
+
+    def relu(self) -> Unwritten | None:
+        return None if "relu" in self.follows else self._with(relu=True)
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        fits = not self.follows.keys() & {"relu", "residual"} and other.shape == self.shape and other.dtype == self.dtype
+        return self._with(residual=other) if fits else None
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        fits = not self.follows and not other.requires_grad and other.dtype == self.dtype
+        return self._with(factor=other.flatten()) if fits and other.shape == (self.shape[0], 1, 1) else None
+
+    def _with(self, **more: Any) -> Unwritten:
+        out = copy(self)
+        out.follows = self.follows | more
+        return out
+
+
+class UnwrittenLinear(Unwritten):
+    """A linear layer, perhaps GELU, perhaps another linear layer, perhaps a factor for each channel."""
+
+    def __init__(self, source: Features, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(source, len(weight), source.dtype)
+        self.first = weight, bias
+        self.second: tuple[Tensor, Tensor | None] | None = None
+        self.activated = False
+
+    def compute(self, rows: Tensor) -> Tensor:
+        weight, bias = (None if value is None else value.to(rows.dtype) for value in self.first)
+        assert weight is not None
+        if self.second is None:
+            out = ops.linear(rows, weight.t(), bias)
+            return F.gelu(out) if self.activated else out
+        last, last_bias = (None if value is None else value.to(rows.dtype) for value in self.second)
+        assert last is not None
+        return ops.mlp(rows, weight, bias, last, last_bias).to(self.dtype)
+
+    def gelu(self) -> Unwritten | None:
+        return None if self.activated else self._with(activated=True)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
+        if not self.activated or self.second is not None:
+            return None
+        return self._with(second=(weight, bias), shape=torch.Size((*self.shape[:2], len(weight))))
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        if self.second is None or other.shape != (1, 1, self.shape[2]):
+            return None
+        weight, bias = self.second
+        scale, dtype = other.flatten(), torch.promote_types(self.dtype, other.dtype)
+        return self._with(second=(weight * scale.unsqueeze(1), None if bias is None else bias * scale), dtype=dtype)
+
+    def _with(self, **changes: Any) -> Unwritten:
+        out = copy(self)
+        vars(out).update(changes)
+        return out
+
+
+def _move_running_statistics(bn: torch.nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """As torch's own batch norm does, from the statistics of `count` pixels.
+
+    Raises:
+        ValueError: there is a single one to train on.
+    """
+    if count == 1:
+        raise ValueError("a batch norm cannot train on a single visible pixel")
+    if not bn.training or not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
+        return
+    momentum = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(bn.num_batches_tracked) if momentum is None else momentum
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum or 0.0)
+    bn.running_var.lerp_((variance * (count / max(1, count - 1))).to(bn.running_var.dtype), momentum or 0.0)
