@@ -194,12 +194,7 @@ struct Linear : Function<Linear> {
     const Tensor &rows = saved[0], &kernel = saved[1], &grad = grads[0];
     variable_list out(3);
     if (rows.requires_grad()) out[0] = op::linear(grad, kernel.t(), std::nullopt);
-    if (kernel.requires_grad()) {
-      // A product with fewer rows than columns is up to twice as fast as its transpose (oneDNN, measured); but a transposed
-      // gradient has to be copied, which costs as much where there are few rows.
-      const bool wide = rows.sym_size(1) <= grad.sym_size(1) || rows.sym_size(0) < rows.sym_size(1);
-      out[1] = wide ? op::linear(rows.t(), grad, std::nullopt) : op::linear(grad.t(), rows, std::nullopt).t();
-    }
+    if (kernel.requires_grad()) out[1] = op::linear(rows.t(), grad, std::nullopt);
     if (ctx->saved_data["bias"].toBool()) out[2] = grad.sum(0);
     return out;
   }

@@ -31,41 +31,12 @@
 
 #include "bounds.h"
 #include "gemm.h"
+#include "products.h"
 
 namespace sparkme {
 namespace {
 
 constexpr int64_t kColumnBytes = int64_t{8} << 20;  // a block of columns; measured: 2 to 16 MiB are equally fast
-
-constexpr double kFewPairs = 0.75;  // share of neighbours that exist, below which taps are faster than columns
-
-// The share of a table's entries that name a neighbour.
-double share_of_neighbours(const at::Tensor &table) {
-  const int32_t *entries = table.const_data_ptr<int32_t>();
-  int64_t count = 0;
-  for (int64_t i = 0; i < table.numel(); ++i) count += entries[i] >= 0;
-  return table.numel() ? static_cast<double>(count) / static_cast<double>(table.numel()) : 1;
-}
-
-// The pairs (source, target) of each tap: through it, row `target` of the table's side reads row `source`.
-struct Pairs {
-  std::vector<std::vector<int32_t>> sources, targets;
-
-  explicit Pairs(const at::Tensor &table) : sources(table.size(1)), targets(table.size(1)) {
-    const int64_t num_rows = table.size(0), taps = table.size(1);
-    const int32_t *entries = table.const_data_ptr<int32_t>();
-    at::parallel_for(0, taps, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t tap = begin; tap < end; ++tap) {
-        for (int64_t n = 0; n < num_rows; ++n) {
-          const int32_t source = entries[n * taps + tap];
-          if (source < 0) continue;
-          sources[tap].push_back(source);
-          targets[tap].push_back(static_cast<int32_t>(n));
-        }
-      }
-    });
-  }
-};
 
 // Rows that one thread should at least copy at a time.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
@@ -101,65 +72,8 @@ at::Tensor columns_of(const at::Tensor &rows, const at::Tensor &table, int64_t f
   return columns;
 }
 
-// The rows that `index` names, of the channels [start, start + width), and rows of zeros up to a multiple of 32: oneDNN
-// prepares a product anew for every shape, so there should be few.
-at::Tensor take(const at::Tensor &rows, const std::vector<int32_t> &index, int64_t start, int64_t width) {
-  const auto count = static_cast<int64_t>(index.size()), padded = (count + 31) / 32 * 32;
-  at::Tensor taken = at::empty({padded, width}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "sparse_conv", [&] {
-    const scalar_t *source = rows.const_data_ptr<scalar_t>() + start;
-    scalar_t *target = taken.mutable_data_ptr<scalar_t>();
-    const int64_t channels = rows.size(1);
-    at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) std::copy_n(source + index[i] * channels, width, target + i * width);
-    });
-    std::fill(target + count * width, target + padded * width, scalar_t(0));
-  });
-  return taken;
-}
-
-// sums[index[i]] += values[i], from channel `start` of the sums on.
-void add(const at::Tensor &values, const std::vector<int32_t> &index, int64_t start, at::Tensor &sums) {
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, values.scalar_type(), "sparse_conv", [&] {
-    using Sum = at::opmath_type<scalar_t>;
-    const int64_t width = values.size(1), channels = sums.size(1);
-    const scalar_t *source = values.const_data_ptr<scalar_t>();
-    Sum *target = sums.mutable_data_ptr<Sum>() + start;
-    const auto count = static_cast<int64_t>(index.size());
-    at::parallel_for(0, count, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Sum *sum = target + index[i] * channels;
-        for (int64_t c = 0; c < width; ++c) sum[c] += static_cast<Sum>(source[i * width + c]);
-      }
-    });
-  });
-}
-
 at::ScalarType sum_type(const at::Tensor &rows) {
   return rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type();
-}
-
-// A tap's kernel for one group, (C_in / groups, C_out / groups).
-at::Tensor tap_of(const at::Tensor &kernel, int64_t tap, int64_t group, int64_t out_width) {
-  return kernel[tap].narrow(1, group * out_width, out_width);
-}
-
-// bfloat16 goes by columns, whose sums oneDNN keeps in float32: products tap by tap would be rounded before they are added.
-bool by_taps(const at::Tensor &rows, const at::Tensor &table) {
-  return rows.scalar_type() != at::kBFloat16 && share_of_neighbours(table) < kFewPairs;
-}
-
-at::Tensor conv_by_taps(const at::Tensor &rows, const at::Tensor &kernel, const Pairs &pairs, int64_t num_rows,
-                        int64_t groups) {
-  const int64_t taps = kernel.size(0), width = kernel.size(1), out_width = kernel.size(2) / groups;
-  at::Tensor sums = at::zeros({num_rows, kernel.size(2)}, rows.options().dtype(sum_type(rows)));
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const at::Tensor taken = take(rows, pairs.sources[tap], group * width, width);
-      add(gemm(taken, tap_of(kernel, tap, group, out_width)), pairs.targets[tap], group * out_width, sums);
-    }
-  }
-  return sums.to(rows.scalar_type());
 }
 
 at::Tensor conv_by_columns(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table, int64_t groups) {
@@ -185,8 +99,8 @@ at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const a
   TORCH_CHECK_VALUE(groups > 0 && rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ",
                     kernel_.sizes(), " does not fit rows ", rows_.sizes());
   check_table("table", table_, rows_.size(0));
-  return by_taps(rows_, table_) ? conv_by_taps(rows_, kernel_, Pairs(table_), table_.size(0), groups)
-                                : conv_by_columns(rows_, kernel_, table_, groups);
+  return rows_.scalar_type() == at::kBFloat16 ? conv_by_columns(rows_, kernel_, table_, groups)
+                                              : sum_of_products(rows_, kernel_, table_, groups);
 }
 
 at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &table,
@@ -197,25 +111,18 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
   TORCH_CHECK_VALUE(groups > 0 && grad_.size(1) == kernel_.size(2) && table_.size(1) == taps, "kernel ", kernel_.sizes(),
                     " does not fit grad ", grad_.sizes());
   check_table("table", table_, inverse.size(0));
-  if (grad_.scalar_type() == at::kBFloat16) {
-    if (inverse.size(0) > table_.size(0)) {  // strided: by columns, three quarters of the products would be with zeros
-      return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse, groups).to(at::kBFloat16);
-    }
-    const at::Tensor inverse_ = inverse.contiguous();
-    check_table("inverse", inverse_, grad_.size(0));
-    const at::Tensor parts = kernel_.view({taps, width, groups, out_width}).permute({0, 3, 2, 1});
-    return conv_by_columns(grad_, parts.reshape({taps, out_width, groups * width}), inverse_, groups);
+  const at::Tensor inverse_ = inverse.contiguous();
+  check_table("inverse", inverse_, grad_.size(0));
+  if (grad_.scalar_type() == at::kBFloat16 && inverse.size(0) > table_.size(0)) {
+    // Strided: by columns, three quarters of the products would be with zeros.
+    return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse, groups).to(at::kBFloat16);
   }
-  const Pairs pairs(table_);
-  at::Tensor sums = at::zeros({inverse.size(0), width * groups}, grad_.options().dtype(sum_type(grad_)));
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const at::Tensor taken = take(grad_, pairs.targets[tap], group * out_width, out_width);
-      const at::Tensor values = gemm(taken, tap_of(kernel_, tap, group, out_width).t()).contiguous();
-      add(values, pairs.sources[tap], group * width, sums);
-    }
-  }
-  return sums.to(grad_.scalar_type());
+  const at::Tensor turned =
+      groups == 1
+          ? transposed(kernel_)
+          : kernel_.view({taps, width, groups, out_width}).permute({0, 3, 2, 1}).reshape({taps, out_width, groups * width});
+  return grad_.scalar_type() == at::kBFloat16 ? conv_by_columns(grad_, turned, inverse_, groups)
+                                              : sum_of_products(grad_, turned, inverse_, groups);
 }
 
 at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &table, int64_t groups) {
@@ -225,18 +132,8 @@ at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &gra
   const int64_t num_rows = table_.size(0);
   check_rows("grad", grad_, num_rows);
   check_table("table", table_, rows_.size(0));
+  if (rows_.scalar_type() != at::kBFloat16) return outer_products(rows_, grad_, table_, groups);
   at::Tensor out = at::empty({taps, width, groups * out_width}, grad_.options());
-  if (share_of_neighbours(table_) < kFewPairs) {
-    const Pairs pairs(table_);
-    for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const at::Tensor from = take(rows_, pairs.sources[tap], group * width, width);
-        const at::Tensor to = take(grad_, pairs.targets[tap], group * out_width, out_width);
-        out[tap].narrow(1, group * out_width, out_width).copy_(gemm(from.t(), to));
-      }
-    }
-    return out;
-  }
   const int64_t block = block_rows(num_rows, taps * width * rows_.element_size());
   for (int64_t group = 0; group < groups; ++group) {
     at::Tensor sum = at::zeros({out_width, taps * width}, grad_.options().dtype(sum_type(grad_)));

@@ -5,12 +5,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
+
+#include "products.h"
 
 namespace sparkme {
 namespace {
@@ -56,13 +58,15 @@ void transpose(const T *rows, int64_t count, int64_t channels, const T *centre, 
 
 }  // namespace
 
-at::Tensor transposed(const at::Tensor &rows, const std::optional<at::Tensor> &centre) {
-  const at::Tensor rows_ = rows.contiguous();
-  const auto centre_ = centre ? std::optional(centre->to(rows.scalar_type()).contiguous()) : centre;
-  at::Tensor out = at::empty({rows_.size(1), rows_.size(0)}, rows_.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "transposed", [&] {
-    transpose(rows_.const_data_ptr<scalar_t>(), rows_.size(0), rows_.size(1),
-              centre_ ? centre_->const_data_ptr<scalar_t>() : nullptr, out.mutable_data_ptr<scalar_t>());
+at::Tensor transposed(const at::Tensor &matrices, const std::optional<at::Tensor> &centre) {
+  const at::Tensor matrices_ = matrices.contiguous();
+  const auto centre_ = centre ? std::optional(centre->to(matrices.scalar_type()).contiguous()) : centre;
+  const int64_t height = matrices_.size(-2), width = matrices_.size(-1), area = height * width;
+  at::Tensor out = at::empty_like(matrices_.transpose(-2, -1), at::MemoryFormat::Contiguous);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, matrices_.scalar_type(), "transposed", [&] {
+    for (int64_t first = 0; first < matrices_.numel(); first += area)
+      transpose(matrices_.const_data_ptr<scalar_t>() + first, height, width,
+                centre_ ? centre_->const_data_ptr<scalar_t>() : nullptr, out.mutable_data_ptr<scalar_t>() + first);
   });
   return out;
 }
@@ -70,6 +74,8 @@ at::Tensor transposed(const at::Tensor &rows, const std::optional<at::Tensor> &c
 at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias) {
   const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
   const bool empty = a.numel() == 0 || b.numel() == 0;
+  if (a.scalar_type() == at::kFloat && !empty && !bias && a.stride(0) == 1 && a.t().is_contiguous() && b.is_contiguous())
+    return outer_product(a.t(), b);
   if (a.scalar_type() == at::kFloat && !empty && at::globalContext().userEnabledMkldnn() && onednn_linear()) {
     return onednn_linear()->call(row_major(a), packed(b).t(), bias ? std::optional(bias->contiguous()) : bias, "none",
                                  c10::List<std::optional<at::Scalar>>(), "");

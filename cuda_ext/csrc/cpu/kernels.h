@@ -40,6 +40,13 @@ struct Kernels {
   void (*convolve)(const DepthwisePatch<T> &patch, const Sum<T> *kernel, T *out);
   // sums (height * width, C) += the product of grad (side^2, C) and the patch, for `count` patches.
   void (*correlate)(const DepthwisePatch<T> *patches, const T *const *grads, int64_t count, Sum<T> *sums);
+  // targets[i] (columns) += sources[i] (depth) times kernel (depth, columns), for `count` pairs. Not for bfloat16.
+  void (*multiply_rows)(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *kernel,
+                        int64_t columns);
+  // sums (depth, columns), whose rows are `stride` apart, += the sum of the outer products of lefts[i] (depth) and rights[i]
+  // (columns). Not for bfloat16.
+  void (*correlate_rows)(const T *const *lefts, const T *const *rights, int64_t count, int64_t depth, int64_t columns, T *sums,
+                         int64_t stride);
   // sums (2, C) = the sum of rows - the first row, and of its square.
   void (*statistics)(const T *rows, int64_t count, int64_t channels, Sum<T> *sums);
   // out = y; residual may be null.

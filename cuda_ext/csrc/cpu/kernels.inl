@@ -2,13 +2,32 @@
 #include "depthwise_kernels.inl"
 #include "gelu_kernels.inl"
 #include "norm_kernels.inl"
+#include "product_kernels.inl"
 
 namespace sparkme {
+namespace {
 
 template <typename T>
-constexpr Kernels<T> kKernels = {convolve<T>,       correlate<T>,   statistics<T>, normalise<T>,     norm_grad_sums<T>,
-                                 norm_grad_rows<T>, masked_sums<T>, gelu<T>,       gelu_with_grad<T>};
+constexpr Kernels<T> all_kernels() {
+  Kernels<T> all{};
+  all.convolve = convolve<T>;
+  all.correlate = correlate<T>;
+  if constexpr (!std::is_same_v<T, c10::BFloat16>) {
+    all.multiply_rows = multiply_rows<T>;
+    all.correlate_rows = correlate_rows<T>;
+  }
+  all.statistics = statistics<T>;
+  all.normalise = normalise<T>;
+  all.norm_grad_sums = norm_grad_sums<T>;
+  all.norm_grad_rows = norm_grad_rows<T>;
+  all.masked_sums = masked_sums<T>;
+  all.gelu = gelu<T>;
+  all.gelu_with_grad = gelu_with_grad<T>;
+  return all;
+}
 
-const KernelTable SPARKME_TABLE = {kKernels<double>, kKernels<float>, kKernels<c10::BFloat16>};
+}  // namespace
+
+const KernelTable SPARKME_TABLE = {all_kernels<double>(), all_kernels<float>(), all_kernels<c10::BFloat16>()};
 
 }  // namespace sparkme

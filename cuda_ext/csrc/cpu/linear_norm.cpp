@@ -12,7 +12,6 @@
 //                   dW  = (P - mean(y)' s1 - G W diag(s2 / (N deviation))) diag(a)
 //                   dy  = g (W diag(a))' - (y - mean(y)) M - (W diag(a)) s1 / N,   M = W diag(a s2 / (N deviation)) W'.
 // That costs the products with G and M, K / C of the forward pass each, and saves x.
-#include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
 
@@ -38,8 +37,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> product_statistics(co
   const at::Tensor row_mean = std::get<0>(batch_statistics(rows_));
   const at::Tensor gram = gemm(transposed(rows_, row_mean), rows_).to(sums);
   const at::Tensor wide = kernel.to(sums);
-  const at::Tensor mean = at::mm(row_mean.unsqueeze(0), wide).squeeze(0);
-  const at::Tensor squares = (wide * at::mm(gram, wide)).sum(0, false, at::kDouble).to(sums);
+  const at::Tensor mean = gemm(row_mean.unsqueeze(0), wide).squeeze(0);
+  const at::Tensor squares = (wide * gemm(gram, wide)).sum(0, false, at::kDouble).to(sums);
   const at::Tensor variance = squares.clamp_min(0) / static_cast<double>(std::max<int64_t>(1, rows_.size(0)));
   return {row_mean, gram, mean, variance};
 }
@@ -119,12 +118,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_batch_norm_gra
   const at::Tensor second = ((wide * products).sum(0, false, at::kDouble).to(sums) - mean * sum) * inverse_deviation;
   const at::Tensor scale = per_channel("weight", weight, grad_, 1) * inverse_deviation;
   const at::Tensor slope = second * inverse_deviation / num_rows;
-  const at::Tensor grad_kernel = (products - row_mean.unsqueeze(1) * sum - at::mm(gram, wide * slope)) * scale;
+  const at::Tensor grad_kernel = (products - row_mean.unsqueeze(1) * sum - gemm(gram, wide * slope)) * scale;
 
   const at::Tensor scaled = wide * scale;
-  const at::Tensor m = at::mm(wide * (scale * slope), wide.t());
+  const at::Tensor m = gemm(wide * (scale * slope), wide.t());
   const at::Tensor constant =
-      at::mm(row_mean.unsqueeze(0), m).squeeze(0) - at::mm(scaled, (sum / num_rows).unsqueeze(1)).squeeze(1);
+      gemm(row_mean.unsqueeze(0), m).squeeze(0) - gemm(scaled, (sum / num_rows).unsqueeze(1)).squeeze(1);
   const at::Tensor grad_rows = gemm(g, scaled.to(type).t(), constant.to(type)).sub_(gemm(rows_, m.to(type)));
   return {grad_rows, grad_kernel.to(type), at::stack({sum, second}), out ? masked : at::empty({0}, grad_.options())};
 }

@@ -75,20 +75,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_grad(
   const auto options = rows_.options().dtype(sums);
   const int64_t num_rows = rows_.size(0), block = block_of(hidden_);
   at::Tensor grad_rows = at::empty_like(rows_), grad_bias1 = at::zeros({weight1.size(0)}, options);
-  at::Tensor grad_weight1 = at::zeros({weight1.size(1), weight1.size(0)}, options);  // transposed
-  at::Tensor grad_weight2 = at::zeros(weight2.sizes(), options);
+  at::Tensor grad_weight1 = at::zeros(weight1.sizes(), options), grad_weight2 = at::zeros(weight2.sizes(), options);
   for (int64_t first = 0; first < num_rows; first += block) {
     const int64_t count = std::min(block, num_rows - first);
     const at::Tensor g = grad_.narrow(0, first, count);
     at::Tensor wide = gemm(g, weight2).contiguous();
     const at::Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
     grad_weight2.add_(gemm(g.t(), active));
-    grad_weight1.add_(gemm(rows_.narrow(0, first, count).t(), wide));
+    grad_weight1.add_(gemm(wide.t(), rows_.narrow(0, first, count)));
     grad_bias1.add_(wide.sum(0, false, sums));
     grad_rows.narrow(0, first, count).copy_(gemm(wide, weight1));
   }
-  return {grad_rows, transposed(grad_weight1).to(type), grad_bias1.to(type), grad_weight2.to(type),
-          grad_.sum(0, false, sums).to(type)};
+  return {grad_rows, grad_weight1.to(type), grad_bias1.to(type), grad_weight2.to(type), grad_.sum(0, false, sums).to(type)};
 }
 
 }  // namespace

@@ -26,6 +26,8 @@ from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
 from sparkme.sparse.unwritten import UnwrittenLinear, UnwrittenProduct
 from sparkme.sparse.window import Window, pair
 
+ROWS_PER_CHANNEL = 8  # that there have to be, for a convolution to wait for its norm
+
 
 class SparseConvolution(SparseLayer):
     """Geometry, and weights in the dense layout, of both kinds of convolution."""
@@ -123,10 +125,13 @@ class SparseConvolution(SparseLayer):
 
 
 def _waits_for_norm(x: SparseMap, kernel: Tensor, window: Window) -> bool:
-    """Whether a convolution is worth being computed with the batch norm behind it: 1x1, to at least twice as many channels."""
-    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and kernel.shape[-1] >= 2 * kernel.shape[-2]
+    """Whether a convolution is worth being computed with the batch norm behind it: 1x1, to at least twice as many channels, and
+    of so many pixels that products of weights alone do not count."""
+    inside, outside = kernel.shape[-2:]
+    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
     exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
-    return fits and exact and torch.is_grad_enabled() and x.engine.fuses(x.dtype, x.device)
+    many = x.grid.num_rows(x.stride) >= ROWS_PER_CHANNEL * inside
+    return fits and exact and many and torch.is_grad_enabled() and x.engine.fuses(x.dtype, x.device)
 
 
 class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):

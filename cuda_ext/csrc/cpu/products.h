@@ -1,0 +1,19 @@
+// Products over the neighbours that a table names, straight from where the rows lie; float32 and float64.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace sparkme {
+
+// out (N, C_out): for each row of the table (N, K) the sum over its neighbours of their rows (.., C_in) times the tap's kernel;
+// kernel (K, C_in / groups, C_out).
+at::Tensor sum_of_products(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table, int64_t groups);
+
+// (K, C_left / groups, C_right): for each tap the sum over the table's rows of their neighbour's left row, transposed, times
+// their right row.
+at::Tensor outer_products(const at::Tensor &left, const at::Tensor &right, const at::Tensor &table, int64_t groups);
+
+// left' (C_left, N) times right (N, C_right).
+at::Tensor outer_product(const at::Tensor &left, const at::Tensor &right);
+
+}  // namespace sparkme
