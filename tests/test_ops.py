@@ -51,7 +51,9 @@ def tables(grid: Grid, pixels: int, window: str) -> tuple[Tensor, Tensor]:
     return tuple(both)  # type: ignore[return-value]
 
 
-def compare(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype) -> None:
+def compare(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype, atol: float | None = None
+) -> None:
     """Values and gradients of all inputs. The reference runs in float64 on the inputs as rounded to `dtype`."""
     a = [x.to(dtype).detach().requires_grad_() for x in inputs]
     b = [x.detach().double().requires_grad_() for x in a]
@@ -61,7 +63,7 @@ def compare(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs:
     out.backward(weights)
     expected.backward(weights.double())
     for x, y in ((out, expected), *((x.grad, y.grad) for x, y in zip(a, b, strict=True))):
-        assert oracle.relative_error(x.double(), y) < TOLERANCE[dtype]
+        assert oracle.relative_error(x.double(), y) < (atol or TOLERANCE[dtype])
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +185,92 @@ def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert oracle.relative_error(ops.linear(every_other, inputs[1]).double(), expected) < 1e-5
 
 
+FOLLOWS = {  # a batch norm
+    "nothing": {}, "relu": {"relu": True}, "residual": {"residual": True},
+    "all": {"factor": True, "residual": True, "relu": True},
+    "factor": {"factor": True, "relu": True},
+}  # fmt: skip
+
+
+def norm_inputs(
+    n: int, c: int, follows: dict[str, bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Rows, weight, bias, factor, residual. Rounded, so that a ReLU's input is nowhere within rounding of zero."""
+    factor = torch.tensor([0.0, 1.25]) if "factor" in follows else None
+    return 3 + torch.randn(n, c), torch.rand(c) + 0.5, torch.randn(c), factor, torch.randn(n, c)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("follows", FOLLOWS)
+@pytest.mark.parametrize(("n", "c"), [(6, 3), (96, 70), (2600, 33)])
+def test_batch_norm(n: int, c: int, follows: str, training: bool, dtype: torch.dtype) -> None:
+    """Against its formula, whose gradient goes through the statistics where it trains."""
+    options = FOLLOWS[follows]
+    rows, weight, bias, factor, residual = norm_inputs(n, c, options, dtype)
+    rows = rows.to(dtype)
+    mean, variance = (x.double() for x in ops.batch_statistics(rows))
+    assert oracle.relative_error(mean, rows.double().mean(0)) < 1e-6
+    assert oracle.relative_error(variance, rows.double().var(0, correction=0)) < 1e-5
+    if dtype == torch.float64:
+        assert oracle.relative_error(variance, rows.var(0, correction=0)) < 1e-12
+    deviation = (variance + 1e-5).rsqrt() if training else torch.rand(c, dtype=torch.float64) + 0.5
+    relu = "relu" in options
+
+    def ours(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        given = r if "residual" in options else None
+        out = ops.batch_norm(x, mean, deviation, w, b, training=training, factor=factor, residual=given, relu=relu)
+        return out + 0 * r.sum()
+
+    def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        given = r if "residual" in options else None
+        out = reference.batch_norm(x, mean, deviation, w, b, factor, given, relu, training)
+        return out + 0 * r.sum()
+
+    compare(ours, theirs, rows, weight, bias, residual, dtype=dtype, atol=3e-2 if dtype == torch.bfloat16 else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("follows", FOLLOWS)
+@pytest.mark.parametrize(("n", "k", "c"), [(6, 3, 12), (96, 16, 70), (2600, 64, 256)])
+def test_linear_batch_norm(n: int, k: int, c: int, follows: str, dtype: torch.dtype) -> None:
+    """Against a product and a batch norm, one after the other."""
+    options = FOLLOWS[follows]
+    _, weight, bias, factor, residual = norm_inputs(n, c, options, dtype)
+    rows, kernel, relu = torch.randn(n, k).relu() + 0.1, torch.randn(k, c), "relu" in options
+    statistics = ops.product_statistics(rows.to(dtype), kernel.to(dtype))
+    expected = reference.product_statistics(rows.to(dtype).double(), kernel.to(dtype).double())
+    for x, y in zip(statistics, expected, strict=True):
+        assert oracle.relative_error(x.double(), y) < TOLERANCE[dtype]
+
+    def ours(x: Tensor, k: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        given = r if "residual" in options else None
+        out = ops.linear_batch_norm(x, k, statistics, 1e-5, w, b, factor=factor, residual=given, relu=relu)
+        return out + 0 * r.sum()
+
+    def theirs(x: Tensor, k: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        given, (row_mean, gram, mean, variance) = r if "residual" in options else None, expected
+        deviation = (variance + 1e-5).rsqrt()
+        return reference.linear_batch_norm(x, k, row_mean, gram, mean, deviation, w, b, factor, given, relu) + 0 * r.sum()
+
+    compare(ours, theirs, rows, kernel, weight, bias, residual, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("n", "c", "h"), [(1, 3, 12), (700, 96, 384), (1300, 17, 33)])
+def test_mlp(n: int, c: int, h: int, dtype: torch.dtype) -> None:
+    inputs = torch.randn(n, c), torch.randn(h, c) / c**0.5, torch.randn(h), torch.randn(c, h) / h**0.5, torch.randn(c)
+    atol = 1.5e-2 if dtype == torch.bfloat16 else None  # three roundings one after the other
+    compare(ops.mlp, lambda *a: reference.mlp(*a)[0], *inputs, dtype=dtype, atol=atol)
+
+
+def test_gelu_of_large_numbers_and_nan() -> None:
+    x = torch.tensor([-1e30, -40.0, -9.0, -1.0, -1e-20, 0.0, 1e-20, 1.0, 9.0, 40.0, 1e30, float("nan")]).repeat(4)
+    eye = torch.eye(1)
+    out = ops.mlp(x[:, None], eye, None, eye, None).flatten()
+    assert torch.allclose(out, torch.nn.functional.gelu(x), atol=1e-6, equal_nan=True)
+
+
 def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One call of every operator, as torch sees it: the overload and its arguments."""
     grid = grid_of(visible)
@@ -193,8 +281,17 @@ def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype).requires_grad_()
 
+    def numbers(*shape: int) -> Tensor:
+        return (torch.rand(*shape, dtype=torch.promote_types(dtype, torch.float32)) + 0.5).detach()
+
+    def norm(channels: int) -> tuple[Tensor, ...]:
+        """Mean, inverse deviation, weight, bias."""
+        return numbers(channels), numbers(channels), random(channels), random(channels)
+
     op = torch.ops.sparkme
     rows, n_out = random(len(inverse), 4), len(table)
+    like, factor, product = random(len(rows), 4), numbers(2), (numbers(4), numbers(4, 4))
+    mlp = random(16, 4), random(16), random(5, 16), random(5)
     taken = op.max_pool(rows.detach(), table, inverse)[1]
     return {
         "neighbour_table": (op.neighbour_table.default, (*sites, *window, False)),
@@ -210,10 +307,24 @@ def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str
         "voxelise": (op.voxelise.default, (random(2, 4, 8, 12), *sites)),
         "densify": (op.densify.default, (rows, *sites, random(4))),
         "linear": (op.linear.default, (rows, random(4, 5), random(5))),
-    }
+        "batch_statistics": (op.batch_statistics.default, (rows,)),
+        "batch_norm": (op.batch_norm.default, (rows, *norm(4), factor, like, True, False)),
+        "batch_norm_grad_sums": (op.batch_norm_grad_sums.default, (random(len(rows), 4), rows, like, *norm(4), factor, True)),
+        "batch_norm_grad_rows": (op.batch_norm_grad_rows.default,
+                                 (random(len(rows), 4), rows, *norm(4), factor, True, numbers(2, 4), 7.0)),
+        "product_statistics": (op.product_statistics.default, (rows, random(4, 8))),
+        "linear_batch_norm": (op.linear_batch_norm.default,
+                              (rows, random(4, 8), *product, *norm(8), factor, random(len(rows), 8), True)),
+        "linear_batch_norm_grad": (op.linear_batch_norm_grad.default,
+                                   (random(len(rows), 8), rows, random(4, 8), random(len(rows), 8), *product, *norm(8)[:3],
+                                    factor)),
+        "mlp": (op.mlp.default, (rows, *mlp)),
+        "mlp_grad": (op.mlp_grad.default, (random(len(rows), 5), rows, random(len(rows), 16), mlp[0], mlp[2])),
+    }  # fmt: skip
 
 
-DIFFERENTIABLE = ("sparse_conv", "depthwise_conv", "max_pool", "avg_pool", "voxelise", "densify", "linear")
+DIFFERENTIABLE = ("sparse_conv", "depthwise_conv", "max_pool", "avg_pool", "voxelise", "densify", "linear", "batch_norm", "mlp")
+SEVERAL = ("max_pool", "mlp")  # results, of which the first has a gradient
 
 
 def test_every_operator_is_in_the_lists() -> None:
@@ -232,7 +343,7 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name: str) -> None:
     overload, arguments = calls()[name]
-    first = (lambda *a: overload(*a)[0]) if name == "max_pool" else overload
+    first = (lambda *a: overload(*a)[0]) if name in SEVERAL else overload
     assert torch.autograd.gradcheck(first, arguments, atol=1e-6)
 
 
@@ -257,19 +368,15 @@ def test_non_contiguous_input_gives_the_same(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", calls())
 def test_no_rows_at_all(name: str, dtype: torch.dtype) -> None:
     overload, arguments = calls(dtype)[name]
-    whole = {"kernel", "fill", "bias"}  # what does not shrink with the number of rows
+    shrink = {"rows", "grad", "dense", "out", "residual", "hidden", "table", "inverse", "taken", "slots", "patches"}
     names = [argument.name for argument in overload._schema.arguments]
-    weights = "sparse_conv" in name or "depthwise" in name
     empty = [
-        a[:0].detach() if isinstance(a, Tensor) and n not in whole else a.detach() if isinstance(a, Tensor) else a
+        a[:0].detach() if isinstance(a, Tensor) and n in shrink else a.detach() if isinstance(a, Tensor) else a
         for n, a in zip(names, arguments, strict=True)
     ]
     result = overload(*empty)
     for value in result if isinstance(result, tuple) else (result,):
-        if weights and name.endswith("grad_kernel"):
-            assert not value.any()
-        else:
-            assert value.numel() == 0
+        assert not value.any()  # of no rows, or the gradient of a weight
 
 
 def test_the_extension_uses_threads() -> None:
@@ -281,7 +388,7 @@ def test_a_second_derivative_is_refused() -> None:
     table, inverse = tables(grid_of(), 4, "3x3")
     rows, kernel = torch.randn(len(inverse), 2, requires_grad=True), torch.randn(9, 2, 2, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.sparse_conv(rows, kernel, table, inverse).square().sum(), rows, create_graph=True)
-    with pytest.raises(NotImplementedError, match="once, not twice"):
+    with pytest.raises(RuntimeError, match="derivative for sparkme::sparse_conv_grad_rows is not implemented"):
         grad.square().sum().backward()
 
 
@@ -312,7 +419,7 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     rows, kernel = torch.randn(len(inverse), 4), torch.randn(9, 4, 6)
     far = table.clone()
     far[0, 0] = len(rows)
-    raw = torch.ops.sparkme
+    raw, norm = torch.ops.sparkme, (torch.zeros(4), torch.ones(4))
     return {
         "type of slots": ("slots must be int32", lambda: ops.neighbour_table(slots.long(), patches, 4, (3, 3))),
         "stride": ("stride 3 does not divide", lambda: ops.neighbour_table(slots, patches, 4, (3, 3), stride=3)),
@@ -345,6 +452,24 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "fill": ("fill must be", lambda: ops.densify(rows, slots, patches, 4, torch.zeros(3))),
         "linear kernel": ("kernel must be", lambda: ops.linear(rows, torch.zeros(5, 4))),
         "linear bias": ("bias must be", lambda: ops.linear(rows, torch.zeros(4, 5), torch.zeros(4))),
+        "mean": (r"mean must be \(4,\)", lambda: ops.batch_norm(rows, torch.zeros(3), torch.ones(4), training=True)),
+        "factor": ("factor must be", lambda: ops.batch_norm(rows, *norm, training=True, factor=torch.ones(7))),
+        "gradient of factor": ("factor has no gradient", lambda: ops.batch_norm(
+            rows, *norm, training=True, factor=torch.ones(2, requires_grad=True))),
+        "residual": ("residual must be", lambda: ops.batch_norm(rows, *norm, training=True, residual=rows[1:])),
+        "type of residual": ("residual is torch.float64", lambda: ops.batch_norm(
+            rows, *norm, training=True, residual=rows.double())),
+        "raw factor": ("factor", lambda: raw.batch_norm(rows, *norm, None, None, torch.ones(7), None, False, True)),
+        "raw residual": ("residual must be", lambda: raw.batch_norm(
+            rows, *norm, None, None, None, rows[1:], False, True)),
+        "bf16 product": ("rows must be float64 or float32",
+                         lambda: ops.product_statistics(rows.bfloat16(), rows.bfloat16().t())),
+        "product": ("kernel must be", lambda: ops.product_statistics(rows, torch.zeros(5, 8))),
+        "weight2": (r"weight2 must be \(channels, 8\)",
+                    lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 9), None)),
+        "bias1": (r"bias1 must be \(8,\)",
+                  lambda: ops.mlp(rows, torch.zeros(8, 4), torch.zeros(7), torch.zeros(4, 8), None)),
+        "raw weights": ("do not fit rows", lambda: raw.mlp(rows, torch.zeros(8, 5), None, torch.zeros(4, 8), None)),
         "device": ("is on meta", lambda: ops.linear(rows, torch.zeros(4, 5, device="meta"))),
     }  # fmt: skip
 

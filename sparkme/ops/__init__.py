@@ -238,6 +238,8 @@ def product_statistics(rows: Tensor, kernel: Tensor) -> ProductStatistics:
         float32 or, for float64 rows, float64. For use in `linear_batch_norm`; they have no gradient of their own.
     """
     _check_rows("rows", rows)
+    if rows.dtype == torch.bfloat16:
+        raise ValueError("rows must be float64 or float32: of products rounded to bfloat16 there are no statistics")
     _check_kernel(rows, kernel)
     return ProductStatistics(*torch.ops.sparkme.product_statistics(rows.detach(), kernel.detach()))
 

@@ -1,8 +1,8 @@
 """The operators as torch knows them: schema, and shapes without data (fake).
 
 The kernels are registered from elsewhere: for the CPU and, but for the convolution, for CUDA by the extension
-`sparkme._C` (cuda_ext/csrc), for CUDA's convolution by `sparkme.ops.triton_conv`. So are the gradients, by autograd.cpp. Call the functions of `sparkme.ops`,
-which check their arguments; those here are what they, autograd and torch.compile arrive at.
+`sparkme._C` (cuda_ext/csrc), for CUDA's convolution by `sparkme.ops.triton_conv`. So are the gradients, by autograd.cpp. Call
+the functions of `sparkme.ops`, which check their arguments; those here are what they, autograd and torch.compile arrive at.
 """
 
 from __future__ import annotations

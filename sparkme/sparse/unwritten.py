@@ -93,21 +93,24 @@ class UnwrittenNorm(Unwritten):
         self.follows: dict[str, Any] = {}
         self.affine, self.epsilon = (bn.weight, bn.bias), bn.eps
         self.kernel: Tensor | None = None
-        with torch.no_grad():
-            self.training = bn.training or bn.running_mean is None or bn.running_var is None
-            if isinstance(source, UnwrittenProduct) and self.training:
-                super().__init__(source.source, source.shape[-1], source.dtype)
-                self.kernel = source.kernel
-                self.product = ops.product_statistics(self.source.data.flatten(0, 1), self.kernel)
-                _move_running_statistics(bn, self.product.mean, self.product.variance, self.shape[:2].numel())
-                return
+        self.training = bn.training or bn.running_mean is None or bn.running_var is None
+        if isinstance(source, UnwrittenProduct) and self.training:
+            super().__init__(source.source, source.shape[-1], source.dtype)
+            self.kernel = source.kernel
+        else:
             features = source.write() if isinstance(source, UnwrittenProduct) else source
             super().__init__(features, features.shape[-1], features.dtype)
-            if self.training:
-                self.mean, variance = ops.batch_statistics(features.data.flatten(0, 1))
-                _move_running_statistics(bn, self.mean, variance, self.shape[:2].numel())
+        with torch.no_grad():
+            rows = self.source.data.flatten(0, 1)
+            if self.kernel is not None:
+                self.product = ops.product_statistics(rows, self.kernel)
+                self.mean, variance = self.product.mean, self.product.variance
+            elif self.training:
+                self.mean, variance = ops.batch_statistics(rows)
             else:
                 self.mean, variance = bn.running_mean, bn.running_var  # type: ignore[assignment]
+            if self.training:
+                _move_running_statistics(bn, self.mean, variance, len(rows))
             self.deviation = (variance + bn.eps).rsqrt()
 
     def compute(self, rows: Tensor) -> Tensor:

@@ -37,23 +37,36 @@ at::Tensor packed(const at::Tensor &matrix) {
   return matrix.is_contiguous() || matrix.t().is_contiguous() ? matrix : matrix.contiguous();
 }
 
-// A square at a time, which stays in the cache: a plain loop would read or write single numbers far apart.
+constexpr int64_t kSide = 16;  // of a square, which stays in the cache; a plain loop would read or write numbers far apart
+
+template <typename T>
+inline void transpose_square(const T *rows, int64_t channels, int64_t height, int64_t width, const T *centre, T *out,
+                             int64_t count) {
+  T square[kSide][kSide];
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x) square[x][y] = centre ? rows[y * channels + x] - centre[x] : rows[y * channels + x];
+  for (int64_t x = 0; x < width; ++x)
+    for (int64_t y = 0; y < height; ++y) out[x * count + y] = square[x][y];
+}
+
 template <typename T>
 void transpose(const T *rows, int64_t count, int64_t channels, const T *centre, T *out) {
-  constexpr int64_t kSide = 16;
-  at::parallel_for(0, (count + kSide - 1) / kSide, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kSide; first < std::min(count, end * kSide); first += kSide) {
-      const int64_t height = std::min(kSide, count - first);
-      for (int64_t c = 0; c < channels; c += kSide) {
-        const int64_t width = std::min(kSide, channels - c);
-        T square[kSide][kSide];
-        for (int64_t y = 0; y < height; ++y)
-          for (int64_t x = 0; x < width; ++x)
-            square[x][y] = centre ? rows[(first + y) * channels + c + x] - centre[c + x] : rows[(first + y) * channels + c + x];
-        for (int64_t x = 0; x < width; ++x) std::copy_n(square[x], height, out + (c + x) * count + first);
-      }
-    }
-  });
+  at::parallel_for(0, (count + kSide - 1) / kSide, std::max<int64_t>(1, 32768 / (kSide * channels + 1)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t first = begin * kSide; first < std::min(count, end * kSide); first += kSide) {
+                       const int64_t height = std::min(kSide, count - first);
+                       for (int64_t c = 0; c < channels; c += kSide) {
+                         const int64_t width = std::min(kSide, channels - c);
+                         const T *source = rows + first * channels + c, *shift = centre ? centre + c : nullptr;
+                         T *target = out + c * count + first;
+                         if (height == kSide && width == kSide) {  // sizes that the compiler knows
+                           transpose_square(source, channels, kSide, kSide, shift, target, count);
+                         } else {
+                           transpose_square(source, channels, height, width, shift, target, count);
+                         }
+                       }
+                     }
+                   });
 }
 
 }  // namespace
