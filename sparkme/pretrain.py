@@ -118,7 +118,7 @@ class Pretraining(Training):
                 f"--model {config['model']}: all its parameters are frozen (requires_grad is False): nothing to train"
             )
         self.resume()
-        self.network, self.model = distribute(self.network, process, self._compile if config["compile"] else None)
+        self.network, self.model = distribute(self.network, process, self._prepare)
         self.dataset = CropDataset(
             images,
             self.network.input_size,
@@ -264,7 +264,14 @@ class Pretraining(Training):
         load_weights(self.network, saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
-    def _compile(self) -> None:
+    def _prepare(self) -> None:
+        if self.config["checkpoint_activations"]:
+            if self.config["compile"]:
+                raise UserError("--compile and --checkpoint-activations do not go together; use one of them")
+            if not self.network.encoder.checkpoint_blocks():
+                raise UserError(f"--checkpoint-activations: {self.config['model']} has no rows of blocks; leave it out")
+        if not self.config["compile"]:
+            return
         if self.network.encoder.engine.name == "minkowski":
             raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
         self.network.compile_parts()

@@ -225,7 +225,7 @@ def train_compiled(rank: int, folder: str, port: int, compiled: bool) -> None:
         return self
 
     sparkme.SparK.compile_parts = compile_parts  # type: ignore[assignment]
-    words = [*SMALL, "--drop-path", "0", "--epochs", "2", "--output", f"{folder}/{compiled}"]
+    words = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--epochs", "2", "--output", f"{folder}/{compiled}"]
     words += ["--compile"] if compiled else []
     run = Pretraining(create_parser().parse_args(words), start_process("cpu"))
     assert Loop(run).run() == 0

@@ -17,6 +17,7 @@ from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
 from sparkme.sparse.map import Recorder, SparseMap
+from sparkme.sparse.recompute import find_blocks, recompute
 
 
 class SparseEncoder(nn.Module):
@@ -100,6 +101,25 @@ class SparseEncoder(nn.Module):
                 module.compile(**options)
                 stages.append(name)
         return stages
+
+    def checkpoint_blocks(self) -> list[str]:
+        """Has the forward pass of each block computed once more for its gradient, so that only what goes into blocks is kept.
+
+        The results stay the same. Like `compile_stages`, which it does not go with, this is for the network as it is: a copy of
+        it would run the old one's blocks.
+
+        Returns:
+            The names of the blocks; none where the network has no rows of blocks.
+
+        Raises:
+            ValueError: stages are compiled.
+        """
+        if self.compiled:
+            raise ValueError("blocks of compiled stages cannot be computed twice; use one or the other")
+        blocks = find_blocks(self.network, [tap.module for tap in self.hierarchy.taps])
+        for name in blocks:
+            recompute(self.network.get_submodule(name))
+        return blocks
 
     def forward(self, images: Tensor, active: Tensor, keep: int | None = None) -> list[SparseMap]:
         """Encodes the visible patches.

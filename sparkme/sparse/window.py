@@ -76,6 +76,11 @@ class Window:
                 )
         return Window(size, s, (sides[0], sides[2]), d, border)
 
+    @property
+    def key(self) -> tuple[Pair, int, Pair, int, str]:
+        """What tells windows apart, as plain numbers: torch.compile cannot hand out a window that it made, such as in a key."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.border
+
     def offsets(self, axis: int) -> list[int]:
         """From an output pixel times the stride to the input pixels, along one axis."""
         return [i * self.dilation - self.padding[axis] for i in range(self.kernel_size[axis])]

@@ -251,6 +251,11 @@ def create_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)",
     )
+    group.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="keep only what goes into the encoder's blocks, and compute them again for the gradient: less memory, more time",
+    )
     add_seed(group)
 
     group = parser.add_argument_group("output")

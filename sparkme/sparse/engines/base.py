@@ -167,7 +167,7 @@ def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
 
     Kept on the grid. Works for any border.
     """
-    key = "taps", stride, window
+    key = "taps", stride, window.key
     if key not in grid._cache:
         numbers = grid.row_numbers(stride)
         h, w = grid.size(stride)

@@ -80,7 +80,7 @@ def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:
 
     The operator knows plain windows; of another one the table is some columns of that of the window around it.
     """
-    key = "table", x.stride, window, transposed
+    key = "table", x.stride, window.key, transposed
     cache = x.grid._cache
     if key not in cache:
         around, taps = window.enclosing()
