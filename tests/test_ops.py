@@ -196,7 +196,7 @@ def norm_inputs(
     n: int, c: int, follows: dict[str, bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Rows, weight, bias, factor, residual. Rounded, so that a ReLU's input is nowhere within rounding of zero."""
-    factor = torch.tensor([0.0, 1.25]) if "factor" in follows else None
+    factor = torch.tensor([0.0, 1.25] if n > 6 else [1.25]) if "factor" in follows else None
     return 3 + torch.randn(n, c), torch.rand(c) + 0.5, torch.randn(c), factor, torch.randn(n, c)
 
 

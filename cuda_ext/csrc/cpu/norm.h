@@ -56,7 +56,11 @@ inline Optional per_row(const Optional &factor, const at::Tensor &rows) {
   if (!factor) return std::nullopt;
   TORCH_CHECK_VALUE(factor->dim() == 1 && factor->size(0) > 0 && rows.size(0) % factor->size(0) == 0, "factor ",
                     factor->sizes(), " must be one number for each sample of ", rows.size(0), " rows");
-  return factor->to(sum_type(rows)).view({-1, 1}).expand({factor->size(0), rows.size(0) / factor->size(0)}).reshape({-1});
+  return factor->to(sum_type(rows))
+      .view({-1, 1})
+      .expand({factor->size(0), rows.size(0) / factor->size(0)})
+      .reshape({-1})
+      .contiguous();
 }
 
 inline void check_like(const char *name, const at::Tensor &value, const at::Tensor &rows) {
