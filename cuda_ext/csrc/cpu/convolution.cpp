@@ -1,23 +1,22 @@
-// Sparse convolution over a neighbour table, as products with gathered rows. In two ways:
+// Sparse convolution over a neighbour table. In two ways:
 //
-// By columns. The neighbours of a block of rows are gathered into columns, (n, K * C_in), that fit into the cache, and
-// multiplied by the whole kernel at once; a missing neighbour is a row of zeros.
+// Directly (products.cpp): tap by tap, the rows that have a neighbour are multiplied where they lie; a missing neighbour costs
+// nothing. In float32 and float64, where there are channels enough to fill a vector.
 //
-// By taps. For each tap, the rows that have a neighbour are gathered, multiplied by the tap's kernel, and added where they
-// belong: no two rows share a neighbour through one tap, so threads never meet. This multiplies no zeros, and wins where
-// many neighbours are missing, as in patches of one or two pixels. The rows' gradient is computed so, since it serves any
-// stride, but for bfloat16.
+// By columns: the neighbours of a block of rows are gathered into columns, (n, K * C_in), that fit into the cache, and
+// multiplied by the whole kernel at once; a missing neighbour is a row of zeros. In bfloat16, whose products oneDNN has
+// instructions for and sums in float32, and for few channels, such as an image's.
 //
-// Measured (3x3 of ResNet-50, batch 8, mask ratio 0.6, float32, one thread; milliseconds for forward / rows' gradient /
-// kernel's gradient), against torch's convolution on patches with a halo:
+// Measured, directly (3x3 of ResNet-50, batch 8, mask ratio 0.6, float32, two threads that reach 220 GFLOP/s in a large
+// product; milliseconds for forward / rows' gradient / kernel's gradient, and GFLOP/s of the neighbours that exist):
 //
-//   stride   neighbours that exist   by columns       by taps           with a halo
-//   4        94 %                    3.5 / 3.9 / 3.9  4.6 / 4.7 / 7.9   3.3 / 3.5 / 3.8
-//   8        82 %                    3.4 / 3.4 / 3.7  3.2 / 3.2 / 4.2   3.5 / 3.4 / 4.0
-//   16       66 %                    3.9 / 4.2 / 3.9  2.3 / 2.3 / 2.7   8.0 / 7.7 / 10.6
-//   32       47 %                    3.9 / 6.8 / 7.3  2.0 / 1.9 / 2.0   22.5 / 16.7 / 42
+//   stride   neighbours that exist   ms                GFLOP/s
+//   4        89 %                    3.5 / 3.8 / 3.8   194 / 180 / 179
+//   8        80 %                    3.1 / 3.3 / 3.0   197 / 183 / 198
+//   16       62 %                    2.7 / 3.1 / 2.6   178 / 154 / 185
+//   32       39 %                    1.7 / 3.9 / 2.3   172 /  75 / 126
 //
-// So halos are not worth code of their own.
+// What is lost at stride 32 goes into the kernel, 9 MB for 160 rows, which the rows' gradient has to turn round.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
@@ -37,6 +36,8 @@ namespace sparkme {
 namespace {
 
 constexpr int64_t kColumnBytes = int64_t{8} << 20;  // a block of columns; measured: 2 to 16 MiB are equally fast
+
+constexpr int64_t kFewChannels = 16;
 
 // Rows that one thread should at least copy at a time.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
@@ -76,6 +77,8 @@ at::ScalarType sum_type(const at::Tensor &rows) {
   return rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type();
 }
 
+bool directly(const at::Tensor &rows, int64_t width) { return rows.scalar_type() != at::kBFloat16 && width >= kFewChannels; }
+
 at::Tensor conv_by_columns(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table, int64_t groups) {
   const int64_t taps = kernel.size(0), width = kernel.size(1), out_width = kernel.size(2) / groups;
   const int64_t num_rows = table.size(0), block = block_rows(num_rows, taps * width * rows.element_size());
@@ -99,8 +102,8 @@ at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const a
   TORCH_CHECK_VALUE(groups > 0 && rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ",
                     kernel_.sizes(), " does not fit rows ", rows_.sizes());
   check_table("table", table_, rows_.size(0));
-  return rows_.scalar_type() == at::kBFloat16 ? conv_by_columns(rows_, kernel_, table_, groups)
-                                              : sum_of_products(rows_, kernel_, table_, groups);
+  return directly(rows_, kernel_.size(1)) ? sum_of_products(rows_, kernel_, table_, groups)
+                                          : conv_by_columns(rows_, kernel_, table_, groups);
 }
 
 at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &table,
@@ -121,8 +124,9 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
       groups == 1
           ? transposed(kernel_)
           : kernel_.view({taps, width, groups, out_width}).permute({0, 3, 2, 1}).reshape({taps, out_width, groups * width});
-  return grad_.scalar_type() == at::kBFloat16 ? conv_by_columns(grad_, turned, inverse_, groups)
-                                              : sum_of_products(grad_, turned, inverse_, groups);
+  const bool strided = inverse.size(0) > table_.size(0);  // three quarters of the columns would be zeros
+  return directly(grad_, strided ? kFewChannels : out_width) ? sum_of_products(grad_, turned, inverse_, groups)
+                                                             : conv_by_columns(grad_, turned, inverse_, groups);
 }
 
 at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &table, int64_t groups) {
@@ -132,7 +136,7 @@ at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &gra
   const int64_t num_rows = table_.size(0);
   check_rows("grad", grad_, num_rows);
   check_table("table", table_, rows_.size(0));
-  if (rows_.scalar_type() != at::kBFloat16) return outer_products(rows_, grad_, table_, groups);
+  if (directly(rows_, width)) return outer_products(rows_, grad_, table_, groups);
   at::Tensor out = at::empty({taps, width, groups * out_width}, grad_.options());
   const int64_t block = block_rows(num_rows, taps * width * rows_.element_size());
   for (int64_t group = 0; group < groups; ++group) {

@@ -40,29 +40,28 @@ at::Tensor packed(const at::Tensor &matrix) {
 constexpr int64_t kSide = 16;  // of a square, which stays in the cache; a plain loop would read or write numbers far apart
 
 template <typename T>
-inline void transpose_square(const T *rows, int64_t channels, int64_t height, int64_t width, const T *centre, T *out,
-                             int64_t count) {
+inline void transpose_square(const T *rows, int64_t channels, int64_t height, int64_t width, T *out, int64_t count) {
   T square[kSide][kSide];
   for (int64_t y = 0; y < height; ++y)
-    for (int64_t x = 0; x < width; ++x) square[x][y] = centre ? rows[y * channels + x] - centre[x] : rows[y * channels + x];
+    for (int64_t x = 0; x < width; ++x) square[x][y] = rows[y * channels + x];
   for (int64_t x = 0; x < width; ++x)
     for (int64_t y = 0; y < height; ++y) out[x * count + y] = square[x][y];
 }
 
 template <typename T>
-void transpose(const T *rows, int64_t count, int64_t channels, const T *centre, T *out) {
+void transpose(const T *rows, int64_t count, int64_t channels, T *out) {
   at::parallel_for(0, (count + kSide - 1) / kSide, std::max<int64_t>(1, 32768 / (kSide * channels + 1)),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t first = begin * kSide; first < std::min(count, end * kSide); first += kSide) {
                        const int64_t height = std::min(kSide, count - first);
                        for (int64_t c = 0; c < channels; c += kSide) {
                          const int64_t width = std::min(kSide, channels - c);
-                         const T *source = rows + first * channels + c, *shift = centre ? centre + c : nullptr;
+                         const T *source = rows + first * channels + c;
                          T *target = out + c * count + first;
                          if (height == kSide && width == kSide) {  // sizes that the compiler knows
-                           transpose_square(source, channels, kSide, kSide, shift, target, count);
+                           transpose_square(source, channels, kSide, kSide, target, count);
                          } else {
-                           transpose_square(source, channels, height, width, shift, target, count);
+                           transpose_square(source, channels, height, width, target, count);
                          }
                        }
                      }
@@ -71,15 +70,13 @@ void transpose(const T *rows, int64_t count, int64_t channels, const T *centre, 
 
 }  // namespace
 
-at::Tensor transposed(const at::Tensor &matrices, const std::optional<at::Tensor> &centre) {
+at::Tensor transposed(const at::Tensor &matrices) {
   const at::Tensor matrices_ = matrices.contiguous();
-  const auto centre_ = centre ? std::optional(centre->to(matrices.scalar_type()).contiguous()) : centre;
   const int64_t height = matrices_.size(-2), width = matrices_.size(-1), area = height * width;
   at::Tensor out = at::empty_like(matrices_.transpose(-2, -1), at::MemoryFormat::Contiguous);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, matrices_.scalar_type(), "transposed", [&] {
     for (int64_t first = 0; first < matrices_.numel(); first += area)
-      transpose(matrices_.const_data_ptr<scalar_t>() + first, height, width,
-                centre_ ? centre_->const_data_ptr<scalar_t>() : nullptr, out.mutable_data_ptr<scalar_t>() + first);
+      transpose(matrices_.const_data_ptr<scalar_t>() + first, height, width, out.mutable_data_ptr<scalar_t>() + first);
   });
   return out;
 }

@@ -10,7 +10,7 @@ namespace sparkme {
 // product: MKL reaches less than half of oneDNN's speed on processors that are not Intel's.
 at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias = std::nullopt);
 
-// The last two axes changed over, contiguous; before that, `centre` (C) is subtracted from every row where it is given.
-at::Tensor transposed(const at::Tensor &matrices, const std::optional<at::Tensor> &centre = std::nullopt);
+// The last two axes changed over, contiguous.
+at::Tensor transposed(const at::Tensor &matrices);
 
 }  // namespace sparkme

@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> product_statistics(co
   const at::Tensor rows_ = rows.contiguous();
   const auto sums = sum_type(rows);
   const at::Tensor row_mean = std::get<0>(batch_statistics(rows_));
-  const at::Tensor gram = gemm(transposed(rows_, row_mean), rows_).to(sums);
+  const at::Tensor gram = gemm((rows_ - row_mean).to(rows_.scalar_type()).t(), rows_).to(sums);
   const at::Tensor wide = kernel.to(sums);
   const at::Tensor mean = gemm(row_mean.unsqueeze(0), wide).squeeze(0);
   const at::Tensor squares = (wide * gemm(gram, wide)).sum(0, false, at::kDouble).to(sums);
@@ -114,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_batch_norm_gra
   const at::Tensor g = factors ? (masked * factors->unsqueeze(1)).to(type) : masked;
   const double num_rows = static_cast<double>(std::max<int64_t>(1, rows_.size(0)));
 
-  const at::Tensor wide = kernel.to(sums), products = gemm(transposed(rows_), g).to(sums);
+  const at::Tensor wide = kernel.to(sums), products = gemm(rows_.t(), g).to(sums);
   const at::Tensor second = ((wide * products).sum(0, false, at::kDouble).to(sums) - mean * sum) * inverse_deviation;
   const at::Tensor scale = per_channel("weight", weight, grad_, 1) * inverse_deviation;
   const at::Tensor slope = second * inverse_deviation / num_rows;

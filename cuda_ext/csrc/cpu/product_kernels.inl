@@ -10,14 +10,19 @@ constexpr int kTileRows = 6, kTileVectors = SPARKME_VECTOR_BYTES == 64 ? 4 : 2;
 template <typename T>
 constexpr int64_t kTileColumns = kTileVectors * VectorOf<Sum<T>, SPARKME_VECTOR_BYTES>::kLanes;
 
+// Sums are made tile by tile, from zero, and then added: of thousands of terms one after the other the last digits would be
+// lost.
+template <typename T, int Bytes>
+inline void add_to(T *target, typename VectorOf<T, Bytes>::Vector sum) {
+  store<T, Bytes>(target, load<T, Bytes>(target) + sum);
+}
+
 // tile (Rows, Vectors) += the rows' first `depth` numbers times the panel (depth, ...), whose rows are `stride` apart.
 template <typename T, int Rows, int Vectors>
 inline void multiply_tile(const T *const *sources, T *const *targets, int64_t depth, const T *panel, int64_t stride) {
   constexpr int kBytes = SPARKME_VECTOR_BYTES;
   using V = VectorOf<T, kBytes>;
-  typename V::Vector sum[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = load<T, kBytes>(targets[r] + v * V::kLanes);
+  typename V::Vector sum[Rows][Vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     typename V::Vector weights[Vectors];
     for (int v = 0; v < Vectors; ++v) weights[v] = load<T, kBytes>(panel + k * stride + v * V::kLanes);
@@ -25,7 +30,7 @@ inline void multiply_tile(const T *const *sources, T *const *targets, int64_t de
       for (int v = 0; v < Vectors; ++v) sum[r][v] += weights[v] * sources[r][k];
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) store<T, kBytes>(targets[r] + v * V::kLanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) add_to<T, kBytes>(targets[r] + v * V::kLanes, sum[r][v]);
 }
 
 // The same for one tile's worth of columns and any number of rows.
@@ -69,9 +74,7 @@ inline void correlate_tile(const T *const *lefts, const T *const *rights, int64_
                            int64_t stride) {
   constexpr int kBytes = SPARKME_VECTOR_BYTES;
   using V = VectorOf<T, kBytes>;
-  typename V::Vector sum[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = load<T, kBytes>(sums + r * stride + v * V::kLanes);
+  typename V::Vector sum[Rows][Vectors] = {};
   for (int64_t i = 0; i < count; ++i) {
     const T *numbers = lefts[i] + left;
     typename V::Vector values[Vectors];
@@ -80,7 +83,7 @@ inline void correlate_tile(const T *const *lefts, const T *const *rights, int64_
       for (int v = 0; v < Vectors; ++v) sum[r][v] += values[v] * numbers[r];
   }
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) store<T, kBytes>(sums + r * stride + v * V::kLanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) add_to<T, kBytes>(sums + r * stride + v * V::kLanes, sum[r][v]);
 }
 
 template <typename T, int Vectors>
