@@ -18,7 +18,6 @@
 //
 // What is lost at stride 32 goes into the kernel, 9 MB for 160 rows, which the rows' gradient has to turn round.
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -26,7 +25,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "bounds.h"
 #include "gemm.h"

@@ -1,16 +1,19 @@
 // A 1x1 convolution to more channels and the batch norm behind it, without their result in between: it is four times as wide as
 // what it is made of in a residual block, and would be written once and read four times.
 //
-// With rows y (N, K), kernel W (K, C) and x = y W:
-//   statistics  mean(x) = mean(y) W, and var(x) = diag(W' G W) / N with the Gram matrix G = sum of (y - mean(y))' (y -
-//   mean(y)); forward     x block by block, normalised before it leaves the cache; backward    with g the gradient of the
-//   norm's result and a = weight / deviation, the gradient of x is
-//                   a (g - s1 / N - (x - mean(x)) / deviation * s2 / N),   s1 = sum of g, s2 = sum of g (x - mean(x)) /
-//                   deviation.
-//               As x = y W, all of it is made of products of y, g and W: with P = y' g,
-//                   s2  = (colsum(W * P) - mean(x) s1) / deviation
-//                   dW  = (P - mean(y)' s1 - G W diag(s2 / (N deviation))) diag(a)
-//                   dy  = g (W diag(a))' - (y - mean(y)) M - (W diag(a)) s1 / N,   M = W diag(a s2 / (N deviation)) W'.
+// With rows y (N, K), kernel W (K, C), x = y W, and the Gram matrix G = sum of (y - mean(y))' (y - mean(y)):
+//
+// Statistics: mean(x) = mean(y) W, and var(x) = diag(W' G W) / N.
+//
+// Forward: x block by block, normalised before it leaves the cache.
+//
+// Backward: with g the gradient of the norm's result, a = weight / deviation, s1 = sum of g, and
+// s2 = sum of g (x - mean(x)) / deviation, the gradient of x is a (g - s1 / N - (x - mean(x)) / deviation * s2 / N).
+// As x = y W, all of it is made of products of y, g and W. With P = y' g and M = W diag(a s2 / (N deviation)) W',
+//     s2 = (colsum(W * P) - mean(x) s1) / deviation
+//     dW = (P - mean(y)' s1 - G W diag(s2 / (N deviation))) diag(a)
+//     dy = g (W diag(a))' - (y - mean(y)) M - (W diag(a)) s1 / N.
+//
 // That costs the products with G and M, K / C of the forward pass each, and saves x.
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
