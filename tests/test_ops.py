@@ -261,7 +261,8 @@ def test_linear_batch_norm(n: int, k: int, c: int, follows: str, dtype: torch.dt
 def test_mlp(n: int, c: int, h: int, dtype: torch.dtype) -> None:
     inputs = torch.randn(n, c), torch.randn(h, c) / c**0.5, torch.randn(h), torch.randn(c, h) / h**0.5, torch.randn(c)
     atol = 1.5e-2 if dtype == torch.bfloat16 else None  # three roundings one after the other
-    compare(ops.mlp, lambda *a: reference.mlp(*a)[0], *inputs, dtype=dtype, atol=atol)
+    compare(ops.mlp, lambda *a: reference.mlp(*a, None)[0], *inputs, dtype=dtype, atol=atol)
+    compare(ops.mlp, lambda *a: reference.mlp(*a)[0], *inputs, torch.rand(c), dtype=dtype, atol=atol)
 
 
 def test_gelu_of_large_numbers_and_nan() -> None:
@@ -291,7 +292,7 @@ def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str
     op = torch.ops.sparkme
     rows, n_out = random(len(inverse), 4), len(table)
     like, factor, product = random(len(rows), 4), numbers(2), (numbers(4), numbers(4, 4))
-    mlp = random(16, 4), random(16), random(5, 16), random(5)
+    mlp = random(16, 4), random(16), random(5, 16), random(5), random(5)
     taken = op.max_pool(rows.detach(), table, inverse)[1]
     return {
         "neighbour_table": (op.neighbour_table.default, (*sites, *window, False)),
@@ -319,7 +320,7 @@ def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str
                                    (random(len(rows), 8), rows, random(4, 8), random(len(rows), 8), *product, *norm(8)[:3],
                                     factor)),
         "mlp": (op.mlp.default, (rows, *mlp)),
-        "mlp_grad": (op.mlp_grad.default, (random(len(rows), 5), rows, random(len(rows), 16), mlp[0], mlp[2])),
+        "mlp_grad": (op.mlp_grad.default, (random(len(rows), 5), rows, random(len(rows), 16), mlp[0], *mlp[2:])),
     }  # fmt: skip
 
 
@@ -469,7 +470,9 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
                     lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 9), None)),
         "bias1": (r"bias1 must be \(8,\)",
                   lambda: ops.mlp(rows, torch.zeros(8, 4), torch.zeros(7), torch.zeros(4, 8), None)),
-        "raw weights": ("do not fit rows", lambda: raw.mlp(rows, torch.zeros(8, 5), None, torch.zeros(4, 8), None)),
+        "scale": (r"scale must be \(4,\)",
+                  lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 8), None, torch.zeros(8))),
+        "raw weights": ("do not fit rows", lambda: raw.mlp(rows, torch.zeros(8, 5), None, torch.zeros(4, 8), None, None)),
         "device": ("is on meta", lambda: ops.linear(rows, torch.zeros(4, 5, device="meta"))),
     }  # fmt: skip
 

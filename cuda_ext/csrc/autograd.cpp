@@ -57,13 +57,16 @@ SPARKME_OPERATOR(linear_batch_norm_grad,
                  std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor &, const Tensor &, const Tensor &, const Optional &,
                                                             const Tensor &, const Tensor &, const Tensor &, const Tensor &,
                                                             const Optional &, const Optional &))
-SPARKME_OPERATOR(mlp, Pair(const Tensor &, const Tensor &, const Optional &, const Tensor &, const Optional &))
-SPARKME_OPERATOR(mlp_grad, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor &, const Tensor &, const Tensor &,
-                                                                              const Tensor &, const Tensor &))
+SPARKME_OPERATOR(mlp, Pair(const Tensor &, const Tensor &, const Optional &, const Tensor &, const Optional &, const Optional &))
+SPARKME_OPERATOR(mlp_grad, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor &, const Tensor &, const Tensor &, const Tensor &, const Tensor &, const Optional &, const Optional &))
 
 }  // namespace op
 
 bool differs(const Optional &value) { return value && value->requires_grad(); }
+
+// (N, C) of (..., C). Below autograd it is no view that keeps its base: such a one autograd's sums could not be made in place.
+Tensor flat(const Tensor &value) { return value.dim() == 2 ? value : value.flatten(0, -2); }
+Optional flat(const Optional &value) { return value ? Optional(flat(*value)) : value; }
 
 // Undefined where there is none, as save_for_backward keeps it; and back.
 Tensor kept(const Optional &value) { return value.value_or(Tensor()); }
@@ -200,16 +203,21 @@ struct Linear : Function<Linear> {
   }
 };
 
+Tensor like_residual(Context *ctx, const Tensor &grad) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return grad.view(ctx->saved_data["residual"].toIntVector());
+}
+
 struct BatchNorm : Function<BatchNorm> {
   static Tensor forward(Context *ctx, const Tensor &rows, const Tensor &mean, const Tensor &deviation, const Optional &weight,
                         const Optional &bias, const Optional &factor, const Optional &residual, bool relu, bool training) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor out = op::batch_norm(rows, mean, deviation, weight, bias, factor, residual, relu, training);
+    const Tensor out = op::batch_norm(rows, mean, deviation, weight, bias, factor, flat(residual), relu, training);
     // Only after a residual the result's sign cannot be worked out from the rows.
     ctx->save_for_backward({rows, relu && residual ? out : Tensor(), mean, deviation, kept(weight), kept(bias), kept(factor)});
     ctx->saved_data["relu"] = relu;
     ctx->saved_data["training"] = training;
-    ctx->saved_data["residual"] = differs(residual);
+    if (differs(residual)) ctx->saved_data["residual"] = residual->sizes();
     return out;
   }
 
@@ -231,7 +239,7 @@ struct BatchNorm : Function<BatchNorm> {
     }
     if (differs(weight)) found[3] = sums.select(0, 1).to(weight->scalar_type());
     if (differs(bias)) found[4] = sums.select(0, 0).to(bias->scalar_type());
-    if (ctx->saved_data["residual"].toBool()) found[6] = grad;
+    if (ctx->saved_data.count("residual")) found[6] = like_residual(ctx, grad);
     return found;
   }
 };
@@ -242,10 +250,10 @@ struct LinearBatchNorm : Function<LinearBatchNorm> {
                         const Optional &factor, const Optional &residual, bool relu) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Tensor out =
-        op::linear_batch_norm(rows, kernel, row_mean, gram, mean, deviation, weight, bias, factor, residual, relu);
+        op::linear_batch_norm(rows, kernel, row_mean, gram, mean, deviation, weight, bias, factor, flat(residual), relu);
     ctx->save_for_backward(
         {rows, kernel, relu ? out : Tensor(), row_mean, gram, mean, deviation, kept(weight), kept(bias), kept(factor)});
-    ctx->saved_data["residual"] = differs(residual);
+    if (differs(residual)) ctx->saved_data["residual"] = residual->sizes();
     return out;
   }
 
@@ -259,19 +267,19 @@ struct LinearBatchNorm : Function<LinearBatchNorm> {
     if (saved[1].requires_grad()) found[1] = grad_kernel;
     if (differs(weight)) found[6] = sums.select(0, 1).to(weight->scalar_type());
     if (differs(bias)) found[7] = sums.select(0, 0).to(bias->scalar_type());
-    if (ctx->saved_data["residual"].toBool()) found[9] = saved[2].defined() ? grad : grads[0];
+    if (ctx->saved_data.count("residual")) found[9] = like_residual(ctx, saved[2].defined() ? grad : grads[0]);
     return found;
   }
 };
 
 struct Mlp : Function<Mlp> {
   static variable_list forward(Context *ctx, const Tensor &rows, const Tensor &weight1, const Optional &bias1,
-                               const Tensor &weight2, const Optional &bias2) {
+                               const Tensor &weight2, const Optional &bias2, const Optional &scale) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, hidden] = op::mlp(rows, weight1, bias1, weight2, bias2);
-    ctx->save_for_backward({rows, hidden, weight1, weight2});
+    auto [out, hidden] = op::mlp(rows, weight1, bias1, weight2, bias2, scale);
+    ctx->save_for_backward({rows, hidden, weight1, weight2, kept(bias2), kept(scale)});
     ctx->saved_data["needed"] = std::vector<int64_t>{rows.requires_grad(), weight1.requires_grad(), differs(bias1),
-                                                     weight2.requires_grad(), differs(bias2)};
+                                                     weight2.requires_grad(), differs(bias2), differs(scale)};
     ctx->mark_non_differentiable({hidden});
     return {out, hidden};
   }
@@ -279,8 +287,9 @@ struct Mlp : Function<Mlp> {
   static variable_list backward(Context *ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const auto needed = ctx->saved_data["needed"].toIntVector();
-    auto [rows, weight1, bias1, weight2, bias2] = op::mlp_grad(grads[0], saved[0], saved[1], saved[2], saved[3]);
-    variable_list out{rows, weight1, bias1, weight2, bias2};
+    auto [rows, weight1, bias1, weight2, bias2, scale] =
+        op::mlp_grad(grads[0], saved[0], saved[1], saved[2], saved[3], given(saved[4]), given(saved[5]));
+    variable_list out{rows, weight1, bias1, weight2, bias2, scale};
     for (size_t i = 0; i < out.size(); ++i)
       if (!needed[i]) out[i] = Tensor();
     return out;

@@ -205,7 +205,7 @@ def batch_norm(
         mean, inverse_deviation, weight, bias: (C,), of any floating type.
         training: whether mean and deviation are `batch_statistics` of these rows, so that the gradient goes through them.
         factor: (B,), for each sample; N is a multiple of B, and a sample's rows lie next to each other. No gradient.
-        residual: (N, C), of the rows' type.
+        residual: (N, C) or (..., C), as many rows, of the rows' type.
         relu: whether to end with one.
 
     Returns:
@@ -271,13 +271,17 @@ def linear_batch_norm(
     )
 
 
-def mlp(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
-    """gelu(rows @ weight1' + bias1) @ weight2' + bias2. Of what is between the layers only the first one's result is kept.
+def mlp(
+    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """scale * (gelu(rows @ weight1' + bias1) @ weight2' + bias2). Of what is between the layers only the first one's result is
+    kept.
 
     Args:
         rows: (N, C).
         weight1, bias1: (H, C) and (H,) or None, as in torch.nn.Linear.
         weight2, bias2: (C_out, H) and (C_out,) or None.
+        scale: (C_out,) or None, of any floating type.
 
     Returns:
         (N, C_out).
@@ -292,7 +296,9 @@ def mlp(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bi
             if bias.shape != weight.shape[:1]:
                 raise ValueError(f"{name} must be ({len(weight)},), got {tuple(bias.shape)}")
             _check_same(name, bias, rows)
-    return torch.ops.sparkme.mlp(rows, weight1, bias1, weight2, bias2)[0]
+    if scale is not None and scale.shape != weight2.shape[:1]:
+        raise ValueError(f"scale must be ({len(weight2)},), got {tuple(scale.shape)}")
+    return torch.ops.sparkme.mlp(rows, weight1, bias1, weight2, bias2, scale)[0]
 
 
 def _check_kernel(rows: Tensor, kernel: Tensor) -> None:
@@ -316,7 +322,7 @@ def _check_norm(
             raise ValueError("factor has no gradient, and requires one")
         _check_device("factor", factor, rows)
     if residual is not None:
-        if residual.shape != (len(rows), channels):
+        if residual.ndim < 2 or residual.shape[-1] != channels or residual.numel() != len(rows) * channels:
             raise ValueError(f"residual must be {(len(rows), channels)}, got {tuple(residual.shape)}")
         _check_same("residual", residual, rows)
 

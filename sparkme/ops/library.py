@@ -37,9 +37,9 @@ for _schema in (
     "bool relu) -> Tensor",
     "linear_batch_norm_grad(Tensor grad, Tensor rows, Tensor kernel, Tensor? out, Tensor row_mean, Tensor gram, Tensor mean, "
     "Tensor inverse_deviation, Tensor? weight, Tensor? factor) -> (Tensor, Tensor, Tensor, Tensor)",
-    "mlp(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2) -> (Tensor, Tensor)",
-    "mlp_grad(Tensor grad, Tensor rows, Tensor hidden, Tensor weight1, Tensor weight2) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "mlp(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? scale) -> (Tensor, Tensor)",
+    "mlp_grad(Tensor grad, Tensor rows, Tensor hidden, Tensor weight1, Tensor weight2, Tensor? bias2, Tensor? scale) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     LIBRARY.define(_schema)
 
@@ -187,11 +187,19 @@ def _(
 
 
 @torch.library.register_fake("sparkme::mlp", lib=LIBRARY)
-def _(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0], weight2.shape[0]), rows.new_empty(rows.shape[0], weight1.shape[0])
 
 
 @torch.library.register_fake("sparkme::mlp_grad", lib=LIBRARY)
-def _(grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, ...]:
+def _(
+    grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, ...]:
     biases = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
-    return rows.new_empty(rows.shape), weight1.new_empty(weight1.shape), biases[0], weight2.new_empty(weight2.shape), biases[1]
+    none = rows.new_empty(0, dtype=sum_type(rows.dtype))
+    return (
+        rows.new_empty(rows.shape), weight1.new_empty(weight1.shape), biases[0], weight2.new_empty(weight2.shape), biases[1],
+        none if scale is None else scale.new_empty(scale.shape),
+    )  # fmt: skip

@@ -105,7 +105,7 @@ def batch_norm(
     out = out if weight is None else out * weight
     out = out if bias is None else out + bias
     out = out if factor is None else out * factor.repeat_interleave(len(rows) // len(factor)).unsqueeze(1)
-    out = out if residual is None else out + residual
+    out = out if residual is None else out + residual.flatten(0, -2)
     return out.relu() if relu else out
 
 
@@ -121,6 +121,9 @@ def linear_batch_norm(
     return batch_norm(rows @ kernel, mean, inverse_deviation, weight, bias, factor, residual, relu, True)
 
 
-def mlp(rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> tuple[Tensor, Tensor]:
+def mlp(
+    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     hidden = F.linear(rows, weight1, bias1)
-    return F.linear(F.gelu(hidden), weight2, bias2), hidden
+    out = F.linear(F.gelu(hidden), weight2, bias2)
+    return out if scale is None else out * scale, hidden

@@ -114,12 +114,9 @@ class UnwrittenNorm(Unwritten):
             self.deviation = (variance + bn.eps).rsqrt()
 
     def compute(self, rows: Tensor) -> Tensor:
-        follows = self.follows
-        if "residual" in follows:
-            follows = follows | {"residual": follows["residual"].flatten(0, 1)}
         if self.kernel is not None:
-            return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **follows)
-        return ops.batch_norm(rows, self.mean, self.deviation, *self.affine, training=self.training, **follows)
+            return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **self.follows)
+        return ops.batch_norm(rows, self.mean, self.deviation, *self.affine, training=self.training, **self.follows)
 
     def relu(self) -> Unwritten | None:
         return None if "relu" in self.follows else self._with(relu=True)
@@ -146,6 +143,7 @@ class UnwrittenLinear(Unwritten):
         self.first = weight, bias
         self.second: tuple[Tensor, Tensor | None] | None = None
         self.activated = False
+        self.scale: Tensor | None = None
 
     def compute(self, rows: Tensor) -> Tensor:
         weight, bias = (None if value is None else value.to(rows.dtype) for value in self.first)
@@ -155,7 +153,7 @@ class UnwrittenLinear(Unwritten):
             return F.gelu(out) if self.activated else out
         last, last_bias = (None if value is None else value.to(rows.dtype) for value in self.second)
         assert last is not None
-        return ops.mlp(rows, weight, bias, last, last_bias).to(self.dtype)
+        return ops.mlp(rows, weight, bias, last, last_bias, self.scale).to(self.dtype)
 
     def gelu(self) -> Unwritten | None:
         return None if self.activated else self._with(activated=True)
@@ -166,11 +164,9 @@ class UnwrittenLinear(Unwritten):
         return self._with(second=(weight, bias), shape=torch.Size((*self.shape[:2], len(weight))))
 
     def times(self, other: Tensor) -> Unwritten | None:
-        if self.second is None or other.shape != (1, 1, self.shape[2]):
+        if self.second is None or self.scale is not None or other.shape != (1, 1, self.shape[2]):
             return None
-        weight, bias = self.second
-        scale, dtype = other.flatten(), torch.promote_types(self.dtype, other.dtype)
-        return self._with(second=(weight * scale.unsqueeze(1), None if bias is None else bias * scale), dtype=dtype)
+        return self._with(scale=other.flatten(), dtype=torch.promote_types(self.dtype, other.dtype))
 
     def _with(self, **changes: Any) -> Unwritten:
         out = copy(self)

@@ -100,7 +100,7 @@ at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const a
   TORCH_CHECK_VALUE(groups > 0 && rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ",
                     kernel_.sizes(), " does not fit rows ", rows_.sizes());
   check_table("table", table_, rows_.size(0));
-  return directly(rows_, kernel_.size(1)) ? sum_of_products(rows_, kernel_, table_, groups)
+  return directly(rows_, kernel_.size(1)) ? sum_of_products(rows_, kernel_, table_, groups, false)
                                           : conv_by_columns(rows_, kernel_, table_, groups);
 }
 
@@ -118,13 +118,13 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
     // Strided: by columns, three quarters of the products would be with zeros.
     return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse, groups).to(at::kBFloat16);
   }
+  const bool strided = inverse.size(0) > table_.size(0);  // three quarters of the columns would be zeros
+  if (directly(grad_, strided ? kFewChannels : out_width)) return sum_of_products(grad_, kernel_, inverse_, groups, true);
   const at::Tensor turned =
       groups == 1
           ? transposed(kernel_)
           : kernel_.view({taps, width, groups, out_width}).permute({0, 3, 2, 1}).reshape({taps, out_width, groups * width});
-  const bool strided = inverse.size(0) > table_.size(0);  // three quarters of the columns would be zeros
-  return directly(grad_, strided ? kFewChannels : out_width) ? sum_of_products(grad_, turned, inverse_, groups)
-                                                             : conv_by_columns(grad_, turned, inverse_, groups);
+  return conv_by_columns(grad_, turned, inverse_, groups);
 }
 
 at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &table, int64_t groups) {

@@ -70,5 +70,24 @@ void gelu_with_grad(const T *x, int64_t count, T *out, T *grad) {
   });
 }
 
+template <typename T>
+Sum<T> dot_and_scale(const T *x, int64_t count, Sum<T> scale, Sum<T> *grad) {
+  constexpr int kBytes = SPARKME_VECTOR_BYTES, kCount = VectorOf<Sum<T>, kBytes>::kLanes;
+  typename VectorOf<Sum<T>, kBytes>::Vector sums = {};
+  int64_t i = 0;
+  for (; i + kCount <= count; i += kCount) {
+    const auto g = load<Sum<T>, kBytes>(grad + i);
+    sums += load<T, kBytes>(x + i) * g;
+    store<Sum<T>, kBytes>(grad + i, g * scale);
+  }
+  Sum<T> sum = 0;
+  for (int k = 0; k < kCount; ++k) sum += sums[k];
+  for (; i < count; ++i) {
+    sum += static_cast<Sum<T>>(x[i]) * grad[i];
+    grad[i] *= scale;
+  }
+  return sum;
+}
+
 }  // namespace
 }  // namespace sparkme

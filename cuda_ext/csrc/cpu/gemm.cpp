@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "kernels.h"
 #include "products.h"
 
 namespace sparkme {
@@ -37,36 +38,7 @@ at::Tensor packed(const at::Tensor &matrix) {
   return matrix.is_contiguous() || matrix.t().is_contiguous() ? matrix : matrix.contiguous();
 }
 
-constexpr int64_t kSide = 16;  // of a square, which stays in the cache; a plain loop would read or write numbers far apart
-
-template <typename T>
-inline void transpose_square(const T *rows, int64_t channels, int64_t height, int64_t width, T *out, int64_t count) {
-  T square[kSide][kSide];
-  for (int64_t y = 0; y < height; ++y)
-    for (int64_t x = 0; x < width; ++x) square[x][y] = rows[y * channels + x];
-  for (int64_t x = 0; x < width; ++x)
-    for (int64_t y = 0; y < height; ++y) out[x * count + y] = square[x][y];
-}
-
-template <typename T>
-void transpose(const T *rows, int64_t count, int64_t channels, T *out) {
-  at::parallel_for(0, (count + kSide - 1) / kSide, std::max<int64_t>(1, 32768 / (kSide * channels + 1)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t first = begin * kSide; first < std::min(count, end * kSide); first += kSide) {
-                       const int64_t height = std::min(kSide, count - first);
-                       for (int64_t c = 0; c < channels; c += kSide) {
-                         const int64_t width = std::min(kSide, channels - c);
-                         const T *source = rows + first * channels + c;
-                         T *target = out + c * count + first;
-                         if (height == kSide && width == kSide) {  // sizes that the compiler knows
-                           transpose_square(source, channels, kSide, kSide, target, count);
-                         } else {
-                           transpose_square(source, channels, height, width, target, count);
-                         }
-                       }
-                     }
-                   });
-}
+constexpr int64_t kStrip = 16;  // rows that one thread transposes at least
 
 }  // namespace
 
@@ -75,8 +47,16 @@ at::Tensor transposed(const at::Tensor &matrices) {
   const int64_t height = matrices_.size(-2), width = matrices_.size(-1), area = height * width;
   at::Tensor out = at::empty_like(matrices_.transpose(-2, -1), at::MemoryFormat::Contiguous);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, matrices_.scalar_type(), "transposed", [&] {
-    for (int64_t first = 0; first < matrices_.numel(); first += area)
-      transpose(matrices_.const_data_ptr<scalar_t>() + first, height, width, out.mutable_data_ptr<scalar_t>() + first);
+    const scalar_t *source = matrices_.const_data_ptr<scalar_t>();
+    scalar_t *target = out.mutable_data_ptr<scalar_t>();
+    const int64_t strips = (height + kStrip - 1) / kStrip, count = area == 0 ? 0 : matrices_.numel() / area;
+    at::parallel_for(0, count * strips, std::max<int64_t>(1, 32768 / (kStrip * width + 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t matrix = i / strips * area, first = i % strips * kStrip;
+        kernels_of<scalar_t>().transpose(source + matrix + first * width, width, std::min(kStrip, height - first), width,
+                                         target + matrix + first, height);
+      }
+    });
   });
   return out;
 }

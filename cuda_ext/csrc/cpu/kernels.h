@@ -40,13 +40,19 @@ struct Kernels {
   void (*convolve)(const DepthwisePatch<T> &patch, const Sum<T> *kernel, T *out);
   // sums (height * width, C) += the product of grad (side^2, C) and the patch, for `count` patches.
   void (*correlate)(const DepthwisePatch<T> *patches, const T *const *grads, int64_t count, Sum<T> *sums);
-  // targets[i] (columns) += sources[i] (depth) times kernel (depth, columns), for `count` pairs. Not for bfloat16.
-  void (*multiply_rows)(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *kernel,
+  // out (channels, count) = rows (count, channels) transposed; rows of both are their stride apart.
+  void (*transpose)(const T *rows, int64_t stride, int64_t count, int64_t channels, T *out, int64_t out_stride);
+  // The next four not for bfloat16. A panel holds at most panel_columns of a matrix, (depth, columns), with zeros behind them up
+  // to a whole vector; the matrix' rows are `stride` apart, and if it is transposed, they are its columns.
+  int64_t panel_columns;
+  void (*pack)(const T *matrix, int64_t stride, bool transposed, int64_t depth, int64_t columns, T *panel);
+  // targets[i] (columns) += sources[i] (depth) times a panel, for `count` pairs.
+  void (*multiply_rows)(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *panel,
                         int64_t columns);
-  // sums (depth, columns), whose rows are `stride` apart, += the sum of the outer products of lefts[i] (depth) and rights[i]
-  // (columns). Not for bfloat16.
-  void (*correlate_rows)(const T *const *lefts, const T *const *rights, int64_t count, int64_t depth, int64_t columns, T *sums,
-                         int64_t stride);
+  // sums (depth, columns), whose rows are `stride` apart, += the sum of the outer products of lefts[i] (depth, from number `left`
+  // on) and rights[i] (columns); = instead of += where they are the first.
+  void (*correlate_rows)(const T *const *lefts, const T *const *rights, int64_t count, int64_t left, int64_t depth,
+                         int64_t columns, T *sums, int64_t stride, bool first);
   // sums (2, C) = the sum of rows - the first row, and of its square.
   void (*statistics)(const T *rows, int64_t count, int64_t channels, Sum<T> *sums);
   // out = y; residual may be null.
@@ -60,6 +66,11 @@ struct Kernels {
   // masked = grad where out > 0, or nothing where out is null; sums (C) = the sum of that times the rows' factors.
   void (*masked_sums)(const T *grad, const T *out, const Sum<T> *factors, int64_t count, int64_t channels, Sum<T> *sums,
                       T *masked);
+  // out (C) = the sum of `count` rows, of each those channels whose `taken` is the row's tap.
+  void (*sum_taken)(const T *const *rows, const uint8_t *const *taken, const uint8_t *taps, int64_t count, int64_t channels,
+                    T *out);
+  // The sum of x * grad; grad becomes its product with scale.
+  Sum<T> (*dot_and_scale)(const T *x, int64_t count, Sum<T> scale, Sum<T> *grad);
   // out = GELU of x; grad becomes its product with GELU's derivative there.
   void (*gelu)(const T *x, int64_t count, T *out);
   void (*gelu_with_grad)(const T *x, int64_t count, T *out, T *grad);

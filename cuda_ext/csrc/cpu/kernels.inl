@@ -2,6 +2,7 @@
 #include "depthwise_kernels.inl"
 #include "gelu_kernels.inl"
 #include "norm_kernels.inl"
+#include "pooling_kernels.inl"
 #include "product_kernels.inl"
 
 namespace sparkme {
@@ -12,7 +13,10 @@ constexpr Kernels<T> all_kernels() {
   Kernels<T> all{};
   all.convolve = convolve<T>;
   all.correlate = correlate<T>;
+  all.transpose = transpose<T>;
   if constexpr (!std::is_same_v<T, c10::BFloat16>) {
+    all.panel_columns = kPanelColumns<T>;
+    all.pack = pack<T>;
     all.multiply_rows = multiply_rows<T>;
     all.correlate_rows = correlate_rows<T>;
   }
@@ -21,6 +25,8 @@ constexpr Kernels<T> all_kernels() {
   all.norm_grad_sums = norm_grad_sums<T>;
   all.norm_grad_rows = norm_grad_rows<T>;
   all.masked_sums = masked_sums<T>;
+  all.sum_taken = sum_taken<T>;
+  all.dot_and_scale = dot_and_scale<T>;
   all.gelu = gelu<T>;
   all.gelu_with_grad = gelu_with_grad<T>;
   return all;

@@ -54,11 +54,7 @@ at::Tensor linear_batch_norm(const at::Tensor &rows, const at::Tensor &kernel, c
   const at::Tensor rows_ = rows.contiguous();
   const int64_t num_rows = rows_.size(0), channels = kernel.size(1);
   at::Tensor out = at::empty({num_rows, channels}, rows_.options());
-  Optional added;
-  if (residual) {
-    check_like("residual", *residual, out);
-    added = residual->contiguous();
-  }
+  const Optional added = residual ? Optional(residual_of(*residual, out)) : std::nullopt;
   const Norm norm(out, mean, inverse_deviation, weight, bias, factor, relu);
   const int64_t block = std::max<int64_t>(64, kBlockBytes / std::max<int64_t>(1, channels * rows_.element_size()));
   for (int64_t first = 0; first < num_rows; first += block) {

@@ -1,10 +1,13 @@
 // Two linear layers with GELU between them, as in ConvNeXt's blocks, where the layer between is four times as wide as the rest.
+// A factor for each channel of the result, ConvNeXt's layer scale, is part of it.
+//
 // What is kept of it is the first layer's result; GELU's is made again for the gradient, a block of rows at a time, and so is
 // its derivative, so that neither of them leaves the cache.
 #include <torch/library.h>
 
 #include "gemm.h"
 #include "norm.h"
+#include "products.h"
 
 namespace sparkme {
 namespace {
@@ -53,40 +56,80 @@ at::Tensor gelu_with_grad(const at::Tensor &x, at::Tensor &grad) {
 }
 
 std::tuple<at::Tensor, at::Tensor> mlp(const at::Tensor &rows, const at::Tensor &weight1, const Optional &bias1,
-                                       const at::Tensor &weight2, const Optional &bias2) {
+                                       const at::Tensor &weight2, const Optional &bias2, const Optional &scale) {
   check_weights(rows, weight1, weight2);
   const at::Tensor hidden = gemm(rows.contiguous(), weight1.t(), bias1).contiguous();
   const int64_t num_rows = rows.size(0), block = block_of(hidden);
   at::Tensor out = at::empty({num_rows, weight2.size(0)}, rows.options());
   for (int64_t first = 0; first < num_rows; first += block) {
     const int64_t count = std::min(block, num_rows - first);
-    out.narrow(0, first, count).copy_(gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2));
+    at::Tensor part = gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2);
+    if (scale) part.mul_(*scale);
+    out.narrow(0, first, count).copy_(part);
   }
   return {out, hidden};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_grad(const at::Tensor &grad, const at::Tensor &rows,
-                                                                                const at::Tensor &hidden,
-                                                                                const at::Tensor &weight1,
-                                                                                const at::Tensor &weight2) {
+// sums += left' right, or = where it is the first.
+void add_product(const at::Tensor &left, const at::Tensor &right, at::Tensor &sums, bool first) {
+  if (left.scalar_type() != at::kBFloat16) {
+    add_outer_product(left, right, sums, first);
+  } else if (first) {
+    sums.copy_(gemm(left.t(), right));
+  } else {
+    sums.add_(gemm(left.t(), right));
+  }
+}
+
+// From the gradient of the second weight without the scale: that of the scale, and with it.
+template <typename T>
+at::Tensor scaled_gradient(at::Tensor &grad_weight, const at::Tensor &weight, const at::Tensor &scale) {
+  const int64_t width = weight.size(1);
+  at::Tensor grad_scale = at::empty({weight.size(0)}, grad_weight.options());
+  const T *weights = weight.const_data_ptr<T>();
+  const Sum<T> *scales = scale.const_data_ptr<Sum<T>>();
+  Sum<T> *grads = grad_weight.mutable_data_ptr<Sum<T>>(), *out = grad_scale.mutable_data_ptr<Sum<T>>();
+  at::parallel_for(0, weight.size(0), std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      out[c] = kernels_of<T>().dot_and_scale(weights + c * width, width, scales[c], grads + c * width);
+  });
+  return grad_scale;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_grad(
+    const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &hidden, const at::Tensor &weight1,
+    const at::Tensor &weight2, const Optional &bias2, const Optional &scale) {
   check_weights(rows, weight1, weight2);
   const at::Tensor grad_ = grad.contiguous(), rows_ = rows.contiguous(), hidden_ = hidden.contiguous();
   const auto sums = sum_type(rows), type = rows.scalar_type();
   const auto options = rows_.options().dtype(sums);
   const int64_t num_rows = rows_.size(0), block = block_of(hidden_);
   at::Tensor grad_rows = at::empty_like(rows_), grad_bias1 = at::zeros({weight1.size(0)}, options);
-  at::Tensor grad_weight1 = at::zeros(weight1.sizes(), options), grad_weight2 = at::zeros(weight2.sizes(), options);
+  at::Tensor grad_weight1 = at::empty(weight1.sizes(), options), grad_weight2 = at::empty(weight2.sizes(), options);
+  if (num_rows == 0) {
+    grad_weight1.zero_();
+    grad_weight2.zero_();
+  }
   for (int64_t first = 0; first < num_rows; first += block) {
     const int64_t count = std::min(block, num_rows - first);
     const at::Tensor g = grad_.narrow(0, first, count);
-    at::Tensor wide = gemm(g, weight2).contiguous();
+    at::Tensor wide = gemm(scale ? (g * *scale).to(type) : g, weight2).contiguous();
     const at::Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
-    grad_weight2.add_(gemm(g.t(), active));
-    grad_weight1.add_(gemm(wide.t(), rows_.narrow(0, first, count)));
+    add_product(g, active, grad_weight2, first == 0);
+    add_product(wide, rows_.narrow(0, first, count), grad_weight1, first == 0);
     grad_bias1.add_(wide.sum(0, false, sums));
     grad_rows.narrow(0, first, count).copy_(gemm(wide, weight1));
   }
-  return {grad_rows, grad_weight1.to(type), grad_bias1.to(type), grad_weight2.to(type), grad_.sum(0, false, sums).to(type)};
+  at::Tensor grad_bias2 = grad_.sum(0, false, sums), grad_scale = at::empty({0}, options);
+  if (scale) {
+    const at::Tensor scales = scale->to(sums).contiguous(), weight = weight2.contiguous();
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, type, "mlp_grad",
+                                   [&] { grad_scale = scaled_gradient<scalar_t>(grad_weight2, weight, scales); });
+    if (bias2) grad_scale.addcmul_(bias2->to(sums), grad_bias2);
+    grad_bias2.mul_(scales);
+  }
+  return {grad_rows, grad_weight1.to(type), grad_bias1.to(type), grad_weight2.to(type), grad_bias2.to(type),
+          scale ? grad_scale.to(scale->scalar_type()) : grad_scale};
 }
 
 }  // namespace

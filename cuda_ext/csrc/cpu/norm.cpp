@@ -53,11 +53,7 @@ at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::
                       const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual, bool relu,
                       bool /*training: whether the statistics are the rows' own, for the gradient*/) {
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
-  Optional added;
-  if (residual) {
-    check_like("residual", *residual, norm.rows);
-    added = residual->contiguous();
-  }
+  const Optional added = residual ? Optional(residual_of(*residual, norm.rows)) : std::nullopt;
   const Parts parts(norm.rows.size(0));
   at::Tensor out = at::empty_like(norm.rows);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "batch_norm", [&] {

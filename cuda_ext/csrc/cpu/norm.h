@@ -63,6 +63,14 @@ inline Optional per_row(const Optional &factor, const at::Tensor &rows) {
       .contiguous();
 }
 
+// What is added to rows (N, C), in their shape.
+inline at::Tensor residual_of(const at::Tensor &residual, const at::Tensor &rows) {
+  TORCH_CHECK_VALUE(residual.numel() == rows.numel() && residual.dim() > 0 && residual.size(-1) == rows.size(1) &&
+                        residual.scalar_type() == rows.scalar_type(),
+                    "residual must be like rows, ", rows.sizes(), ", got ", residual.sizes());
+  return residual.reshape(rows.sizes()).contiguous();
+}
+
 inline void check_like(const char *name, const at::Tensor &value, const at::Tensor &rows) {
   TORCH_CHECK_VALUE(value.sizes() == rows.sizes() && value.scalar_type() == rows.scalar_type(), name, " must be like rows, ",
                     rows.sizes(), ", got ", value.sizes());
@@ -86,8 +94,18 @@ struct Norm {
     mean = per_channel("mean", mean_, rows, 0);
     deviation = per_channel("inverse_deviation", inverse_deviation, rows, 1);
     weight = per_channel("weight", weight_, rows, 1);
-    scale = weight * deviation;
-    shift = per_channel("bias", bias, rows, 0) - mean * scale;
+    const at::Tensor offset = per_channel("bias", bias, rows, 0);
+    scale = at::empty_like(mean);
+    shift = at::empty_like(mean);
+    AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "batch_norm", [&] {  // one loop instead of several operators
+      const scalar_t *means = mean.const_data_ptr<scalar_t>(), *offsets = offset.const_data_ptr<scalar_t>();
+      const scalar_t *weights = weight.const_data_ptr<scalar_t>(), *deviations = deviation.const_data_ptr<scalar_t>();
+      scalar_t *scales = scale.mutable_data_ptr<scalar_t>(), *shifts = shift.mutable_data_ptr<scalar_t>();
+      for (int64_t c = 0; c < rows.size(1); ++c) {
+        scales[c] = weights[c] * deviations[c];
+        shifts[c] = offsets[c] - means[c] * scales[c];
+      }
+    });
     factors = per_row(factor, rows);
   }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bounds.h"
+#include "kernels.h"
 
 namespace sparkme {
 namespace {
@@ -67,47 +68,34 @@ std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Te
   return {out, taken};
 }
 
-// Sums, over the taps, the neighbours; with `taken` (of the shape of rows) those channels only whose tap it names.
-template <typename T>
-void sum_neighbours(const at::Tensor &rows, const at::Tensor &table, at::Tensor &out, at::opmath_type<T> scale,
-                    const uint8_t *taken) {
-  using Sum = at::opmath_type<T>;
-  using Tap = std::conditional_t<std::is_same_v<Sum, double>, int64_t, int32_t>;
-  const int64_t channels = rows.size(1), taps = table.size(1);
-  const T *source = rows.const_data_ptr<T>();
-  const int32_t *entries = table.const_data_ptr<int32_t>();
-  T *target = out.mutable_data_ptr<T>();
-  at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<Sum> sums(channels);
-    Sum *__restrict sum = sums.data();
-    for (int64_t n = begin; n < end; ++n) {
-      std::fill_n(sum, channels, Sum(0));
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int32_t entry = entries[n * taps + tap];
-        if (entry < 0) continue;
-        const T *__restrict row = source + entry * channels;
-        if (taken) {
-          const uint8_t *__restrict from = taken + entry * channels;
-          const auto wanted = static_cast<Tap>(tap);
-          for (int64_t c = 0; c < channels; ++c) {
-            sum[c] += static_cast<Tap>(from[c]) == wanted ? static_cast<Sum>(row[c]) : Sum(0);
-          }
-        } else {
-          for (int64_t c = 0; c < channels; ++c) sum[c] += static_cast<Sum>(row[c]);
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) target[n * channels + c] = static_cast<T>(sum[c] * scale);
-    }
-  });
-}
-
 at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, const at::Tensor &inverse) {
   const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
   check_table("inverse", inverse_, grad_.size(0));
   TORCH_CHECK_VALUE(taken_.sizes() == grad_.sizes(), "taken must have the shape of grad");
-  at::Tensor out = at::empty({inverse_.size(0), grad_.size(1)}, grad_.options());
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "max_pool_grad_rows",
-                                 [&] { sum_neighbours<scalar_t>(grad_, inverse_, out, 1, taken_.const_data_ptr<uint8_t>()); });
+  const int64_t channels = grad_.size(1), taps = inverse_.size(1);
+  at::Tensor out = at::empty({inverse_.size(0), channels}, grad_.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "max_pool_grad_rows", [&] {
+    const int32_t *entries = inverse_.const_data_ptr<int32_t>();
+    const scalar_t *source = grad_.const_data_ptr<scalar_t>();
+    const uint8_t *from = taken_.const_data_ptr<uint8_t>();
+    scalar_t *target = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<const scalar_t *> rows(taps);
+      std::vector<const uint8_t *> takens(taps);
+      std::vector<uint8_t> names(taps);
+      for (int64_t n = begin; n < end; ++n) {
+        int64_t count = 0;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t entry = entries[n * taps + tap];
+          if (entry < 0) continue;
+          rows[count] = source + entry * channels;
+          takens[count] = from + entry * channels;
+          names[count++] = static_cast<uint8_t>(tap);
+        }
+        kernels_of<scalar_t>().sum_taken(rows.data(), takens.data(), names.data(), count, channels, target + n * channels);
+      }
+    });
+  });
   return out;
 }
 
@@ -117,7 +105,25 @@ at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::T
   at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "avg_pool", [&] {
     using Sum = at::opmath_type<scalar_t>;
-    sum_neighbours<scalar_t>(rows_, table_, out, Sum(1) / static_cast<Sum>(table_.size(1)), nullptr);
+    const int64_t channels = rows_.size(1), taps = table_.size(1);
+    const Sum scale = Sum(1) / static_cast<Sum>(taps);
+    const scalar_t *source = rows_.const_data_ptr<scalar_t>();
+    const int32_t *entries = table_.const_data_ptr<int32_t>();
+    scalar_t *target = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<Sum> sums(channels);
+      Sum *__restrict sum = sums.data();
+      for (int64_t n = begin; n < end; ++n) {
+        std::fill_n(sum, channels, Sum(0));
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int32_t entry = entries[n * taps + tap];
+          if (entry < 0) continue;
+          const scalar_t *__restrict row = source + entry * channels;
+          for (int64_t c = 0; c < channels; ++c) sum[c] += static_cast<Sum>(row[c]);
+        }
+        for (int64_t c = 0; c < channels; ++c) target[n * channels + c] = static_cast<scalar_t>(sum[c] * scale);
+      }
+    });
   });
   return out;
 }

@@ -1,4 +1,6 @@
-// Products of rows that lie anywhere, such as a convolution's: neither the rows nor the results are copied together.
+// Products of rows that lie anywhere, such as a convolution's: neither the rows nor the results are copied together. The matrix
+// that they are multiplied with is, a panel at a time: as it lies, its rows may be a power of two apart, and then a cache holds
+// few of them.
 #include "vectors.inl"
 
 namespace sparkme {
@@ -8,7 +10,10 @@ namespace {
 constexpr int kTileRows = 6, kTileVectors = SPARKME_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <typename T>
-constexpr int64_t kTileColumns = kTileVectors * VectorOf<Sum<T>, SPARKME_VECTOR_BYTES>::kLanes;
+constexpr int kLanes = VectorOf<Sum<T>, SPARKME_VECTOR_BYTES>::kLanes;
+
+template <typename T>
+constexpr int64_t kPanelColumns = kTileVectors * kLanes<T>;
 
 // Sums are made tile by tile, from zero, and then added: of thousands of terms one after the other the last digits would be
 // lost.
@@ -17,15 +22,27 @@ inline void add_to(T *target, typename VectorOf<T, Bytes>::Vector sum) {
   store<T, Bytes>(target, load<T, Bytes>(target) + sum);
 }
 
-// tile (Rows, Vectors) += the rows' first `depth` numbers times the panel (depth, ...), whose rows are `stride` apart.
+// Calls body with 0 < value <= Most as a constant.
+template <int Most, typename Body>
+inline void with_constant(int64_t value, const Body &body) {
+  if constexpr (Most > 0) {
+    if (value == Most) {
+      body(std::integral_constant<int, Most>());
+    } else {
+      with_constant<Most - 1>(value, body);
+    }
+  }
+}
+
+// targets (Rows, Vectors) += the sources' first `depth` numbers times the panel.
 template <typename T, int Rows, int Vectors>
-inline void multiply_tile(const T *const *sources, T *const *targets, int64_t depth, const T *panel, int64_t stride) {
+inline void multiply_tile(const T *const *sources, T *const *targets, int64_t depth, const T *panel) {
   constexpr int kBytes = SPARKME_VECTOR_BYTES;
   using V = VectorOf<T, kBytes>;
   typename V::Vector sum[Rows][Vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     typename V::Vector weights[Vectors];
-    for (int v = 0; v < Vectors; ++v) weights[v] = load<T, kBytes>(panel + k * stride + v * V::kLanes);
+    for (int v = 0; v < Vectors; ++v) weights[v] = load<T, kBytes>(panel + (k * Vectors + v) * V::kLanes);
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < Vectors; ++v) sum[r][v] += weights[v] * sources[r][k];
   }
@@ -33,89 +50,140 @@ inline void multiply_tile(const T *const *sources, T *const *targets, int64_t de
     for (int v = 0; v < Vectors; ++v) add_to<T, kBytes>(targets[r] + v * V::kLanes, sum[r][v]);
 }
 
-// The same for one tile's worth of columns and any number of rows.
-template <typename T, int Vectors>
-void multiply_columns(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *panel,
-                      int64_t stride) {
-  int64_t i = 0;
-  for (; i + kTileRows <= count; i += kTileRows)
-    multiply_tile<T, kTileRows, Vectors>(sources + i, targets + i, depth, panel, stride);
-  for (; i < count; ++i) multiply_tile<T, 1, Vectors>(sources + i, targets + i, depth, panel, stride);
-}
-
 template <typename T>
-void multiply_rows(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *kernel, int64_t columns) {
-  constexpr int kLanes = VectorOf<T, SPARKME_VECTOR_BYTES>::kLanes;
-  std::vector<T *> shifted(targets, targets + count);
-  int64_t c = 0;
-  const auto advance = [&](int64_t by) {
-    c += by;
-    for (T *&target : shifted) target += by;
-  };
-  for (; c + kTileColumns<T> <= columns; advance(kTileColumns<T>))
-    multiply_columns<T, kTileVectors>(sources, shifted.data(), count, depth, kernel + c, columns);
-  for (; c + kLanes <= columns; advance(kLanes))
-    multiply_columns<T, 1>(sources, shifted.data(), count, depth, kernel + c, columns);
-  if (c == columns) return;
-  // What is left over is less than a vector: with zeros behind it, and its results through a copy.
-  const int64_t rest = columns - c;
-  std::vector<T> panel(depth * kLanes, T(0)), results(count * kLanes, T(0));
-  for (int64_t k = 0; k < depth; ++k) std::copy_n(kernel + k * columns + c, rest, panel.data() + k * kLanes);
-  std::vector<T *> places(count);
-  for (int64_t i = 0; i < count; ++i) places[i] = results.data() + i * kLanes;
-  multiply_columns<T, 1>(sources, places.data(), count, depth, panel.data(), kLanes);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t x = 0; x < rest; ++x) shifted[i][x] += places[i][x];
+void multiply_rows(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *panel, int64_t columns) {
+  const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>, whole = vectors * kLanes<T>;
+  // A vector that is not full would be written past the end of a row.
+  std::vector<T> results(columns == whole ? 0 : count * whole, T(0));
+  std::vector<T *> places(columns == whole ? 0 : count);
+  for (size_t i = 0; i < places.size(); ++i) places[i] = results.data() + i * whole;
+  T *const *to = columns == whole ? targets : places.data();
+  with_constant<kTileVectors>(vectors, [&](auto constant) {
+    constexpr int kVectors = decltype(constant)::value;
+    int64_t i = 0;
+    for (; i + kTileRows <= count; i += kTileRows)
+      multiply_tile<T, kTileRows, kVectors>(sources + i, to + i, depth, panel);
+    with_constant<kTileRows - 1>(count - i, [&](auto rest) {
+      multiply_tile<T, decltype(rest)::value, kVectors>(sources + i, to + i, depth, panel);
+    });
+  });
+  for (size_t i = 0; i < places.size(); ++i)
+    for (int64_t c = 0; c < columns; ++c) targets[i][c] += places[i][c];
 }
 
-// sums (Rows, Vectors), whose rows are `stride` apart, += the outer products of each pair's numbers.
+// sums (Rows, Vectors), whose rows are `stride` apart, += the outer products of each pair's numbers, or = where they are the
+// first.
 template <typename T, int Rows, int Vectors>
-inline void correlate_tile(const T *const *lefts, const T *const *rights, int64_t count, int64_t left, int64_t right, T *sums,
-                           int64_t stride) {
+inline void correlate_tile(const T *const *lefts, const T *panel, int64_t count, int64_t left, T *sums, int64_t stride,
+                           bool first) {
   constexpr int kBytes = SPARKME_VECTOR_BYTES;
   using V = VectorOf<T, kBytes>;
   typename V::Vector sum[Rows][Vectors] = {};
   for (int64_t i = 0; i < count; ++i) {
     const T *numbers = lefts[i] + left;
     typename V::Vector values[Vectors];
-    for (int v = 0; v < Vectors; ++v) values[v] = load<T, kBytes>(rights[i] + right + v * V::kLanes);
+    for (int v = 0; v < Vectors; ++v) values[v] = load<T, kBytes>(panel + (i * Vectors + v) * V::kLanes);
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < Vectors; ++v) sum[r][v] += values[v] * numbers[r];
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) add_to<T, kBytes>(sums + r * stride + v * V::kLanes, sum[r][v]);
-}
-
-template <typename T, int Vectors>
-void correlate_columns(const T *const *lefts, const T *const *rights, int64_t count, int64_t depth, int64_t right, T *sums,
-                       int64_t stride) {
-  int64_t left = 0;
-  for (; left + kTileRows <= depth; left += kTileRows)
-    correlate_tile<T, kTileRows, Vectors>(lefts, rights, count, left, right, sums + left * stride, stride);
-  for (; left + 2 <= depth; left += 2)
-    correlate_tile<T, 2, Vectors>(lefts, rights, count, left, right, sums + left * stride, stride);
-  for (; left < depth; ++left) correlate_tile<T, 1, Vectors>(lefts, rights, count, left, right, sums + left * stride, stride);
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      T *to = sums + r * stride + v * V::kLanes;
+      if (first) {
+        store<T, kBytes>(to, sum[r][v]);
+      } else {
+        add_to<T, kBytes>(to, sum[r][v]);
+      }
+    }
+  }
 }
 
 template <typename T>
-void correlate_rows(const T *const *lefts, const T *const *rights, int64_t count, int64_t depth, int64_t columns, T *sums,
-                    int64_t stride) {
-  constexpr int kLanes = VectorOf<T, SPARKME_VECTOR_BYTES>::kLanes;
-  int64_t c = 0;
-  for (; c + kTileColumns<T> <= columns; c += kTileColumns<T>)
-    correlate_columns<T, kTileVectors>(lefts, rights, count, depth, c, sums + c, stride);
-  for (; c + kLanes <= columns; c += kLanes) correlate_columns<T, 1>(lefts, rights, count, depth, c, sums + c, stride);
-  if (c == columns) return;
-  const int64_t rest = columns - c;
-  std::vector<T> values(count * kLanes, T(0)), results(depth * kLanes, T(0));
-  std::vector<const T *> places(count);
-  for (int64_t i = 0; i < count; ++i) {
-    std::copy_n(rights[i] + c, rest, values.data() + i * kLanes);
-    places[i] = values.data() + i * kLanes;
+void correlate_rows(const T *const *lefts, const T *const *rights, int64_t count, int64_t left, int64_t depth, int64_t columns,
+                    T *sums, int64_t stride, bool first) {
+  std::vector<T> panel(count * kPanelColumns<T>), results;
+  for (int64_t c = 0; c < columns; c += kPanelColumns<T>) {
+    const int64_t width = std::min(kPanelColumns<T>, columns - c), vectors = (width + kLanes<T> - 1) / kLanes<T>;
+    const int64_t whole = vectors * kLanes<T>;
+    if (width < whole) {  // the last vector would be written past the end of a row
+      std::fill(panel.begin(), panel.end(), T(0));
+      results.resize(depth * whole);
+    }
+    for (int64_t i = 0; i < count; ++i) std::copy_n(rights[i] + c, width, panel.data() + i * whole);
+    T *const to = width < whole ? results.data() : sums + c;
+    const int64_t apart = width < whole ? whole : stride;
+    const bool replaced = width < whole || first;
+    with_constant<kTileVectors>(vectors, [&](auto constant) {
+      constexpr int kVectors = decltype(constant)::value;
+      int64_t k = 0;
+      for (; k + kTileRows <= depth; k += kTileRows)
+        correlate_tile<T, kTileRows, kVectors>(lefts, panel.data(), count, left + k, to + k * apart, apart, replaced);
+      with_constant<kTileRows - 1>(depth - k, [&](auto rest) {
+        correlate_tile<T, decltype(rest)::value, kVectors>(lefts, panel.data(), count, left + k, to + k * apart, apart,
+                                                           replaced);
+      });
+    });
+    if (to != results.data()) continue;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t x = 0; x < width; ++x) sums[k * stride + c + x] = (first ? T(0) : sums[k * stride + c + x]) + to[k * whole + x];
   }
-  correlate_columns<T, 1>(lefts, places.data(), count, depth, 0, results.data(), kLanes);
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t x = 0; x < rest; ++x) sums[k * stride + c + x] += results[k * kLanes + x];
+}
+
+// The numbers of a and b in turn, from a's first or from its middle on.
+template <typename Vector, int... Lane>
+inline Vector mixed(Vector a, Vector b, int half, std::integer_sequence<int, Lane...>) {
+  constexpr int kCount = sizeof...(Lane);
+#if defined(__clang__)
+  return half ? __builtin_shufflevector(a, b, (kCount / 2 + Lane / 2 + Lane % 2 * kCount)...)
+              : __builtin_shufflevector(a, b, (Lane / 2 + Lane % 2 * kCount)...);
+#else
+  return half ? __builtin_shuffle(a, b, Vector{(kCount / 2 + Lane / 2 + Lane % 2 * kCount)...})
+              : __builtin_shuffle(a, b, Vector{(Lane / 2 + Lane % 2 * kCount)...});
+#endif
+}
+
+// A square of numbers turned over: each round, of log2(side), puts two vectors' numbers in turn.
+template <typename T>
+struct Square {
+  static constexpr int kBytes = std::min<int>(SPARKME_VECTOR_BYTES, 16 * sizeof(T)), kSide = kBytes / sizeof(T);
+  typedef BitsOf<T> Vector __attribute__((vector_size(kBytes)));
+  typedef BitsOf<T> Unaligned __attribute__((vector_size(kBytes), aligned(1), may_alias));
+
+  static inline void transpose(const T *rows, int64_t stride, T *out, int64_t out_stride) {
+    Vector square[kSide], next[kSide];
+    for (int r = 0; r < kSide; ++r) square[r] = *reinterpret_cast<const Unaligned *>(rows + r * stride);
+    for (int round = 1; round < kSide; round *= 2) {
+      for (int r = 0; r < kSide; ++r)
+        next[r] = mixed(square[r / 2], square[r / 2 + kSide / 2], r % 2, std::make_integer_sequence<int, kSide>());
+      for (int r = 0; r < kSide; ++r) square[r] = next[r];
+    }
+    for (int r = 0; r < kSide; ++r) *reinterpret_cast<Unaligned *>(out + r * out_stride) = square[r];
+  }
+};
+
+template <typename T>
+void transpose(const T *rows, int64_t stride, int64_t count, int64_t channels, T *out, int64_t out_stride) {
+  constexpr int64_t kSide = Square<T>::kSide;
+  for (int64_t n = 0; n < count; n += kSide) {
+    const int64_t height = std::min(kSide, count - n);
+    int64_t c = 0;
+    if (height == kSide)
+      for (; c + kSide <= channels; c += kSide)
+        Square<T>::transpose(rows + n * stride + c, stride, out + c * out_stride + n, out_stride);
+    for (; c < channels; ++c)
+      for (int64_t y = 0; y < height; ++y) out[c * out_stride + n + y] = rows[(n + y) * stride + c];
+  }
+}
+
+template <typename T>
+void pack(const T *matrix, int64_t stride, bool transposed, int64_t depth, int64_t columns, T *panel) {
+  const int64_t whole = (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  if (columns < whole) std::fill_n(panel, depth * whole, T(0));
+  if (transposed) {
+    transpose(matrix, stride, columns, depth, panel, whole);
+  } else {
+    for (int64_t k = 0; k < depth; ++k) std::copy_n(matrix + k * stride, columns, panel + k * whole);
+  }
 }
 
 }  // namespace

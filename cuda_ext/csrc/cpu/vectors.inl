@@ -5,6 +5,10 @@
 namespace sparkme {
 namespace {
 
+// The unsigned integer of T's size.
+template <typename T>
+using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
 template <typename A, int Bytes>
 struct VectorOf {
   typedef A Vector __attribute__((vector_size(Bytes)));
