@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import oracle
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
 
 import sparkme
+from benchmarks.profiling import peak_memory
 from sparkme.models import create_encoder
 
 
@@ -46,7 +48,8 @@ def counted(name: str, patches: int = 2, **options: Any) -> Counter[str]:
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_batch_norms_take_with_them_what_follows(drop_path: float) -> None:
     found = counted("resnet18", drop_path=drop_path)
-    assert found["batch_norm"] == found["batch_statistics"] == found["batch_norm_grad_sums"] == 20
+    assert found["batch_statistics"] == found["batch_norm_grad_sums"] == 20
+    assert found["batch_norm"] == 20 + 8  # what a block's second convolution reads is computed again
     assert not {"aten.native_batch_norm", "aten.relu", "aten.clamp_min", "aten.threshold_backward"} & found.keys()
 
 
@@ -54,7 +57,31 @@ def test_wide_products_wait_for_their_norm() -> None:
     """Those of the first stage, and of its shortcut; the others have too few pixels here."""
     found = counted("resnet50", patches=4, drop_path=0.0)
     assert found["linear_batch_norm"] == found["linear_batch_norm_grad"] == 4
-    assert found["batch_norm"] == 53 - 4 and "aten.relu" not in found
+    assert found["batch_norm"] == 53 - 4 + 2 * 16 and "aten.relu" not in found
+
+
+def test_what_a_convolution_reads_is_computed_again_and_not_kept() -> None:
+    encoder = create_encoder("resnet18", drop_path=0.0).set_engine("cuda_ext").train()
+    seen: list[torch.Size] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: (seen.append(saved.shape), saved)[1], lambda kept: kept)
+    found: list[list[Tensor]] = []
+
+    def forward() -> list[Tensor]:
+        return [x.rows for x in encoder(*images_and_mask(4))]
+
+    with hooks:  # somebody else's, who gets to see all that is kept
+        all_kept = peak_memory(forward, torch.device("cpu"))
+    for context in (nullcontext(), hooks):
+        encoder.zero_grad()
+        with context:
+            maps = forward()
+        torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
+        found.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *found)) and len(seen) > 100
+    # Two blocks at each of four strides, 16 visible patches.
+    saved = all_kept - peak_memory(forward, torch.device("cpu"))
+    expected = 2 * 16 * 4 * sum(channels * pixels for channels, pixels in ((64, 64), (128, 16), (256, 4), (512, 1)))
+    assert 0.98 * expected < saved <= expected
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "timm:convnext_atto.d2_in1k"])

@@ -57,8 +57,12 @@ SPARKME_OPERATOR(linear_batch_norm_grad,
                  std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor &, const Tensor &, const Tensor &, const Optional &,
                                                             const Tensor &, const Tensor &, const Tensor &, const Tensor &,
                                                             const Optional &, const Optional &))
-SPARKME_OPERATOR(mlp, Pair(const Tensor &, const Tensor &, const Optional &, const Tensor &, const Optional &, const Optional &))
-SPARKME_OPERATOR(mlp_grad, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor &, const Tensor &, const Tensor &, const Tensor &, const Tensor &, const Optional &, const Optional &))
+SPARKME_OPERATOR(mlp,
+                 Pair(const Tensor &, const Tensor &, const Optional &, const Tensor &, const Optional &, const Optional &))
+SPARKME_OPERATOR(mlp_grad,
+                 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor &, const Tensor &, const Tensor &,
+                                                                            const Tensor &, const Tensor &, const Optional &,
+                                                                            const Optional &))
 
 }  // namespace op
 
@@ -278,8 +282,8 @@ struct Mlp : Function<Mlp> {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [out, hidden] = op::mlp(rows, weight1, bias1, weight2, bias2, scale);
     ctx->save_for_backward({rows, hidden, weight1, weight2, kept(bias2), kept(scale)});
-    ctx->saved_data["needed"] = std::vector<int64_t>{rows.requires_grad(), weight1.requires_grad(), differs(bias1),
-                                                     weight2.requires_grad(), differs(bias2), differs(scale)};
+    ctx->saved_data["needed"] = std::vector<int64_t>{rows.requires_grad(),    weight1.requires_grad(), differs(bias1),
+                                                     weight2.requires_grad(), differs(bias2),          differs(scale)};
     ctx->mark_non_differentiable({hidden});
     return {out, hidden};
   }

@@ -9,6 +9,8 @@ and the first one who reads the map has it written. Blocks run their own code an
 | a 1x1 convolution to at least twice as many channels, then the same | `ops.linear_batch_norm` | the convolution's result |
 | linear, GELU, linear, then perhaps a factor for each channel (layer scale) | `ops.mlp` | GELU's result, and the scale's |
 
+A batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the norm's rows.
+
 In the middle there may be a dropout that drops nothing. Everything else, and whatever stands in another order, runs as it is.
 A batch norm's statistics are taken at once, so they do not depend on when or how often a map is written. Engines say with
 `Engine.fuses` whether they take part.
@@ -77,7 +79,8 @@ class UnwrittenProduct(Unwritten):
         self.kernel = kernel
 
     def compute(self, rows: Tensor) -> Tensor:
-        return ops.linear(rows, self.kernel)
+        with self.source.kept():
+            return ops.linear(rows, self.kernel)
 
 
 class UnwrittenNorm(Unwritten):
@@ -113,9 +116,20 @@ class UnwrittenNorm(Unwritten):
                 _move_running_statistics(bn, self.mean, variance, len(rows))
             self.deviation = (variance + bn.eps).rsqrt()
 
+    def write(self) -> Features:
+        features = super().write()
+        if self.kernel is not None or "residual" in self.follows or not torch.is_grad_enabled():
+            return features
+        return features._replace(again=self._again)
+
+    @torch.no_grad()
+    def _again(self) -> Tensor:
+        return self.compute(self.source.data.flatten(0, 1))
+
     def compute(self, rows: Tensor) -> Tensor:
         if self.kernel is not None:
-            return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **self.follows)
+            with self.source.kept():
+                return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **self.follows)
         return ops.batch_norm(rows, self.mean, self.deviation, *self.affine, training=self.training, **self.follows)
 
     def relu(self) -> Unwritten | None:

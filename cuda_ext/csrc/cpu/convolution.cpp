@@ -28,6 +28,7 @@
 
 #include "bounds.h"
 #include "gemm.h"
+#include "kernels.h"
 #include "products.h"
 
 namespace sparkme {
@@ -75,7 +76,11 @@ at::ScalarType sum_type(const at::Tensor &rows) {
   return rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type();
 }
 
-bool directly(const at::Tensor &rows, int64_t width) { return rows.scalar_type() != at::kBFloat16 && width >= kFewChannels; }
+// Whether a product is computed directly: of rows with at least `channels` channels, over `depth` of them.
+bool directly(const at::Tensor &rows, int64_t channels, int64_t depth) {
+  const bool can = rows.scalar_type() != at::kBFloat16 || (kernels_of<c10::BFloat16>().panel_columns > 0 && depth % 2 == 0);
+  return can && channels >= kFewChannels;
+}
 
 at::Tensor conv_by_columns(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table, int64_t groups) {
   const int64_t taps = kernel.size(0), width = kernel.size(1), out_width = kernel.size(2) / groups;
@@ -100,8 +105,8 @@ at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const a
   TORCH_CHECK_VALUE(groups > 0 && rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ",
                     kernel_.sizes(), " does not fit rows ", rows_.sizes());
   check_table("table", table_, rows_.size(0));
-  return directly(rows_, kernel_.size(1)) ? sum_of_products(rows_, kernel_, table_, groups, false)
-                                          : conv_by_columns(rows_, kernel_, table_, groups);
+  return directly(rows_, kernel_.size(1), kernel_.size(1)) ? sum_of_products(rows_, kernel_, table_, groups, false)
+                                                           : conv_by_columns(rows_, kernel_, table_, groups);
 }
 
 at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &table,
@@ -114,12 +119,12 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
   check_table("table", table_, inverse.size(0));
   const at::Tensor inverse_ = inverse.contiguous();
   check_table("inverse", inverse_, grad_.size(0));
-  if (grad_.scalar_type() == at::kBFloat16 && inverse.size(0) > table_.size(0)) {
-    // Strided: by columns, three quarters of the products would be with zeros.
-    return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse, groups).to(at::kBFloat16);
-  }
   const bool strided = inverse.size(0) > table_.size(0);  // three quarters of the columns would be zeros
-  if (directly(grad_, strided ? kFewChannels : out_width)) return sum_of_products(grad_, kernel_, inverse_, groups, true);
+  if (directly(grad_, strided ? kFewChannels : out_width, out_width))
+    return sum_of_products(grad_, kernel_, inverse_, groups, true);
+  if (strided)
+    return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse_, groups)
+        .to(grad_.scalar_type());
   const at::Tensor turned =
       groups == 1
           ? transposed(kernel_)
@@ -134,7 +139,7 @@ at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &gra
   const int64_t num_rows = table_.size(0);
   check_rows("grad", grad_, num_rows);
   check_table("table", table_, rows_.size(0));
-  if (directly(rows_, width)) return outer_products(rows_, grad_, table_, groups);
+  if (directly(rows_, width, 0)) return outer_products(rows_, grad_, table_, groups);
   at::Tensor out = at::empty({taps, width, groups * out_width}, grad_.options());
   const int64_t block = block_rows(num_rows, taps * width * rows_.element_size());
   for (int64_t group = 0; group < groups; ++group) {

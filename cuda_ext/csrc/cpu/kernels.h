@@ -42,17 +42,20 @@ struct Kernels {
   void (*correlate)(const DepthwisePatch<T> *patches, const T *const *grads, int64_t count, Sum<T> *sums);
   // out (channels, count) = rows (count, channels) transposed; rows of both are their stride apart.
   void (*transpose)(const T *rows, int64_t stride, int64_t count, int64_t channels, T *out, int64_t out_stride);
-  // The next four not for bfloat16. A panel holds at most panel_columns of a matrix, (depth, columns), with zeros behind them up
-  // to a whole vector; the matrix' rows are `stride` apart, and if it is transposed, they are its columns.
+  // The next four are null where panel_columns is 0: for bfloat16, unless the processor multiplies pairs of it. Then depth and
+  // stride are even. A panel holds at most panel_columns of a matrix, (depth, columns), with zeros behind them up to a whole
+  // vector; the matrix' rows are `stride` apart, and if it is transposed, they are its columns.
   int64_t panel_columns;
   void (*pack)(const T *matrix, int64_t stride, bool transposed, int64_t depth, int64_t columns, T *panel);
   // targets[i] (columns) += sources[i] (depth) times a panel, for `count` pairs.
-  void (*multiply_rows)(const T *const *sources, T *const *targets, int64_t count, int64_t depth, const T *panel,
+  void (*multiply_rows)(const T *const *sources, Sum<T> *const *targets, int64_t count, int64_t depth, const T *panel,
                         int64_t columns);
-  // sums (depth, columns), whose rows are `stride` apart, += the sum of the outer products of lefts[i] (depth, from number `left`
-  // on) and rights[i] (columns); = instead of += where they are the first.
+  // sums (depth, columns), whose rows are `stride` apart, += the sum of the outer products of lefts[i] (depth, from number
+  // `left` on) and rights[i] (columns); = instead of += where they are the first.
   void (*correlate_rows)(const T *const *lefts, const T *const *rights, int64_t count, int64_t left, int64_t depth,
-                         int64_t columns, T *sums, int64_t stride, bool first);
+                         int64_t columns, Sum<T> *sums, int64_t stride, bool first);
+  // out = numbers, rounded.
+  void (*round)(const Sum<T> *numbers, int64_t count, T *out);
   // sums (2, C) = the sum of rows - the first row, and of its square.
   void (*statistics)(const T *rows, int64_t count, int64_t channels, Sum<T> *sums);
   // out = y; residual may be null.
@@ -84,7 +87,7 @@ struct KernelTable {
 
 extern const KernelTable kKernelsBaseline;
 #if defined(__x86_64__) && defined(__GNUC__)
-extern const KernelTable kKernelsAvx2, kKernelsAvx512;
+extern const KernelTable kKernelsAvx2, kKernelsAvx512, kKernelsAvx512Bf16;
 #endif
 
 const KernelTable &kernel_table();  // for this processor

@@ -14,7 +14,8 @@ constexpr Kernels<T> all_kernels() {
   all.convolve = convolve<T>;
   all.correlate = correlate<T>;
   all.transpose = transpose<T>;
-  if constexpr (!std::is_same_v<T, c10::BFloat16>) {
+  all.round = round_numbers<T>;
+  if constexpr (Terms<T>::kCount > 0) {
     all.panel_columns = kPanelColumns<T>;
     all.pack = pack<T>;
     all.multiply_rows = multiply_rows<T>;

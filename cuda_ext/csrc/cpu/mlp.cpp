@@ -89,10 +89,11 @@ at::Tensor scaled_gradient(at::Tensor &grad_weight, const at::Tensor &weight, co
   const T *weights = weight.const_data_ptr<T>();
   const Sum<T> *scales = scale.const_data_ptr<Sum<T>>();
   Sum<T> *grads = grad_weight.mutable_data_ptr<Sum<T>>(), *out = grad_scale.mutable_data_ptr<Sum<T>>();
-  at::parallel_for(0, weight.size(0), std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      out[c] = kernels_of<T>().dot_and_scale(weights + c * width, width, scales[c], grads + c * width);
-  });
+  at::parallel_for(0, weight.size(0), std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t c = begin; c < end; ++c)
+                       out[c] = kernels_of<T>().dot_and_scale(weights + c * width, width, scales[c], grads + c * width);
+                   });
   return grad_scale;
 }
 
@@ -128,8 +129,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (bias2) grad_scale.addcmul_(bias2->to(sums), grad_bias2);
     grad_bias2.mul_(scales);
   }
-  return {grad_rows, grad_weight1.to(type), grad_bias1.to(type), grad_weight2.to(type), grad_bias2.to(type),
-          scale ? grad_scale.to(scale->scalar_type()) : grad_scale};
+  return {grad_rows,           grad_weight1.to(type),
+          grad_bias1.to(type), grad_weight2.to(type),
+          grad_bias2.to(type), scale ? grad_scale.to(scale->scalar_type()) : grad_scale};
 }
 
 }  // namespace

@@ -5,7 +5,8 @@ namespace sparkme {
 namespace {
 
 template <typename T>
-void sum_taken(const T *const *rows, const uint8_t *const *taken, const uint8_t *taps, int64_t count, int64_t channels, T *out) {
+void sum_taken(const T *const *rows, const uint8_t *const *taken, const uint8_t *taps, int64_t count, int64_t channels,
+               T *out) {
   for_channels<T>(channels, [&](int64_t c, auto bytes) {
     constexpr int kBytes = decltype(bytes)::value;
     using V = VectorOf<Sum<T>, kBytes>;

@@ -64,24 +64,33 @@ at::Tensor sum_of_products(const at::Tensor &rows, const at::Tensor &kernel, con
   const Matrices matrices(kernel, groups, transposed);
   const int64_t num_rows = table.size(0), channels = rows.size(1), out_channels = groups * matrices.columns;
   at::Tensor out = at::empty({num_rows, out_channels}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "sparse_conv", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "sparse_conv", [&] {
     const scalar_t *data = rows.const_data_ptr<scalar_t>(), *weights = kernel.const_data_ptr<scalar_t>();
     const int32_t *entries = table.const_data_ptr<int32_t>();
     scalar_t *result = out.mutable_data_ptr<scalar_t>();
+    using S = Sum<scalar_t>;
+    constexpr bool kRounded = !std::is_same_v<S, scalar_t>;  // sums are made elsewhere, and rounded at the end
     const int64_t width = kernels_of<scalar_t>().panel_columns;
     const Cut cut(num_rows, matrices, width, sizeof(scalar_t));
     const int64_t row_blocks = divide_up(num_rows, cut.rows), column_blocks = divide_up(matrices.columns, cut.columns);
     at::parallel_for(0, row_blocks * column_blocks * groups, 1, [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> panel(matrices.depth * width);
       std::vector<const scalar_t *> sources;
-      std::vector<scalar_t *> targets;
+      std::vector<S *> targets;
+      std::vector<S> sums(kRounded ? cut.rows * cut.columns : 0);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % row_blocks * cut.rows, last = std::min(num_rows, first + cut.rows);
         const int64_t left = task / row_blocks % column_blocks * cut.columns;
         const int64_t right = std::min(matrices.columns, left + cut.columns), group = task / row_blocks / column_blocks;
-        scalar_t *target = result + group * matrices.columns;
-        for (int64_t n = first; n < last; ++n)
-          std::fill(target + n * out_channels + left, target + n * out_channels + right, scalar_t(0));
+        const auto result_of = [&](int64_t n) { return result + n * out_channels + group * matrices.columns + left; };
+        const auto sums_of = [&](int64_t n) {
+          if constexpr (kRounded) {
+            return sums.data() + (n - first) * (right - left);
+          } else {
+            return result_of(n);
+          }
+        };
+        for (int64_t n = first; n < last; ++n) std::fill_n(sums_of(n), right - left, S(0));
         for (int64_t tap = 0; tap < matrices.taps; ++tap) {
           sources.clear();
           targets.clear();
@@ -89,7 +98,7 @@ at::Tensor sum_of_products(const at::Tensor &rows, const at::Tensor &kernel, con
             const int32_t source = entries[n * matrices.taps + tap];
             if (source < 0) continue;
             sources.push_back(data + source * channels + group * matrices.depth);
-            targets.push_back(target + n * out_channels + left);
+            targets.push_back(sums_of(n));
           }
           if (sources.empty()) continue;
           for (int64_t column = left; column < right; column += width) {
@@ -97,9 +106,11 @@ at::Tensor sum_of_products(const at::Tensor &rows, const at::Tensor &kernel, con
             matrices.pack(weights, tap, group, column, count, panel.data());
             kernels_of<scalar_t>().multiply_rows(sources.data(), targets.data(), sources.size(), matrices.depth, panel.data(),
                                                  count);
-            for (scalar_t *&place : targets) place += count;
+            for (S *&place : targets) place += count;
           }
         }
+        if constexpr (kRounded)
+          for (int64_t n = first; n < last; ++n) kernels_of<scalar_t>().round(sums_of(n), right - left, result_of(n));
       }
     });
   });
@@ -108,8 +119,8 @@ at::Tensor sum_of_products(const at::Tensor &rows, const at::Tensor &kernel, con
 
 namespace {
 
-// result (K, C_left / groups, C_right) += outer products, or = where they are the first; `find(n, tap)` says which left row goes
-// with right row n, or -1.
+// result (K, C_left / groups, C_right) += outer products, or = where they are the first; `find(n, tap)` says which left row
+// goes with right row n, or -1.
 //
 // The sums of a tap and group are cut into strips, and a thread has some of them; it goes through the rows once, a block at a
 // time, which stays in its cache for all of its strips. Where the sums are few the rows are shared out, too, and each part of
@@ -122,15 +133,16 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
   const int64_t blocks = divide_up(num_rows, kPairsAtOnce), tasks = taps * groups * strips;
   const int64_t threads = at::get_num_threads();
   const bool few = 4 * threads * taps * width * out_channels < num_rows * (channels + out_channels);
-  const int64_t parts = std::clamp<int64_t>(few ? threads : threads / std::max<int64_t>(1, tasks), 1, std::max<int64_t>(1, blocks));
+  const int64_t parts =
+      std::clamp<int64_t>(few ? threads : threads / std::max<int64_t>(1, tasks), 1, std::max<int64_t>(1, blocks));
   if (num_rows == 0) {
     if (first_of_all) result.zero_();
     return;
   }
-  const at::Tensor sums = parts == 1 ? result : at::empty({parts, taps, width, out_channels}, right.options());
-  AT_DISPATCH_FLOATING_TYPES(left.scalar_type(), "sparse_conv_grad_kernel", [&] {
+  const at::Tensor sums = parts == 1 ? result : at::empty({parts, taps, width, out_channels}, result.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, left.scalar_type(), "sparse_conv_grad_kernel", [&] {
     const scalar_t *left_data = left.const_data_ptr<scalar_t>(), *right_data = right.const_data_ptr<scalar_t>();
-    scalar_t *data = sums.mutable_data_ptr<scalar_t>();
+    Sum<scalar_t> *data = sums.mutable_data_ptr<Sum<scalar_t>>();
     at::parallel_for(0, parts * tasks, 1, [&](int64_t begin, int64_t end) {
       const scalar_t *lefts[kPairsAtOnce], *rights[kPairsAtOnce];
       while (begin < end) {
@@ -149,7 +161,7 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
               lefts[count] = left_data + source * channels + group * width;
               rights[count++] = right_data + n * out_channels + group * out_width;
             }
-            scalar_t *target = data + ((part * taps + tap) * width + top) * out_channels + group * out_width;
+            Sum<scalar_t> *target = data + ((part * taps + tap) * width + top) * out_channels + group * out_width;
             kernels_of<scalar_t>().correlate_rows(lefts, rights, count, top, bottom - top, out_width, target, out_channels,
                                                   block == first_block && (parts > 1 || first_of_all));
             task = next;
@@ -167,14 +179,18 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
   }
 }
 
+at::TensorOptions options_of_sums(const at::Tensor &rows) {
+  return rows.options().dtype(rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type());
+}
+
 }  // namespace
 
 at::Tensor outer_products(const at::Tensor &left, const at::Tensor &right, const at::Tensor &table, int64_t groups) {
   const int32_t *entries = table.const_data_ptr<int32_t>();
   const int64_t taps = table.size(1);
-  const at::Tensor sums = at::empty({taps, left.size(1) / groups, right.size(1)}, right.options());
+  const at::Tensor sums = at::empty({taps, left.size(1) / groups, right.size(1)}, options_of_sums(right));
   correlate(left, right, sums, groups, true, [&](int64_t n, int64_t tap) { return entries[n * taps + tap]; });
-  return sums;
+  return sums.to(right.scalar_type());
 }
 
 void add_outer_product(const at::Tensor &left, const at::Tensor &right, const at::Tensor &sums, bool first) {
@@ -182,9 +198,9 @@ void add_outer_product(const at::Tensor &left, const at::Tensor &right, const at
 }
 
 at::Tensor outer_product(const at::Tensor &left, const at::Tensor &right) {
-  at::Tensor sums = at::empty({left.size(1), right.size(1)}, right.options());
+  const at::Tensor sums = at::empty({left.size(1), right.size(1)}, options_of_sums(right));
   add_outer_product(left, right, sums, true);
-  return sums;
+  return sums.to(right.scalar_type());
 }
 
 }  // namespace sparkme

@@ -11,8 +11,8 @@
 namespace sparkme {
 namespace {
 
-// What a window reaches along one axis: for every pixel of a patch and every tap, (side, taps), the patch, counted from the first
-// that is reached at all, and the pixel there. Taps that read nothing name the patch behind the last.
+// What a window reaches along one axis: for every pixel of a patch and every tap, (side, taps), the patch, counted from the
+// first that is reached at all, and the pixel there. Taps that read nothing name the patch behind the last.
 struct Reach {
   int64_t first = 0, patches = 0;
   std::vector<int64_t> patch, pixel;

@@ -6,8 +6,9 @@ An engine takes tensors and geometry and gives tensors: it knows neither layers 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,14 @@ class Features(NamedTuple):
         grid: the sites.
         stride: input pixels per pixel.
         clean: whether the hidden pixels of a dense engine's data are zero; else they hold what no visible pixel may read.
+        again: computes the rows (B * L, C) once more from what is kept anyway, where that costs little.
     """
 
     data: Tensor
     grid: Grid
     stride: int
     clean: bool = True
+    again: Callable[[], Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -47,6 +50,20 @@ class Features(NamedTuple):
 
     def replace(self, data: Tensor, stride: int | None = None, *, clean: bool = True) -> Features:
         return Features(data, self.grid, stride or self.stride, clean)
+
+    def kept(self) -> AbstractContextManager[Any]:
+        """Within it, autograd keeps of these features how they are computed again, where there is a way, and not themselves.
+
+        Whoever has hooks of their own for what autograd keeps, as torch.utils.checkpoint has, gets to see the features.
+        """
+        taken = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if self.again is None or taken or torch.compiler.is_compiling() or type(self.data) is not Tensor:
+            return nullcontext()
+        again, place, count = self.again, self.data.data_ptr(), self.data.numel()  # autograd keeps the functions, too
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: again if saved.data_ptr() == place and saved.numel() == count else saved,
+            lambda kept: kept() if kept is again else kept,
+        )
 
 
 class Engine(ABC):

@@ -33,20 +33,21 @@ class CudaExtEngine(RowEngine):
             return self.bordered_convolution(
                 x._replace(data=self.from_rows(rows, grid, x.stride)), kernel, bias, window, groups
             )
-        if window.kernel_size == (1, 1) and groups == 1 and window.is_plain:
-            if window.stride > 1:
-                rows = every_nth_pixel(rows, grid.pixels(x.stride), window.stride)
-            out, bias = ops.linear(rows, kernel.flatten(0, -2), bias), None
-        elif kernel.ndim == 2 and groups > 1:
-            around, taps = window.enclosing()
-            if around.kernel_size[0] % 2 == around.kernel_size[1] % 2 == 1:
-                sites, options = (grid.slots, grid.patches, grid.pixels(x.stride)), (around.stride, around.dilation)
-                kernel = kernel if taps is None else embed(kernel, taps, around.taps)
-                out = ops.depthwise_conv(rows, kernel, *sites, around.kernel_size, stride=options[0], dilation=options[1])
+        with x.kept():
+            if window.kernel_size == (1, 1) and groups == 1 and window.is_plain:
+                if window.stride > 1:
+                    rows = every_nth_pixel(rows, grid.pixels(x.stride), window.stride)
+                out, bias = ops.linear(rows, kernel.flatten(0, -2), bias), None
+            elif kernel.ndim == 2 and groups > 1:
+                around, taps = window.enclosing()
+                if around.kernel_size[0] % 2 == around.kernel_size[1] % 2 == 1:
+                    sites, options = (grid.slots, grid.patches, grid.pixels(x.stride)), (around.stride, around.dilation)
+                    kernel = kernel if taps is None else embed(kernel, taps, around.taps)
+                    out = ops.depthwise_conv(rows, kernel, *sites, around.kernel_size, stride=options[0], dilation=options[1])
+                else:
+                    out = self._by_table(rows, kernel.unsqueeze(1), x, window, groups)
             else:
-                out = self._by_table(rows, kernel.unsqueeze(1), x, window, groups)
-        else:
-            out = self._by_table(rows, kernel.view(-1, *kernel.shape[-2:]), x, window, groups)
+                out = self._by_table(rows, kernel.view(-1, *kernel.shape[-2:]), x, window, groups)
         out = out if bias is None else out + bias
         return x.replace(self.from_rows(out, grid, stride), stride)
 
