@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,32 @@ def test_sparse_conv(window: str, visible: str, groups: int, dtype: torch.dtype)
         lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
         torch.randn(len(inverse), 6), torch.randn(taps, 6 // groups, 4), dtype=dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("channels", [(32, 140), (72, 36), (66, 70)])  # of a group: even; even; odd
+@pytest.mark.parametrize("window", ["3x3", "3x3 s2", "1x1 s2", "5x5 dilated"])
+def test_sparse_conv_of_many_channels(window: str, channels: tuple[int, int], groups: int, dtype: torch.dtype) -> None:
+    """So many that products are made straight from the rows."""
+    table, inverse = tables(grid_of(batch=5), 4, window)
+    inside, outside = channels
+    compare(
+        lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        torch.randn(len(inverse), inside), torch.randn(table.shape[1], inside // groups, outside), dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_kernels_of_other_processors(capability: str) -> None:
+    """The inner loops are compiled for several, and torch's own variable chooses lesser ones."""
+    chosen = "many_channels or test_mlp or batch_norm or (test_depthwise_conv and 7x7 and some) or (test_pooling and some)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_sparse_conv_in_several_blocks_of_columns() -> None:
