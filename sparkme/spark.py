@@ -83,8 +83,12 @@ class SparK(MaskedAutoencoder):
         for level, x, norm, token, projection in zip(
             self.levels, reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
         ):
-            filled = x.engine.densify(norm(x.rows), x.grid, x.stride, token.flatten())
-            dense[level] = projection(filled)
+            rows, fill = norm(x.rows), token.flatten()
+            if isinstance(projection, nn.Conv2d) and x.engine.fuses(rows.dtype, rows.device):
+                weights = projection.weight, projection.bias
+                dense[level] = x.engine.densify_convolution(rows, x.grid, x.stride, fill, *weights)
+            else:
+                dense[level] = projection(x.engine.densify(rows, x.grid, x.stride, fill))
         return dense
 
     def load_official_state_dict(self, state: dict[str, Tensor]) -> None:

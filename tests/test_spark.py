@@ -8,6 +8,7 @@ import torchvision
 import sparkme
 from sparkme.interop.spark import split_official_state
 from sparkme.loss import hidden_patch_loss
+from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 
 
 def small_spark(**kwargs) -> sparkme.SparK:  # type: ignore[no-untyped-def]
@@ -94,3 +95,36 @@ def test_impossible_settings_are_refused(kwargs: dict, message: str) -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"images must be \(B, 3, 64, 96\), got \(1, 3, 96, 64\)"):
         small_spark()(torch.zeros(1, 3, 96, 64))
+
+
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("visible", [1, 5, 12])
+def test_densify_and_convolution_without_products_of_mask_tokens(side: int, visible: int) -> None:
+    """Values and all gradients of a dense convolution of the densified map."""
+    torch.manual_seed(0)
+    active = oracle.random_active(2, (3, 4), visible)
+    grid, channels, width = sparkme.Grid(active, 32), 20, 17
+    sizes = {
+        "rows": (grid.num_rows(8), channels),
+        "fill": (channels,),
+        "weight": (width, channels, side, side),
+        "bias": (width,),
+    }
+    given = {name: torch.randn(size, dtype=torch.float64, requires_grad=True) for name, size in sizes.items()}
+    rows, fill, weight, bias = given.values()
+    shown = oracle.upsample_mask(active, 12, 16).bool()
+    dense = torch.where(shown, oracle.map_of(rows, active, 8), fill.view(1, -1, 1, 1))
+    expected = torch.nn.functional.conv2d(dense, weight, bias, padding=side // 2)
+    got = CudaExtEngine().densify_convolution(rows, grid, 8, fill, weight, bias)
+    assert oracle.relative_error(got, expected) < 1e-12 and got.is_contiguous(memory_format=torch.channels_last)
+    outer = torch.randn_like(expected)
+    for mine, theirs in zip(*(torch.autograd.grad(x, list(given.values()), outer) for x in (got, expected)), strict=True):
+        assert oracle.relative_error(mine, theirs) < 1e-12
+
+
+def test_mask_tokens_are_not_multiplied_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = small_spark(), torch.randn(2, 3, 64, 96)
+    monkeypatch.setattr(CudaExtEngine, "densify", lambda *_: pytest.fail("a map was densified before its convolution"))
+    model.encoder.set_engine("cuda_ext")
+    model(images).backward()
+    assert all(token.grad is not None and token.grad.any() for token in model.mask_tokens)

@@ -122,6 +122,17 @@ class Engine(ABC):
         """(N, C) rows as a (B, C, H / stride, W / stride) map, with `fill`, (C,), at hidden pixels."""
         return grid.to_dense(rows, stride, fill)
 
+    def densify_convolution(
+        self, rows: Tensor, grid: Grid, stride: int, fill: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """`densify` and a convolution that keeps the size, (B, C_out, H / stride, W / stride).
+
+        Args:
+            rows, grid, stride, fill: as for `densify`.
+            weight: (C_out, C, k, k) with an odd k; bias: (C_out,).
+        """
+        return F.conv2d(self.densify(rows, grid, stride, fill), weight, bias, padding=weight.shape[-1] // 2)
+
     @abstractmethod
     def to_dense(self, x: Features) -> Tensor:
         """(B, C, H, W), zero at hidden pixels."""

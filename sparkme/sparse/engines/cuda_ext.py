@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
@@ -75,6 +76,21 @@ class CudaExtEngine(RowEngine):
     def densify(self, rows: Tensor, grid: Grid, stride: int, fill: Tensor) -> Tensor:
         return ops.densify(rows, grid.slots, grid.patches, grid.pixels(stride), fill)
 
+    def densify_convolution(
+        self, rows: Tensor, grid: Grid, stride: int, fill: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Without products of mask tokens, which are most of a map: all hidden pixels hold the same, so each adds one of k^2
+        vectors to an output."""
+        table, inverse, hidden = around(grid, stride, weight.shape[-1])
+        rows, kernel = autocast(rows), autocast(weight.permute(2, 3, 1, 0).flatten(0, 1))
+        out = ops.sparse_conv(rows, kernel, table, inverse)
+        constants = autocast(fill).to(kernel.dtype) @ kernel
+        if bias is not None:
+            constants = torch.cat([constants, autocast(bias).unsqueeze(0)])
+            hidden = F.pad(hidden, (0, 1), value=1.0)
+        out = torch.addmm(out, hidden.to(out.dtype), constants)
+        return out.view(grid.batch, *grid.size(stride), -1).permute(0, 3, 1, 2)
+
 
 def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:
     """The neighbour table of a window, kept on the grid, since all blocks of a stage share it.
@@ -91,6 +107,30 @@ def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:
         )  # fmt: skip
         cache[key] = found if taps is None else found[:, taps].contiguous()
     return cache[key]
+
+
+def around(grid: Grid, stride: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a convolution of a whole map, `side` by `side` with a padding that keeps the size, kept on the grid.
+
+    Returns:
+        table (B * H * W, side^2) int32: the row that a pixel reads through each tap, -1 where there is none.
+        inverse (N, side^2) int32: the pixel that reads a row through each tap, -1 outside of the image.
+        hidden (B * H * W, side^2) float32: 1 where a tap meets a hidden pixel.
+    """
+    key = "around", stride, side
+    if key not in grid._cache:
+
+        def windows(numbers: Tensor, outside: int) -> Tensor:
+            padded = F.pad(numbers, [side // 2] * 4, value=outside)
+            return padded.unfold(1, side, 1).unfold(2, side, 1)
+
+        numbers = grid.row_numbers(stride)
+        read = windows(numbers, -2).flatten(3).flatten(0, 2)
+        pixels = torch.arange(numbers.numel(), device=numbers.device).view_as(numbers)
+        reading = windows(pixels, -1).flip(3, 4).flatten(3).permute(0, 3, 1, 2)
+        grid._cache[key] = read.clamp_min(-1).int(), grid.to_rows(reading, stride).int(), (read == -1).float()
+    found: tuple[Tensor, Tensor, Tensor] = grid._cache[key]
+    return found
 
 
 def every_nth_pixel(rows: Tensor, pixels: int, stride: int) -> Tensor:
