@@ -10,7 +10,8 @@ Every number is per image and comes from the layers that run when a `SparK` netw
   patches are visible; the column is the exact mean over all masks with that many visible patches. (For ResNet-50 and
   20 of 49 patches, single masks scatter around it with a standard deviation of 1 %.)
 
-Densify and decoder are dense, the same in all columns. Norms, activations, pooling, residual sums and biases are left out:
+Densify and decoder count as dense, the same in all columns (on the CPU `cuda_ext` leaves out the products of mask tokens in
+densify's convolutions, which is not counted). Norms, activations, pooling, residual sums and biases are left out:
 they are no matrix products. A grouped convolution counts with its groups, whatever an engine makes of it.
 """
 

@@ -28,7 +28,8 @@ import torch
 
 from benchmarks.flops import provenance
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
-from sparkme.errors import Parser, UserError, run_command
+from sparkme.errors import Parser, UserError, run_command, user_errors
+from sparkme.models import create_encoder
 from sparkme.training.config import RECIPES
 
 WARM_UP = 2  # steps
@@ -57,6 +58,9 @@ def processes(args: argparse.Namespace, words: list[str]) -> int:
         raise UserError(f"--recipe {' '.join(unknown)} is unknown; choose of {', '.join(METHODS)}")
     if args.steps <= WARM_UP or args.turns < 1 or args.batch_size < 1:
         raise UserError(f"--steps must be more than {WARM_UP}, --turns and --batch-size positive")
+    with user_errors(), torch.device("meta"):
+        for recipe in args.recipe:
+            create_encoder(args.model or RECIPES[recipe].defaults["model"])
     record: dict[str, Any] = {
         "what": "images per second of one process and of two; see benchmarks/processes.py",
         "command": shlex.join(["python", "-m", "benchmarks.processes", *words]),
@@ -99,7 +103,8 @@ def run(recipe: str, model: str, count: int, args: argparse.Namespace) -> list[f
         ]  # fmt: skip
         done = subprocess.run([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"a run with {count} processes failed: {(done.stderr or done.stdout).strip()[-500:]}")
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
+            raise UserError(f"a run with {count} processes failed: {' '.join(said)[:500]}")
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     return [line["images_per_s"] for line in lines[WARM_UP:]]
 

@@ -125,6 +125,7 @@ struct MaxPool : Function<MaxPool> {
     auto [out, taken] = op::max_pool(rows, table, inverse);
     ctx->save_for_backward({taken, inverse});
     ctx->mark_non_differentiable({taken});
+    ctx->set_materialize_grads(false);
     return {out, taken};
   }
 
@@ -285,6 +286,7 @@ struct Mlp : Function<Mlp> {
     ctx->saved_data["needed"] = std::vector<int64_t>{rows.requires_grad(),    weight1.requires_grad(), differs(bias1),
                                                      weight2.requires_grad(), differs(bias2),          differs(scale)};
     ctx->mark_non_differentiable({hidden});
+    ctx->set_materialize_grads(false);  // zeros for it would be as large
     return {out, hidden};
   }
 

@@ -15,9 +15,24 @@ namespace {
 constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of the wide layer
 constexpr int64_t kFewestRows = 512;               // of a block: fewer would read the weights too often
 
-int64_t block_of(const at::Tensor &hidden) {
-  return std::max(kFewestRows, kBlockBytes / std::max<int64_t>(1, hidden.size(1) * hidden.element_size()));
-}
+// The rows are cut into blocks of the same size.
+struct Blocks {
+  int64_t rows, count;
+
+  explicit Blocks(const at::Tensor &hidden) : rows(hidden.size(0)) {
+    const int64_t bytes = rows * hidden.size(1) * hidden.element_size();
+    count = std::clamp<int64_t>((bytes + kBlockBytes - 1) / kBlockBytes, 1, std::max<int64_t>(1, rows / kFewestRows));
+  }
+
+  // body(first, count of rows) of each.
+  template <typename Body>
+  void each(const Body &body) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = rows * i / count;
+      body(first, rows * (i + 1) / count - first);
+    }
+  }
+};
 
 void check_weights(const at::Tensor &rows, const at::Tensor &weight1, const at::Tensor &weight2) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && weight1.dim() == 2 && weight2.dim() == 2 && weight1.size(1) == rows.size(1) &&
@@ -59,14 +74,17 @@ std::tuple<at::Tensor, at::Tensor> mlp(const at::Tensor &rows, const at::Tensor 
                                        const at::Tensor &weight2, const Optional &bias2, const Optional &scale) {
   check_weights(rows, weight1, weight2);
   const at::Tensor hidden = gemm(rows.contiguous(), weight1.t(), bias1).contiguous();
-  const int64_t num_rows = rows.size(0), block = block_of(hidden);
-  at::Tensor out = at::empty({num_rows, weight2.size(0)}, rows.options());
-  for (int64_t first = 0; first < num_rows; first += block) {
-    const int64_t count = std::min(block, num_rows - first);
+  const Blocks blocks(hidden);
+  at::Tensor out = blocks.count == 1 ? at::Tensor() : at::empty({rows.size(0), weight2.size(0)}, rows.options());
+  blocks.each([&](int64_t first, int64_t count) {
     at::Tensor part = gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2);
     if (scale) part.mul_(*scale);
-    out.narrow(0, first, count).copy_(part);
-  }
+    if (out.defined()) {
+      out.narrow(0, first, count).copy_(part);
+    } else {
+      out = part;
+    }
+  });
   return {out, hidden};
 }
 
@@ -79,6 +97,21 @@ void add_product(const at::Tensor &left, const at::Tensor &right, at::Tensor &su
   } else {
     sums.add_(gemm(left.t(), right));
   }
+}
+
+// (C) of (N, C), in the type of sums.
+at::Tensor column_sums(const at::Tensor &rows) {
+  const int64_t channels = rows.size(1);
+  const Parts parts(rows.size(0));
+  const at::Tensor partial = at::empty({parts.count(), channels}, rows.options().dtype(sum_type(rows)));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "mlp_grad", [&] {
+    parts.each([&](int64_t part) {
+      kernels_of<scalar_t>().masked_sums(rows.const_data_ptr<scalar_t>() + parts.begin(part) * channels, nullptr, nullptr,
+                                         parts.rows(part), channels,
+                                         partial.mutable_data_ptr<Sum<scalar_t>>() + part * channels, nullptr);
+    });
+  });
+  return partial.sum(0, false, at::kDouble).to(partial.scalar_type());
 }
 
 // From the gradient of the second weight without the scale: that of the scale, and with it.
@@ -104,24 +137,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor grad_ = grad.contiguous(), rows_ = rows.contiguous(), hidden_ = hidden.contiguous();
   const auto sums = sum_type(rows), type = rows.scalar_type();
   const auto options = rows_.options().dtype(sums);
-  const int64_t num_rows = rows_.size(0), block = block_of(hidden_);
-  at::Tensor grad_rows = at::empty_like(rows_), grad_bias1 = at::zeros({weight1.size(0)}, options);
+  const Blocks blocks(hidden_);
+  at::Tensor grad_rows = blocks.count == 1 ? at::Tensor() : at::empty_like(rows_);
   at::Tensor grad_weight1 = at::empty(weight1.sizes(), options), grad_weight2 = at::empty(weight2.sizes(), options);
-  if (num_rows == 0) {
-    grad_weight1.zero_();
-    grad_weight2.zero_();
-  }
-  for (int64_t first = 0; first < num_rows; first += block) {
-    const int64_t count = std::min(block, num_rows - first);
+  at::Tensor grad_bias1;
+  blocks.each([&](int64_t first, int64_t count) {
     const at::Tensor g = grad_.narrow(0, first, count);
     at::Tensor wide = gemm(scale ? (g * *scale).to(type) : g, weight2).contiguous();
     const at::Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
     add_product(g, active, grad_weight2, first == 0);
     add_product(wide, rows_.narrow(0, first, count), grad_weight1, first == 0);
-    grad_bias1.add_(wide.sum(0, false, sums));
-    grad_rows.narrow(0, first, count).copy_(gemm(wide, weight1));
-  }
-  at::Tensor grad_bias2 = grad_.sum(0, false, sums), grad_scale = at::empty({0}, options);
+    const at::Tensor sum = column_sums(wide);
+    grad_bias1 = grad_bias1.defined() ? grad_bias1.add_(sum) : sum;
+    const at::Tensor part = gemm(wide, weight1);
+    if (grad_rows.defined()) {
+      grad_rows.narrow(0, first, count).copy_(part);
+    } else {
+      grad_rows = part;
+    }
+  });
+  at::Tensor grad_bias2 = column_sums(grad_), grad_scale = at::empty({0}, options);
   if (scale) {
     const at::Tensor scales = scale->to(sums).contiguous(), weight = weight2.contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, type, "mlp_grad",
