@@ -130,6 +130,7 @@ struct MaxPool : Function<MaxPool> {
   }
 
   static variable_list backward(Context *ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(3);
     const auto saved = ctx->get_saved_variables();
     return {op::max_pool_grad_rows(grads[0], saved[0], saved[1]), Tensor(), Tensor()};
   }
@@ -291,6 +292,7 @@ struct Mlp : Function<Mlp> {
   }
 
   static variable_list backward(Context *ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(6);
     const auto saved = ctx->get_saved_variables();
     const auto needed = ctx->saved_data["needed"].toIntVector();
     auto [rows, weight1, bias1, weight2, bias2, scale] =
