@@ -1,22 +1,21 @@
 // Sparse convolution over a neighbour table. In two ways:
 //
 // Directly (products.cpp): tap by tap, the rows that have a neighbour are multiplied where they lie; a missing neighbour costs
-// nothing. In float32 and float64, where there are channels enough to fill a vector.
+// nothing. Where there are channels enough to fill a vector, in float32 and float64, and in bfloat16 where the processor multiplies
+// pairs of such numbers.
 //
 // By columns: the neighbours of a block of rows are gathered into columns, (n, K * C_in), that fit into the cache, and
-// multiplied by the whole kernel at once; a missing neighbour is a row of zeros. In bfloat16, whose products oneDNN has
-// instructions for and sums in float32, and for few channels, such as an image's.
+// multiplied by the whole kernel at once; a missing neighbour is a row of zeros. For few channels, such as an image's, and in
+// bfloat16 on other processors, whose products are oneDNN's.
 //
-// Measured, directly (3x3 of ResNet-50, batch 8, mask ratio 0.6, float32, two threads that reach 220 GFLOP/s in a large
-// product; milliseconds for forward / rows' gradient / kernel's gradient, and GFLOP/s of the neighbours that exist):
+// Measured, directly (3x3 of ResNet-50, batch 8, mask ratio 0.6, two threads that reach 220 GFLOP/s in a large product of float32
+// and 440 of bfloat16; milliseconds for forward / rows' gradient / kernel's gradient, and GFLOP/s of the neighbours that exist):
 //
-//   stride   neighbours that exist   ms                GFLOP/s
-//   4        89 %                    3.5 / 3.8 / 3.8   194 / 180 / 179
-//   8        80 %                    3.1 / 3.3 / 3.0   197 / 183 / 198
-//   16       62 %                    2.7 / 3.1 / 2.6   178 / 154 / 185
-//   32       39 %                    1.7 / 3.9 / 2.3   172 /  75 / 126
-//
-// What is lost at stride 32 goes into the kernel, 9 MB for 160 rows, which the rows' gradient has to turn round.
+//   stride   neighbours that exist   float32                             bfloat16
+//   4        89 %                    3.5 / 3.5 / 3.4   194 / 192 / 199   2.3 / 2.1 / 3.4   300 / 323 / 196
+//   8        80 %                    2.8 / 2.9 / 2.9   211 / 209 / 211   1.5 / 1.6 / 2.1   391 / 388 / 293
+//   16       62 %                    2.2 / 2.2 / 2.1   212 / 211 / 220   1.2 / 1.2 / 1.3   405 / 398 / 356
+//   32       39 %                    1.6 / 1.7 / 1.4   182 / 170 / 206   0.9 / 0.9 / 0.9   337 / 334 / 331
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
