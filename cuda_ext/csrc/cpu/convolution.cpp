@@ -1,15 +1,16 @@
 // Sparse convolution over a neighbour table. In two ways:
 //
 // Directly (products.cpp): tap by tap, the rows that have a neighbour are multiplied where they lie; a missing neighbour costs
-// nothing. Where there are channels enough to fill a vector, in float32 and float64, and in bfloat16 where the processor multiplies
-// pairs of such numbers.
+// nothing. Where there are channels enough to fill a vector, in float32 and float64, and in bfloat16 where the processor
+// multiplies pairs of such numbers.
 //
 // By columns: the neighbours of a block of rows are gathered into columns, (n, K * C_in), that fit into the cache, and
 // multiplied by the whole kernel at once; a missing neighbour is a row of zeros. For few channels, such as an image's, and in
 // bfloat16 on other processors, whose products are oneDNN's.
 //
-// Measured, directly (3x3 of ResNet-50, batch 8, mask ratio 0.6, two threads that reach 220 GFLOP/s in a large product of float32
-// and 440 of bfloat16; milliseconds for forward / rows' gradient / kernel's gradient, and GFLOP/s of the neighbours that exist):
+// Measured, directly (3x3 of ResNet-50, batch 8, mask ratio 0.6, two threads that reach 220 GFLOP/s in a large product of
+// float32 and 440 of bfloat16; milliseconds for forward / rows' gradient / kernel's gradient, and GFLOP/s of the neighbours
+// that exist):
 //
 //   stride   neighbours that exist   float32                             bfloat16
 //   4        89 %                    3.5 / 3.5 / 3.4   194 / 192 / 199   2.3 / 2.1 / 3.4   300 / 323 / 196

@@ -1,5 +1,5 @@
-// Products over the neighbours that a table names, straight from where the rows lie. Sums of bfloat16 numbers, where the processor
-// has such products, are float32 until they are complete.
+// Products over the neighbours that a table names, straight from where the rows lie. Sums of bfloat16 numbers, where the
+// processor has such products, are float32 until they are complete.
 #pragma once
 
 #include <ATen/core/Tensor.h>
