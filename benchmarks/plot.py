@@ -108,7 +108,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def kind(record: dict[str, Any]) -> str | None:
-    if "hardware" in record and any("agreement" in case for case in record.get("cases", [])):
+    if "hardware" in record and any("what" in case for case in record.get("cases", [])):
         return "throughput"
     return "flops" if any("gflop" in result for result in record.get("results", [])) else None
 

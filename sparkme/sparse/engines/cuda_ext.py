@@ -31,9 +31,7 @@ class CudaExtEngine(RowEngine):
         rows, kernel = autocast(x.data.flatten(0, 1)), autocast(kernel)
         bias = None if bias is None else autocast(bias).flatten()
         if window.border != "zeros":
-            return self.bordered_convolution(
-                x._replace(data=self.from_rows(rows, grid, x.stride)), kernel, bias, window, groups
-            )
+            return self.bordered_convolution(x.replace(self.from_rows(rows, grid, x.stride)), kernel, bias, window, groups)
         with x.kept():
             if window.kernel_size == (1, 1) and groups == 1 and window.is_plain:
                 if window.stride > 1:
