@@ -118,7 +118,7 @@ class UnwrittenNorm(Unwritten):
 
     def write(self) -> Features:
         features = super().write()
-        if self.kernel is not None or "residual" in self.follows or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or self.kernel is not None or "residual" in self.follows:
             return features
         return features._replace(again=self._again)
 

@@ -56,8 +56,9 @@ class Features(NamedTuple):
 
         Whoever has hooks of their own for what autograd keeps, as torch.utils.checkpoint has, gets to see the features.
         """
-        taken = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if self.again is None or taken or torch.compiler.is_compiling() or type(self.data) is not Tensor:
+        if torch.compiler.is_compiling() or self.again is None or type(self.data) is not Tensor:
+            return nullcontext()
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return nullcontext()
         again, place, count = self.again, self.data.data_ptr(), self.data.numel()  # autograd keeps the functions, too
         return torch.autograd.graph.saved_tensors_hooks(
