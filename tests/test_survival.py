@@ -740,7 +740,7 @@ def test_a_terminal_shows_two_bars_follows_its_width_and_may_be_closed(tmp_path:
             if ignored:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-        epochs = "12" if ignored else "200"
+        epochs = "12" if ignored else "5000"  # minutes, however fast the machine is
         command = [sys.executable, "-m", "sparkme.pretrain", *TINY, "--epochs", epochs, "--panel-epochs", "0",
                    "--checkpoint-minutes", "10", "--output", str(tmp_path / name)]  # fmt: skip
         process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take)
@@ -759,7 +759,7 @@ def test_a_terminal_shows_two_bars_follows_its_width_and_may_be_closed(tmp_path:
     (closed, _), (going_on, _) = runs
     assert closed.wait(LIMIT_S) == 128 + signal.SIGHUP
     step = state(tmp_path / "closed")["step"]
-    assert 0 < step < 400 and len(losses(tmp_path / "closed")) == step
+    assert 0 < step < 10_000 and len(losses(tmp_path / "closed")) == step
     assert going_on.wait(LIMIT_S) == 0 and state(tmp_path / "nohup")["step"] == 24
 
 
