@@ -72,10 +72,6 @@ at::Tensor columns_of(const at::Tensor &rows, const at::Tensor &table, int64_t f
   return columns;
 }
 
-at::ScalarType sum_type(const at::Tensor &rows) {
-  return rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type();
-}
-
 // Whether a product is computed directly: of rows with at least `channels` channels, over `depth` of them.
 bool directly(const at::Tensor &rows, int64_t channels, int64_t depth) {
   const bool can = rows.scalar_type() != at::kBFloat16 || (kernels_of<c10::BFloat16>().panel_columns > 0 && depth % 2 == 0);

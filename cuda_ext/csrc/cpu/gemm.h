@@ -10,6 +10,9 @@ namespace sparkme {
 // product: MKL reaches less than half of oneDNN's speed on processors that are not Intel's.
 at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias = std::nullopt);
 
+// In which sums over rows are made, and numbers per channel kept.
+inline at::ScalarType sum_type(const at::Tensor &rows) { return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
 // The last two axes changed over, contiguous.
 at::Tensor transposed(const at::Tensor &matrices);
 

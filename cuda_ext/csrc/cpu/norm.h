@@ -14,13 +14,12 @@
 #include <optional>
 
 #include "../checks.h"
+#include "gemm.h"
 #include "kernels.h"
 
 namespace sparkme {
 
 using Optional = std::optional<at::Tensor>;
-
-inline at::ScalarType sum_type(const at::Tensor &rows) { return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 // Parts of at most 1024 rows, so that a sum in float32 stays exact enough, and of at least 64.
 class Parts {

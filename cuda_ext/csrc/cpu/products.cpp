@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "gemm.h"
 #include "kernels.h"
 
 namespace sparkme {
@@ -179,16 +180,12 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
   }
 }
 
-at::TensorOptions options_of_sums(const at::Tensor &rows) {
-  return rows.options().dtype(rows.scalar_type() == at::kBFloat16 ? at::kFloat : rows.scalar_type());
-}
-
 }  // namespace
 
 at::Tensor outer_products(const at::Tensor &left, const at::Tensor &right, const at::Tensor &table, int64_t groups) {
   const int32_t *entries = table.const_data_ptr<int32_t>();
   const int64_t taps = table.size(1);
-  const at::Tensor sums = at::empty({taps, left.size(1) / groups, right.size(1)}, options_of_sums(right));
+  const at::Tensor sums = at::empty({taps, left.size(1) / groups, right.size(1)}, right.options().dtype(sum_type(right)));
   correlate(left, right, sums, groups, true, [&](int64_t n, int64_t tap) { return entries[n * taps + tap]; });
   return sums.to(right.scalar_type());
 }
@@ -198,7 +195,7 @@ void add_outer_product(const at::Tensor &left, const at::Tensor &right, const at
 }
 
 at::Tensor outer_product(const at::Tensor &left, const at::Tensor &right) {
-  const at::Tensor sums = at::empty({left.size(1), right.size(1)}, options_of_sums(right));
+  const at::Tensor sums = at::empty({left.size(1), right.size(1)}, right.options().dtype(sum_type(right)));
   add_outer_product(left, right, sums, true);
   return sums.to(right.scalar_type());
 }
