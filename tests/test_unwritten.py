@@ -62,6 +62,8 @@ def test_wide_products_wait_for_their_norm() -> None:
 
 def test_what_a_convolution_reads_is_computed_again_and_not_kept() -> None:
     encoder = create_encoder("resnet18", drop_path=0.0).set_engine("cuda_ext").train()
+    for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)  # those of the branches start at zero, and then so do gradients
     seen: list[torch.Size] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: (seen.append(saved.shape), saved)[1], lambda kept: kept)
     found: list[list[Tensor]] = []
