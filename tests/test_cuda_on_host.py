@@ -88,10 +88,12 @@ def test_depthwise(
         kernel = normal(2, kernel_size[0] * kernel_size[1], channels, dtype=dtype)
         geometry = (slots, patches, pixels, kernel_size, stride, dilation)
         leaves = [rows.double().requires_grad_(), kernel.double().requires_grad_()]
-        expected = reference.depthwise_conv(*leaves, *geometry)
+        expected = reference.depthwise_conv(*leaves, None, *geometry)
         grad = normal(3, *expected.shape, dtype=dtype)
         expected_rows, expected_kernel = torch.autograd.grad(expected, leaves, grad.double())
-        assert_close(ops.depthwise_conv(rows, kernel, *geometry), expected)
+        assert_close(ops.depthwise_conv(rows, kernel, None, *geometry), expected)
+        bias = normal(4, channels, dtype=dtype)
+        assert_close(ops.depthwise_conv(rows, kernel, bias, *geometry), expected + bias.double())
         assert_close(ops.depthwise_conv_grad_rows(grad, kernel, *geometry), expected_rows)
         assert_close(ops.depthwise_conv_grad_kernel(rows, grad, *geometry), expected_kernel)
 
@@ -104,9 +106,9 @@ def test_barriers_suffice(ops: Any, pixels: int, monkeypatch: pytest.MonkeyPatch
     rows, grad = (normal(seed, len(patches) * pixels**2, 72, dtype=torch.bfloat16) for seed in (1, 2))
     kernel, dense = normal(3, 49, 72, dtype=torch.bfloat16), normal(4, 3, 72, 3 * pixels, 4 * pixels, dtype=torch.bfloat16)
     cases: list[Callable[[], Tensor]] = [
-        lambda: ops.depthwise_conv(rows, kernel, *geometry),
+        lambda: ops.depthwise_conv(rows, kernel, None, *geometry),
         lambda: ops.depthwise_conv_grad_kernel(rows, grad, *geometry),
-        lambda: ops.depthwise_conv(rows[:, :71], kernel[:, :71], *geometry),
+        lambda: ops.depthwise_conv(rows[:, :71], kernel[:, :71], None, *geometry),
         lambda: ops.depthwise_conv_grad_kernel(rows[:, :71], grad[:, :71], *geometry),
         lambda: ops.voxelise(dense, slots, patches, pixels),
     ]
@@ -185,7 +187,7 @@ def test_no_visible_patch(ops: Any) -> None:
     rows, kernel = torch.zeros(0, 8), torch.ones(49, 8)
     table = ops.neighbour_table(*geometry, False)
     assert table.shape == (0, 49)
-    assert ops.depthwise_conv(rows, kernel, *geometry).shape == (0, 8)
+    assert ops.depthwise_conv(rows, kernel, None, *geometry).shape == (0, 8)
     assert ops.depthwise_conv_grad_rows(rows, kernel, *geometry).shape == (0, 8)
     for channels in (8, 5):
         assert ops.depthwise_conv_grad_kernel(rows[:, :channels], rows[:, :channels], *geometry).equal(
@@ -201,14 +203,14 @@ def test_memory_that_is_not_contiguous_or_not_aligned(ops: Any) -> None:
     slots, patches = make_sites(0, 5)
     geometry = (slots, patches, 4, (7, 7), 1, 1)
     rows, kernel = normal(1, len(patches) * 16, 64, dtype=torch.float32), normal(2, 49, 64, dtype=torch.float32)
-    expected = reference.depthwise_conv(rows.double(), kernel.double(), *geometry)
-    assert_close(ops.depthwise_conv(rows.t().contiguous().t(), kernel.t().contiguous().t(), *geometry), expected)
+    expected = reference.depthwise_conv(rows.double(), kernel.double(), None, *geometry)
+    assert_close(ops.depthwise_conv(rows.t().contiguous().t(), kernel.t().contiguous().t(), None, *geometry), expected)
     shifted = torch.cat([torch.zeros(1), rows.flatten()])[1:].view_as(rows)  # contiguous, 4 bytes off
     assert shifted.is_contiguous() and shifted.data_ptr() % 16
-    assert_close(ops.depthwise_conv(shifted, kernel, *geometry), expected)
+    assert_close(ops.depthwise_conv(shifted, kernel, None, *geometry), expected)
     spread = slots.repeat_interleave(2, 2)[:, :, ::2]
     assert not spread.is_contiguous()
-    assert_close(ops.depthwise_conv(rows, kernel, spread, *geometry[1:]), expected)
+    assert_close(ops.depthwise_conv(rows, kernel, None, spread, *geometry[1:]), expected)
 
 
 def test_wrong_arguments_are_refused(ops: Any) -> None:
@@ -217,13 +219,13 @@ def test_wrong_arguments_are_refused(ops: Any) -> None:
     rows, kernel = torch.zeros(len(patches) * 16, 8), torch.zeros(9, 8)
     table = torch.zeros(3, 4, dtype=torch.int32)
     cases: list[Callable[[], Any]] = [
-        lambda: ops.depthwise_conv(rows[1:], kernel, *geometry),
-        lambda: ops.depthwise_conv(rows, kernel[1:], *geometry),
-        lambda: ops.depthwise_conv(rows, kernel[:, 1:], *geometry),
-        lambda: ops.depthwise_conv(rows, kernel.double(), *geometry),
-        lambda: ops.depthwise_conv(rows.half(), kernel.half(), *geometry),
-        lambda: ops.depthwise_conv(rows, torch.zeros(4, 8), slots, patches, 4, (2, 2), 1, 1),
-        lambda: ops.depthwise_conv(rows, kernel, slots.long(), *geometry[1:]),
+        lambda: ops.depthwise_conv(rows[1:], kernel, None, *geometry),
+        lambda: ops.depthwise_conv(rows, kernel[1:], None, *geometry),
+        lambda: ops.depthwise_conv(rows, kernel[:, 1:], None, *geometry),
+        lambda: ops.depthwise_conv(rows, kernel.double(), None, *geometry),
+        lambda: ops.depthwise_conv(rows.half(), kernel.half(), None, *geometry),
+        lambda: ops.depthwise_conv(rows, torch.zeros(4, 8), None, slots, patches, 4, (2, 2), 1, 1),
+        lambda: ops.depthwise_conv(rows, kernel, None, slots.long(), *geometry[1:]),
         lambda: ops.depthwise_conv_grad_rows(rows[1:], kernel, *geometry),
         lambda: ops.depthwise_conv_grad_kernel(rows, rows[1:], *geometry),
         lambda: ops.neighbour_table(slots, patches, 4, (3, 3), 3, 1, False),

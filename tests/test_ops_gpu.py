@@ -104,8 +104,8 @@ def test_depthwise_conv(pixels: int, size: tuple[int, int], channels: int, dtype
         slots, patches = make_sites(keep, keep, batch=2)
         on_gpu = slots.cuda(), patches.cuda(), pixels, size
         compare(
-            lambda rows, kernel: ops.depthwise_conv(rows, kernel, *on_gpu),  # noqa: B023
-            lambda rows, kernel: reference.depthwise_conv(rows, kernel, slots, patches, pixels, list(size), 1, 1),  # noqa: B023
+            lambda rows, kernel: ops.depthwise_conv(rows, kernel, None, *on_gpu),  # noqa: B023
+            lambda rows, kernel: reference.depthwise_conv(rows, kernel, None, slots, patches, pixels, list(size), 1, 1),  # noqa: B023
             normal(1, len(patches) * pixels**2, channels, dtype=dtype),
             normal(2, size[0] * size[1], channels, dtype=dtype),
         )
@@ -119,8 +119,8 @@ def test_depthwise_conv_of_any_window(
     slots, patches = make_sites(0, 5, batch=4)
     on_gpu, options = (slots.cuda(), patches.cuda(), pixels, size), {"stride": stride, "dilation": dilation}
     compare(
-        lambda rows, kernel: ops.depthwise_conv(rows, kernel, *on_gpu, **options),
-        lambda rows, kernel: reference.depthwise_conv(rows, kernel, slots, patches, pixels, list(size), stride, dilation),
+        lambda rows, kernel: ops.depthwise_conv(rows, kernel, None, *on_gpu, **options),
+        lambda rows, kernel: reference.depthwise_conv(rows, kernel, None, slots, patches, pixels, list(size), stride, dilation),
         normal(1, len(patches) * pixels**2, 72, dtype=dtype),
         normal(2, size[0] * size[1], 72, dtype=dtype),
     )
@@ -137,7 +137,7 @@ def test_depthwise_conv_of_many_patches(pixels: int) -> None:
     width = slice(0, 255)
     op = torch.ops.sparkme
     cases = [
-        (op.depthwise_conv, rows, kernel),
+        (lambda r, k, *g: op.depthwise_conv(r, k, None, *g), rows, kernel),
         (op.depthwise_conv_grad_rows, grad, kernel),
         (op.depthwise_conv_grad_kernel, rows, grad),
     ]
@@ -210,7 +210,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "sparse_conv": (op.sparse_conv, (leaf(n_in, 32), leaf(9, 32, 64), table, inverse, 1)),
         "sparse_conv_grad_rows": (op.sparse_conv_grad_rows, (leaf(n_out, 64), leaf(9, 32, 64), table, inverse, 1)),
         "sparse_conv_grad_kernel": (op.sparse_conv_grad_kernel, (leaf(n_in, 32), leaf(n_out, 64), table, 1)),
-        "depthwise_conv": (op.depthwise_conv, (leaf(n_in, 32), leaf(9, 32), *geometry)),
+        "depthwise_conv": (op.depthwise_conv, (leaf(n_in, 32), leaf(9, 32), leaf(32), *geometry)),
         "depthwise_conv_grad_rows": (op.depthwise_conv_grad_rows, (leaf(n_out, 32), leaf(9, 32), *geometry)),
         "depthwise_conv_grad_kernel": (op.depthwise_conv_grad_kernel, (leaf(n_in, 32), leaf(n_out, 32), *geometry)),
         "max_pool": (op.max_pool, (leaf(n_in, 32), table, inverse)),
@@ -303,7 +303,7 @@ def test_a_captured_training_step_equals_an_eager_one() -> None:
         rows = ops.max_pool(rows, *tables)
         same = [ops.neighbour_table(slots, patches, 4, (3, 3), transposed=t) for t in (False, True)]
         rows = ops.sparse_conv(rows, conv, *same)
-        rows = ops.linear(ops.depthwise_conv(rows, depthwise, slots, patches, 4, (7, 7)), pointwise)
+        rows = ops.linear(ops.depthwise_conv(rows, depthwise, None, slots, patches, 4, (7, 7)), pointwise)
         tables = [ops.neighbour_table(slots, patches, 4, (3, 3), stride=2, transposed=t) for t in (False, True)]
         rows = ops.sparse_conv(rows, down, *tables)
         loss = ops.densify(rows, slots, patches, 2, fill).float().square().mean()

@@ -99,14 +99,15 @@ def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | N
 
 
 def depthwise_conv(
-    rows: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: tuple[int, int], *,
-    stride: int = 1, dilation: int = 1,
+    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int,
+    kernel_size: tuple[int, int], *, stride: int = 1, dilation: int = 1,
 ) -> Tensor:  # fmt: skip
     """Convolution with one odd-sized filter per channel, patch by patch with its halo.
 
     Args:
         rows: (P * pixels^2, C).
         kernel: (kh * kw, C).
+        bias: (C,) or None.
         slots, patches, pixels, kernel_size, stride, dilation: as for `neighbour_table`.
 
     Returns:
@@ -124,7 +125,11 @@ def depthwise_conv(
     if stride < 1 or dilation < 1 or pixels % stride:
         raise ValueError(f"stride {stride} must divide pixels={pixels}, and dilation {dilation} be positive")
     _check_same("kernel", kernel, rows)
-    return torch.ops.sparkme.depthwise_conv(rows, kernel, slots, patches, pixels, kernel_size, stride, dilation)
+    if bias is not None:
+        if bias.shape != rows.shape[1:]:
+            raise ValueError(f"bias must be ({rows.shape[1]},), got {tuple(bias.shape)}")
+        _check_same("bias", bias, rows)
+    return torch.ops.sparkme.depthwise_conv(rows, kernel, bias, slots, patches, pixels, kernel_size, stride, dilation)
 
 
 def max_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
@@ -195,10 +200,10 @@ def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def batch_norm(
     rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
-    training: bool, factor: Tensor | None = None, residual: Tensor | None = None, relu: bool = False,
+    training: bool, factor: Tensor | None = None, residual: Tensor | None = None, ceiling: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Batch norm with what follows it in a residual block: relu(factor * (weight * (rows - mean) * inverse_deviation + bias) +
-    residual). Only the rows are kept for the gradient, and with relu and residual the result.
+    """Batch norm with what follows it in a residual block: factor * (weight * (rows - mean) * inverse_deviation + bias) +
+    residual, clamped to [0, ceiling]. Only the rows are kept for the gradient, and with ceiling and residual the result.
 
     Args:
         rows: (N, C).
@@ -206,7 +211,7 @@ def batch_norm(
         training: whether mean and deviation are `batch_statistics` of these rows, so that the gradient goes through them.
         factor: (B,), for each sample; N is a multiple of B, and a sample's rows lie next to each other. No gradient.
         residual: (N, C) or (..., C), as many rows, of the rows' type.
-        relu: whether to end with one.
+        ceiling: above zero, or None for no clamp: infinity makes a ReLU of it, 6 a ReLU6.
 
     Returns:
         (N, C).
@@ -214,7 +219,7 @@ def batch_norm(
     _check_rows("rows", rows)
     numbers = {"mean": mean, "inverse_deviation": inverse_deviation, "weight": weight, "bias": bias}
     _check_norm(rows, rows.shape[1], numbers, factor, residual)
-    return torch.ops.sparkme.batch_norm(rows, mean, inverse_deviation, weight, bias, factor, residual, relu, training)
+    return torch.ops.sparkme.batch_norm(rows, mean, inverse_deviation, weight, bias, factor, residual, ceiling, training)
 
 
 class ProductStatistics(NamedTuple):
@@ -246,17 +251,17 @@ def product_statistics(rows: Tensor, kernel: Tensor) -> ProductStatistics:
 
 def linear_batch_norm(
     rows: Tensor, kernel: Tensor, statistics: ProductStatistics, epsilon: float, weight: Tensor | None = None,
-    bias: Tensor | None = None, *, factor: Tensor | None = None, residual: Tensor | None = None, relu: bool = False,
+    bias: Tensor | None = None, *, factor: Tensor | None = None, residual: Tensor | None = None, ceiling: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`batch_norm` of rows @ kernel in training mode, which is neither kept nor ever whole; for kernels with more columns than
-    rows. Kept for the gradient are the rows and, with relu, the result.
+    rows. Kept for the gradient are the rows and, with ceiling, the result.
 
     Args:
         rows: (N, K).
         kernel: (K, C).
         statistics: `product_statistics` of both.
         epsilon: of the variance.
-        weight, bias, factor, residual, relu: as for `batch_norm`.
+        weight, bias, factor, residual, ceiling: as for `batch_norm`.
 
     Returns:
         (N, C).
@@ -267,21 +272,40 @@ def linear_batch_norm(
     _check_norm(rows, kernel.shape[1], {"mean": mean, "weight": weight, "bias": bias}, factor, residual)
     deviation = (variance + epsilon).rsqrt()
     return torch.ops.sparkme.linear_batch_norm(
-        rows, kernel, row_mean, gram, mean, deviation, weight, bias, factor, residual, relu
+        rows, kernel, row_mean, gram, mean, deviation, weight, bias, factor, residual, ceiling
     )
 
 
+def layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Layer norm of every row, as torch.nn.functional.layer_norm computes it. Statistics are float32 or, for float64 rows,
+    float64.
+
+    Args:
+        rows: (N, C).
+        weight, bias: (C,) or None, of any floating type.
+        epsilon: of the variance.
+
+    Returns:
+        (N, C).
+    """
+    _check_rows("rows", rows)
+    _check_norm(rows, rows.shape[1], {"weight": weight, "bias": bias}, None, None)
+    return torch.ops.sparkme.layer_norm(rows, weight, bias, epsilon)[0]
+
+
 def mlp(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None = None
-) -> Tensor:
-    """scale * (gelu(rows @ weight1' + bias1) @ weight2' + bias2). Of what is between the layers only the first one's result is
-    kept.
+    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None = None,
+    *, factor: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """factor * scale * (gelu(rows @ weight1' + bias1) @ weight2' + bias2) + residual. Of what is between the layers only the
+    first one's result is kept.
 
     Args:
         rows: (N, C).
         weight1, bias1: (H, C) and (H,) or None, as in torch.nn.Linear.
         weight2, bias2: (C_out, H) and (C_out,) or None.
         scale: (C_out,) or None, of any floating type.
+        factor, residual: as for `batch_norm`.
 
     Returns:
         (N, C_out).
@@ -296,9 +320,8 @@ def mlp(
             if bias.shape != weight.shape[:1]:
                 raise ValueError(f"{name} must be ({len(weight)},), got {tuple(bias.shape)}")
             _check_same(name, bias, rows)
-    if scale is not None and scale.shape != weight2.shape[:1]:
-        raise ValueError(f"scale must be ({len(weight2)},), got {tuple(scale.shape)}")
-    return torch.ops.sparkme.mlp(rows, weight1, bias1, weight2, bias2, scale)[0]
+    _check_norm(rows, len(weight2), {"scale": scale}, factor, residual)
+    return torch.ops.sparkme.mlp(rows, weight1, bias1, weight2, bias2, scale, factor, residual)[0]
 
 
 def _check_kernel(rows: Tensor, kernel: Tensor) -> None:

@@ -19,7 +19,7 @@ for _schema in (
     "sparse_conv(Tensor rows, Tensor kernel, Tensor table, Tensor? inverse, int groups) -> Tensor",
     "sparse_conv_grad_rows(Tensor grad, Tensor kernel, Tensor table, Tensor inverse, int groups) -> Tensor",
     "sparse_conv_grad_kernel(Tensor rows, Tensor grad, Tensor table, int groups) -> Tensor",
-    f"depthwise_conv(Tensor rows, Tensor kernel, {_PATCH_GEOMETRY}) -> Tensor",
+    f"depthwise_conv(Tensor rows, Tensor kernel, Tensor? bias, {_PATCH_GEOMETRY}) -> Tensor",
     f"depthwise_conv_grad_rows(Tensor grad, Tensor kernel, {_PATCH_GEOMETRY}) -> Tensor",
     f"depthwise_conv_grad_kernel(Tensor rows, Tensor grad, {_PATCH_GEOMETRY}) -> Tensor",
     "max_pool(Tensor rows, Tensor table, Tensor inverse) -> (Tensor, Tensor)",
@@ -29,16 +29,21 @@ for _schema in (
     "densify(Tensor rows, Tensor slots, Tensor patches, int pixels, Tensor? fill) -> Tensor",
     "linear(Tensor rows, Tensor kernel, Tensor? bias) -> Tensor",
     "batch_statistics(Tensor rows) -> (Tensor, Tensor)",
-    f"batch_norm(Tensor rows, {_NORM}, Tensor? factor, Tensor? residual, bool relu, bool training) -> Tensor",
-    f"batch_norm_grad_sums(Tensor grad, Tensor rows, Tensor? out, {_NORM}, Tensor? factor, bool relu) -> (Tensor, Tensor)",
-    f"batch_norm_grad_rows(Tensor grad, Tensor rows, {_NORM}, Tensor? factor, bool relu, Tensor? sums, float? count) -> Tensor",
+    f"batch_norm(Tensor rows, {_NORM}, Tensor? factor, Tensor? residual, float? ceiling, bool training) -> Tensor",
+    f"batch_norm_grad_sums(Tensor grad, Tensor rows, Tensor? out, {_NORM}, Tensor? factor, float? ceiling) -> (Tensor, Tensor)",
+    f"batch_norm_grad_rows(Tensor grad, Tensor rows, {_NORM}, Tensor? factor, float? ceiling, Tensor? sums, "
+    "float? count) -> Tensor",
     "product_statistics(Tensor rows, Tensor kernel) -> (Tensor, Tensor, Tensor, Tensor)",
     f"linear_batch_norm(Tensor rows, Tensor kernel, Tensor row_mean, Tensor gram, {_NORM}, Tensor? factor, Tensor? residual, "
-    "bool relu) -> Tensor",
+    "float? ceiling) -> Tensor",
     "linear_batch_norm_grad(Tensor grad, Tensor rows, Tensor kernel, Tensor? out, Tensor row_mean, Tensor gram, Tensor mean, "
-    "Tensor inverse_deviation, Tensor? weight, Tensor? factor) -> (Tensor, Tensor, Tensor, Tensor)",
-    "mlp(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? scale) -> (Tensor, Tensor)",
-    "mlp_grad(Tensor grad, Tensor rows, Tensor hidden, Tensor weight1, Tensor weight2, Tensor? bias2, Tensor? scale) -> "
+    "Tensor inverse_deviation, Tensor? weight, Tensor? factor, float? ceiling) -> (Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor rows, Tensor? weight, Tensor? bias, float epsilon) -> (Tensor, Tensor)",
+    "layer_norm_grad(Tensor grad, Tensor rows, Tensor statistics, Tensor? weight) -> (Tensor, Tensor)",
+    "mlp(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? scale, Tensor? factor, "
+    "Tensor? residual) -> (Tensor, Tensor)",
+    "mlp_grad(Tensor grad, Tensor rows, Tensor hidden, Tensor weight1, Tensor weight2, Tensor? bias2, Tensor? scale, "
+    "Tensor? factor) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     LIBRARY.define(_schema)
@@ -77,8 +82,8 @@ def _(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
 
 @torch.library.register_fake("sparkme::depthwise_conv", lib=LIBRARY)
 def _(
-    rows: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
-    dilation: int,
+    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int],
+    stride: int, dilation: int,
 ) -> Tensor:  # fmt: skip
     return rows.new_empty(patches.shape[0] * (pixels // stride) ** 2, rows.shape[1])
 
@@ -140,7 +145,7 @@ def _(rows: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("sparkme::batch_norm", lib=LIBRARY)
 def _(
     rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
-    residual: Tensor | None, relu: bool, training: bool,
+    residual: Tensor | None, ceiling: float | None, training: bool,
 ) -> Tensor:  # fmt: skip
     return rows.new_empty(rows.shape)
 
@@ -148,7 +153,7 @@ def _(
 @torch.library.register_fake("sparkme::batch_norm_grad_sums", lib=LIBRARY)
 def _(
     grad: Tensor, rows: Tensor, out: Tensor | None, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None,
-    bias: Tensor | None, factor: Tensor | None, relu: bool,
+    bias: Tensor | None, factor: Tensor | None, ceiling: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sums = rows.new_empty(2, rows.shape[1], dtype=sum_type(rows.dtype))
     return grad.new_empty(0 if out is None else grad.shape), sums
@@ -157,7 +162,7 @@ def _(
 @torch.library.register_fake("sparkme::batch_norm_grad_rows", lib=LIBRARY)
 def _(
     grad: Tensor, rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None,
-    factor: Tensor | None, relu: bool, sums: Tensor | None, count: float | None,
+    factor: Tensor | None, ceiling: float | None, sums: Tensor | None, count: float | None,
 ) -> Tensor:  # fmt: skip
     return rows.new_empty(rows.shape)
 
@@ -172,7 +177,7 @@ def _(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.register_fake("sparkme::linear_batch_norm", lib=LIBRARY)
 def _(
     rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
-    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, relu: bool,
+    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, ceiling: float | None,
 ) -> Tensor:  # fmt: skip
     return rows.new_empty(rows.shape[0], kernel.shape[1])
 
@@ -181,22 +186,35 @@ def _(
 def _(
     grad: Tensor, rows: Tensor, kernel: Tensor, out: Tensor | None, row_mean: Tensor, gram: Tensor, mean: Tensor,
     inverse_deviation: Tensor, weight: Tensor | None, factor: Tensor | None,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     sums = rows.new_empty(2, kernel.shape[1], dtype=sum_type(rows.dtype))
     return rows.new_empty(rows.shape), kernel.new_empty(kernel.shape), sums, grad.new_empty(0 if out is None else grad.shape)
 
 
+@torch.library.register_fake("sparkme::layer_norm", lib=LIBRARY)
+def _(rows: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 2, dtype=sum_type(rows.dtype))
+
+
+@torch.library.register_fake("sparkme::layer_norm_grad", lib=LIBRARY)
+def _(grad: Tensor, rows: Tensor, statistics: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(2, rows.shape[1], dtype=sum_type(rows.dtype))
+
+
 @torch.library.register_fake("sparkme::mlp", lib=LIBRARY)
 def _(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
+    factor: Tensor | None, residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return rows.new_empty(rows.shape[0], weight2.shape[0]), rows.new_empty(rows.shape[0], weight1.shape[0])
 
 
 @torch.library.register_fake("sparkme::mlp_grad", lib=LIBRARY)
 def _(
-    grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, ...]:
+    grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
+    factor: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     biases = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
     none = rows.new_empty(0, dtype=sum_type(rows.dtype))
     return (

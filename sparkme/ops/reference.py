@@ -58,11 +58,12 @@ def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | N
 
 
 def depthwise_conv(
-    rows: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
-    dilation: int,
+    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int],
+    stride: int, dilation: int,
 ) -> Tensor:  # fmt: skip
     table = neighbour_table(slots, patches, pixels, kernel_size, stride, dilation, False)
-    return torch.einsum("nkc,kc->nc", gather(rows, table), kernel)
+    out = torch.einsum("nkc,kc->nc", gather(rows, table), kernel)
+    return out if bias is None else out + bias
 
 
 def max_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def batch_norm(
     rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
-    residual: Tensor | None, relu: bool, training: bool,
+    residual: Tensor | None, ceiling: float | None, training: bool,
 ) -> Tensor:  # fmt: skip
     if training:  # the same values, with a gradient; the epsilon is what is left
         own_mean, own_variance = batch_statistics(rows)
@@ -104,9 +105,8 @@ def batch_norm(
     out = (rows - mean) * inverse_deviation
     out = out if weight is None else out * weight
     out = out if bias is None else out + bias
-    out = out if factor is None else out * factor.repeat_interleave(len(rows) // len(factor)).unsqueeze(1)
-    out = out if residual is None else out + residual.flatten(0, -2)
-    return out.relu() if relu else out
+    out = _follow(out, factor, residual)
+    return out if ceiling is None else out.clamp(0, ceiling)
 
 
 def product_statistics(rows: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
@@ -116,14 +116,28 @@ def product_statistics(rows: Tensor, kernel: Tensor) -> tuple[Tensor, ...]:
 
 def linear_batch_norm(
     rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
-    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, relu: bool,
+    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, ceiling: float | None,
 ) -> Tensor:  # fmt: skip
-    return batch_norm(rows @ kernel, mean, inverse_deviation, weight, bias, factor, residual, relu, True)
+    return batch_norm(rows @ kernel, mean, inverse_deviation, weight, bias, factor, residual, ceiling, True)
+
+
+def layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
+    deviation = (variance + epsilon).rsqrt()
+    out = (rows - mean) * deviation
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias, torch.cat([mean, deviation], 1)
 
 
 def mlp(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
+    factor: Tensor | None, residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     hidden = F.linear(rows, weight1, bias1)
     out = F.linear(F.gelu(hidden), weight2, bias2)
-    return out if scale is None else out * scale, hidden
+    return _follow(out if scale is None else out * scale, factor, residual), hidden
+
+
+def _follow(out: Tensor, factor: Tensor | None, residual: Tensor | None) -> Tensor:
+    out = out if factor is None else out * factor.repeat_interleave(len(out) // len(factor)).unsqueeze(1)
+    return out if residual is None else out + residual.flatten(0, -2)

@@ -5,9 +5,9 @@ and the first one who reads the map has it written. Blocks run their own code an
 
 | in the network | what runs | what is saved |
 |---|---|---|
-| batch norm, then perhaps a factor for each sample (drop path), `+` another map, ReLU | `ops.batch_norm` | passes over rows |
+| batch norm, perhaps a factor for each sample (drop path), `+` another map, ReLU(6) | `ops.batch_norm` | passes over rows |
 | a 1x1 convolution to at least twice as many channels, then the same | `ops.linear_batch_norm` | the convolution's result |
-| linear, GELU, linear, then perhaps a factor for each channel (layer scale) | `ops.mlp` | GELU's result, and the scale's |
+| linear, GELU, linear, perhaps factors for channels (layer scale) and samples, `+` another map | `ops.mlp` | GELU's result |
 
 A batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the norm's rows.
 
@@ -52,7 +52,8 @@ class Unwritten:
 
     # The same with one more function at the end; None where it does not fit.
 
-    def relu(self) -> Unwritten | None:
+    def clamp(self, ceiling: float) -> Unwritten | None:
+        """To [0, ceiling]: a ReLU if that is infinite, a ReLU6 if it is 6."""
         return None
 
     def gelu(self) -> Unwritten | None:
@@ -89,7 +90,7 @@ class UnwrittenNorm(Unwritten):
     Args:
         source: what is normalised.
         bn: its layer. Where it trains, its running statistics move now.
-        follows: `factor` (B,), `residual` like the rows, `relu`: as of `ops.batch_norm`.
+        follows: `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
     """
 
     def __init__(self, source: Features | UnwrittenProduct, bn: torch.nn.BatchNorm2d) -> None:
@@ -132,11 +133,11 @@ class UnwrittenNorm(Unwritten):
                 return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **self.follows)
         return ops.batch_norm(rows, self.mean, self.deviation, *self.affine, training=self.training, **self.follows)
 
-    def relu(self) -> Unwritten | None:
-        return None if "relu" in self.follows else self._with(relu=True)
+    def clamp(self, ceiling: float) -> Unwritten | None:
+        return None if "ceiling" in self.follows else self._with(ceiling=ceiling)
 
     def plus(self, other: Tensor) -> Unwritten | None:
-        fits = not self.follows.keys() & {"relu", "residual"} and other.shape == self.shape and other.dtype == self.dtype
+        fits = not self.follows.keys() & {"ceiling", "residual"} and other.shape == self.shape and other.dtype == self.dtype
         return self._with(residual=other) if fits else None
 
     def times(self, other: Tensor) -> Unwritten | None:
@@ -150,7 +151,7 @@ class UnwrittenNorm(Unwritten):
 
 
 class UnwrittenLinear(Unwritten):
-    """A linear layer, perhaps GELU, perhaps another linear layer, perhaps a factor for each channel."""
+    """A linear layer, perhaps GELU, perhaps another linear layer, perhaps factors for channels and samples, and a residual."""
 
     def __init__(self, source: Features, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(source, len(weight), source.dtype)
@@ -158,6 +159,7 @@ class UnwrittenLinear(Unwritten):
         self.second: tuple[Tensor, Tensor | None] | None = None
         self.activated = False
         self.scale: Tensor | None = None
+        self.follows: dict[str, Tensor] = {}
 
     def compute(self, rows: Tensor) -> Tensor:
         weight, bias = (None if value is None else value.to(rows.dtype) for value in self.first)
@@ -167,10 +169,16 @@ class UnwrittenLinear(Unwritten):
             return F.gelu(out) if self.activated else out
         last, last_bias = (None if value is None else value.to(rows.dtype) for value in self.second)
         assert last is not None
-        return ops.mlp(rows, weight, bias, last, last_bias, self.scale).to(self.dtype)
+        return ops.mlp(rows, weight, bias, last, last_bias, self.scale, **self.follows).to(self.dtype)
 
     def gelu(self) -> Unwritten | None:
         return None if self.activated else self._with(activated=True)
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        fits = self.second is not None and "residual" not in self.follows and other.shape == self.shape
+        if not fits or not other.dtype == self.dtype == self.source.dtype:  # under autocast they differ
+            return None
+        return self._with(follows=self.follows | {"residual": other})
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
         if not self.activated or self.second is not None:
@@ -178,7 +186,11 @@ class UnwrittenLinear(Unwritten):
         return self._with(second=(weight, bias), shape=torch.Size((*self.shape[:2], len(weight))))
 
     def times(self, other: Tensor) -> Unwritten | None:
-        if self.second is None or self.scale is not None or other.shape != (1, 1, self.shape[2]):
+        if self.second is None or "residual" in self.follows:
+            return None
+        if not self.follows and other.shape == (self.shape[0], 1, 1) and not other.requires_grad and other.dtype == self.dtype:
+            return self._with(follows={"factor": other.flatten()})
+        if self.scale is not None or other.shape != (1, 1, self.shape[2]):
             return None
         return self._with(scale=other.flatten(), dtype=torch.promote_types(self.dtype, other.dtype))
 

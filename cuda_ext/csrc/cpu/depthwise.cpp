@@ -47,8 +47,8 @@ class Tiles {
         tile[row * tile_columns_ + column] = source < 0 ? zero_.data() : rows_ + source * channels_;
       }
     }
-    return {tile.data(),      tile_columns_,  zero_.data(),  side_,    window_.stride,
-            window_.dilation, window_.height, window_.width, channels_};
+    return {tile.data(),      tile_columns_,  zero_.data(),  side_,     window_.stride,
+            window_.dilation, window_.height, window_.width, channels_, spread_ > 1};
   }
 
  private:
@@ -64,12 +64,13 @@ at::Tensor in_sum_type(const at::Tensor &kernel) {
   return kernel.to(kernel.scalar_type() == at::kBFloat16 ? at::kFloat : kernel.scalar_type()).contiguous();
 }
 
-at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, const Sites &sites, int64_t num_patches,
-                            const Window &window, int64_t pixels, int64_t spread) {
-  const at::Tensor kernel_ = in_sum_type(kernel);
+at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
+                            const Sites &sites, int64_t num_patches, const Window &window, int64_t pixels, int64_t spread) {
+  const at::Tensor kernel_ = in_sum_type(kernel), bias_ = bias ? in_sum_type(*bias) : at::Tensor();
   TORCH_CHECK_VALUE(window.height % 2 && window.width % 2, "kernel_size must be odd");
   TORCH_CHECK_VALUE(kernel_.dim() == 2 && kernel_.size(0) == window.taps() && kernel_.size(1) == rows.size(1),
                     "kernel must be (", window.taps(), ", ", rows.size(1), ")");
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == rows.size(1)), "bias must be (", rows.size(1), ",)");
   const int64_t area = (pixels / window.stride) * (pixels / window.stride), channels = rows.size(1);
   at::Tensor out = at::empty({num_patches * area, channels}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "depthwise_conv", [&] {
@@ -78,6 +79,7 @@ at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, co
       std::vector<const scalar_t *> tile;
       for (int64_t patch = begin; patch < end; ++patch) {
         kernels_of<scalar_t>().convolve(tiles.find(patch, tile), kernel_.const_data_ptr<Sum<scalar_t>>(),
+                                        bias ? bias_.const_data_ptr<Sum<scalar_t>>() : nullptr,
                                         out.mutable_data_ptr<scalar_t>() + patch * area * channels);
       }
     });
@@ -85,11 +87,12 @@ at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, co
   return out;
 }
 
-at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &slots, const at::Tensor &patches,
-                          int64_t pixels, at::IntArrayRef kernel_size, int64_t stride, int64_t dilation) {
+at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
+                          const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
+                          int64_t stride, int64_t dilation) {
   const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("rows", rows_, patches_.size(0) * pixels * pixels);
-  return convolve_patches(rows_, kernel, checked_sites(slots_, patches_), patches_.size(0),
+  return convolve_patches(rows_, kernel, bias, checked_sites(slots_, patches_), patches_.size(0),
                           window_of(kernel_size, stride, dilation), pixels, 1);
 }
 
@@ -99,7 +102,7 @@ at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &ke
                                     int64_t dilation) {
   const at::Tensor grad_ = grad.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("grad", grad_, patches_.size(0) * (pixels / stride) * (pixels / stride));
-  return convolve_patches(grad_, kernel.flip(0), checked_sites(slots_, patches_), patches_.size(0),
+  return convolve_patches(grad_, kernel.flip(0), std::nullopt, checked_sites(slots_, patches_), patches_.size(0),
                           window_of(kernel_size, 1, dilation), pixels, stride);
 }
 

@@ -20,10 +20,11 @@ struct DepthwisePatch {
   int32_t side, stride, dilation;  // of the output patch, of the convolution
   int32_t height, width;           // of the kernel
   int64_t channels;
+  bool spread;  // whether most of the tile is hidden, since rows lie at every so many pixels only
 };
 
-// Batch norm, times a factor for each sample, plus a residual, then perhaps a ReLU:
-//     y = relu(factor * (scale * x + shift) + residual)
+// Batch norm, times a factor for each sample, plus a residual, then perhaps a clamp, which is a ReLU:
+//     y = min(max(factor * (scale * x + shift) + residual, 0), ceiling)
 // Channels lie next to each other, so all numbers per channel are arrays of `channels`.
 template <typename T>
 struct NormRows {
@@ -31,13 +32,13 @@ struct NormRows {
   int64_t count, channels;  // of rows
   const Sum<T> *scale, *shift;
   const Sum<T> *factors;  // of each row's sample, or null for one
-  bool relu;
+  Sum<T> ceiling;         // NaN for none
 };
 
 template <typename T>
 struct Kernels {
-  // out (side^2, C) = the patch convolved with kernel (height * width, C).
-  void (*convolve)(const DepthwisePatch<T> &patch, const Sum<T> *kernel, T *out);
+  // out (side^2, C) = the patch convolved with kernel (height * width, C), plus bias (C), which may be null.
+  void (*convolve)(const DepthwisePatch<T> &patch, const Sum<T> *kernel, const Sum<T> *bias, T *out);
   // sums (height * width, C) += the product of grad (side^2, C) and the patch, for `count` patches.
   void (*correlate)(const DepthwisePatch<T> *patches, const T *const *grads, int64_t count, Sum<T> *sums);
   // out (channels, count) = rows (count, channels) transposed; rows of both are their stride apart.
@@ -60,15 +61,22 @@ struct Kernels {
   void (*statistics)(const T *rows, int64_t count, int64_t channels, Sum<T> *sums);
   // out = y; residual may be null.
   void (*normalise)(const NormRows<T> &x, const T *residual, T *out);
-  // sums (2, C) = the sum of g * factor, and of g * factor * (x - mean), where g is grad where y > 0; y is `out`, or worked out
-  // again where that is null. g goes to `masked`, if not null.
+  // sums (2, C) = the sum of g * factor, and of g * factor * (x - mean), where g is grad where 0 < y < ceiling; y is `out`, or
+  // worked out again where that is null. g goes to `masked`, if not null.
   void (*norm_grad_sums)(const NormRows<T> &x, const T *grad, const T *out, const Sum<T> *mean, Sum<T> *sums, T *masked);
   // grad_rows = by_grad * g * factor + by_row * (x - mean) + constant, per channel.
   void (*norm_grad_rows)(const NormRows<T> &x, const T *grad, const Sum<T> *mean, const Sum<T> *by_grad, const Sum<T> *by_row,
                          const Sum<T> *constant, T *grad_rows);
-  // masked = grad where out > 0, or nothing where out is null; sums (C) = the sum of that times the rows' factors.
-  void (*masked_sums)(const T *grad, const T *out, const Sum<T> *factors, int64_t count, int64_t channels, Sum<T> *sums,
-                      T *masked);
+  // masked = grad where 0 < out < ceiling, or nothing where out is null; sums (C) = the sum of that times the rows' factors.
+  void (*masked_sums)(const T *grad, const T *out, Sum<T> ceiling, const Sum<T> *factors, int64_t count, int64_t channels,
+                      Sum<T> *sums, T *masked);
+  // Layer norm of `count` rows: out = weight * (x - mean) * inverse_deviation + bias; statistics (count, 2) = the mean and
+  // inverse deviation of each row.
+  void (*layer_norm)(const T *rows, int64_t count, int64_t channels, const Sum<T> *weight, const Sum<T> *bias, Sum<T> epsilon,
+                     T *out, Sum<T> *statistics);
+  // The gradient of its rows; sums (2, C) = the sum of grad, and of grad * (x - mean) * inverse_deviation.
+  void (*layer_norm_grad)(const T *grad, const T *rows, int64_t count, int64_t channels, const Sum<T> *weight,
+                          const Sum<T> *statistics, T *grad_rows, Sum<T> *sums);
   // out (C) = the sum of `count` rows, of each those channels whose `taken` is the row's tap.
   void (*sum_taken)(const T *const *rows, const uint8_t *const *taken, const uint8_t *taps, int64_t count, int64_t channels,
                     T *out);

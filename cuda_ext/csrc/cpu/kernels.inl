@@ -26,6 +26,8 @@ constexpr Kernels<T> all_kernels() {
   all.norm_grad_sums = norm_grad_sums<T>;
   all.norm_grad_rows = norm_grad_rows<T>;
   all.masked_sums = masked_sums<T>;
+  all.layer_norm = layer_norm<T>;
+  all.layer_norm_grad = layer_norm_grad<T>;
   all.sum_taken = sum_taken<T>;
   all.dot_and_scale = dot_and_scale<T>;
   all.gelu = gelu<T>;

@@ -49,13 +49,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> product_statistics(co
 at::Tensor linear_batch_norm(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor & /*row_mean*/,
                              const at::Tensor & /*gram*/, const at::Tensor &mean, const at::Tensor &inverse_deviation,
                              const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
-                             bool relu) {
+                             std::optional<double> ceiling) {
   check_product(rows, kernel);
   const at::Tensor rows_ = rows.contiguous();
   const int64_t num_rows = rows_.size(0), channels = kernel.size(1);
   at::Tensor out = at::empty({num_rows, channels}, rows_.options());
   const Optional added = residual ? Optional(residual_of(*residual, out)) : std::nullopt;
-  const Norm norm(out, mean, inverse_deviation, weight, bias, factor, relu);
+  const Norm norm(out, mean, inverse_deviation, weight, bias, factor, ceiling);
   const int64_t block = std::max<int64_t>(64, kBlockBytes / std::max<int64_t>(1, channels * rows_.element_size()));
   for (int64_t first = 0; first < num_rows; first += block) {
     const int64_t count = std::min(block, num_rows - first);
@@ -75,9 +75,9 @@ at::Tensor linear_batch_norm(const at::Tensor &rows, const at::Tensor &kernel, c
   return out;
 }
 
-// grad where out > 0, and the sum of that times the factor, for each channel.
-std::tuple<at::Tensor, at::Tensor> masked_and_summed(const at::Tensor &grad, const Optional &out, const Optional &factors,
-                                                     at::ScalarType sums) {
+// grad where 0 < out < ceiling, and the sum of that times the factor, for each channel.
+std::tuple<at::Tensor, at::Tensor> masked_and_summed(const at::Tensor &grad, const Optional &out, double ceiling,
+                                                     const Optional &factors, at::ScalarType sums) {
   const int64_t channels = grad.size(1);
   const Parts parts(grad.size(0));
   const at::Tensor partial = at::empty({parts.count(), channels}, grad.options().dtype(sums));
@@ -87,10 +87,10 @@ std::tuple<at::Tensor, at::Tensor> masked_and_summed(const at::Tensor &grad, con
     scalar_t *target = out ? masked.mutable_data_ptr<scalar_t>() : nullptr;
     parts.each([&](int64_t part) {
       const int64_t first = parts.begin(part), at = first * channels;
-      kernels_of<scalar_t>().masked_sums(grad.const_data_ptr<scalar_t>() + at, out_data ? out_data + at : nullptr,
-                                         factors ? factors->const_data_ptr<Sum<scalar_t>>() + first : nullptr, parts.rows(part),
-                                         channels, partial.mutable_data_ptr<Sum<scalar_t>>() + part * channels,
-                                         target ? target + at : nullptr);
+      kernels_of<scalar_t>().masked_sums(
+          grad.const_data_ptr<scalar_t>() + at, out_data ? out_data + at : nullptr, ceiling_in<scalar_t>(ceiling),
+          factors ? factors->const_data_ptr<Sum<scalar_t>>() + first : nullptr, parts.rows(part), channels,
+          partial.mutable_data_ptr<Sum<scalar_t>>() + part * channels, target ? target + at : nullptr);
     });
   });
   return {masked, partial.sum(0, false, at::kDouble).to(sums)};
@@ -99,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor> masked_and_summed(const at::Tensor &grad, con
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_batch_norm_grad(
     const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &kernel, const Optional &out, const at::Tensor &row_mean,
     const at::Tensor &gram, const at::Tensor &mean, const at::Tensor &inverse_deviation, const Optional &weight,
-    const Optional &factor) {
+    const Optional &factor, std::optional<double> ceiling) {
   check_product(rows, kernel);
   const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
   const auto sums = sum_type(rows), type = rows.scalar_type();
@@ -109,7 +109,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_batch_norm_gra
     out_ = out->contiguous();
   }
   const Optional factors = per_row(factor, grad_);
-  auto [masked, sum] = masked_and_summed(grad_, out_, factors, sums);
+  auto [masked, sum] = masked_and_summed(grad_, out_, ceiling_or_nan(ceiling), factors, sums);
   const at::Tensor g = factors ? (masked * factors->unsqueeze(1)).to(type) : masked;
   const double num_rows = static_cast<double>(std::max<int64_t>(1, rows_.size(0)));
 

@@ -1,5 +1,6 @@
 // Two linear layers with GELU between them, as in ConvNeXt's blocks, where the layer between is four times as wide as the rest.
-// A factor for each channel of the result, ConvNeXt's layer scale, is part of it.
+// A factor for each channel of the result, ConvNeXt's layer scale, one for each sample, drop path's, and the residual are part
+// of it.
 //
 // What is kept of it is the first layer's result; GELU's is made again for the gradient, a block of rows at a time, and so is
 // its derivative, so that neither of them leaves the cache.
@@ -70,16 +71,54 @@ at::Tensor gelu_with_grad(const at::Tensor &x, at::Tensor &grad) {
   return out;
 }
 
+// What is done with the result: times the channel's and the sample's factor, plus the residual.
+struct Follows {
+  at::Tensor scale, shift;
+  Optional factors, residual;
+
+  Follows(const at::Tensor &out, const Optional &scale_, const Optional &factor, const Optional &residual_)
+      : scale(per_channel("scale", scale_, out, 1)), shift(at::zeros_like(scale)), factors(per_row(factor, out)) {
+    if (residual_) residual = residual_of(*residual_, out);
+  }
+
+  // Of rows [first, ...), to their place.
+  void apply(const at::Tensor &rows, int64_t first, const at::Tensor &out) const {
+    const int64_t channels = rows.size(1);
+    const at::Tensor rows_ = rows.contiguous();
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "mlp", [&] {
+      using S = Sum<scalar_t>;
+      const Parts parts(rows.size(0));
+      parts.each([&](int64_t part) {
+        const int64_t begin = parts.begin(part), at = (first + begin) * channels;
+        const NormRows<scalar_t> x{rows_.const_data_ptr<scalar_t>() + begin * channels,
+                                   parts.rows(part),
+                                   channels,
+                                   scale.const_data_ptr<S>(),
+                                   shift.const_data_ptr<S>(),
+                                   factors ? factors->const_data_ptr<S>() + first + begin : nullptr,
+                                   static_cast<S>(ceiling_or_nan(std::nullopt))};
+        kernels_of<scalar_t>().normalise(x, residual ? residual->const_data_ptr<scalar_t>() + at : nullptr,
+                                         out.mutable_data_ptr<scalar_t>() + at);
+      });
+    });
+  }
+};
+
 std::tuple<at::Tensor, at::Tensor> mlp(const at::Tensor &rows, const at::Tensor &weight1, const Optional &bias1,
-                                       const at::Tensor &weight2, const Optional &bias2, const Optional &scale) {
+                                       const at::Tensor &weight2, const Optional &bias2, const Optional &scale,
+                                       const Optional &factor, const Optional &residual) {
   check_weights(rows, weight1, weight2);
   const at::Tensor hidden = gemm(rows.contiguous(), weight1.t(), bias1).contiguous();
   const Blocks blocks(hidden);
-  at::Tensor out = blocks.count == 1 ? at::Tensor() : at::empty({rows.size(0), weight2.size(0)}, rows.options());
+  const bool follows = scale || factor || residual;
+  at::Tensor out = blocks.count == 1 && !follows ? at::Tensor() : at::empty({rows.size(0), weight2.size(0)}, rows.options());
+  const std::optional<Follows> follow =
+      follows ? std::optional<Follows>(std::in_place, out, scale, factor, residual) : std::nullopt;
   blocks.each([&](int64_t first, int64_t count) {
-    at::Tensor part = gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2);
-    if (scale) part.mul_(*scale);
-    if (out.defined()) {
+    const at::Tensor part = gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2);
+    if (follow) {
+      follow->apply(part, first, out);
+    } else if (out.defined()) {
       out.narrow(0, first, count).copy_(part);
     } else {
       out = part;
@@ -99,14 +138,15 @@ void add_product(const at::Tensor &left, const at::Tensor &right, at::Tensor &su
   }
 }
 
-// (C) of (N, C), in the type of sums.
-at::Tensor column_sums(const at::Tensor &rows) {
+// (C) of (N, C), perhaps times the rows' factors, in the type of sums.
+at::Tensor column_sums(const at::Tensor &rows, const Optional &factors = std::nullopt) {
   const int64_t channels = rows.size(1);
   const Parts parts(rows.size(0));
   const at::Tensor partial = at::empty({parts.count(), channels}, rows.options().dtype(sum_type(rows)));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "mlp_grad", [&] {
     parts.each([&](int64_t part) {
-      kernels_of<scalar_t>().masked_sums(rows.const_data_ptr<scalar_t>() + parts.begin(part) * channels, nullptr, nullptr,
+      kernels_of<scalar_t>().masked_sums(rows.const_data_ptr<scalar_t>() + parts.begin(part) * channels, nullptr, 0,
+                                         factors ? factors->const_data_ptr<Sum<scalar_t>>() + parts.begin(part) : nullptr,
                                          parts.rows(part), channels,
                                          partial.mutable_data_ptr<Sum<scalar_t>>() + part * channels, nullptr);
     });
@@ -132,8 +172,9 @@ at::Tensor scaled_gradient(at::Tensor &grad_weight, const at::Tensor &weight, co
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_grad(
     const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &hidden, const at::Tensor &weight1,
-    const at::Tensor &weight2, const Optional &bias2, const Optional &scale) {
+    const at::Tensor &weight2, const Optional &bias2, const Optional &scale, const Optional &factor) {
   check_weights(rows, weight1, weight2);
+  const Optional factors = per_row(factor, rows);
   const at::Tensor grad_ = grad.contiguous(), rows_ = rows.contiguous(), hidden_ = hidden.contiguous();
   const auto sums = sum_type(rows), type = rows.scalar_type();
   const auto options = rows_.options().dtype(sums);
@@ -142,7 +183,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor grad_weight1 = at::empty(weight1.sizes(), options), grad_weight2 = at::empty(weight2.sizes(), options);
   at::Tensor grad_bias1;
   blocks.each([&](int64_t first, int64_t count) {
-    const at::Tensor g = grad_.narrow(0, first, count);
+    at::Tensor g = grad_.narrow(0, first, count);
+    if (factors) g = (g * factors->narrow(0, first, count).unsqueeze(1)).to(type);
     at::Tensor wide = gemm(scale ? (g * *scale).to(type) : g, weight2).contiguous();
     const at::Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
     add_product(g, active, grad_weight2, first == 0);
@@ -156,7 +198,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       grad_rows = part;
     }
   });
-  at::Tensor grad_bias2 = column_sums(grad_), grad_scale = at::empty({0}, options);
+  at::Tensor grad_bias2 = column_sums(grad_, factors), grad_scale = at::empty({0}, options);
   if (scale) {
     const at::Tensor scales = scale->to(sums).contiguous(), weight = weight2.contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, type, "mlp_grad",

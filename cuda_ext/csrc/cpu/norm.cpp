@@ -1,4 +1,5 @@
-// Batch norm of rows with what follows it in one pass: the factor of a drop path, a residual, a ReLU. Forward it reads the rows
+// Batch norm of rows with what follows it in one pass: the factor of a drop path, a residual, a ReLU (with a ceiling,
+// as ReLU6 has). Forward it reads the rows
 // twice (statistics; result) and backward twice (two sums per channel; the gradient). Between the passes nothing is kept but
 // the rows: what was before the ReLU is worked out again.
 //
@@ -50,9 +51,10 @@ std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
 namespace {
 
 at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
-                      const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual, bool relu,
+                      const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
+                      std::optional<double> ceiling,
                       bool /*training: whether the statistics are the rows' own, for the gradient*/) {
-  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
   const Optional added = residual ? Optional(residual_of(*residual, norm.rows)) : std::nullopt;
   const Parts parts(norm.rows.size(0));
   at::Tensor out = at::empty_like(norm.rows);
@@ -71,8 +73,8 @@ at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::
 std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, const at::Tensor &rows, const Optional &out,
                                                         const at::Tensor &mean, const at::Tensor &inverse_deviation,
                                                         const Optional &weight, const Optional &bias, const Optional &factor,
-                                                        bool relu) {
-  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
+                                                        std::optional<double> ceiling) {
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
   const at::Tensor grad_ = grad.contiguous();
   check_like("grad", grad_, norm.rows);
   Optional out_;
@@ -102,8 +104,9 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, 
 
 at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &mean,
                                 const at::Tensor &inverse_deviation, const Optional &weight, const Optional &bias,
-                                const Optional &factor, bool relu, const Optional &sums, std::optional<double> count) {
-  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, relu);
+                                const Optional &factor, std::optional<double> ceiling, const Optional &sums,
+                                std::optional<double> count) {
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
   const at::Tensor grad_ = grad.contiguous();
   check_like("grad", grad_, norm.rows);
   at::Tensor constant = at::zeros_like(norm.mean), by_row = constant;
@@ -130,9 +133,61 @@ at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, 
   return grad_rows;
 }
 
+std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor &rows, const Optional &weight, const Optional &bias,
+                                              double epsilon) {
+  const at::Tensor rows_ = rows.contiguous();
+  TORCH_CHECK_VALUE(rows_.dim() == 2, "rows must be (N, C), got ", rows_.sizes());
+  const int64_t channels = rows_.size(1);
+  const at::Tensor scale = per_channel("weight", weight, rows_, 1), shift = per_channel("bias", bias, rows_, 0);
+  at::Tensor out = at::empty_like(rows_), statistics = at::empty({rows_.size(0), 2}, scale.options());
+  const Parts parts(rows_.size(0));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "layer_norm", [&] {
+    using S = Sum<scalar_t>;
+    const scalar_t *data = rows_.const_data_ptr<scalar_t>();
+    scalar_t *target = out.mutable_data_ptr<scalar_t>();
+    S *numbers = statistics.mutable_data_ptr<S>();
+    parts.each([&](int64_t part) {
+      const int64_t first = parts.begin(part);
+      kernels_of<scalar_t>().layer_norm(data + first * channels, parts.rows(part), channels, scale.const_data_ptr<S>(),
+                                        shift.const_data_ptr<S>(), static_cast<S>(epsilon), target + first * channels,
+                                        numbers + 2 * first);
+    });
+  });
+  return {out, statistics};
+}
+
+std::tuple<at::Tensor, at::Tensor> layer_norm_grad(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &statistics,
+                                                   const Optional &weight) {
+  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
+  check_like("grad", grad_, rows_);
+  const int64_t channels = rows_.size(1);
+  const at::Tensor scale = per_channel("weight", weight, rows_, 1);
+  const at::Tensor statistics_ = statistics.to(scale.scalar_type()).contiguous();
+  TORCH_CHECK_VALUE(statistics_.numel() == 2 * rows_.size(0), "statistics must be (", rows_.size(0), ", 2), got ",
+                    statistics.sizes());
+  const Parts parts(rows_.size(0));
+  at::Tensor grad_rows = at::empty_like(rows_);
+  const at::Tensor partial = at::empty({parts.count(), 2, channels}, scale.options());
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "layer_norm_grad", [&] {
+    using S = Sum<scalar_t>;
+    const scalar_t *data = rows_.const_data_ptr<scalar_t>(), *grads = grad_.const_data_ptr<scalar_t>();
+    scalar_t *target = grad_rows.mutable_data_ptr<scalar_t>();
+    const S *numbers = statistics_.const_data_ptr<S>();
+    S *sums = partial.mutable_data_ptr<S>();
+    parts.each([&](int64_t part) {
+      const int64_t first = parts.begin(part), at = first * channels;
+      kernels_of<scalar_t>().layer_norm_grad(grads + at, data + at, parts.rows(part), channels, scale.const_data_ptr<S>(),
+                                             numbers + 2 * first, target + at, sums + part * 2 * channels);
+    });
+  });
+  return {grad_rows, partial.sum(0, false, at::kDouble).to(scale.scalar_type())};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparkme, CPU, m) {
+  m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm_grad", layer_norm_grad);
   m.impl("batch_statistics", batch_statistics);
   m.impl("batch_norm", batch_norm);
   m.impl("batch_norm_grad_sums", batch_norm_grad_sums);

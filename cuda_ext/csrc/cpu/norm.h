@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 
 #include "../checks.h"
@@ -80,15 +81,26 @@ T *data_or_null(const Optional &value) {
   return value ? const_cast<T *>(value->const_data_ptr<T>()) : nullptr;
 }
 
+// As what is clamped can hold it, so that a clamped number is equal to it.
+template <typename T>
+Sum<T> ceiling_in(double ceiling) {
+  return static_cast<Sum<T>>(static_cast<T>(ceiling));
+}
+
+inline double ceiling_or_nan(std::optional<double> ceiling) {
+  TORCH_CHECK_VALUE(!ceiling || *ceiling > 0, "ceiling must be positive, got ", *ceiling);
+  return ceiling.value_or(std::numeric_limits<double>::quiet_NaN());
+}
+
 // What the kernels read, and whose memory it is.
 struct Norm {
   at::Tensor rows, mean, deviation, weight, scale, shift;
   Optional factors;
-  bool relu;
+  double ceiling;  // NaN for none
 
   Norm(const at::Tensor &rows_, const at::Tensor &mean_, const at::Tensor &inverse_deviation, const Optional &weight_,
-       const Optional &bias, const Optional &factor, bool relu_)
-      : rows(rows_.contiguous()), relu(relu_) {
+       const Optional &bias, const Optional &factor, std::optional<double> ceiling_)
+      : rows(rows_.contiguous()), ceiling(ceiling_or_nan(ceiling_)) {
     TORCH_CHECK_VALUE(rows.dim() == 2, "rows must be (N, C), got ", rows.sizes());
     mean = per_channel("mean", mean_, rows, 0);
     deviation = per_channel("inverse_deviation", inverse_deviation, rows, 1);
@@ -117,7 +129,7 @@ struct Norm {
             scale.const_data_ptr<Sum<T>>(),
             shift.const_data_ptr<Sum<T>>(),
             factors ? factors->const_data_ptr<Sum<T>>() + first : nullptr,
-            relu};
+            ceiling_in<T>(ceiling)};
   }
 };
 

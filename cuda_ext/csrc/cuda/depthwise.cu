@@ -131,7 +131,7 @@ __device__ __forceinline__ void for_line(const uint32_t *words, int32_t y, uint3
 
 template <typename T, int K, int TILE>
 __global__ void __launch_bounds__(threads_of(kTileWarps))
-    conv_tiles(T *out, const T *rows, const T *kernel, Tiles tiles, int32_t channels, bool flip) {
+    conv_tiles(T *out, const T *rows, const T *kernel, const T *bias, Tiles tiles, int32_t channels, bool flip) {
   using H = Halo<K, TILE>;
   using S = TileShared<T, K, TILE>;
   static_assert(H::kRegions == 3, "the halo is not wider than a tile");
@@ -161,7 +161,11 @@ __global__ void __launch_bounds__(threads_of(kTileWarps))
     __syncthreads();
     if (first + which < tiles.count && channel < channels) {
       const uint32_t visible = visible_regions<9>(shared.first_rows[which]);
-      float sums[kTileLines][TILE][N] = {};
+      float start[N] = {};
+      if (bias) Word<T>::unpack(*reinterpret_cast<const uint32_t *>(bias + channel), start);
+      float sums[kTileLines][TILE][N];
+#pragma unroll
+      for (int32_t i = 0; i < kTileLines * TILE * N; ++i) sums[i / (TILE * N)][i / N % TILE][i % N] = start[i % N];
 #pragma unroll 1
       for (int32_t dy = 0; dy < K; ++dy) {
         float weights[K][N];
@@ -325,7 +329,7 @@ __device__ __forceinline__ void for_patch(const uint32_t *words, uint32_t visibl
 
 template <typename T, int K>
 __global__ void __launch_bounds__(threads_of(kPatchWarps))
-    conv_patches(T *out, const T *rows, const T *kernel, Tiles tiles, int32_t channels, bool flip) {
+    conv_patches(T *out, const T *rows, const T *kernel, const T *bias, Tiles tiles, int32_t channels, bool flip) {
   constexpr int32_t N = Word<T>::kChannels;
   SPARKME_SHARED(PatchShared<K>, shared);
   const int32_t lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -348,7 +352,11 @@ __global__ void __launch_bounds__(threads_of(kPatchWarps))
     const uint32_t visible =
         copy_patch<T, K>(shared.words[warp], shared.first_rows[warp], rows, tiles, number, channels, first_channel, lane);
     if (channel >= channels) continue;
-    float sums[4][N] = {};
+    float start[N] = {};
+    if (bias) Word<T>::unpack(*reinterpret_cast<const uint32_t *>(bias + channel), start);
+    float sums[4][N];
+#pragma unroll
+    for (int32_t i = 0; i < 4 * N; ++i) sums[i / N][i % N] = start[i % N];
     for_patch<T, K>(shared.words[warp], visible, lane, [&](int32_t tap, int32_t output, const float *values) {
 #pragma unroll
       for (int32_t n = 0; n < N; ++n) sums[output][n] += values[n] * weights[tap][n];
@@ -453,7 +461,8 @@ struct NeighbourShared {
 
 // Threads: x along channels, y along rows.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) conv_rows(T *out, const T *rows, const T *kernel, Sides sides, int32_t channels) {
+__global__ void __launch_bounds__(kThreads)
+    conv_rows(T *out, const T *rows, const T *kernel, const T *bias, Sides sides, int32_t channels) {
   SPARKME_SHARED(NeighbourShared, shared);
   const int32_t thread = threadIdx.y * blockDim.x + threadIdx.x, row_count = blockDim.y;
   const int32_t taps = sides.window.taps(), taps_at_once = kNeighbours / row_count;
@@ -461,6 +470,11 @@ __global__ void __launch_bounds__(kThreads) conv_rows(T *out, const T *rows, con
   const int32_t channel = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   const bool exists = row < sides.num_rows && channel < channels;
   Sum<T> sums[V] = {};
+  if (bias && exists) {
+    const Pack<T, V> start = load_pack<T, V>(bias + channel);
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[v] = static_cast<Sum<T>>(start.values[v]);
+  }
   for (int32_t first_tap = 0; first_tap < taps; first_tap += taps_at_once) {
     const int32_t count = taps - first_tap < taps_at_once ? taps - first_tap : taps_at_once;
     for (int32_t i = thread; i < count * row_count; i += kThreads) {
@@ -592,19 +606,20 @@ int64_t blocks_for(int64_t work, int64_t lines, const Geometry &geometry, int32_
 }
 
 template <typename T, int TILE>
-void launch_conv(T *out, const T *rows, const T *kernel, const Geometry &geometry, int32_t size, int32_t channels, bool flip,
-                 Stream stream) {
+void launch_conv(T *out, const T *rows, const T *kernel, const T *bias, const Geometry &geometry, int32_t size,
+                 int32_t channels, bool flip, Stream stream) {
   const Tiles tiles = tiles_of(geometry, TILE);
   const int64_t lines = ceil_div(channels, kLineChannels<T>);
   with_kernel(size, [&](auto constant) {
     constexpr int K = decltype(constant)::value;
     if constexpr (TILE == 2) {
       const dim3 grid(blocks_for(ceil_div(tiles.count, kPatchWarps), lines, geometry, 3, 2), lines);
-      SPARKME_LAUNCH((conv_patches<T, K>), grid, dim3(kPatchWarps * kLanes), stream, out, rows, kernel, tiles, channels, flip);
+      SPARKME_LAUNCH((conv_patches<T, K>), grid, dim3(kPatchWarps * kLanes), stream, out, rows, kernel, bias, tiles, channels,
+                     flip);
     } else {
       const dim3 grid(blocks_for(ceil_div(tiles.count, kTilesAtOnce<TILE>), lines, geometry, 5, 2), lines);
-      SPARKME_LAUNCH((conv_tiles<T, K, TILE>), grid, dim3(kTileWarps * kLanes), stream, out, rows, kernel, tiles, channels,
-                     flip);
+      SPARKME_LAUNCH((conv_tiles<T, K, TILE>), grid, dim3(kTileWarps * kLanes), stream, out, rows, kernel, bias, tiles,
+                     channels, flip);
     }
   });
 }
@@ -630,12 +645,12 @@ void launch_grad(T *out, const T *rows, const T *grad, const Geometry &geometry,
 }
 
 template <typename T, int V>
-void launch_conv_rows(T *out, const T *rows, const T *kernel, const Geometry &geometry, int32_t channels, bool transposed,
-                      Stream stream) {
+void launch_conv_rows(T *out, const T *rows, const T *kernel, const T *bias, const Geometry &geometry, int32_t channels,
+                      bool transposed, Stream stream) {
   const Sides sides(geometry, transposed);
   const int64_t vectors = ceil_div(channels, V);
   const dim3 block = row_block(vectors, kThreads), grid(ceil_div(sides.num_rows, block.y), ceil_div(vectors, block.x));
-  SPARKME_LAUNCH((conv_rows<T, V>), grid, block, stream, out, rows, kernel, sides, channels);
+  SPARKME_LAUNCH((conv_rows<T, V>), grid, block, stream, out, rows, kernel, bias, sides, channels);
 }
 
 template <typename T, int V>
@@ -655,20 +670,20 @@ void launch_grad_rows(T *out, const T *rows, const T *grad, const Geometry &geom
 }  // namespace
 
 template <typename T>
-void depthwise_conv(T *out, const T *rows, const T *kernel, const Geometry &geometry, int32_t channels, bool transposed,
-                    Stream stream) {
+void depthwise_conv(T *out, const T *rows, const T *kernel, const T *bias, const Geometry &geometry, int32_t channels,
+                    bool transposed, Stream stream) {
   if (geometry.patches == 0 || channels == 0) return;
   if constexpr (!std::is_same_v<T, double>) {
-    const Way way = Way::choose(geometry, channels, rows, kernel, out);
+    const Way way = Way::choose(geometry, channels, rows, kernel, bias, out);
     // With stride 1 an output and an input are each other's neighbours through opposite taps.
-    if (way.tile == 8) return launch_conv<T, 8>(out, rows, kernel, geometry, way.kernel, channels, transposed, stream);
-    if (way.tile == 4) return launch_conv<T, 4>(out, rows, kernel, geometry, way.kernel, channels, transposed, stream);
-    if (way.tile == 2) return launch_conv<T, 2>(out, rows, kernel, geometry, way.kernel, channels, transposed, stream);
+    if (way.tile == 8) return launch_conv<T, 8>(out, rows, kernel, bias, geometry, way.kernel, channels, transposed, stream);
+    if (way.tile == 4) return launch_conv<T, 4>(out, rows, kernel, bias, geometry, way.kernel, channels, transposed, stream);
+    if (way.tile == 2) return launch_conv<T, 2>(out, rows, kernel, bias, geometry, way.kernel, channels, transposed, stream);
   }
-  if (fits_widest<T>(channels, rows, kernel, out)) {
-    launch_conv_rows<T, kWidest<T>>(out, rows, kernel, geometry, channels, transposed, stream);
+  if (fits_widest<T>(channels, rows, kernel, bias, out)) {
+    launch_conv_rows<T, kWidest<T>>(out, rows, kernel, bias, geometry, channels, transposed, stream);
   } else {
-    launch_conv_rows<T, 1>(out, rows, kernel, geometry, channels, transposed, stream);
+    launch_conv_rows<T, 1>(out, rows, kernel, bias, geometry, channels, transposed, stream);
   }
 }
 
@@ -689,8 +704,8 @@ void depthwise_conv_grad_kernel(T *out, const T *rows, const T *grad, const Geom
   }
 }
 
-#define SPARKME_INSTANTIATE(T)                                                                         \
-  template void depthwise_conv<T>(T *, const T *, const T *, const Geometry &, int32_t, bool, Stream); \
+#define SPARKME_INSTANTIATE(T)                                                                                    \
+  template void depthwise_conv<T>(T *, const T *, const T *, const T *, const Geometry &, int32_t, bool, Stream); \
   template void depthwise_conv_grad_kernel<T>(T *, const T *, const T *, const Geometry &, int32_t, const Allocate &, Stream);
 SPARKME_INSTANTIATE(double)
 SPARKME_INSTANTIATE(float)

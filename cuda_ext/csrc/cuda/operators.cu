@@ -102,12 +102,17 @@ at::Tensor neighbour_table(const at::Tensor &slots, const at::Tensor &patches, i
   return table;
 }
 
-at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &slots,
-                              const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                              int64_t dilation, bool transposed) {
+at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
+                              const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
+                              int64_t stride, int64_t dilation, bool transposed) {
   const auto guard = on_device_of(rows, kernel, slots, patches);
   check_types(rows, kernel);
   const at::Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous();
+  const at::Tensor bias_ = bias ? bias->contiguous() : at::Tensor();
+  if (bias) {
+    check_types(rows, *bias);
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows.size(1), "bias must be (", rows.size(1), ",)");
+  }
   const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
   const Window &window = geometry.window;
@@ -119,21 +124,23 @@ at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, 
   at::Tensor out = at::empty({transposed ? inputs : outputs, rows_.size(1)}, rows_.options());
   with_type(rows_.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    cuda::depthwise_conv<T>(out.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), kernel_.const_data_ptr<T>(), geometry,
-                            channels_of(rows_), transposed, current_stream());
+    cuda::depthwise_conv<T>(out.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), kernel_.const_data_ptr<T>(),
+                            bias ? bias_.const_data_ptr<T>() : nullptr, geometry, channels_of(rows_), transposed,
+                            current_stream());
   });
   return out;
 }
 
-at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &slots, const at::Tensor &patches,
-                          int64_t pixels, at::IntArrayRef kernel_size, int64_t stride, int64_t dilation) {
-  return convolve_depthwise(rows, kernel, slots, patches, pixels, kernel_size, stride, dilation, false);
+at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
+                          const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
+                          int64_t stride, int64_t dilation) {
+  return convolve_depthwise(rows, kernel, bias, slots, patches, pixels, kernel_size, stride, dilation, false);
 }
 
 at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &slots,
                                     const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
                                     int64_t dilation) {
-  return convolve_depthwise(grad, kernel, slots, patches, pixels, kernel_size, stride, dilation, true);
+  return convolve_depthwise(grad, kernel, std::nullopt, slots, patches, pixels, kernel_size, stride, dilation, true);
 }
 
 at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &slots,

@@ -28,9 +28,10 @@ using Allocate = std::function<void *(int64_t bytes)>;
 void neighbour_table(int32_t *table, const Geometry &geometry, bool transposed, Stream stream);
 
 // `transposed` gives the gradient of the rows: then `rows` is the gradient of the outputs, and `out` has a row per input.
+// `bias` may be null.
 template <typename T>
-void depthwise_conv(T *out, const T *rows, const T *kernel, const Geometry &geometry, int32_t channels, bool transposed,
-                    Stream stream);
+void depthwise_conv(T *out, const T *rows, const T *kernel, const T *bias, const Geometry &geometry, int32_t channels,
+                    bool transposed, Stream stream);
 
 template <typename T>
 void depthwise_conv_grad_kernel(T *out, const T *rows, const T *grad, const Geometry &geometry, int32_t channels,

@@ -42,7 +42,10 @@ class CudaExtEngine(RowEngine):
                 if around.kernel_size[0] % 2 == around.kernel_size[1] % 2 == 1:
                     sites, options = (grid.slots, grid.patches, grid.pixels(x.stride)), (around.stride, around.dilation)
                     kernel = kernel if taps is None else embed(kernel, taps, around.taps)
-                    out = ops.depthwise_conv(rows, kernel, *sites, around.kernel_size, stride=options[0], dilation=options[1])
+                    out = ops.depthwise_conv(
+                        rows, kernel, bias, *sites, around.kernel_size, stride=options[0], dilation=options[1]
+                    )
+                    bias = None
                 else:
                     out = self._by_table(rows, kernel.unsqueeze(1), x, window, groups)
             else:
@@ -67,6 +70,11 @@ class CudaExtEngine(RowEngine):
     def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
         out = ops.linear(autocast(x.data.flatten(0, 1)), autocast(weight).t(), None if bias is None else autocast(bias))
         return x.replace(self.from_rows(out, x.grid, x.stride))
+
+    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+        if not self.fuses(x.dtype, x.device):
+            return super().layer_norm(x, weight, bias, eps)
+        return x.replace(ops.layer_norm(x.data.flatten(0, 1), weight, bias, eps).view(x.shape))
 
     def voxelise(self, images: Tensor, grid: Grid) -> Tensor:
         return self.from_rows(ops.voxelise(images, grid.slots, grid.patches, grid.patch), grid, 1)

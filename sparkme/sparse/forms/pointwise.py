@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,10 @@ def _register() -> None:
                     FUNCTIONS[function] = _Pointwise(name, _out_of_place(name), in_place=True)
 
 
+# ReLU and ReLU6, and their further arguments.
+_CLAMPS: dict[str, tuple[float, ...]] = {"relu": (), "relu6": (), "hardtanh": (0.0, 6.0)}
+
+
 class _Pointwise:
     """One of torch's functions as a function of maps.
 
@@ -115,8 +120,8 @@ class _Pointwise:
             if not is_map(x) or (unwritten := x.unwritten) is None:
                 continue
             others = [*args[:i], *args[i + 1 :]]
-            if self.name == "relu" and not others and not kwargs:
-                return unwritten.relu()
+            if self.name in _CLAMPS and (*others, *kwargs.values()) == _CLAMPS[self.name]:
+                return unwritten.clamp(math.inf if self.name == "relu" else 6.0)
             if self.name == "gelu" and not others and kwargs.get("approximate", "none") == "none":
                 return unwritten.gelu()
             if self.name == "dropout" and _drops_nothing(*others, **kwargs):
