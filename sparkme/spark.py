@@ -67,7 +67,8 @@ class SparK(MaskedAutoencoder):
 
     def predict(self, images: Tensor, grid: Grid) -> Tensor:
         maps = self.encoder.encode(images, grid)
-        prediction: Tensor = self.decoder(self.densify(maps))
+        dense = self.densify(maps)
+        prediction: Tensor = self.decoder(dense, maps[0].engine.fuses(dense[0].dtype, images.device))
         return prediction
 
     def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:

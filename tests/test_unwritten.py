@@ -16,6 +16,7 @@ from torchvision.ops import StochasticDepth
 
 import sparkme
 from benchmarks.profiling import peak_memory
+from sparkme.decoder import Decoder
 from sparkme.models import create_encoder
 
 
@@ -206,3 +207,52 @@ def test_one_pixel_cannot_be_trained_on() -> None:
     encoder = create_encoder("resnet18", drop_path=0.0).set_engine("cuda_ext").train()
     with pytest.raises(ValueError, match="a batch norm cannot train on a single visible pixel"):
         encoder(torch.randn(1, 3, 32, 32), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_convnexts_blocks_are_four_operators(drop_path: float) -> None:
+    """Depthwise convolution with its bias, layer norm, and an MLP with layer scale, drop path and the residual."""
+    found = counted("convnext_tiny", drop_path=drop_path)
+    assert found["mlp"] == found["mlp_grad"] == found["depthwise_conv"] == 18
+    assert found["layer_norm"] == found["layer_norm_grad"] == 18 + 4  # the stem's, and three before a downsampling
+    assert not {"aten.native_layer_norm", "aten.gelu", "aten.gelu_backward"} & found.keys()
+    encoder = create_encoder("convnext_tiny", drop_path=drop_path).set_engine("cuda_ext").train()
+    with Count() as forward:
+        encoder(*images_and_mask(2))
+    assert forward.counts["aten.add.Tensor"] == 5  # the biases of stem and downsampling, and in the grid; no residual
+
+
+def test_relu6_is_part_of_its_norm() -> None:
+    found = counted("mobilenet_v2")
+    assert not {"aten.hardtanh", "aten.hardtanh_", "aten.hardtanh_backward", "aten.native_batch_norm"} & found.keys()
+
+
+def test_the_decoders_norms_in_one_pass_equal_torchs() -> None:
+    """Prediction, gradients and running statistics; only in training, and not where somebody listens to a norm."""
+    torch.manual_seed(0)
+    plain = Decoder(8, 32).double().to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(plain)
+    maps = {i: torch.randn(2, 32 >> i, 3 << i, 2 << i).double().to(memory_format=torch.channels_last) * 9 for i in range(2)}
+    results = []
+    for decoder, fuses in ((plain, False), (fused, True)):
+        with Count() as mode:
+            out = decoder(maps, fuses)
+            (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        assert mode.counts["batch_norm"] == mode.counts["batch_norm_grad_rows"] == (6 if fuses else 0)
+        results.append([out, *(p.grad for p in decoder.parameters()), *decoder.buffers()])
+    for x, y in zip(*results, strict=True):
+        assert (x - y).double().norm() < 1e-10 * (1 + y.double().norm())  # biases before a norm have no gradient but rounding
+    assert oracle.relative_error(fused.eval()(maps, True), plain.eval()(maps)) < 1e-10
+    calls = []
+    fused.train().dec[0].conv[1].register_forward_hook(lambda *_: calls.append(1))
+    fused(maps, True)
+    assert calls == [1]
+
+
+def test_pretraining_takes_the_decoders_norms_in_one_pass() -> None:
+    model = sparkme.SparK(create_encoder("resnet18"), input_size=64, decoder_width=32)
+    for engine, norms in (("cuda_ext", 10), ("masked-dense", 0)):
+        model.encoder.set_engine(engine)
+        with Count() as mode:
+            model(torch.randn(2, 3, 64, 64))
+        assert mode.counts["batch_norm"] == (norms and norms + 20)

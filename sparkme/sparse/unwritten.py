@@ -114,7 +114,7 @@ class UnwrittenNorm(Unwritten):
             else:
                 self.mean, variance = bn.running_mean, bn.running_var  # type: ignore[assignment]
             if self.training:
-                _move_running_statistics(bn, self.mean, variance, len(rows))
+                move_running_statistics(bn, self.mean, variance, len(rows))
             self.deviation = (variance + bn.eps).rsqrt()
 
     def write(self) -> Features:
@@ -200,7 +200,8 @@ class UnwrittenLinear(Unwritten):
         return out
 
 
-def _move_running_statistics(bn: torch.nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+@torch.no_grad()
+def move_running_statistics(bn: torch.nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
     """As torch's own batch norm does, from the statistics of `count` pixels.
 
     Raises:

@@ -51,12 +51,19 @@ inline void store(T *to, typename VectorOf<Sum<T>, Bytes>::Vector value) {
   }
 }
 
-// Calls body(c, tag) for all channels, a vector at a time, and then one by one; the tag holds a vector's bytes.
+// Calls body(c, tag) for all channels, a vector at a time, then perhaps half of one, and then one by one; the tag holds the
+// bytes.
 template <typename T, typename Body>
 inline void for_channels(int64_t channels, const Body &body) {
   constexpr int kBytes = SPARKME_VECTOR_BYTES, kLanes = VectorOf<Sum<T>, kBytes>::kLanes;
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) body(c, std::integral_constant<int, kBytes>());
+  if constexpr (kLanes > 4) {
+    if (c + kLanes / 2 <= channels) {
+      body(c, std::integral_constant<int, kBytes / 2>());
+      c += kLanes / 2;
+    }
+  }
   for (; c < channels; ++c) body(c, std::integral_constant<int, 0>());
 }
 
