@@ -4,7 +4,11 @@
 namespace sparkme {
 namespace {
 
-constexpr int kRowsAtOnce = 8;  // of sums: they stay in registers meanwhile
+// Sums go over rows as they lie; the sums themselves stay in the cache.
+template <typename A, int Bytes>
+inline void add(A *sums, typename VectorOf<A, Bytes>::Vector value) {
+  store<A, Bytes>(sums, load<A, Bytes>(sums) + value);
+}
 
 // x within [0, ceiling]; NaN stays.
 template <typename V, typename A>
@@ -23,19 +27,12 @@ inline V where_inside(V y, A ceiling, V grad) {
 template <typename T>
 void statistics(const T *rows, int64_t count, int64_t channels, Sum<T> *sums) {
   std::memset(sums, 0, 2 * channels * sizeof(Sum<T>));
-  for (int64_t first = 0; first < count; first += kRowsAtOnce) {
-    const int64_t end = std::min<int64_t>(count, first + kRowsAtOnce);
+  for (int64_t row = 1; row < count; ++row) {
     for_channels<T>(channels, [&](int64_t c, auto bytes) {
       constexpr int kBytes = decltype(bytes)::value;
-      const auto origin = load<T, kBytes>(rows + c);
-      auto sum = load<Sum<T>, kBytes>(sums + c), squares = load<Sum<T>, kBytes>(sums + channels + c);
-      for (int64_t row = first; row < end; ++row) {
-        const auto x = load<T, kBytes>(rows + row * channels + c) - origin;
-        sum += x;
-        squares += x * x;
-      }
-      store<Sum<T>, kBytes>(sums + c, sum);
-      store<Sum<T>, kBytes>(sums + channels + c, squares);
+      const auto x = load<T, kBytes>(rows + row * channels + c) - load<T, kBytes>(rows + c);
+      add<Sum<T>, kBytes>(sums + c, x);
+      add<Sum<T>, kBytes>(sums + channels + c, x * x);
     });
   }
 }
@@ -73,21 +70,15 @@ inline auto masked_grad(const NormRows<T> &x, const T *grad, const T *out, int64
 template <typename T>
 void norm_grad_sums(const NormRows<T> &x, const T *grad, const T *out, const Sum<T> *mean, Sum<T> *sums, T *masked) {
   std::memset(sums, 0, 2 * x.channels * sizeof(Sum<T>));
-  for (int64_t first = 0; first < x.count; first += kRowsAtOnce) {
-    const int64_t end = std::min<int64_t>(x.count, first + kRowsAtOnce);
+  for (int64_t row = 0; row < x.count; ++row) {
     for_channels<T>(x.channels, [&](int64_t c, auto bytes) {
       constexpr int kBytes = decltype(bytes)::value;
-      const auto centre = load<Sum<T>, kBytes>(mean + c);
-      auto sum = load<Sum<T>, kBytes>(sums + c), products = load<Sum<T>, kBytes>(sums + x.channels + c);
-      for (int64_t row = first; row < end; ++row) {
-        const auto g = masked_grad<T, kBytes>(x, grad, out, row, c);
-        if (masked) store<T, kBytes>(masked + row * x.channels + c, g);
-        const auto scaled = x.factors ? g * x.factors[row] : g;
-        sum += scaled;
-        products += scaled * (load<T, kBytes>(x.rows + row * x.channels + c) - centre);
-      }
-      store<Sum<T>, kBytes>(sums + c, sum);
-      store<Sum<T>, kBytes>(sums + x.channels + c, products);
+      const auto g = masked_grad<T, kBytes>(x, grad, out, row, c);
+      if (masked) store<T, kBytes>(masked + row * x.channels + c, g);
+      const auto scaled = x.factors ? g * x.factors[row] : g;
+      const auto centred = load<T, kBytes>(x.rows + row * x.channels + c) - load<Sum<T>, kBytes>(mean + c);
+      add<Sum<T>, kBytes>(sums + c, scaled);
+      add<Sum<T>, kBytes>(sums + x.channels + c, scaled * centred);
     });
   }
 }
@@ -112,20 +103,15 @@ template <typename T>
 void masked_sums(const T *grad, const T *out, Sum<T> ceiling, const Sum<T> *factors, int64_t count, int64_t channels,
                  Sum<T> *sums, T *masked) {
   std::memset(sums, 0, channels * sizeof(Sum<T>));
-  for (int64_t first = 0; first < count; first += kRowsAtOnce) {
-    const int64_t end = std::min<int64_t>(count, first + kRowsAtOnce);
+  for (int64_t row = 0; row < count; ++row) {
     for_channels<T>(channels, [&](int64_t c, auto bytes) {
       constexpr int kBytes = decltype(bytes)::value;
-      auto sum = load<Sum<T>, kBytes>(sums + c);
-      for (int64_t row = first; row < end; ++row) {
-        auto g = load<T, kBytes>(grad + row * channels + c);
-        if (out) {
-          g = where_inside(load<T, kBytes>(out + row * channels + c), ceiling, g);
-          store<T, kBytes>(masked + row * channels + c, g);
-        }
-        sum += factors ? g * factors[row] : g;
+      auto g = load<T, kBytes>(grad + row * channels + c);
+      if (out) {
+        g = where_inside(load<T, kBytes>(out + row * channels + c), ceiling, g);
+        store<T, kBytes>(masked + row * channels + c, g);
       }
-      store<Sum<T>, kBytes>(sums + c, sum);
+      add<Sum<T>, kBytes>(sums + c, factors ? g * factors[row] : g);
     });
   }
 }
@@ -183,8 +169,8 @@ void layer_norm_grad(const T *grad, const T *rows, int64_t count, int64_t channe
       constexpr int kBytes = decltype(bytes)::value;
       const auto g = load<T, kBytes>(grad + c), x = load<T, kBytes>(rows + c) - mean;
       store<T, kBytes>(grad_rows + c, (g * load<Sum<T>, kBytes>(weight + c) - constant - x * slope) * deviation);
-      store<Sum<T>, kBytes>(sums + c, load<Sum<T>, kBytes>(sums + c) + g);
-      store<Sum<T>, kBytes>(sums + channels + c, load<Sum<T>, kBytes>(sums + channels + c) + g * x * deviation);
+      add<Sum<T>, kBytes>(sums + c, g);
+      add<Sum<T>, kBytes>(sums + channels + c, g * x * deviation);
     });
   }
 }
