@@ -49,17 +49,17 @@ step_limit() {
 }
 
 run_setup() {
-  if [ -z "$DRY_RUN" ]; then
-    nvidia-smi
-    nvcc --version
-  fi
-  "$PYTHON" --version
-  "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPU", torch.cuda.is_available())'
   shopt -s nullglob
   local wheels=("$ARCHIVES"/*.whl)
   if [ ${#wheels[@]} -gt 0 ]; then
     pip_install "${wheels[@]}"
   fi
+  if [ -z "$DRY_RUN" ]; then
+    nvidia-smi || echo "nvidia-smi does not run"
+    nvcc --version || echo "nvcc is not on PATH: nothing can be compiled for CUDA"
+  fi
+  "$PYTHON" --version
+  "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPU", torch.cuda.is_available())'
   "$PYTHON" - <<'END'
 import importlib.util
 import sys

@@ -103,6 +103,7 @@ LIMITS = {
 }
 BF16_LIMIT = 1.5  # error of a map in bf16 over the error that masked-dense has there
 EXACT_IMAGES = 2  # that are compared in float64
+AGREEING_IMAGES = 32  # in other types: whole batches may not fit
 DISAGREES = "disagrees with"
 GIB = 2**30
 
@@ -485,6 +486,9 @@ def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str
                 contenders.append((Contender if name in ENGINE_OF else Official)(name, setting))
             except (ImportError, TypeError) as error:
                 reason = f"not in this version: {first_line(error)}"
+            except Exception as error:  # no memory for another copy of the network, say
+                reason = describe(error)
+                release(setting.device)
         if reason:
             left_out[name] = reason
     return contenders, left_out
@@ -567,10 +571,13 @@ def check_agreement(
         setting, images=setting.images[:EXACT_IMAGES].double(), active=setting.active[:EXACT_IMAGES], compiled=False,
         shared=copy.deepcopy(setting.shared).double(),
     )  # fmt: skip
+    part = setting
+    if len(setting.images) > AGREEING_IMAGES and not setting.compiled:  # another size would be compiled, too
+        part = replace(setting, images=setting.images[:AGREEING_IMAGES], active=setting.active[:AGREEING_IMAGES])
     agreed = list(contenders)
     errors: dict[str, dict[str, dict[str, float]]] = {contender.name: {} for contender in contenders}
     left_out: dict[str, str] = {}
-    for asked in (exact, setting):
+    for asked in (exact, part):
         dtype = asked.images.dtype
         with exact_arithmetic(asked):
             expected = answer(Contender("masked-dense", replace(asked, compiled=False)), with_loss)
@@ -590,11 +597,12 @@ def check_agreement(
                     agreed.remove(contender)
                     release(setting.device)
     if setting.autocast:
-        rounding = answer(Contender("masked-dense", replace(setting, compiled=False)), False).map_errors(expected)
+        rounding = answer(Contender("masked-dense", replace(part, compiled=False)), False).map_errors(expected)
         for contender in list(agreed):
             name = contender.name
             try:
-                pairs = zip(answer(contender, False).map_errors(expected), rounding, strict=True)
+                asked_one = contender if part is setting else type(contender)(name, part)
+                pairs = zip(answer(asked_one, False).map_errors(expected), rounding, strict=True)
                 worst = max(error / own for error, own in pairs)
                 errors[name]["bf16"] = {"maps": worst}
                 if not worst <= BF16_LIMIT:

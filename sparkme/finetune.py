@@ -60,11 +60,10 @@ class Finetuning(Training):
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
         from sparkme.data.labelled import find_labelled
-        from sparkme.training.memory import keep_freed_memory
+        from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers
 
-        if process.device.type == "cpu":
-            keep_freed_memory()
+        prepare_device(process.device, tf32=args.tf32)
         self.process = process
         pretrained = find_weights(args)
         self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)

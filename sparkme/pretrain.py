@@ -77,11 +77,10 @@ class Pretraining(Training):
         from sparkme.data.sources import Files, find_source
         from sparkme.data.sources.files import demo_photographs
         from sparkme.training.build import build_network
-        from sparkme.training.memory import keep_freed_memory
+        from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_optimizer
 
-        if process.device.type == "cpu":
-            keep_freed_memory()
+        prepare_device(process.device, tf32=args.tf32)
         self.process = process
         self.folder = folder = RunFolder(output_folder(args), args, command="pretrain", process=process)
         index = folder.path / "images.npz"

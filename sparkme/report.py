@@ -39,7 +39,7 @@ from sparkme.pictures.report_curves import number
 from sparkme.pictures.report_page import LONGEST_TEXT, MARK, Pictures, report_page, shown
 from sparkme.training import config as pretraining
 from sparkme.training import finetune_config as finetuning
-from sparkme.training.config import path_argument
+from sparkme.training.config import MOST_WORKERS, path_argument
 from sparkme.training.distributed import Process
 from sparkme.training.log import duration
 
@@ -616,7 +616,7 @@ def _is_of_the_machine(config: dict[str, Any], name: str, value: Any) -> bool:
     if name == "precision":
         return value in ("float32", "bf16")
     if name == "workers":
-        return isinstance(value, int) and 1 <= value <= 8
+        return isinstance(value, int) and 1 <= value <= MOST_WORKERS
     return name == "model" and config.get("command") == "finetune" and not config.get("from_scratch")
 
 

@@ -201,7 +201,7 @@ class UnwrittenLinear(Unwritten):
 
 
 @torch.no_grad()
-def move_running_statistics(bn: torch.nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def move_running_statistics(bn: torch.nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
     """As torch's own batch norm does, from the statistics of `count` pixels.
 
     Raises:

@@ -17,6 +17,7 @@ from sparkme.training.distributed import Process
 
 PAPER_BATCH, PAPER_WARMUP = 4096, 40
 # With --on-nan: of the last so many steps, at most so many may be left out. More are no accident.
+MOST_WORKERS = 32  # by default
 RECENT_STEPS, MOST_NOT_FINITE = 100, 10
 
 
@@ -345,10 +346,17 @@ def add_precision(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="autocast to bf16 (auto: on GPUs that have it)",
     )
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="let a GPU multiply float32 numbers in TF32, which has 10 bits of them: all products, or without this none",
+    )
 
 
 def add_workers(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 8)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="processes that load images (as many as cores, at most 32, or 8 without a GPU)"
+    )
 
 
 def add_source(group: argparse._ArgumentGroup) -> None:
@@ -578,8 +586,12 @@ def check_workers(workers: int | None) -> None:
 
 
 def default_workers() -> int:
-    """Processes that load images: the cores, shared among the training processes of this machine."""
-    return min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Processes that load images: the cores, shared among the training processes of this machine.
+
+    On a CPU they take cores from training. A GPU that takes thousands of images a second wants dozens of them.
+    """
+    most = MOST_WORKERS if torch.cuda.is_available() else 8
+    return min(most, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def check_seed(seed: int) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
+from sparkme.training.batch_norm import share_batch_norms
 
 LEAVING_S = 60  # that a process takes to end after an error, at most
 MEETING_S = 300.0  # that the processes take to meet, at most
@@ -193,7 +194,7 @@ def is_of_others(error: Exception) -> bool:
 
 
 def distribute(network: Any, process: Process, prepare: Callable[[], None] | None = None) -> tuple[Any, nn.Module]:
-    """Has several processes train a network together: one gradient, and on GPUs one statistics of batch norms.
+    """Has several processes train a network together: one gradient, and one statistics of batch norms.
 
     Args:
         network: on the process's device.
@@ -203,27 +204,8 @@ def distribute(network: Any, process: Process, prepare: Callable[[], None] | Non
     Returns:
         The network, and what a step runs.
     """
-    if process.world > 1 and process.device.type == "cuda":
-        network = synchronise_batch_norms(network)
+    if process.world > 1 and (own_code := share_batch_norms(network)) and process.is_main:
+        print(f"note: not synchronised over processes, since they have code of their own: {', '.join(own_code[:4])}")
     if prepare is not None:
         prepare()
     return network, DistributedDataParallel(network) if process.world > 1 else network
-
-
-def synchronise_batch_norms(network: nn.Module) -> Any:
-    """Has batch norms share their statistics over all processes; those with code of their own keep to their process's part.
-
-    torch would turn a subclass that computes something else into a plain one.
-    """
-    norms, own_code = nn.modules.batchnorm._BatchNorm, []
-    for name, module in list(network.named_modules()):
-        if isinstance(module, norms) and type(module).forward is norms.forward and not isinstance(module, nn.SyncBatchNorm):
-            parent, _, child = name.rpartition(".")
-            shared = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-            shared._forward_hooks.update(module._forward_hooks)  # torch forgets them; a drop path is one
-            setattr(network.get_submodule(parent), child, shared)
-        elif isinstance(module, norms) and not isinstance(module, nn.SyncBatchNorm):
-            own_code.append(f"{name} ({type(module).__name__})")
-    if own_code and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(f"note: not synchronised over processes, since they have code of their own: {', '.join(own_code[:4])}")
-    return network

@@ -156,7 +156,7 @@ class RowEngine(Engine):
         return x.replace(F.linear(x.data, weight, bias))
 
     def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
-        return x.replace(F.layer_norm(x.data, x.data.shape[-1:], weight, bias, eps))
+        return x.replace(layer_norm(x.data, weight, bias, eps))
 
     def to_dense(self, x: Features) -> Tensor:
         return x.grid.to_dense(self.to_rows(x), x.stride)
@@ -218,6 +218,15 @@ def _at(position: Tensor, size: int, border: str) -> tuple[Tensor, Tensor]:
     if border != "zeros":
         inside = torch.ones_like(inside)
     return position.clamp(0, size - 1), inside
+
+
+def layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Over the last axis, in the rows' type. Autocast on CUDA would give float32, and with it all that follows, to be cast back
+    before every product; sums are float32 nevertheless."""
+    if rows.device.type == "cuda":  # takes parameters of the rows' type alone
+        weight, bias = (None if value is None else value.to(rows.dtype) for value in (weight, bias))
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
 
 
 def autocast(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.grid import Grid
-from sparkme.sparse.engines.base import Engine, Features
+from sparkme.sparse.engines.base import Engine, Features, layer_norm
 from sparkme.sparse.layout import channelwise_kernel_to_weight, kernel_to_weight
 from sparkme.sparse.window import Window
 
@@ -70,7 +70,7 @@ class MaskedDenseEngine(Engine):
     def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
         """Of every pixel: cheaper than taking the visible ones out and putting them back."""
         pixels = x.data.permute(0, 2, 3, 1)
-        out = F.layer_norm(pixels, pixels.shape[-1:], weight, bias, eps)
+        out = layer_norm(pixels, weight, bias, eps)
         return x.replace(out.permute(0, 3, 1, 2), clean=x.clean and bias is None)
 
     def to_dense(self, x: Features) -> Tensor:

@@ -161,7 +161,9 @@ def _may_be_infinite(value: Any) -> bool:
 def operand(value: Any, like: SparseMap) -> Any:
     """An argument as the data of the map's engine: other maps as they are, tensors spread over the pixels.
 
-    A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken.
+    A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken. Under
+    autocast it takes the map's type, as the weights of convolutions do: else a parameter in float32, such as ConvNeXt's layer
+    scale, would make all that follows float32, to be cast back before every product.
     """
     if is_map(value):
         if value.grid is not like.grid or value.stride != like.stride:
@@ -171,6 +173,8 @@ def operand(value: Any, like: SparseMap) -> Any:
         return value.values
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
+    if value.dtype == torch.float32 and like.dtype == torch.bfloat16 and torch.is_autocast_enabled(like.device.type):
+        value = value.to(like.dtype)
     if value.ndim > like.ndim:
         raise NotImplementedError(f"operand of shape {tuple(value.shape)} has more axes than {like!r}")
     value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
