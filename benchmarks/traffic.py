@@ -115,13 +115,12 @@ def run_pass(name: str, args: argparse.Namespace, seen: Traffic) -> None:
     network.encoder.set_engine(args.engine)
     network.encoder._engine_choice = args.engine, "cuda"  # without asking whether it can run there
     with FakeTensorMode() as fake, autocast_of_cuda(args.precision == "bf16"):
-        for module in network.modules():
-            own: dict[str, Any]
-            for own in (module._parameters, module._buffers):
-                for key, value in own.items():
-                    if value is not None:
-                        moved = fake.from_tensor(value).detach().to("cuda")
-                        own[key] = nn.Parameter(moved, value.requires_grad) if isinstance(value, nn.Parameter) else moved
+        held: list[dict[str, Any]] = [own for module in network.modules() for own in (module._parameters, module._buffers)]
+        for own in held:
+            for key, value in own.items():
+                if value is not None:
+                    moved = fake.from_tensor(value).detach().to("cuda")
+                    own[key] = nn.Parameter(moved, value.requires_grad) if isinstance(value, nn.Parameter) else moved
         images = torch.empty(args.batch_size, 3, args.input_size, args.input_size, device="cuda")
         with seen:
             if args.what == "step":
