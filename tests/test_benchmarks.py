@@ -189,6 +189,34 @@ def test_a_contender_that_fails_does_not_stop_the_others(tmp_path: Path, monkeyp
     assert case["left_out"] == {"cuda_ext": "OutOfMemoryError: no memory"} and list(case["contenders"]) == ["masked-dense"]
 
 
+def test_a_contender_without_memory_for_its_network_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = throughput.Contender._prepare
+
+    def lacking(self: throughput.Contender) -> None:
+        if self.name == "minkowski":
+            raise torch.OutOfMemoryError("no memory")
+        prepare(self)
+
+    monkeypatch.setattr(throughput.Contender, "_prepare", lacking)
+    (case,) = run(tmp_path, "--what", "encoder", "--contenders", "cuda_ext", "minkowski", "masked-dense")["cases"]
+    assert case["left_out"] == {"minkowski": "OutOfMemoryError: no memory"}
+    assert list(case["contenders"]) == ["cuda_ext", "masked-dense"]
+
+
+def test_of_a_large_batch_a_part_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    answer = throughput.answer
+    monkeypatch.setattr(throughput, "AGREEING_IMAGES", 3)
+    monkeypatch.setattr(throughput, "answer", lambda c, with_loss: sizes.append(len(c.setting.images)) or answer(c, with_loss))
+    (case,) = run(tmp_path, "--what", "encoder", "--contenders", "cuda_ext", "--batch-size", "4", "--precision", "bf16")[
+        "cases"
+    ]
+    assert set(sizes) == {2, 3} and list(case["contenders"]) == ["cuda_ext"]
+    assert set(case["agreement"]["cuda_ext"]) == {"float64", "float32", "bf16"}
+
+
 def test_peak_memory_counted_by_hand() -> None:
     x = torch.randn(250_000)
     unit = x.nbytes

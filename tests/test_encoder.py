@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import sparkme
 from sparkme.models import add_drop_path, create_encoder, model_names
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.sparse.engines.minkowski import MinkowskiEngine
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
@@ -452,3 +453,34 @@ def test_stages_compile_without_graph_breaks(name: str, engine: str) -> None:
         assert stage in ("layer1", "layer2", "layer3", "layer4", *(f"features.{i}" for i in range(8)))
     for x, y in zip(features_and_gradients(encoder, images, active), expected, strict=True):
         assert oracle.relative_error(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["cuda_ext", "masked-dense"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "timm:convnextv2_atto", "resnet18"])
+def test_under_autocast_all_maps_are_bf16(name: str, engine: str) -> None:
+    """A float32 parameter, as layer scale is one, would make the residual stream float32; gradients of weights are float32."""
+    encoder = create_encoder(name).set_engine(engine).train()
+    images, active = torch.randn(2, 3, 64, 64), oracle.random_active(2, 2, 2)
+    types = []
+    for module in encoder.modules():
+        module.register_forward_hook(lambda module, inputs, out: types.append(getattr(out, "dtype", torch.bfloat16)))
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = encoder(images, active)
+    assert {x.dtype for x in maps} == set(types) == {torch.bfloat16}
+    torch.autograd.backward([x.rows for x in maps], [torch.ones_like(x.rows) for x in maps])
+    assert {p.grad.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+def test_minkowskis_engine_stays_on_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = MinkowskiEngine()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="cannot be captured into a CUDA graph"):
+        engine.precision("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "first")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "second")
+    with pytest.raises(ValueError, match="default stream alone"):
+        engine.precision("cuda")
+    engine.precision("cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "first")
+    engine.precision("cuda")

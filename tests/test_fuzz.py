@@ -26,7 +26,7 @@ def test_made_up_command_lines_end_well(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]
     accepted = int(summary.split()[3])
-    assert f"{COUNT} command lines: " in summary and 20 < accepted < COUNT / 2, summary  # it tries both kinds
+    assert f"{COUNT} command lines: " in summary and 10 < accepted < COUNT / 2, summary  # it tries both kinds
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

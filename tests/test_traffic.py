@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import host_time
 from benchmarks.traffic import KINDS, Traffic, count, create_parser, kind_of, main, run_pass
 
 
@@ -76,3 +77,17 @@ def test_under_autocast_nothing_of_the_encoder_is_float32(model: str, engine: st
     assert len(seen.types) > 5
     of_images = Counter(dict.fromkeys(("voxelise", "clone", "index_select", "new_zeros", "index_copy_"), 1))
     assert not wide - of_images, wide
+
+
+def test_the_hosts_time_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "host_time.json"
+    threads = torch.get_num_threads()
+    try:
+        assert host_time.main(["--network", "resnet50", "--rounds", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    record = json.loads(path.read_text())
+    (case,) = record["cases"]
+    assert case["layers"] == 53 + 53 and case["engines"].keys() == {"cuda_ext", "masked-dense"} and case["optimiser_us"] > 0
+    assert record["operators"].keys() >= {"torch.mm", "linear", "sparse_conv"}
+    assert "us a layer" in capsys.readouterr().out

@@ -20,8 +20,10 @@ from sparkme.data.images import load_rgb
 from sparkme.data.sources.files import demo_photographs, find_images
 from sparkme.errors import UserError
 from sparkme.models import create_encoder
+from sparkme.ops import triton_conv
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, choose_recipe, create_parser, resolve_config
+from sparkme.training.device import prepare_device
 from sparkme.training.distributed import Process
 from sparkme.training.log import duration, earlier_runs
 from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
@@ -315,3 +317,18 @@ def test_a_small_set_gets_its_own_rate_and_as_many_epochs_as_it_needs(tmp_path: 
     assert config("--samples-per-epoch", str(10**6))["epochs"] == SMALL_EPOCHS and config("--epochs", "7")["epochs"] == 7
     paper = config("--recipe", "spark")
     assert (paper["epochs"], paper["base_lr"], paper["decoder_width"]) == (1600, 2e-4, 768)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_float32_products_follow_one_rule(tf32: bool) -> None:
+    """Dense and sparse convolutions and matrix products; torch's defaults differ."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction
+    try:
+        prepare_device(torch.device("cuda"), tf32=create_parser().parse_args(["--tf32"] if tf32 else []).tf32)
+        assert matmul.allow_tf32 == cudnn.allow_tf32 == tf32 and triton_conv._precision(torch.float32) == (
+            "tf32" if tf32 else "ieee"
+        )
+        assert cudnn.benchmark and not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = before

@@ -32,6 +32,7 @@ namespace on_host {
 
 struct Stream {};
 constexpr int32_t kMultiprocessors = 3;  // few, so that blocks do several pieces of work
+constexpr int32_t kBlocksAtATime = 2;  // of a multiprocessor
 constexpr int64_t kStackBytes = 256 << 10;
 constexpr unsigned kWarp = 32;
 

@@ -117,7 +117,8 @@ at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &
   check_rows("rows", rows_, num_patches * pixels * pixels);
   check_rows("grad", grad_, num_patches * area);
   TORCH_CHECK_VALUE(grad_.size(1) == channels, "grad must have ", channels, " channels");
-  // Partial sums of so many rows as a kernel's numbers are worth, whatever the number of threads: the result does not depend on it.
+  // Partial sums of so many rows as a kernel's numbers are worth, whatever the number of threads: the result does not depend on
+  // it.
   const int64_t num_parts = std::min(std::max<int64_t>(1, num_patches), std::clamp<int64_t>(num_patches * area / 128, 2, 16));
   const auto sum_type = rows_.scalar_type() == at::kBFloat16 ? at::kFloat : rows_.scalar_type();
   at::Tensor parts = at::zeros({num_parts, window.taps(), channels}, rows_.options().dtype(sum_type));

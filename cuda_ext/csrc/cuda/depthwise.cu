@@ -613,11 +613,13 @@ void launch_conv(T *out, const T *rows, const T *kernel, const T *bias, const Ge
   with_kernel(size, [&](auto constant) {
     constexpr int K = decltype(constant)::value;
     if constexpr (TILE == 2) {
-      const dim3 grid(blocks_for(ceil_div(tiles.count, kPatchWarps), lines, geometry, 3, 2), lines);
+      static const int32_t at_a_time = blocks_at_a_time(&conv_patches<T, K>, threads_of(kPatchWarps));
+      const dim3 grid(blocks_for(ceil_div(tiles.count, kPatchWarps), lines, geometry, at_a_time, 2), lines);
       SPARKME_LAUNCH((conv_patches<T, K>), grid, dim3(kPatchWarps * kLanes), stream, out, rows, kernel, bias, tiles, channels,
                      flip);
     } else {
-      const dim3 grid(blocks_for(ceil_div(tiles.count, kTilesAtOnce<TILE>), lines, geometry, 5, 2), lines);
+      static const int32_t at_a_time = blocks_at_a_time(&conv_tiles<T, K, TILE>, threads_of(kTileWarps));
+      const dim3 grid(blocks_for(ceil_div(tiles.count, kTilesAtOnce<TILE>), lines, geometry, at_a_time, 2), lines);
       SPARKME_LAUNCH((conv_tiles<T, K, TILE>), grid, dim3(kTileWarps * kLanes), stream, out, rows, kernel, bias, tiles,
                      channels, flip);
     }
@@ -630,18 +632,22 @@ void launch_grad(T *out, const T *rows, const T *grad, const Geometry &geometry,
   const Tiles tiles = tiles_of(geometry, TILE);
   const int64_t lines = ceil_div(channels, kLineChannels<T>), taps = geometry.window.taps();
   const int64_t work = ceil_div(tiles.count, TILE == 2 ? kPatchWarps : 8 / TILE);
-  const int64_t blocks = blocks_for(work, lines, geometry, 4, 1);
-  auto *const partial = static_cast<float *>(allocate(blocks * taps * channels * sizeof(float)));
-  const dim3 grid(blocks, lines);
   with_kernel(size, [&](auto constant) {
     constexpr int K = decltype(constant)::value;
-    if constexpr (TILE == 2) {
-      SPARKME_LAUNCH((grad_patches<T, K>), grid, dim3(kPatchWarps * kLanes), stream, partial, rows, grad, tiles, channels);
-    } else {
-      SPARKME_LAUNCH((grad_tiles<T, K, TILE>), grid, dim3(K * kLanes), stream, partial, rows, grad, tiles, channels);
-    }
+    auto *const kernel = [] {
+      if constexpr (TILE == 2) {
+        return &grad_patches<T, K>;
+      } else {
+        return &grad_tiles<T, K, TILE>;
+      }
+    }();
+    constexpr int32_t kBlock = threads_of(TILE == 2 ? kPatchWarps : K);
+    static const int32_t at_a_time = blocks_at_a_time(kernel, kBlock);
+    const int64_t blocks = blocks_for(work, lines, geometry, at_a_time, 1);
+    auto *const partial = static_cast<float *>(allocate(blocks * taps * channels * sizeof(float)));
+    SPARKME_LAUNCH(*kernel, dim3(blocks, lines), dim3(kBlock), stream, partial, rows, grad, tiles, channels);
+    reduce(out, partial, blocks, taps * channels, stream);
   });
-  reduce(out, partial, blocks, taps * channels, stream);
 }
 
 template <typename T, int V>
@@ -660,7 +666,8 @@ void launch_grad_rows(T *out, const T *rows, const T *grad, const Geometry &geom
   const int64_t vectors = ceil_div(channels, V), taps = geometry.window.taps();
   const dim3 block = row_block(vectors, kThreads);
   const int64_t lines = ceil_div(vectors, block.x);
-  const int64_t blocks = blocks_for(ceil_div(sides.num_rows, 64), lines * taps, geometry, 16, 2);
+  static const int32_t at_a_time = blocks_at_a_time(&grad_rows<T, V>, kThreads);
+  const int64_t blocks = blocks_for(ceil_div(sides.num_rows, 64), lines * taps, geometry, at_a_time, 2);
   auto *const partial = static_cast<Sum<T> *>(allocate(blocks * taps * channels * sizeof(Sum<T>)));
   SPARKME_LAUNCH((grad_rows<T, V>), dim3(blocks, taps, lines), block, stream, partial, rows, grad, sides,
                  ceil_div(sides.num_rows, blocks), channels);

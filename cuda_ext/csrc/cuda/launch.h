@@ -40,6 +40,20 @@ using Stream = on_host::Stream;
 using Stream = cudaStream_t;
 #endif
 
+// Blocks of a kernel that a multiprocessor holds at a time: it depends on registers and shared memory, which the compiler
+// decides on. Asked once; the GPUs of a machine are alike.
+template <typename Kernel>
+int32_t blocks_at_a_time(Kernel *kernel, int32_t threads) {
+#if defined(SPARKME_ON_HOST)
+  (void)kernel, (void)threads;
+  return on_host::kBlocksAtATime;
+#else
+  int blocks = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
+  return std::max(1, blocks);
+#endif
+}
+
 // What sums are kept in.
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -134,6 +134,14 @@ class MinkowskiEngine(RowEngine):
 
     name = "minkowski"
     bf16 = False  # under autocast a 1x1 convolution would come out in bf16, and the next 3x3 would refuse it
+
+    def precision(self, device_type: str) -> AbstractContextManager[None]:
+        """Raises ValueError on another stream than CUDA's default one, which MinkowskiEngine makes its maps on."""
+        if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError("the engine minkowski cannot be captured into a CUDA graph; use cuda_ext")
+        if device_type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
+            raise ValueError("the engine minkowski computes on CUDA's default stream alone; use it there, or use cuda_ext")
+        return super().precision(device_type)
 
     def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
         if window.border != "zeros":

@@ -12,7 +12,7 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 | BatchNorm2d, BatchNormAct2d | statistics over the visible pixels of the batch; then the activation | norm |
 | LayerNorm, LayerNorm2d, RMSNorm | over the channels of each pixel | norm |
 | GroupNorm, InstanceNorm | over the visible pixels of each sample | norm |
-| GRN | norm over each sample's visible pixels; ConvNeXt V2's own sparse code takes it over the batch | pooling |
+| GRN | norm over each sample's visible pixels; ConvNeXt V2's own sparse code takes it over the batch | norm |
 | MaxPool2d, also with ceil_mode | maximum over the visible pixels | pooling |
 | AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |
 | global pooling, squeeze-excite, ECA and other gates | over each sample's visible pixels; then a dense vector | pooling |
@@ -32,13 +32,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 
 from sparkme.sparse.forms import pointwise, pooling, shape  # noqa: F401  (register what functions do)
 from sparkme.sparse.forms.convolution import SparseConv2d, SparseDepthwiseConv2d, SparseLinear, convolution_form
 from sparkme.sparse.forms.layer import SparseLayer
-from sparkme.sparse.forms.norm import SparseBatchNorm2d, SparseBatchNormAct2d
+from sparkme.sparse.forms.norm import SparseBatchNorm2d, SparseBatchNormAct2d, SparseGlobalResponseNorm
 from sparkme.sparse.forms.pooling import SparseAvgPool2d, SparseMaxPool2d
 
 SPARSE_FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -48,12 +49,14 @@ SPARSE_FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.SyncBatchNorm: SparseBatchNorm2d,
     BatchNormAct2d: SparseBatchNormAct2d,
     SyncBatchNormAct: SparseBatchNormAct2d,
+    GlobalResponseNorm: SparseGlobalResponseNorm,
     nn.MaxPool2d: SparseMaxPool2d,
     nn.AvgPool2d: SparseAvgPool2d,
 }
 
 __all__ = [
     "SPARSE_FORMS", "SparseAvgPool2d", "SparseBatchNorm2d", "SparseBatchNormAct2d", "SparseConv2d", "SparseDepthwiseConv2d",
+    "SparseGlobalResponseNorm",
     "SparseLayer", "SparseLinear", "SparseMaxPool2d", "sparse_form",
 ]  # fmt: skip
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import MinkowskiEngine as ME
+import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -75,6 +77,56 @@ def _without_children(norm: nn.BatchNorm2d) -> nn.Module:
     bare = nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     bare._parameters, bare._buffers, bare.training = norm._parameters, norm._buffers, norm.training
     return bare
+
+
+class SparseGlobalResponseNorm(SparseLayer, GlobalResponseNorm):
+    """Global response norm (GRN), with each sample's norms over its visible pixels."""
+
+    def __init__(self, norm: GlobalResponseNorm) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.spatial_dim, self.channel_dim, self.wb_shape = (
+            norm.eps,
+            norm.spatial_dim,
+            norm.channel_dim,
+            norm.wb_shape,
+        )
+        self.weight, self.bias = (nn.Parameter(value.detach().clone()) for value in (norm.weight, norm.bias))
+        take_state(self, norm)
+
+    def forward(self, x: Any) -> Any:
+        in_place = type(x) is SparseMap and x.dims == ("BHWC" if self.channel_dim == -1 else "BCHW")
+        if not in_place or x.engine.dense:
+            return GlobalResponseNorm.forward(self, x)
+        return x.with_values(_GlobalResponse.apply(x.values, self.weight, self.bias, self.eps))
+
+
+class _GlobalResponse(torch.autograd.Function):
+    """y = x (1 + weight n) + bias of rows (B, L, C), n = |x| / (mean of |x| over the channels + epsilon), |x| over the rows.
+
+    Written out, for each way goes over the rows once for sums and once for the result; autograd would keep and read three times
+    as much. With a the sum of grad * x over the rows, and m the mean with epsilon:
+    d|x| = weight a / m - sum(weight a |x|) / (C m^2), and dx = grad (1 + weight n) + x d|x| / |x|.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, 2, 1, keepdim=True, dtype=wide)
+        mean = norm.mean(2, keepdim=True) + epsilon
+        ctx.save_for_backward(x, weight, norm, mean)
+        return torch.addcmul(bias.to(x.dtype), x, (1 + weight * (norm / mean)).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, (x, weight, norm, mean) = grads[0], ctx.saved_tensors
+        response = norm / mean
+        product = (grad * x).sum(1, keepdim=True, dtype=norm.dtype)
+        found = weight * product
+        grad_norm = found / mean - (found * norm).mean(2, keepdim=True) / mean**2
+        by_x = torch.where(norm > 0, grad_norm / norm, 0).to(x.dtype)
+        grad_x = torch.addcmul(grad * (1 + weight * response).to(x.dtype), x, by_x)
+        grad_weight = (product * response).sum((0, 1)).to(weight.dtype)
+        return grad_x, grad_weight, grad.sum((0, 1), dtype=norm.dtype).to(weight.dtype), None
 
 
 @sparse_function("batch_norm")

@@ -1,0 +1,175 @@
+"""How long the host takes to hand an encoder's work to the device. A GPU that is done sooner waits for it.
+
+    python -m benchmarks.host_time --json benchmarks/results/host_time.json
+
+The networks have the layers of ResNet-50 and ConvNeXt-B, but 8 to 64 channels, and the images hardly any visible pixels, so
+that what remains is the host's: Python, torch's dispatcher, autograd. It runs on the CPU in one thread, with the operators that
+run on CUDA, where no layer waits for what follows it (see sparkme/sparse/unwritten.py). Launching kernels comes to it on a GPU,
+and the arithmetic goes. The engines run in turns; `optimiser` is LAMB's step, the same for all.
+
+The JSON file has `cases`: network, `layers` (convolutions, linear layers and norms), and `engines` {engine: {`forward_us`,
+`backward_us`, `layer_us`: both together, per layer}}, medians in microseconds, `optimiser_us`; and `operators` {name:
+{`forward_us`, `both_us`}}: single operators on 64 rows of 8 channels, `torch.mm` among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.flops import provenance
+from benchmarks.throughput import hardware, write_json
+from sparkme import Grid, SparK, ops, random_active, sparsify
+from sparkme.errors import Parser, UserError, run_command
+from sparkme.sparse.engines.cuda_ext import CudaExtEngine
+from sparkme.training.optimizer import create_optimizer
+
+ENGINES = ("cuda_ext", "masked-dense")
+CHANNELS = (8, 16, 32, 64)
+SIDE, BATCH = 64, 2  # pixels and images; one patch of each is visible
+
+
+class AsOnCuda(CudaExtEngine):
+    """The operators of `cuda_ext`, one by one."""
+
+    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return False
+
+
+def slim_resnet50() -> nn.Module:
+    from timm.models.resnet import Bottleneck, ResNet
+
+    network: nn.Module = ResNet(Bottleneck, (3, 4, 6, 3), channels=CHANNELS, num_classes=0)  # type: ignore[arg-type]
+    return network
+
+
+def slim_convnext_base() -> nn.Module:
+    from timm.models.convnext import ConvNeXt
+
+    return ConvNeXt(depths=(3, 3, 27, 3), dims=CHANNELS, num_classes=0)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet50": slim_resnet50, "convnext_base": slim_convnext_base}
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m benchmarks.host_time", description="Time the host's part of an encoder's pass.")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="passes of each engine (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = create_parser().parse_args(words)
+    return run_command(lambda: host_time(args, words))
+
+
+def host_time(args: argparse.Namespace, words: list[str]) -> int:
+    if args.rounds < 1:
+        raise UserError("--rounds must be positive")
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "what": "microseconds of the host for an encoder's pass; see benchmarks/host_time.py",
+        "command": shlex.join(["python", "-m", "benchmarks.host_time", *words]),
+        **provenance(),
+        "hardware": hardware(torch.device("cpu")),
+        "cases": [],
+    }
+    for name in args.network:
+        case = time_network(name, args.rounds)
+        record["cases"].append(case)
+        print(f"\n{name}, {case['layers']} layers, LAMB {case['optimiser_us'] / 1e3:.1f} ms")
+        for engine, found in case["engines"].items():
+            forward, backward = found["forward_us"] / 1e3, found["backward_us"] / 1e3
+            print(f"  {engine:14} forward {forward:5.1f} ms, backward {backward:5.1f} ms, {found['layer_us']:5.0f} us a layer")
+    record["operators"] = time_operators(args.rounds * 10)
+    print("\noperator          forward  with its gradient")
+    for name, found in record["operators"].items():
+        print(f"  {name:14}{found['forward_us']:8.1f} us{found['both_us']:12.1f} us")
+    write_json(args.json, record)
+    return 0
+
+
+def time_network(name: str, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    encoder = sparsify(NETWORKS[name]()).train()
+    active = random_active(BATCH, (2, 2), 0.75)
+    images = torch.randn(BATCH, 3, SIDE, SIDE)
+    times: dict[str, list[tuple[float, float]]] = {engine: [] for engine in ENGINES}
+    for i in range(rounds + 3):
+        for engine in ENGINES:
+            encoder.set_engine(engine)
+            if engine == "cuda_ext":
+                encoder.engine = AsOnCuda()
+            encoder.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            ends = [x.values for x in encoder(images, active, 1)]
+            middle = time.perf_counter()
+            torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+            end = time.perf_counter()
+            if i >= 3:
+                times[engine].append((1e6 * (middle - start), 1e6 * (end - middle)))
+    layers = sum(isinstance(m, LAYERS) for m in NETWORKS[name]().modules())
+    medians = {engine: [statistics.median(part) for part in zip(*found, strict=True)] for engine, found in times.items()}
+    optimizer = create_optimizer("lamb", SparK(encoder, input_size=SIDE, decoder_width=32).encoder, beta2=0.95, clip_grad=5.0)
+    return {
+        "network": name,
+        "layers": layers,
+        "engines": {
+            engine: {"forward_us": forward, "backward_us": backward, "layer_us": (forward + backward) / layers}
+            for engine, (forward, backward) in medians.items()
+        },
+        "optimiser_us": median_us(optimizer.step, rounds),
+    }
+
+
+LAYERS = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+
+
+def time_operators(rounds: int) -> dict[str, dict[str, float]]:
+    grid = Grid(torch.ones(1, 1, 2, 2, dtype=torch.bool), 4)
+    sites = grid.slots, grid.patches, 4
+    table, inverse = (ops.neighbour_table(*sites, (3, 3), transposed=transposed) for transposed in (False, True))
+    rows, weight = torch.randn(64, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    kernel, channelwise = torch.randn(9, 8, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    operators: dict[str, Callable[[], Tensor]] = {
+        "torch.mm": partial(torch.mm, rows, weight),
+        "linear": partial(ops.linear, rows, weight),
+        "sparse_conv": partial(ops.sparse_conv, rows, kernel, table, inverse),
+        "depthwise_conv": partial(ops.depthwise_conv, rows, channelwise, None, *sites, (3, 3)),
+        "max_pool": partial(ops.max_pool, rows, table, inverse),
+    }
+    grad = torch.ones(64, 8)
+    return {
+        name: {
+            "forward_us": median_us(operator, rounds),
+            "both_us": median_us(lambda: torch.autograd.grad(operator(), rows, grad), rounds),  # noqa: B023
+        }
+        for name, operator in operators.items()
+    }
+
+
+def median_us(work: Callable[[], Any], rounds: int) -> float:
+    found = []
+    for i in range(rounds + 3):
+        start = time.perf_counter()
+        work()
+        if i >= 3:
+            found.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
