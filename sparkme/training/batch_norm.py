@@ -21,12 +21,12 @@ class SharedBatchNorm(BATCH_NORM):
     torch.nn.SyncBatchNorm allows for any sizes, so it has to learn in every layer which are zero; and it runs on GPUs alone.
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
     def __init__(self, num_features: int, processes: int) -> None:
         super().__init__(num_features)
         self.processes = processes
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
