@@ -3,9 +3,10 @@
     python -m benchmarks.host_time --json benchmarks/results/host_time.json
 
 The networks have the layers of ResNet-50 and ConvNeXt-B, but 8 to 64 channels, and the images hardly any visible pixels, so
-that what remains is the host's: Python, torch's dispatcher, autograd. It runs on the CPU in one thread, with the operators that
-run on CUDA, where no layer waits for what follows it (see sparkme/sparse/unwritten.py). Launching kernels comes to it on a GPU,
-and the arithmetic goes. The engines run in turns; `optimiser` is LAMB's step, the same for all.
+that what remains is the host's: Python, torch's dispatcher, autograd. It runs on the CPU in one thread, with the operators one
+by one as on CUDA, where no layer waits for what follows it (see sparkme/sparse/unwritten.py). On a GPU the launching of kernels
+comes to it, and the arithmetic goes. In float64, since float32 products are oneDNN's on the CPU, whose own host time is not
+small. The engines run in turns; `optimiser` is LAMB's step, the same for all.
 
 The JSON file has `cases`: network, `layers` (convolutions, linear layers and norms), and `engines` {engine: {`forward_us`,
 `backward_us`, `layer_us`: both together, per layer}}, medians in microseconds, `optimiser_us`; and `operators` {name:
@@ -104,9 +105,9 @@ def host_time(args: argparse.Namespace, words: list[str]) -> int:
 
 def time_network(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    encoder = sparsify(NETWORKS[name]()).train()
+    encoder = sparsify(NETWORKS[name]()).double().train()
     active = random_active(BATCH, (2, 2), 0.75)
-    images = torch.randn(BATCH, 3, SIDE, SIDE)
+    images = torch.randn(BATCH, 3, SIDE, SIDE, dtype=torch.float64)
     times: dict[str, list[tuple[float, float]]] = {engine: [] for engine in ENGINES}
     for i in range(rounds + 3):
         for engine in ENGINES:
@@ -142,8 +143,8 @@ def time_operators(rounds: int) -> dict[str, dict[str, float]]:
     grid = Grid(torch.ones(1, 1, 2, 2, dtype=torch.bool), 4)
     sites = grid.slots, grid.patches, 4
     table, inverse = (ops.neighbour_table(*sites, (3, 3), transposed=transposed) for transposed in (False, True))
-    rows, weight = torch.randn(64, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
-    kernel, channelwise = torch.randn(9, 8, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    shapes = (64, 8), (8, 8), (9, 8, 8), (9, 8)
+    rows, weight, kernel, channelwise = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     operators: dict[str, Callable[[], Tensor]] = {
         "torch.mm": partial(torch.mm, rows, weight),
         "linear": partial(ops.linear, rows, weight),
@@ -151,7 +152,7 @@ def time_operators(rounds: int) -> dict[str, dict[str, float]]:
         "depthwise_conv": partial(ops.depthwise_conv, rows, channelwise, None, *sites, (3, 3)),
         "max_pool": partial(ops.max_pool, rows, table, inverse),
     }
-    grad = torch.ones(64, 8)
+    grad = torch.ones(64, 8, dtype=torch.float64)
     return {
         name: {
             "forward_us": median_us(operator, rounds),

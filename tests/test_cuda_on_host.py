@@ -29,7 +29,7 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     global _LIBRARY  # a library lives as long as its schemas
     _LIBRARY = torch.library.Library("sparkme_on_host", "DEF")
     for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool",
-                 "max_pool_grad_rows", "avg_pool", "voxelise", "densify"):  # fmt: skip
+                 "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear"):  # fmt: skip
         schema = str(getattr(torch.ops.sparkme, name).default._schema)
         _LIBRARY.define(schema.removeprefix("sparkme::"))
     ctypes.CDLL(str(path))
@@ -240,3 +240,12 @@ def test_wrong_arguments_are_refused(ops: Any) -> None:
     for case in cases:
         with pytest.raises(ValueError):
             case()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_keeps_its_type_under_autocast(ops: Any, dtype: torch.dtype) -> None:
+    rows, kernel, bias = (normal(i, *shape, dtype=dtype) for i, shape in enumerate([(50, 12), (12, 7), (7,)]))
+    expected = rows.double() @ kernel.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(ops.linear(rows, kernel, None), expected)
+        assert_close(ops.linear(rows, kernel, bias), expected + bias.double())

@@ -59,12 +59,7 @@ def sparse_conv_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: i
     return _correlate(rows.contiguous(), grad.contiguous(), table.contiguous(), groups)
 
 
-def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast(rows.device.type, enabled=False):  # which would change the type of what was not cast on purpose
-        return torch.mm(rows, kernel) if bias is None else torch.addmm(bias, rows, kernel)
-
-
-for _function in (sparse_conv, sparse_conv_grad_rows, sparse_conv_grad_kernel, linear):
+for _function in (sparse_conv, sparse_conv_grad_rows, sparse_conv_grad_kernel):
     LIBRARY.impl(_function.__name__, _function, "CUDA")
 
 

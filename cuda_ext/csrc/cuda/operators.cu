@@ -1,6 +1,9 @@
 // The CUDA operators as torch calls them: checks, memory, and the stream. The kernels are in the other files.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -261,9 +264,15 @@ at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Te
   return dense.permute({0, 3, 1, 2});
 }
 
+at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias) {
+  const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
+  return bias ? at::addmm(*bias, rows, kernel) : at::mm(rows, kernel);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
+  m.impl("linear", linear);
   m.impl("neighbour_table", neighbour_table);
   m.impl("depthwise_conv", depthwise_conv);
   m.impl("depthwise_conv_grad_rows", depthwise_conv_grad_rows);
