@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.flops import provenance
 from benchmarks.throughput import hardware, write_json
-from sparkme import Grid, SparK, ops, random_active, sparsify
+from sparkme import Grid, ops, random_active, sparsify
 from sparkme.errors import Parser, UserError, run_command
 from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 from sparkme.training.optimizer import create_optimizer
@@ -124,7 +124,7 @@ def time_network(name: str, rounds: int) -> dict[str, Any]:
                 times[engine].append((1e6 * (middle - start), 1e6 * (end - middle)))
     layers = sum(isinstance(m, LAYERS) for m in NETWORKS[name]().modules())
     medians = {engine: [statistics.median(part) for part in zip(*found, strict=True)] for engine, found in times.items()}
-    optimizer = create_optimizer("lamb", SparK(encoder, input_size=SIDE, decoder_width=32).encoder, beta2=0.95, clip_grad=5.0)
+    optimizer = create_optimizer("lamb", encoder, beta2=0.95, clip_grad=5.0)
     return {
         "network": name,
         "layers": layers,

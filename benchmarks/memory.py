@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.flops import provenance
+from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
@@ -112,12 +113,6 @@ def create_network(name: str, args: argparse.Namespace) -> MaskedAutoencoder:
 
 
 def arrange(model: MaskedAutoencoder, way: str, *, as_on_cuda: bool) -> None:
-    from sparkme.sparse.engines.cuda_ext import CudaExtEngine
-
-    class AsOnCuda(CudaExtEngine):
-        def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
-            return False
-
     model.encoder.set_engine("masked-dense" if way == "masked-dense" else "cuda_ext")
     if way != "masked-dense" and as_on_cuda:
         model.encoder.engine = AsOnCuda()

@@ -115,6 +115,7 @@ at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, 
   if (bias) {
     check_types(rows, *bias);
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows.size(1), "bias must be (", rows.size(1), ",)");
+    TORCH_CHECK_VALUE(bias->device() == rows.device(), "bias must be on ", rows.device());
   }
   const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
