@@ -41,9 +41,9 @@ SIDE, BATCH = 64, 2  # pixels and images; one patch of each is visible
 
 
 class AsOnCuda(CudaExtEngine):
-    """The operators of `cuda_ext`, one by one."""
+    """The operators of `cuda_ext` that run on CUDA."""
 
-    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
         return False
 
 

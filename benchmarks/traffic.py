@@ -4,7 +4,7 @@
     python -m benchmarks.traffic --model timm:convnextv2_tiny --what step --recipe fcmae --lines 30
 
 The pass runs on fake tensors, which have a shape, a type and a device but no data, on the device `cuda` and under its autocast.
-Every operator that arrives is counted with the bytes of the tensors that it reads and writes: once each, but for batch norms,
+Every operator that arrives is counted with the bytes of the tensors that it reads and writes: once each, but for torch's batch norms,
 which go through their input twice. So this is what eager PyTorch moves, if nothing stays in a cache from one operator to the
 next and a convolution fetches a row once whatever the number of its neighbours. Operators that give a view move nothing.
 
@@ -212,7 +212,7 @@ class Traffic(TorchDispatchMode):
         if all(id_of(value) in memory for value in written) and not is_mutable:  # a view
             return result
         name = operator_name(func)
-        times = 2 if "batch_norm" in name else 1
+        times = 2 if "native_batch_norm" in name else 1  # ours are operators of one pass each
         moved = sum(size(value) for value in written)
         moved += sum(size(value) * (times if value.numel() == largest(read) else 1) for value in read)
         if name.startswith(("empty", "new_empty")):

@@ -85,7 +85,7 @@ class SparK(MaskedAutoencoder):
             self.levels, reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
         ):
             rows, fill = norm(x.rows), token.flatten()
-            if isinstance(projection, nn.Conv2d) and x.engine.fuses(rows.dtype, rows.device):
+            if isinstance(projection, nn.Conv2d) and x.engine.fuses_all(rows.dtype, rows.device):
                 weights = projection.weight, projection.bias
                 dense[level] = x.engine.densify_convolution(rows, x.grid, x.stride, fill, *weights)
             else:

@@ -29,7 +29,8 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     global _LIBRARY  # a library lives as long as its schemas
     _LIBRARY = torch.library.Library("sparkme_on_host", "DEF")
     for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool",
-                 "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear"):  # fmt: skip
+                 "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear", "batch_statistics", "batch_norm",
+                 "batch_norm_grad_sums", "batch_norm_grad_rows"):  # fmt: skip
         schema = str(getattr(torch.ops.sparkme, name).default._schema)
         _LIBRARY.define(schema.removeprefix("sparkme::"))
     ctypes.CDLL(str(path))
@@ -111,6 +112,8 @@ def test_barriers_suffice(ops: Any, pixels: int, monkeypatch: pytest.MonkeyPatch
         lambda: ops.depthwise_conv(rows[:, :71], kernel[:, :71], None, *geometry),
         lambda: ops.depthwise_conv_grad_kernel(rows[:, :71], grad[:, :71], *geometry),
         lambda: ops.voxelise(dense, slots, patches, pixels),
+        lambda: torch.stack(ops.batch_statistics(rows)),
+        lambda: ops.batch_norm_grad_sums(grad, rows, None, *torch.ones(2, 72), None, None, None, None)[1],
     ]
     forwards = [case() for case in cases]
     monkeypatch.setenv("SPARKME_THREADS_BACKWARDS", "1")
@@ -179,6 +182,81 @@ def test_voxelise_and_densify(ops: Any, pixels: int, channels: int, dtype: torch
             map_ = ops.densify(expected, slots, patches, pixels, fill)
             assert torch.equal(map_, reference.densify(expected, slots, patches, pixels, fill))
             assert map_.permute(0, 2, 3, 1).is_contiguous()
+
+
+FOLLOWS: dict[str, dict[str, Any]] = {  # a batch norm
+    "nothing": {}, "relu": {"ceiling": float("inf")}, "relu6": {"ceiling": 1.25, "factor": 2}, "residual": {"residual": True},
+    "all": {"residual": True, "ceiling": float("inf"), "factor": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("follows", FOLLOWS)
+@pytest.mark.parametrize(("count", "channels"), [(6, 3), (2, 8), (96, 72), (2600, 40), (1400, 17), (130, 1032)])
+def test_batch_norm(ops: Any, count: int, channels: int, follows: str, dtype: torch.dtype) -> None:
+    """In float64 by its formula, whose gradient goes through the statistics."""
+    options = FOLLOWS[follows]
+    rows = normal(1, count, channels, dtype=dtype) * 3 + 20 * normal(2, channels, dtype=dtype)
+    mean, variance = ops.batch_statistics(rows)
+    exact = 1e-12 if dtype == torch.float64 else 2e-5
+    assert relative_error(mean, rows.double().mean(0)) <= exact
+    assert relative_error(variance, rows.double().var(0, correction=0)) <= exact
+    ceiling, samples = options.get("ceiling"), options.get("factor")
+    factor = None if samples is None else normal(3, samples, dtype=torch.float64).abs() + 0.5
+    affine = normal(4, channels, dtype=torch.float64), normal(5, channels, dtype=torch.float64)
+    residual, grad = normal(6, count, channels, dtype=dtype), normal(7, count, channels, dtype=dtype)
+    leaves = [x.double().clone().requires_grad_() for x in (rows, *affine, residual)]
+    given, own_mean = leaves[3] if "residual" in options else None, rows.double().mean(0)
+    deviation = (rows.double().var(0, correction=0) + 1e-5).rsqrt()
+    for training in (True, False):
+        expected, unclamped = (
+            reference.batch_norm(leaves[0], own_mean, deviation, leaves[1], leaves[2], factor, given, end, training)
+            for end in (ceiling, None)
+        )
+        numbers = mean, deviation, *affine
+        added = residual if "residual" in options else None
+        out = ops.batch_norm(rows, *numbers, factor, added, ceiling, training)
+        assert_close(out, expected)
+        # What was clamped is taken from the result after a residual, which is rounded.
+        decides = out if added is not None else unclamped
+        inside = torch.ones_like(out, dtype=torch.bool) if ceiling is None else (decides > 0) & (decides < ceiling)
+        found = torch.autograd.grad(unclamped, leaves, grad.double() * inside, allow_unused=True)
+        kept = out if ceiling is not None and added is not None else None
+        masked, sums = ops.batch_norm_grad_sums(grad, rows, kept, *numbers, factor, ceiling)
+        assert_close(sums[1].to(dtype), found[1])
+        assert_close(sums[0].to(dtype), found[2])
+        if kept is not None:
+            assert torch.equal(masked, grad * inside)
+        passed, left = (grad, ceiling) if kept is None else (masked, None)
+        statistics = sums if training else None
+        grad_rows = ops.batch_norm_grad_rows(passed, rows, *numbers, factor, left, statistics, None)
+        if count > 2:  # two rows give the same, whatever they hold
+            assert_close(grad_rows, found[0])
+        if training:  # as if the sums were those of two processes
+            half = ops.batch_norm_grad_rows(passed, rows, *numbers, factor, left, sums * 2, count * 2.0)
+            assert_close(half, grad_rows)
+
+
+def test_batch_norm_of_rows_that_are_not_numbers_or_not_there(ops: Any) -> None:
+    rows = torch.tensor([[1.0, 2.0], [float("nan"), 4.0]])
+    mean, variance = ops.batch_statistics(rows)
+    assert mean.isnan().tolist() == variance.isnan().tolist() == [True, False]
+    zero, one = torch.zeros(2), torch.ones(2)
+    out = ops.batch_norm(rows, zero, one, None, None, None, None, 3.0, False)
+    assert out.nan_to_num(7.0).tolist() == [[1, 2], [7, 3]]
+    none = rows[:0]
+    assert [x.tolist() for x in ops.batch_statistics(none)] == [[0, 0], [0, 0]]
+    assert ops.batch_norm(none, zero, one, None, None, None, None, None, False).shape == (0, 2)
+    assert ops.batch_norm_grad_sums(none, none, None, zero, one, None, None, None, None)[1].tolist() == [[0, 0], [0, 0]]
+    assert ops.batch_norm_grad_rows(none, none, zero, one, None, None, None, None, None, None).shape == (0, 2)
+
+
+def test_statistics_of_numbers_far_from_zero(ops: Any) -> None:
+    """In float32 a variance of 1 around 1e4 is lost where squares are summed; here also where the parts differ."""
+    rows = (normal(1, 3000, 8, dtype=torch.float64) + 1e4 + torch.arange(3000).unsqueeze(1) / 300).float()
+    mean, variance = ops.batch_statistics(rows)
+    assert relative_error(mean, rows.double().mean(0)) < 1e-6
+    assert relative_error(variance, rows.double().var(0, correction=0)) < 1e-4
 
 
 def test_no_visible_patch(ops: Any) -> None:

@@ -5,9 +5,14 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
+#include <optional>
+
 #include "geometry.h"
 
 namespace sparkme {
+
+using Optional = std::optional<at::Tensor>;
 
 inline void check_int32(const char *name, const at::Tensor &value, int64_t dims) {
   TORCH_CHECK_VALUE(value.scalar_type() == at::kInt && value.dim() == dims && value.is_contiguous(), name,
@@ -31,6 +36,27 @@ inline Window window_of(at::IntArrayRef kernel_size, int64_t stride, int64_t dil
   TORCH_CHECK_VALUE(stride > 0 && dilation > 0, "stride ", stride, " and dilation ", dilation, " must be positive");
   return {static_cast<int32_t>(kernel_size[0]), static_cast<int32_t>(kernel_size[1]), static_cast<int32_t>(stride),
           static_cast<int32_t>(dilation)};
+}
+
+// In which sums over rows are made, and numbers per channel kept.
+inline at::ScalarType sum_type(const at::Tensor &rows) { return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// What is added to rows (N, C), in their shape.
+inline at::Tensor residual_of(const at::Tensor &residual, const at::Tensor &rows) {
+  TORCH_CHECK_VALUE(residual.numel() == rows.numel() && residual.dim() > 0 && residual.size(-1) == rows.size(1) &&
+                        residual.scalar_type() == rows.scalar_type(),
+                    "residual must be like rows, ", rows.sizes(), ", got ", residual.sizes());
+  return residual.reshape(rows.sizes()).contiguous();
+}
+
+inline void check_like(const char *name, const at::Tensor &value, const at::Tensor &rows) {
+  TORCH_CHECK_VALUE(value.sizes() == rows.sizes() && value.scalar_type() == rows.scalar_type(), name, " must be like rows, ",
+                    rows.sizes(), ", got ", value.sizes());
+}
+
+inline double ceiling_or_nan(std::optional<double> ceiling) {
+  TORCH_CHECK_VALUE(!ceiling || *ceiling > 0, "ceiling must be positive, got ", *ceiling);
+  return ceiling.value_or(std::numeric_limits<double>::quiet_NaN());
 }
 
 }  // namespace sparkme

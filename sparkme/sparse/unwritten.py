@@ -9,11 +9,12 @@ and the first one who reads the map has it written. Blocks run their own code an
 | a 1x1 convolution to at least twice as many channels, then the same | `ops.linear_batch_norm` | the convolution's result |
 | linear, GELU, linear, perhaps factors for channels (layer scale) and samples, `+` another map | `ops.mlp` | GELU's result |
 
-A batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the norm's rows.
+On the CPU a batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the
+norm's rows. On CUDA it is, since that is short of bandwidth sooner than of memory; and of the table only batch norms wait.
 
 In the middle there may be a dropout that drops nothing. Everything else, and whatever stands in another order, runs as it is.
 A batch norm's statistics are taken at once, so they do not depend on when or how often a map is written. Engines say with
-`Engine.fuses` whether they take part.
+`Engine.fuses` and `Engine.fuses_all` whether they take part.
 """
 
 from __future__ import annotations
@@ -90,10 +91,12 @@ class UnwrittenNorm(Unwritten):
     Args:
         source: what is normalised.
         bn: its layer. Where it trains, its running statistics move now.
+        recomputed: whether the result is to be computed again for the gradient of what reads it.
         follows: `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
     """
 
-    def __init__(self, source: Features | UnwrittenProduct, bn: torch.nn.BatchNorm2d) -> None:
+    def __init__(self, source: Features | UnwrittenProduct, bn: torch.nn.BatchNorm2d, *, recomputed: bool) -> None:
+        self.recomputed = recomputed
         self.follows: dict[str, Any] = {}
         self.affine, self.epsilon = (bn.weight, bn.bias), bn.eps
         self.kernel: Tensor | None = None
@@ -119,7 +122,8 @@ class UnwrittenNorm(Unwritten):
 
     def write(self) -> Features:
         features = super().write()
-        if torch.compiler.is_compiling() or self.kernel is not None or "residual" in self.follows:
+        known = self.recomputed and self.kernel is None and "residual" not in self.follows
+        if not known or torch.compiler.is_compiling():
             return features
         return features._replace(again=self._again)
 

@@ -20,8 +20,6 @@
 
 namespace sparkme {
 
-using Optional = std::optional<at::Tensor>;
-
 // Parts of at most 1024 rows, so that a sum in float32 stays exact enough, and of at least 64.
 class Parts {
  public:
@@ -63,19 +61,6 @@ inline Optional per_row(const Optional &factor, const at::Tensor &rows) {
       .contiguous();
 }
 
-// What is added to rows (N, C), in their shape.
-inline at::Tensor residual_of(const at::Tensor &residual, const at::Tensor &rows) {
-  TORCH_CHECK_VALUE(residual.numel() == rows.numel() && residual.dim() > 0 && residual.size(-1) == rows.size(1) &&
-                        residual.scalar_type() == rows.scalar_type(),
-                    "residual must be like rows, ", rows.sizes(), ", got ", residual.sizes());
-  return residual.reshape(rows.sizes()).contiguous();
-}
-
-inline void check_like(const char *name, const at::Tensor &value, const at::Tensor &rows) {
-  TORCH_CHECK_VALUE(value.sizes() == rows.sizes() && value.scalar_type() == rows.scalar_type(), name, " must be like rows, ",
-                    rows.sizes(), ", got ", value.sizes());
-}
-
 template <typename T>
 T *data_or_null(const Optional &value) {
   return value ? const_cast<T *>(value->const_data_ptr<T>()) : nullptr;
@@ -85,11 +70,6 @@ T *data_or_null(const Optional &value) {
 template <typename T>
 Sum<T> ceiling_in(double ceiling) {
   return static_cast<Sum<T>>(static_cast<T>(ceiling));
-}
-
-inline double ceiling_or_nan(std::optional<double> ceiling) {
-  TORCH_CHECK_VALUE(!ceiling || *ceiling > 0, "ceiling must be positive, got ", *ceiling);
-  return ceiling.value_or(std::numeric_limits<double>::quiet_NaN());
 }
 
 // What the kernels read, and whose memory it is.

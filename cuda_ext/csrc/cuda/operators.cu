@@ -2,10 +2,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -94,6 +97,24 @@ Geometry geometry_of(const at::Tensor &slots, const at::Tensor &patches, int64_t
   return {sites, window, patches.size(0), static_cast<int32_t>(pixels), multiprocessors()};
 }
 
+// Memory of the device for a kernel's partial results. It is given back when the operator returns, which is sound: the
+// allocator hands it on in the order of the stream.
+class Workspace {
+ public:
+  explicit Workspace(const at::Tensor &like) : options_(like.options().dtype(at::kByte)) {}
+
+  cuda::Allocate allocate() {
+    return [this](int64_t bytes) {
+      memory_ = at::empty({bytes}, options_);
+      return memory_.mutable_data_ptr();
+    };
+  }
+
+ private:
+  at::TensorOptions options_;
+  at::Tensor memory_;
+};
+
 at::Tensor neighbour_table(const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
                            int64_t stride, int64_t dilation, bool transposed) {
   const auto guard = on_device_of(slots, patches);
@@ -105,9 +126,9 @@ at::Tensor neighbour_table(const at::Tensor &slots, const at::Tensor &patches, i
   return table;
 }
 
-at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
-                              const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
-                              int64_t stride, int64_t dilation, bool transposed) {
+at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias, const at::Tensor &slots,
+                              const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                              int64_t dilation, bool transposed) {
   const auto guard = on_device_of(rows, kernel, slots, patches);
   check_types(rows, kernel);
   const at::Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous();
@@ -135,9 +156,9 @@ at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, 
   return out;
 }
 
-at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
-                          const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
-                          int64_t stride, int64_t dilation) {
+at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias, const at::Tensor &slots,
+                          const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
+                          int64_t dilation) {
   return convolve_depthwise(rows, kernel, bias, slots, patches, pixels, kernel_size, stride, dilation, false);
 }
 
@@ -161,16 +182,11 @@ at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &
   check_rows("grad", grad_, geometry.patches * side * side);
   TORCH_CHECK_VALUE(grad_.size(1) == rows_.size(1), "grad must have ", rows_.size(1), " channels, got ", grad_.size(1));
   at::Tensor out = at::empty({geometry.window.taps(), rows_.size(1)}, rows_.options());
-  at::Tensor workspace;
-  // Freed when this function returns, which is sound: the allocator hands it on in the order of the stream.
-  const cuda::Allocate allocate = [&](int64_t bytes) {
-    workspace = at::empty({bytes}, rows_.options().dtype(at::kByte));
-    return workspace.mutable_data_ptr();
-  };
+  Workspace workspace(rows_);
   with_type(rows_.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     cuda::depthwise_conv_grad_kernel<T>(out.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(), grad_.const_data_ptr<T>(),
-                                        geometry, channels_of(rows_), allocate, current_stream());
+                                        geometry, channels_of(rows_), workspace.allocate(), current_stream());
   });
   return out;
 }
@@ -244,7 +260,7 @@ at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::
 }
 
 at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels,
-                   const std::optional<at::Tensor> &fill) {
+                   const Optional &fill) {
   const auto guard = on_device_of(rows, slots, patches);
   const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
@@ -265,7 +281,139 @@ at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Te
   return dense.permute({0, 3, 1, 2});
 }
 
-at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias) {
+// A number per channel, or per sample, in the type of sums; undefined where there is none.
+at::Tensor numbers(const char *name, const Optional &value, int64_t size, const at::Tensor &rows) {
+  if (!value) return {};
+  TORCH_CHECK_VALUE(value->dim() == 1 && value->size(0) == size, name, " must be (", size, ",), got ", value->sizes());
+  TORCH_CHECK_VALUE(value->device() == rows.device(), name, " must be on ", rows.device(), ", got ", value->device());
+  return value->to(sum_type(rows)).contiguous();
+}
+
+template <typename T>
+const T *data_or_null(const at::Tensor &value) {
+  return value.defined() ? value.const_data_ptr<T>() : nullptr;
+}
+
+// What the kernels of a batch norm read, and whose memory it is.
+struct Norm {
+  at::Tensor rows, mean, deviation, weight, bias, factors;
+  double ceiling;
+
+  Norm(const at::Tensor &rows_, const at::Tensor &mean_, const at::Tensor &inverse_deviation, const Optional &weight_,
+       const Optional &bias_, const Optional &factor, std::optional<double> ceiling_)
+      : rows(rows_.contiguous()), ceiling(ceiling_or_nan(ceiling_)) {
+    check_rows("rows", rows, rows.size(0));
+    TORCH_CHECK_VALUE(rows.size(0) <= std::numeric_limits<int32_t>::max(), rows.size(0),
+                      " rows are more than 32 bits can number");
+    const int64_t channels = rows.size(1);
+    mean = numbers("mean", mean_, channels, rows);
+    deviation = numbers("inverse_deviation", inverse_deviation, channels, rows);
+    weight = numbers("weight", weight_, channels, rows);
+    bias = numbers("bias", bias_, channels, rows);
+    if (factor) {
+      TORCH_CHECK_VALUE(factor->dim() == 1 && factor->size(0) > 0 && rows.size(0) % factor->size(0) == 0, "factor ",
+                        factor->sizes(), " must be one number for each sample of ", rows.size(0), " rows");
+      factors = numbers("factor", factor, factor->size(0), rows);
+    }
+  }
+
+  template <typename T>
+  cuda::Norm<T> on_device() const {
+    using S = cuda::Sum<T>;
+    const int64_t samples = factors.defined() ? factors.size(0) : 1;
+    return {rows.const_data_ptr<T>(),
+            rows.size(0),
+            channels_of(rows),
+            mean.const_data_ptr<S>(),
+            deviation.const_data_ptr<S>(),
+            data_or_null<S>(weight),
+            data_or_null<S>(bias),
+            data_or_null<S>(factors),
+            static_cast<int32_t>(rows.size(0) / samples),
+            static_cast<S>(static_cast<T>(ceiling))};  // as what is clamped can hold it
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
+  const auto guard = on_device_of(rows);
+  const at::Tensor rows_ = rows.contiguous();
+  check_rows("rows", rows_, rows_.size(0));
+  const auto options = rows_.options().dtype(sum_type(rows_));
+  const bool none = rows_.size(0) == 0;
+  at::Tensor mean = none ? at::zeros({rows_.size(1)}, options) : at::empty({rows_.size(1)}, options);
+  at::Tensor variance = none ? at::zeros({rows_.size(1)}, options) : at::empty({rows_.size(1)}, options);
+  Workspace workspace(rows_);
+  with_type(rows_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using S = cuda::Sum<T>;
+    cuda::batch_statistics<T>(mean.mutable_data_ptr<S>(), variance.mutable_data_ptr<S>(), rows_.const_data_ptr<T>(),
+                              rows_.size(0), channels_of(rows_), multiprocessors(), workspace.allocate(), current_stream());
+  });
+  return {mean, variance};
+}
+
+at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
+                      const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
+                      std::optional<double> ceiling, bool /*training*/) {
+  const auto guard = on_device_of(rows, mean, inverse_deviation, residual.value_or(rows));
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
+  const at::Tensor added = residual ? residual_of(*residual, norm.rows) : at::Tensor();
+  at::Tensor out = at::empty_like(norm.rows);
+  with_type(out.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::batch_norm<T>(out.mutable_data_ptr<T>(), norm.on_device<T>(), data_or_null<T>(added), multiprocessors(),
+                        current_stream());
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, const at::Tensor &rows, const Optional &out,
+                                                        const at::Tensor &mean, const at::Tensor &inverse_deviation,
+                                                        const Optional &weight, const Optional &bias, const Optional &factor,
+                                                        std::optional<double> ceiling) {
+  const auto guard = on_device_of(rows, grad, mean, inverse_deviation, out.value_or(rows));
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
+  const at::Tensor grad_ = grad.contiguous(), out_ = out ? out->contiguous() : at::Tensor();
+  check_like("grad", grad_, norm.rows);
+  if (out) check_like("out", out_, norm.rows);
+  at::Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
+  const auto options = norm.mean.options();
+  at::Tensor sums = rows.size(0) == 0 ? at::zeros({2, rows.size(1)}, options) : at::empty({2, rows.size(1)}, options);
+  Workspace workspace(grad_);
+  with_type(grad_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::batch_norm_grad_sums<T>(out ? masked.mutable_data_ptr<T>() : nullptr, sums.mutable_data_ptr<cuda::Sum<T>>(),
+                                  norm.on_device<T>(), grad_.const_data_ptr<T>(), data_or_null<T>(out_), multiprocessors(),
+                                  workspace.allocate(), current_stream());
+  });
+  return {masked, sums};
+}
+
+at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &mean,
+                                const at::Tensor &inverse_deviation, const Optional &weight, const Optional &bias,
+                                const Optional &factor, std::optional<double> ceiling, const Optional &sums,
+                                std::optional<double> count) {
+  const auto guard = on_device_of(rows, grad, mean, inverse_deviation, sums.value_or(mean));
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
+  const at::Tensor grad_ = grad.contiguous();
+  check_like("grad", grad_, norm.rows);
+  at::Tensor sums_;
+  if (sums) {
+    TORCH_CHECK_VALUE(sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == grad_.size(1), "sums must be (2, C), got ",
+                      sums->sizes());
+    sums_ = sums->to(sum_type(rows)).contiguous();
+  }
+  at::Tensor grad_rows = at::empty_like(norm.rows);
+  with_type(grad_.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cuda::batch_norm_grad_rows<T>(
+        grad_rows.mutable_data_ptr<T>(), norm.on_device<T>(), grad_.const_data_ptr<T>(), data_or_null<cuda::Sum<T>>(sums_),
+        1 / std::max(1.0, count.value_or(static_cast<double>(grad_.size(0)))), multiprocessors(), current_stream());
+  });
+  return grad_rows;
+}
+
+at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias) {
   const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
   return bias ? at::addmm(*bias, rows, kernel) : at::mm(rows, kernel);
 }
@@ -274,6 +422,10 @@ at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const std::o
 
 TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
   m.impl("linear", linear);
+  m.impl("batch_statistics", batch_statistics);
+  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm_grad_sums", batch_norm_grad_sums);
+  m.impl("batch_norm_grad_rows", batch_norm_grad_rows);
   m.impl("neighbour_table", neighbour_table);
   m.impl("depthwise_conv", depthwise_conv);
   m.impl("depthwise_conv_grad_rows", depthwise_conv_grad_rows);

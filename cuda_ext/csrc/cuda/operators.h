@@ -57,4 +57,37 @@ template <typename T>
 void densify(T *dense, const T *rows, const T *fill, const Sites &sites, int64_t samples, int32_t pixels, int32_t channels,
              Stream stream);
 
+// A batch norm of rows (count, channels), and what follows it. Numbers per channel are in the type of sums.
+template <typename T>
+struct Norm {
+  const T *rows;
+  int64_t count;
+  int32_t channels;
+  const Sum<T> *mean, *deviation;  // the latter's inverse
+  const Sum<T> *weight, *bias;     // may be null
+  const Sum<T> *factors;           // of each sample; may be null
+  int32_t rows_per_sample;
+  Sum<T> ceiling;  // results are clamped to [0, ceiling]; NaN for not at all
+};
+
+// Mean and (biased) variance of each channel. It writes nothing where there are no rows.
+template <typename T>
+void batch_statistics(Sum<T> *mean, Sum<T> *variance, const T *rows, int64_t count, int32_t channels, int32_t multiprocessors,
+                      const Allocate &allocate, Stream stream);
+
+// `residual` may be null.
+template <typename T>
+void batch_norm(T *out, const Norm<T> &norm, const T *residual, int32_t multiprocessors, Stream stream);
+
+// `sums` (2, channels): of the gradient of the norm's result, and of that times the normalised rows. Where the result `out` is
+// given, the gradient without what was clamped is written to `masked`; else both are null.
+template <typename T>
+void batch_norm_grad_sums(T *masked, Sum<T> *sums, const Norm<T> &norm, const T *grad, const T *out, int32_t multiprocessors,
+                          const Allocate &allocate, Stream stream);
+
+// `sums` is null where the statistics did not come from these rows; times `per_row` they are means.
+template <typename T>
+void batch_norm_grad_rows(T *result, const Norm<T> &norm, const T *grad, const Sum<T> *sums, double per_row,
+                          int32_t multiprocessors, Stream stream);
+
 }  // namespace sparkme::cuda

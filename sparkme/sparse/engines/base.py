@@ -83,7 +83,11 @@ class Engine(ABC):
         return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
 
     def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether layers wait for what follows them, see `sparkme.sparse.unwritten`."""
+        """Whether batch norms wait for what follows them, see `sparkme.sparse.unwritten`."""
+        return False
+
+    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether products do, too, and memory is saved where that costs a pass over rows."""
         return False
 
     @abstractmethod

@@ -131,7 +131,7 @@ def _waits_for_norm(x: SparseMap, kernel: Tensor, window: Window) -> bool:
     fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
     exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
     many = x.grid.num_rows(x.stride) >= ROWS_PER_CHANNEL * inside
-    return fits and exact and many and torch.is_grad_enabled() and x.engine.fuses(x.dtype, x.device)
+    return fits and exact and many and torch.is_grad_enabled() and x.engine.fuses_all(x.dtype, x.device)
 
 
 class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):
@@ -271,7 +271,7 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     """Along the channels, the last axis."""
     if not is_map(x) or not x.dims.endswith("C"):
         raise NotImplementedError("a linear layer along the width of a map mixes visible and hidden pixels")
-    if not x.engine.fuses(x.dtype, x.device):
+    if not x.engine.fuses_all(x.dtype, x.device):
         return x.replace(x.engine.linear(x.flat, weight, bias))
     if x.unwritten is not None and (longer := x.unwritten.linear(weight, bias)) is not None:
         return x.replace(longer)

@@ -43,9 +43,8 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
         if x.dims != "BCHW":
             raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
         if type(self.bn) is RowNorm and not self.bn._forward_hooks and x.engine.fuses(x.dtype, x.device):
-            return x.replace(
-                UnwrittenNorm(product if isinstance(product := x.unwritten, UnwrittenProduct) else x.features, self.bn)
-            )
+            source = product if isinstance(product := x.unwritten, UnwrittenProduct) else x.features
+            return x.replace(UnwrittenNorm(source, self.bn, recomputed=x.engine.fuses_all(x.dtype, x.device)))
         return x.with_rows(self.bn(x.rows))
 
     def _dense(self, x: Tensor) -> Tensor:
