@@ -4,9 +4,9 @@
     python -m benchmarks.traffic --model timm:convnextv2_tiny --what step --recipe fcmae --lines 30
 
 The pass runs on fake tensors, which have a shape, a type and a device but no data, on the device `cuda` and under its autocast.
-Every operator that arrives is counted with the bytes of the tensors that it reads and writes: once each, but for torch's batch norms,
-which go through their input twice. So this is what eager PyTorch moves, if nothing stays in a cache from one operator to the
-next and a convolution fetches a row once whatever the number of its neighbours. Operators that give a view move nothing.
+Every operator that arrives is counted with the bytes of the tensors that it reads and writes: once each, but for torch's batch
+norms, which go through their input twice. So this is what eager PyTorch moves, if nothing stays in a cache from one operator to
+the next and a convolution fetches a row once whatever the number of its neighbours. Operators that give a view move nothing.
 
 Kinds: `products` (convolutions and linear layers), `norms`, `casts` from one type to another, `copies`, `sums` over rows, and
 `pointwise` (activations, additions, and everything else).

@@ -193,6 +193,38 @@ def test_linear(dtype: torch.dtype) -> None:
     compare(ops.linear, reference.linear, rows, kernel, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"ceiling": float("inf")}, {"factor": 2}, {"residual": 1}, {"residual": 1, "ceiling": 6.0}]
+)
+@pytest.mark.parametrize(("count", "channels"), [(6, 3), (96, 72), (100_000, 64), (5000, 2048), (3001, 17)])
+def test_batch_norm(count: int, channels: int, options: dict[str, Any], training: bool, dtype: torch.dtype) -> None:
+    rows = normal(1, count, channels, dtype=dtype) * 2 + normal(2, channels, dtype=dtype)
+    mean, variance = ops.batch_statistics(rows.cuda())
+    exact = 1e-12 if dtype == torch.float64 else 1e-5
+    assert relative_error(mean, rows.double().mean(0)) < exact
+    assert relative_error(variance, rows.double().var(0, correction=0)) < exact
+    numbers = rows.double().mean(0), (rows.double().var(0, correction=0) + 1e-5).rsqrt()
+    factor = normal(3, 2, dtype=torch.float64).abs() if "factor" in options and count % 2 == 0 else None
+    ceiling = options.get("ceiling")
+    # The reference does not round, and at a bound that decides over a gradient.
+    loose = 0.1 if dtype == torch.bfloat16 and ceiling is not None else 1e-3 if ceiling is not None else 0.0
+
+    def ours(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        on_gpu = [x.cuda() for x in numbers]
+        given, each = r if "residual" in options else None, None if factor is None else factor.cuda()
+        out = ops.batch_norm(x, *on_gpu, w, b, training=training, factor=each, residual=given, ceiling=ceiling)
+        return out + 0 * r
+
+    def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        given = r if "residual" in options else None
+        return reference.batch_norm(x, *numbers, w, b, factor, given, ceiling, training) + 0 * r
+
+    affine = normal(4, channels, dtype=dtype), normal(5, channels, dtype=dtype)
+    compare(ours, theirs, rows, *affine, normal(6, count, channels, dtype=dtype), tolerance=max(loose, 2 * TOLERANCE[dtype]))
+
+
 def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One call of every operator."""
     slots, patches, table, inverse = (x.cuda() for x in sites_and_tables(5, 4, (3, 3), 2, 1))
@@ -204,6 +236,8 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return normal(next(seeds), *shape, dtype=dtype).cuda().requires_grad_()
 
     n_in, n_out = len(inverse), len(table)
+    numbers = [normal(i, 32, dtype=torch.float32).abs().cuda() for i in range(4)]  # mean, deviation, weight, bias
+    norm = *numbers, torch.ones(4, device="cuda")  # and the factor of every sample
     taken = op.max_pool(leaf(n_in, 32).detach(), table, inverse)[1]
     return {
         "neighbour_table": (op.neighbour_table, (*geometry, True)),
@@ -219,13 +253,23 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "voxelise": (op.voxelise, (leaf(4, 32, 12, 16), slots, patches, 4)),
         "densify": (op.densify, (leaf(n_in, 32), slots, patches, 4, leaf(32))),
         "linear": (op.linear, (leaf(n_in, 32), leaf(32, 64), leaf(64))),
+        "batch_statistics": (op.batch_statistics, (leaf(n_in, 32).detach(),)),
+        "batch_norm": (op.batch_norm, (leaf(n_in, 32), *norm, leaf(n_in, 32), 6.0, True)),
+        "batch_norm_grad_sums": (
+            op.batch_norm_grad_sums,
+            (leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), *norm, 6.0),
+        ),
+        "batch_norm_grad_rows": (
+            op.batch_norm_grad_rows,
+            (leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), *norm, 6.0, torch.ones(2, 32, device="cuda"), 7.0),
+        ),
     }
 
 
 NAMES = [
     "neighbour_table", "sparse_conv", "sparse_conv_grad_rows", "sparse_conv_grad_kernel", "depthwise_conv",
     "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise",
-    "densify", "linear",
+    "densify", "linear", "batch_statistics", "batch_norm", "batch_norm_grad_sums", "batch_norm_grad_rows",
 ]  # fmt: skip
 
 
@@ -244,7 +288,7 @@ def test_opcheck(name: str) -> None:
 def test_no_rows(name: str) -> None:
     operator, arguments = calls(torch.float32)[name]
     names = [argument.name for argument in operator.default._schema.arguments]
-    whole = {"kernel", "fill", "bias"}
+    whole = {"kernel", "fill", "bias", "mean", "inverse_deviation", "weight", "factor", "sums"}
     empty = [a[:0] if isinstance(a, Tensor) and n not in whole else a for n, a in zip(names, detached(arguments), strict=True)]
     result = operator(*empty)
     for value in result if isinstance(result, tuple) else (result,):

@@ -104,9 +104,12 @@ def test_compiles(
         pytest.skip("bfloat16 does not depend on TF32")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     for launch in launches(monkeypatch, dtype, channels, taps, stride):
+        skips, precision = launch[2].get("SKIP", False), launch[2].get("PRECISION")
         code = machine_code(launch, architecture, tmp_path)
         counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDL", "STL")}
-        assert counts["STL"] == counts["LDL"] == 0, "registers are spilled"
-        if tf32 or dtype == torch.bfloat16:
+        # With four warps that of strided gradients spills a few, and takes a third less time on an H200 than with eight.
+        few = 50 if skips and precision != "ieee" else 0
+        assert max(counts["STL"], counts["LDL"]) <= few, f"{launch[0]} spills registers"
+        if (tf32 or dtype == torch.bfloat16) and launch[0] != "gather_columns":
             assert counts[TENSOR_CORES[architecture]] > 0, "no tensor cores"
             assert counts["LDGSTS"] > 0, "rows are not copied to shared memory asynchronously"

@@ -25,6 +25,9 @@ struct Window {
   SPARKME_HOST_DEVICE int32_t taps() const { return height * width; }
   SPARKME_HOST_DEVICE int32_t reach_y() const { return height % 2 ? height / 2 * dilation : 0; }
   SPARKME_HOST_DEVICE int32_t reach_x() const { return width % 2 ? width / 2 * dilation : 0; }
+  // From where an output pixel lies in the input to what it reads through a tap, in pixels.
+  SPARKME_HOST_DEVICE int32_t down(int32_t tap) const { return tap % height * dilation - reach_y(); }
+  SPARKME_HOST_DEVICE int32_t across(int32_t tap) const { return tap / height * dilation - reach_x(); }
 };
 
 // The row of the pixel (y, x), counted from the corner of visible patch `patch` and perhaps outside of it, at `pixels` along a
@@ -44,18 +47,20 @@ SPARKME_HOST_DEVICE int64_t row_at(const Sites &sites, int32_t patch, int32_t y,
 // The input row that output pixel (y, x) of `patch` reads through a tap, or -1. `pixels` is the input's.
 SPARKME_HOST_DEVICE int64_t input_row(const Sites &sites, const Window &window, int32_t patch, int32_t y, int32_t x,
                                       int32_t tap, int32_t pixels) {
-  const int32_t dy = tap % window.height * window.dilation - window.reach_y();
-  const int32_t dx = tap / window.height * window.dilation - window.reach_x();
-  return row_at(sites, patch, y * window.stride + dy, x * window.stride + dx, pixels);
+  return row_at(sites, patch, y * window.stride + window.down(tap), x * window.stride + window.across(tap), pixels);
+}
+
+// The output row that lies at (y, x) of the input, counted from the corner of `patch`, or -1. `pixels` is the input's.
+SPARKME_HOST_DEVICE int64_t output_row(const Sites &sites, const Window &window, int32_t patch, int32_t y, int32_t x,
+                                       int32_t pixels) {
+  if (y % window.stride || x % window.stride) return -1;  // also right for negative numbers: only zero matters
+  return row_at(sites, patch, y / window.stride, x / window.stride, pixels / window.stride);
 }
 
 // The output row that reads input pixel (y, x) of `patch` through a tap, or -1. `pixels` is the input's.
 SPARKME_HOST_DEVICE int64_t output_row(const Sites &sites, const Window &window, int32_t patch, int32_t y, int32_t x,
                                        int32_t tap, int32_t pixels) {
-  const int32_t reached_y = y - tap % window.height * window.dilation + window.reach_y();
-  const int32_t reached_x = x - tap / window.height * window.dilation + window.reach_x();
-  if (reached_y % window.stride || reached_x % window.stride) return -1;  // also right for negative numbers: only zero matters
-  return row_at(sites, patch, reached_y / window.stride, reached_x / window.stride, pixels / window.stride);
+  return output_row(sites, window, patch, y - window.down(tap), x - window.across(tap), pixels);
 }
 
 }  // namespace sparkme

@@ -1,8 +1,9 @@
 """CUDA's sparse convolution, and its gradients, through Triton.
 
 An implicit GEMM over the neighbour table (`sparkme.ops.triton_kernels`) serves bfloat16 and float32, the latter in TF32 where
-`torch.backends.cudnn.allow_tf32` lets dense convolutions use it. float64, and machines whose torch has no Triton, gather the
-neighbours of a part of the rows at a time and multiply them by torch.
+`torch.backends.cudnn.allow_tf32` lets dense convolutions use it. Where input channels are few, as in
+images, columns are written down and multiplied by torch. float64, and machines whose torch has no Triton, gather the neighbours
+of a part of the rows at a time and multiply them by torch.
 
 Block sizes are fixed by rule and not searched for: results repeat from one process to the next, and nothing happens at a
 first call but the compilation, so a layer that has run once can be captured in a CUDA graph.
@@ -18,11 +19,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.ops.library import LIBRARY
 
-NARROW = 16  # fewer input channels than this, and taps and channels become one dimension of the product
+NARROW = 16  # fewer input channels than this, and columns are written down: taps and channels are one dimension of the product
 GATHERED_BYTES = 1 << 28  # of neighbours that the path without Triton holds at a time
 PARTIAL_BYTES = 1 << 26  # of partial sums of a kernel's gradient
 # Rows that lie this far apart are at the same pixel of their patches (or, at fewer pixels than 8 x 8, of another patch),
@@ -135,15 +137,21 @@ def convolution_blocks(width: int, out_width: int, dtype: torch.dtype, precision
     if dtype == torch.float32 and precision == "ieee":  # without tensor cores, so registers are what is short
         return Blocks(64, _fit(width, 16), _fit(out_width, 64), warps=4, stages=2)
     channels_out = _fit(out_width, 128)
-    return Blocks(128, _fit(width, 64 if dtype == torch.bfloat16 else 32), channels_out, warps=8 if channels_out > 64 else 4)
+    channels_in = _fit(width, 64 if dtype == torch.bfloat16 else 32)
+    return (
+        Blocks(128, channels_in, channels_out, warps=8, stages=5)
+        if channels_out > 64
+        else Blocks(128, channels_in, channels_out, 4)
+    )
 
 
 def correlation_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str) -> Blocks:
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, _fit(width, 64), _fit(out_width, 64), warps=4, stages=2)
     channels_in, channels_out = _fit(width, 128), _fit(out_width, 128)
-    warps = 8 if channels_in * channels_out > 64 * 128 else 4
-    return Blocks(64 if dtype == torch.bfloat16 else 32, channels_in, channels_out, warps)
+    small = channels_in * channels_out <= 64 * 64  # longer pieces of rows keep a program as busy
+    rows = (128 if small else 64) // (1 if dtype == torch.bfloat16 else 2)
+    return Blocks(rows, channels_in, channels_out, *((4, 3) if small else (8, 5)))
 
 
 def _wide(*tensors: Tensor) -> bool:
@@ -178,18 +186,16 @@ def _convolve(
     tap_stride, in_stride, out_stride, group_stride = width * out_channels, out_channels, 1, out_width
     with _guard(rows):
         if not exchange and groups == 1 and width < NARROW:
-            blocks = replace(convolution_blocks(taps * width, out_width, rows.dtype, precision), warps=8, stages=3)
-            grid = (_ceil_div(len(out), blocks.rows) * _ceil_div(out_width, blocks.channels_out),)
-            kernels.convolve_narrow[grid](
-                out, rows, kernel, table, len(out), taps, out_width, WIDTH=width, WIDE=wide, PRECISION=precision,
-                **blocks.options(),
-            )  # fmt: skip
+            weights = kernel.flatten(0, 1)
+            weights = F.pad(weights, (0, 0, 0, _span(taps * width) - taps * width))
+            for part, columns in _columns(rows, table):
+                torch.mm(columns, weights, out=out[part])
             return
         if exchange:
             width, out_width, in_stride, out_stride = out_width, width, out_stride, in_stride
         blocks = convolution_blocks(width, out_width, rows.dtype, precision)
         if skip:  # whose inner loop has the entries of the table already
-            blocks = replace(blocks, stages=blocks.stages - 1)
+            blocks = replace(blocks, stages=1) if blocks.stages < 4 else replace(blocks, warps=4, stages=4)
         apart = APART if skip else 1
         while apart > 1 and apart * blocks.rows > len(out):
             apart //= 2
@@ -200,19 +206,41 @@ def _convolve(
         )  # fmt: skip
 
 
+def _span(columns: int) -> int:
+    """So many that a row of them is a multiple of 16 bytes, as tensor cores like it."""
+    return _ceil_div(columns, 8) * 8
+
+
+def _columns(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The neighbours of a part of the rows at a time, (n, span), taps and channels side by side."""
+    kernels, taps, width = _kernels(), table.shape[1], rows.shape[1]
+    span, block = _span(taps * width), 1024
+    with _guard(rows):
+        for part in _parts(len(table), span * rows.element_size()):
+            own = table[part]
+            columns = rows.new_empty(len(own), span)
+            kernels.gather_columns[(_ceil_div(columns.numel(), block),)](
+                columns, rows, own, columns.numel(), TAPS=taps, WIDTH=width, SPAN=span, WIDE=_wide(rows), BLOCK=block,
+                num_warps=4, num_stages=2,
+            )  # fmt: skip
+            yield part, columns
+
+
 def _correlate(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
     """The gradient of the kernel. Parts of the rows are summed apart and then added, always in the same order."""
     kernels, precision = _kernels(), _precision(rows.dtype)
     merged = _group_merge(groups, rows.shape[1] // groups)
     groups //= merged
     taps, width, out_width = table.shape[1], rows.shape[1] // groups, grad.shape[1] // groups
-    narrow = groups == 1 and width < NARROW
-    span = taps * width if narrow else width
-    blocks = correlation_blocks(span, out_width, rows.dtype, precision)
-    if narrow:
-        blocks = replace(blocks, warps=8, stages=3)
-    tiles = groups * _ceil_div(span, blocks.channels_in) * _ceil_div(out_width, blocks.channels_out)
-    programs = tiles if narrow else tiles * taps
+    if groups == 1 and width < NARROW:
+        products = (columns.t() @ grad[part] for part, columns in _columns(rows, table))
+        total = next(products).float()
+        for product in products:
+            total += product
+        return _split_groups(total[: taps * width].view(taps, width, out_width).to(rows.dtype), groups, merged)
+    blocks = correlation_blocks(width, out_width, rows.dtype, precision)
+    tiles = groups * _ceil_div(width, blocks.channels_in) * _ceil_div(out_width, blocks.channels_out)
+    programs = tiles * taps
     size = taps * width * grad.shape[1]
     splits = min(
         _ceil_div(2 * _multiprocessors(rows.device), programs),
@@ -225,16 +253,10 @@ def _correlate(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor
     partial = rows.new_empty(splits, taps, width, grad.shape[1], dtype=torch.float32)
     wide = _wide(rows, grad, table)
     with _guard(rows):
-        if narrow:
-            kernels.correlate_narrow[(tiles, splits)](
-                partial, rows, grad, table, len(table), taps, out_width, chunk, WIDTH=width, WIDE=wide, PRECISION=precision,
-                **blocks.options(),
-            )  # fmt: skip
-        else:
-            kernels.correlate[(tiles, taps, splits)](
-                partial, rows, grad, table, len(table), taps, groups, width, out_width, chunk, WIDE=wide, PRECISION=precision,
-                **blocks.options(),
-            )  # fmt: skip
+        kernels.correlate[(tiles, taps, splits)](
+            partial, rows, grad, table, len(table), taps, groups, width, out_width, chunk, WIDE=wide, PRECISION=precision,
+            **blocks.options(),
+        )  # fmt: skip
     total = (partial.sum(0) if splits > 1 else partial[0]).to(rows.dtype)
     return _split_groups(total, groups, merged)
 

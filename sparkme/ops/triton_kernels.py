@@ -1,7 +1,8 @@
 """The Triton kernels of the sparse convolution; `sparkme.ops.triton_conv` chooses and launches them.
 
-All are implicit GEMMs: the rows that a neighbour table names are loaded straight into a tile of the left operand, a missing
-neighbour as zeros, and never written down as columns. Sums are in float32.
+The convolution and the gradient of its kernel are implicit GEMMs: the rows that a neighbour table names are loaded straight
+into a tile of the left operand, a missing neighbour as zeros, and never written down as columns. Sums are in float32. Only rows
+of few channels are, since their pieces are too small to be loaded one by one.
 """
 
 # mypy: ignore-errors
@@ -89,34 +90,18 @@ def convolve(
 
 
 @triton.jit
-def convolve_narrow(
-    out, rows, kernel, table, num_rows, taps, out_width,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+def gather_columns(
+    columns, rows, table, total, TAPS: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same for few input channels and one group: taps and channels are one dimension of the product, (taps * WIDTH)."""
-    out_blocks = tl.cdiv(out_width, BLOCK_OUT)
-    program = tl.program_id(0)
-    outs = program % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = program // out_blocks * BLOCK + tl.arange(0, BLOCK)
+    """columns[n, tap * WIDTH + c] = rows[table[n, tap], c], and zeros from TAPS * WIDTH to SPAN. `total` numbers in all."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = place // SPAN, place % SPAN
+    index = tl.load(table + row * TAPS + column // WIDTH, mask=(place < total) & (column < TAPS * WIDTH), other=-1)
     if WIDE:
-        row = row.to(tl.int64)
-    exists = row < num_rows
-    sums = tl.zeros((BLOCK, BLOCK_OUT), tl.float32)
-    for start in range(0, taps * WIDTH, BLOCK_IN):
-        column = start + tl.arange(0, BLOCK_IN)
-        inside = column < taps * WIDTH
-        entry = table + row[:, None] * taps + (column // WIDTH)[None, :]
-        index = tl.load(entry, mask=exists[:, None] & inside[None, :], other=-1)
-        if WIDE:
-            index = index.to(tl.int64)
-        left = tl.load(rows + index * WIDTH + (column % WIDTH)[None, :], mask=index >= 0, other=0.0)
-        right = tl.load(
-            kernel + column[:, None] * out_width + outs[None, :], mask=inside[:, None] & (outs[None, :] < out_width), other=0.0
-        )
-        sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    place = row[:, None] * out_width + outs[None, :]
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=exists[:, None] & (outs[None, :] < out_width))
+        index = index.to(tl.int64)
+    value = tl.load(rows + index * WIDTH + column % WIDTH, mask=index >= 0, other=0.0)
+    tl.store(columns + place, value, mask=place < total)
 
 
 @triton.jit
@@ -156,35 +141,3 @@ def correlate(
     plane = (split * taps + tap).to(tl.int64) * width * groups * out_width
     place = channels[:, None] * (groups * out_width) + group * out_width + outs[None, :]
     tl.store(partial + plane + place, sums, mask=(channels[:, None] < width) & (outs[None, :] < out_width))
-
-
-@triton.jit
-def correlate_narrow(
-    partial, rows, grad, table, num_rows, taps, out_width, chunk,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    """The same for few input channels and one group, taps and channels as one dimension."""
-    out_blocks = tl.cdiv(out_width, BLOCK_OUT)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    outs = tile % out_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    column = tile // out_blocks * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    inside = column < taps * WIDTH
-    end = tl.minimum(split * chunk + chunk, num_rows)
-    sums = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
-    for first in range(split * chunk, end, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        if WIDE:
-            row = row.to(tl.int64)
-        exists = row < end
-        entry = table + row[:, None] * taps + (column // WIDTH)[None, :]
-        index = tl.load(entry, mask=exists[:, None] & inside[None, :], other=-1)
-        if WIDE:
-            index = index.to(tl.int64)
-        left = tl.load(rows + index * WIDTH + (column % WIDTH)[None, :], mask=index >= 0, other=0.0)
-        right = tl.load(
-            grad + row[:, None] * out_width + outs[None, :], mask=exists[:, None] & (outs[None, :] < out_width), other=0.0
-        )
-        sums = tl.dot(tl.trans(left), right, sums, input_precision=PRECISION)
-    place = split.to(tl.int64) * taps * WIDTH * out_width + column[:, None] * out_width + outs[None, :]
-    tl.store(partial + place, sums, mask=inside[:, None] & (outs[None, :] < out_width))
