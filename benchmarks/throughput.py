@@ -24,6 +24,9 @@ Who is timed (`--contenders`):
     rows-dense         what plain PyTorch can do: rows, and dense convolutions where windows overlap (benchmarks/rows_dense.py)
     official           the published algorithm, by masked dense layers (benchmarks/official.py), always in float32 and NCHW
 
+With `--graph` an encoder is captured in a CUDA graph and replayed: what is timed then is the device alone, without the host
+that queues its work. A contender that waits for the device cannot be captured, and is left out.
+
 Each has a copy of the weights, in the memory order that it likes. First all are compared with masked-dense, twice, on the
 same weights, images and mask: the maps of an encoder pass, the gradients of all its parameters, and for `step` the loss;
 |x - y| / |y|, Euclidean norms, the largest over maps and over parameters. In float64 on the first two images nothing may
@@ -44,7 +47,7 @@ The JSON file, rewritten after every case, holds `date`, `commit` (marked where 
 `command`, `hardware`, `settings` and `cases`. A case is one model, decoder width, batch size, mask ratio and kind of work:
 
     recipe, model, decoder_width, input_size, patch, num_patches, visible_patches, batch_size, mask_ratio, what, precision,
-    compile
+    compile, graph
     agreement   {contender: {float64: {maps, gradients, loss}, float32: {...}, bf16: {maps}}}: relative errors; loss for
                 `step` only, and in bf16 the largest error over that of masked-dense
     left_out    {contender: reason}
@@ -139,6 +142,9 @@ def create_parser() -> argparse.ArgumentParser:
         "--precision", nargs="+", default=["float32"], choices=("float32", "bf16"), help="bf16 is autocast (float32)"
     )
     group.add_argument("--compile", action="store_true", help="compile stages and decoder, for all engines of sparkme")
+    group.add_argument(
+        "--graph", action="store_true", help="replay the encoder from a CUDA graph, without the host (CUDA only)"
+    )
     group.add_argument("--rounds", type=int, default=7, help="timed runs of each contender (%(default)s)")
     group.add_argument("--warmup", type=int, default=2, help="runs of each before that (%(default)s)")
     group.add_argument(
@@ -232,8 +238,11 @@ def check_arguments(args: argparse.Namespace) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; `python -m sparkme.doctor` says why, or use --device cpu")
     on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if args.host_wait and not on_gpu:
-        raise UserError("--host-wait needs a GPU; leave it out")
+    for flag in ("host_wait", "graph"):
+        if getattr(args, flag) and not on_gpu:
+            raise UserError(f"--{flag.replace('_', '-')} needs a GPU; leave it out")
+    if args.graph and "step" in args.what:
+        raise UserError("--graph replays the encoder only; add --what encoder, or leave it out")
     for flag, path in (("--json", args.json), ("--profile", args.profile)):
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"{flag} {path} must be a file in a folder that exists")
@@ -632,7 +641,7 @@ def run_cases(
     """Checks, times and prints one setting, a case for each kind of work."""
     about = {
         "recipe": args.recipe, "model": name, "decoder_width": width, "input_size": args.input_size, "batch_size": batch_size,
-        "mask_ratio": ratio, "precision": precision, "compile": args.compile,
+        "mask_ratio": ratio, "precision": precision, "compile": args.compile, "graph": args.graph,
     }  # fmt: skip
     print(
         f"\n{RECIPES[args.recipe].name}, {name}, decoder width {width}, {args.input_size} pixels, batch {batch_size}, "
@@ -676,6 +685,7 @@ def run_case(
         "step": (Contender.step, Contender.forward_backward),
     }  # fmt: skip
     work, weighed = kinds[what]
+    graphs: dict[str, Callable[[], None]] = {}
 
     def each(action: Callable[[Contender], Any], order: list[Contender]) -> dict[str, Any]:
         """Does something with every contender that still runs, and lets those go that fail."""
@@ -693,8 +703,12 @@ def run_case(
 
     for _ in range(args.warmup):
         each(work, list(running))
-    if what == "encoder" and not args.warmup:
-        each(work, list(running))  # it makes the gradients
+    if (what == "encoder" and not args.warmup) or args.graph:
+        each(work, list(running))  # it makes the gradients, and compiles
+    if args.graph:
+        captured = work
+        graphs |= each(lambda c: capture(lambda: captured(c)), list(running))
+        work = lambda c: graphs[c.name]()  # noqa: E731
     start = time.perf_counter()
     for i in range(args.rounds):
         if i >= min(3, args.rounds) and time.perf_counter() - start > args.seconds:
@@ -725,6 +739,20 @@ def run_case(
     if not results:
         return {"error": "no contender could run"}
     return {"contenders": results, "ratios": ratios({name: result["median_s"] for name, result in results.items()})}
+
+
+def capture(work: Callable[[], Any]) -> Callable[[], None]:
+    """What replays `work` from a CUDA graph. It has run before, so that nothing is compiled or chosen in between."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:

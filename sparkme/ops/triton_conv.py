@@ -133,25 +133,24 @@ def _fit(size: int, most: int) -> int:
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
-def convolution_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str) -> Blocks:
+def convolution_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str, few: bool = False) -> Blocks:
+    """`few`: rows, so that larger blocks would leave multiprocessors without work."""
     if dtype == torch.float32 and precision == "ieee":  # without tensor cores, so registers are what is short
         return Blocks(64, _fit(width, 16), _fit(out_width, 64), warps=4, stages=2)
-    channels_out = _fit(out_width, 128)
-    channels_in = _fit(width, 64 if dtype == torch.bfloat16 else 32)
-    return (
-        Blocks(128, channels_in, channels_out, warps=8, stages=5)
-        if channels_out > 64
-        else Blocks(128, channels_in, channels_out, 4)
-    )
+    channels_in, channels_out = _fit(width, 64 if dtype == torch.bfloat16 else 32), _fit(out_width, 128)
+    if channels_out <= 64:
+        return Blocks(128, channels_in, channels_out, warps=4)
+    return Blocks(*((64, channels_in, channels_out, 4) if few else (128, channels_in, channels_out, 8)), stages=5)
 
 
 def correlation_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str) -> Blocks:
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, _fit(width, 64), _fit(out_width, 64), warps=4, stages=2)
     channels_in, channels_out = _fit(width, 128), _fit(out_width, 128)
-    small = channels_in * channels_out <= 64 * 64  # longer pieces of rows keep a program as busy
-    rows = (128 if small else 64) // (1 if dtype == torch.bfloat16 else 2)
-    return Blocks(rows, channels_in, channels_out, *((4, 3) if small else (8, 5)))
+    small, half = channels_in * channels_out <= 64 * 64, dtype == torch.bfloat16
+    if small:  # longer pieces of rows keep a program as busy
+        return Blocks(128 if half else 64, channels_in, channels_out, warps=4, stages=3)
+    return Blocks(64 if half else 32, channels_in, channels_out, warps=4 if half else 8, stages=5)
 
 
 def _wide(*tensors: Tensor) -> bool:
@@ -193,9 +192,11 @@ def _convolve(
             return
         if exchange:
             width, out_width, in_stride, out_stride = out_width, width, out_stride, in_stride
-        blocks = convolution_blocks(width, out_width, rows.dtype, precision)
+        programs = _ceil_div(len(out), 128) * groups * _ceil_div(out_width, 128)
+        few = not skip and programs < 3 * _multiprocessors(rows.device)
+        blocks = convolution_blocks(width, out_width, rows.dtype, precision, few)
         if skip:  # whose inner loop has the entries of the table already
-            blocks = replace(blocks, stages=1) if blocks.stages < 4 else replace(blocks, warps=4, stages=4)
+            blocks = replace(blocks, stages=1) if blocks.stages < 4 else replace(blocks, warps=4, stages=3)
         apart = APART if skip else 1
         while apart > 1 and apart * blocks.rows > len(out):
             apart //= 2
@@ -219,8 +220,8 @@ def _columns(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for part in _parts(len(table), span * rows.element_size()):
             own = table[part]
             columns = rows.new_empty(len(own), span)
-            kernels.gather_columns[(_ceil_div(columns.numel(), block),)](
-                columns, rows, own, columns.numel(), TAPS=taps, WIDTH=width, SPAN=span, WIDE=_wide(rows), BLOCK=block,
+            kernels.gather_columns[(_ceil_div(own.numel(), block),)](
+                columns, rows, own, own.numel(), TAPS=taps, WIDTH=width, SPAN=span, WIDE=_wide(rows), BLOCK=block,
                 num_warps=4, num_stages=2,
             )  # fmt: skip
             yield part, columns

@@ -91,17 +91,21 @@ def convolve(
 
 @triton.jit
 def gather_columns(
-    columns, rows, table, total, TAPS: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    columns, rows, table, entries, TAPS: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """columns[n, tap * WIDTH + c] = rows[table[n, tap], c], and zeros from TAPS * WIDTH to SPAN. `total` numbers in all."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = place // SPAN, place % SPAN
-    index = tl.load(table + row * TAPS + column // WIDTH, mask=(place < total) & (column < TAPS * WIDTH), other=-1)
+    """columns[n, tap * WIDTH + c] = rows[table[n, tap], c], and zeros from TAPS * WIDTH to SPAN. `entries` of the table."""
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = entry < entries
+    row, tap = entry // TAPS, entry % TAPS
+    index = tl.load(table + entry, mask=exists, other=-1)
     if WIDE:
         index = index.to(tl.int64)
-    value = tl.load(rows + index * WIDTH + column % WIDTH, mask=index >= 0, other=0.0)
-    tl.store(columns + place, value, mask=place < total)
+    to = columns + row * SPAN + tap * WIDTH
+    for c in tl.static_range(WIDTH):
+        tl.store(to + c, tl.load(rows + index * WIDTH + c, mask=index >= 0, other=0.0), mask=exists)
+    for c in tl.static_range(SPAN - TAPS * WIDTH):
+        tl.store(to + WIDTH + c, tl.zeros_like(index).to(columns.dtype.element_ty), mask=exists & (tap == TAPS - 1))
 
 
 @triton.jit
