@@ -81,18 +81,26 @@ class MaskedAutoencoder(nn.Module):
         """What the network makes of the visible pixels: (B, C, H, W), of which the hidden patches are meant."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, active: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        active: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
         """Reconstruction loss of a batch.
 
         Args:
             images: (B, C, H, W), normalised.
             active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
             generator: for drawing it, on the images' device.
+            keep: how many patches of every image a given mask shows, if that is known; else the host waits to count them.
 
         Returns:
             Scalar: mean squared error on hidden patches.
         """
-        grid = self.grid(images, active, generator)
+        grid = self.grid(images, active, generator, keep)
         return hidden_patch_loss(self.predict(images, grid), images, grid, normalise=self.normalise_patches)
 
     def random_active(self, batch: int, generator: torch.Generator | None = None, device: Any = None) -> Tensor:
@@ -100,8 +108,14 @@ class MaskedAutoencoder(nn.Module):
         hidden = 1 - self.keep / (self.num_patches[0] * self.num_patches[1])
         return random_active(batch, self.num_patches, hidden, generator=generator, device=device)
 
-    def grid(self, images: Tensor, active: Tensor | None = None, generator: torch.Generator | None = None) -> Grid:
-        """The sites of a batch, for a given or a random mask."""
+    def grid(
+        self,
+        images: Tensor,
+        active: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        keep: int | None = None,
+    ) -> Grid:
+        """The sites of a batch, for a given or a random mask; the arguments are those of `forward`."""
         if images.shape[1:] != (self.encoder.in_channels, *self.input_size):
             expected = ", ".join(map(str, (self.encoder.in_channels, *self.input_size)))
             raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
@@ -109,7 +123,7 @@ class MaskedAutoencoder(nn.Module):
             return Grid(self.random_active(len(images), generator, images.device), self.patch, self.keep)
         if active.shape != (len(images), 1, *self.num_patches):
             raise ValueError(f"active must be {(len(images), 1, *self.num_patches)}, got {tuple(active.shape)}")
-        return Grid(active, self.patch)
+        return Grid(active, self.patch, keep)
 
     def compile_parts(self) -> MaskedAutoencoder:
         """Compiles the encoder's stages and the decoder with torch.compile; the first steps then take minutes."""

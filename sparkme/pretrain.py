@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sparkme.data.labelled import Labelled, Split
     from sparkme.data.sources import ImageSource
     from sparkme.masked import MaskedAutoencoder
+    from sparkme.training.graph import GraphedLoss
     from sparkme.training.log import RunLog
 
 
@@ -101,6 +102,7 @@ class Pretraining(Training):
         self.network = build_network(config)
         self._check_batch_norm()
         self.init_report = ""
+        self.graphed: GraphedLoss | None = None
         if args.init and folder.saved is None:
             self.init_report = load_initial_weights(self.network, args.init, config["model"])
         self.network.to(process.device)
@@ -146,7 +148,11 @@ class Pretraining(Training):
         from sparkme.data.dataset import normalise
 
         (images,) = tensors  # (B, C, H, W) bytes, or floats in [0, 1]
-        loss: Tensor = self.model(normalise(images, self.statistics), generator=generator)
+        pixels = normalise(images, self.statistics)
+        if self.graphed is not None:
+            loss: Tensor = self.graphed(pixels, self.network.random_active(len(pixels), generator, pixels.device))
+        else:
+            loss = self.model(pixels, generator=generator)
         return loss
 
     def rates(self, step: int) -> dict[str, float]:
@@ -269,11 +275,32 @@ class Pretraining(Training):
                 raise UserError("--compile and --checkpoint-activations do not go together; use one of them")
             if not self.network.encoder.checkpoint_blocks():
                 raise UserError(f"--checkpoint-activations: {self.config['model']} has no rows of blocks; leave it out")
-        if not self.config["compile"]:
-            return
-        if self.network.encoder.engine.name == "minkowski":
-            raise UserError("--compile cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
-        self.network.compile_parts()
+        for flag in ("compile", "cuda_graph"):
+            if self.config[flag] and self.network.encoder.engine.name == "minkowski":
+                raise UserError(
+                    f"--{flag.replace('_', '-')} cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense"
+                )
+        if self.config["compile"]:
+            self.network.compile_parts()
+        if self.config["cuda_graph"]:
+            self._capture()
+
+    def _capture(self) -> None:
+        """Puts the forward and the backward pass into a CUDA graph; before the first images are loaded, by threads that may not
+        call CUDA meanwhile."""
+        from sparkme.training.graph import GraphedLoss
+
+        config, process = self.config, self.process
+        if process.device.type != "cuda":
+            raise UserError("--cuda-graph needs a GPU; leave it out")
+        if process.world > 1:
+            raise UserError(f"--cuda-graph trains in one process, not in {process.world}; leave it out")
+        for flag in ("accumulate", "compile", "checkpoint_activations"):
+            if config[flag] > (1 if flag == "accumulate" else 0):
+                raise UserError(f"--cuda-graph and --{flag.replace('_', '-')} do not go together; use one of them")
+        size = config["batch_size"], config["channels"], *self.network.input_size
+        precision = torch.bfloat16 if config["precision"] == "bf16" else None
+        self.graphed = GraphedLoss(self.network.train(), torch.zeros(size, device=process.device), precision)
 
     def _check_batch_norm(self) -> None:
         """A batch norm needs two numbers to average. The deepest map, which is the smallest, must have as many pixels."""

@@ -253,6 +253,12 @@ def create_parser() -> argparse.ArgumentParser:
         help="torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)",
     )
     group.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="queue each step's forward and backward pass as one CUDA graph: faster where the host is slower than the GPU; for "
+        "one process",
+    )
+    group.add_argument(
         "--checkpoint-activations",
         action="store_true",
         help="keep only what goes into the encoder's blocks, and compute them again for the gradient: less memory, more time",
