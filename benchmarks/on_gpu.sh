@@ -8,24 +8,30 @@ usage: benchmarks/on_gpu.sh ARCHIVES RESULTS [STEP ...]
 
 Builds, tests and measures sparkme on a machine with an NVIDIA GPU, nvcc and a CUDA torch. It needs no network.
 
-  ARCHIVES  folder with MinkowskiEngine-0.5.4.tar.gz, wheels of Python packages that the machine lacks and, if there is
-            one, minkowski-cache.tar of an earlier call, which saves the compilation
-  RESULTS   folder for what comes out: log.txt, encoder.json, step.json, sweep.json, host-wait.json, profile.txt,
-            minkowski-cache.tar
-  STEP      of these, in this order whatever the order of the words (all):
+  ARCHIVES  folder with wheels of Python packages that the machine lacks; MinkowskiEngine-0.5.4.tar.gz, or a wheel of it; and,
+            if there are any, minkowski-cache.tar and operators.tar of an earlier call, which save the compilation
+  RESULTS   folder for what comes out: log.txt, a JSON file of each step that times, profiles, and the two archives
+  STEP      of these, in this order whatever the order of the words (all but the last four):
     setup      versions, driver, GPU; installs ARCHIVES/*.whl; names packages that are missing
-    minkowski  compiles MinkowskiEngine, or takes it from minkowski-cache.tar
-    operators  compiles sparkme's operators, in place
+    minkowski  compiles MinkowskiEngine, or takes what is there, and compares it with dense convolutions
+    operators  compiles sparkme's operators, in place, or takes them from operators.tar
     tests      the tests that use a GPU
-    encoder    times the encoder: forward, forward and backward
-    step       times the whole training step
+    resnet50   times ResNet-50's encoder, and the share of time in which the GPU waits for the host
+    convnext   the same of ConvNeXt-B
+    step       times the whole training step of both, eager
+    graph      encoder and step of both from CUDA graphs
+    compile    ResNet-50's encoder and step compiled by torch.compile
+    profile    the most expensive kernels of encoder and step
+    minkowski-time  ResNet-50's encoder in float32 with MinkowskiEngine
     sweep      times the encoder over the mask ratio
-    host-wait  the share of time in which the GPU waits for the host
-    profile    the most expensive kernels of a training step
+
+A step takes at most as long as `LIMITS` below says, and steps can be called one at a time: the ones before them have left what
+they need in WORK. With both archives and the wheels, setup to resnet50 take about four minutes on an H200.
 
 Variables:
   PYTHON     the interpreter (python3)
   WORK       folder for packages and builds (${TMPDIR:-/tmp}/sparkme-gpu)
+  PROCESSES  that run tests (one a core, at most 15)
   LIMIT      seconds for everything; later steps are cut or left out (3600)
   DRY_RUN=1  tiny sizes and builds for the CPU, to try the script where there is no GPU
 
@@ -34,19 +40,13 @@ code is 0 if all went well, else 1.
 END
 }
 
-ALL_STEPS="setup minkowski operators tests encoder step sweep host-wait profile"
-
+ALL_STEPS="setup minkowski operators tests resnet50 convnext step graph compile profile minkowski-time sweep"
+USUAL_STEPS="setup minkowski operators tests resnet50 convnext step graph"
 # Seconds after which a step is ended.
-step_limit() {
-  case $1 in
-    setup) echo 90 ;;
-    minkowski) echo 300 ;;
-    operators) echo 240 ;;
-    tests | sweep) echo 180 ;;
-    encoder | step) echo 150 ;;
-    *) echo 120 ;;
-  esac
-}
+LIMITS="setup=60 minkowski=400 operators=300 tests=200 resnet50=150 convnext=200 step=200 graph=200 compile=400 profile=150
+minkowski-time=150 sweep=200"
+
+step_limit() { printf '%s\n' $LIMITS | sed -n "s/^$1=//p"; }
 
 run_setup() {
   shopt -s nullglob
@@ -77,13 +77,17 @@ END
 }
 
 run_minkowski() {
+  local kind=cuda wheel where='import MinkowskiEngine, pathlib; print(pathlib.Path(MinkowskiEngine.__file__).parents[1])'
+  [ -z "$DRY_RUN" ] || kind=cpu
+  if where=$("$PYTHON" -c "$where" 2>/dev/null); then
+    "$PYTHON" -P cuda_ext/minkowski/self_check.py "$where" --expect $kind
+    return
+  fi
   if [ -f "$ARCHIVES/minkowski-cache.tar" ]; then
     mkdir -p "$WORK/cache"
     tar -xf "$ARCHIVES/minkowski-cache.tar" -C "$WORK/cache"
   fi
-  local kind=--cuda wheel
-  [ -z "$DRY_RUN" ] || kind=--cpu
-  if ! "$PYTHON" cuda_ext/minkowski/build.py $kind --sdist "$ARCHIVES/MinkowskiEngine-0.5.4.tar.gz" --cache "$WORK/cache" \
+  if ! "$PYTHON" cuda_ext/minkowski/build.py --$kind --sdist "$ARCHIVES/MinkowskiEngine-0.5.4.tar.gz" --cache "$WORK/cache" \
     | tee "$WORK/minkowski.out"; then
     tail -n 40 "$WORK"/cache/*.log
     return 1
@@ -95,10 +99,6 @@ run_minkowski() {
   esac
   pip_install "$wheel"
   (cd "$WORK/cache" && tar -cf "$RESULTS/minkowski-cache.tar" --exclude='*.log' --exclude='*.lock' -- *)
-  if [ "$(wc -c <"$RESULTS/minkowski-cache.tar")" -gt 16777216 ]; then
-    echo "minkowski-cache.tar would be larger than 16 MiB: left out"
-    rm "$RESULTS/minkowski-cache.tar"
-  fi
 }
 
 run_operators() {
@@ -109,7 +109,13 @@ run_operators() {
   else
     cuda=0
   fi
-  FORCE_CUDA=$cuda "$PYTHON" setup.py build_ext --inplace
+  if [ -f "$ARCHIVES/operators.tar" ]; then
+    tar -xf "$ARCHIVES/operators.tar"
+  else
+    FORCE_CUDA=$cuda "$PYTHON" setup.py build_ext --inplace
+    strip --strip-debug sparkme/_C*.so
+    tar -cf "$RESULTS/operators.tar" sparkme/_C*.so
+  fi
   "$PYTHON" - <<END
 from sparkme import ops
 
@@ -119,41 +125,37 @@ END
 }
 
 run_tests() {
-  local files=() name
-  for name in ops_gpu golden grid layers encoder; do
-    [ ! -f "tests/test_$name.py" ] || files+=("tests/test_$name.py")
-  done
+  local files=(tests/test_ops_gpu.py tests/test_golden.py tests/test_cuda_graph.py tests/test_grid.py) processes=${PROCESSES:-$(nproc)}
   [ -z "$DRY_RUN" ] || files=(tests/test_grid.py)
-  "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+  "$PYTHON" -m pytest -q -p no:cacheprovider --numprocesses $((processes > 15 ? 15 : processes)) "${files[@]}"
 }
 
-# throughput NAME OPTION ...: on both networks, or on a small one; the numbers go to NAME.json.
+# throughput NAME OPTION ...: on both networks unless --model follows, or on a small one; the numbers go to NAME.json.
 throughput() {
-  local name=$1 sizes=(--model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda --seconds 25)
+  local name=$1 sizes=(--model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda --seconds 25 --rounds 5)
   shift
+  sizes+=("$@")
   if [ -n "$DRY_RUN" ]; then
-    sizes=(--model resnet18 --batch-size 4 --input-size 96 --decoder-width 32 --device cpu --rounds 1 --warmup 1)
+    sizes+=(--model resnet18 --batch-size 4 --input-size 96 --decoder-width 32 --device cpu --rounds 1 --warmup 1)
   fi
-  "$PYTHON" -m benchmarks.throughput "$@" "${sizes[@]}" --json "$RESULTS/$name.json"
+  "$PYTHON" -m benchmarks.throughput "${sizes[@]}" --json "$RESULTS/$name.json"
 }
 
-run_encoder() { throughput encoder --what encoder encoder-forward; }
+# Options that need a GPU.
+on_gpu_only() { [ -n "$DRY_RUN" ] || printf '%s\n' "$@"; }
 
-run_step() { throughput step --what step; }
+DENSE=(cuda_ext masked-dense masked-dense-nchw)
 
-run_sweep() {
-  local contenders=(cuda_ext masked-dense masked-dense-nchw)
-  throughput sweep --sweep --contenders "${contenders[@]}" --rounds 5 --warmup 1
-}
-
-run_host-wait() {
-  local wait=(--host-wait)
-  [ -z "$DRY_RUN" ] || wait=()
-  throughput host-wait --what encoder step --contenders cuda_ext masked-dense --rounds 3 "${wait[@]}"
-}
+run_resnet50() { throughput resnet50 --model resnet50 --what encoder --contenders "${DENSE[@]}" $(on_gpu_only --host-wait); }
+run_convnext() { throughput convnext --model convnext_base --what encoder --contenders "${DENSE[@]}" $(on_gpu_only --host-wait); }
+run_step() { throughput step --what step --contenders "${DENSE[@]:0:2}" $(on_gpu_only --host-wait); }
+run_graph() { throughput graph --what encoder step --contenders "${DENSE[@]:0:2}" $(on_gpu_only --graph); }
+run_compile() { throughput compile --model resnet50 --what encoder step --contenders "${DENSE[@]:0:2}" --compile; }
+run_minkowski-time() { throughput minkowski-time --model resnet50 --what encoder --contenders cuda_ext minkowski --precision float32; }
+run_sweep() { throughput sweep --sweep --contenders "${DENSE[@]}" --warmup 1; }
 
 run_profile() {
-  throughput profile --what step --contenders cuda_ext masked-dense --rounds 1 --profile "$RESULTS/profile.txt"
+  throughput profile --what encoder step --contenders "${DENSE[@]:0:2}" --rounds 1 --profile "$RESULTS/profile.txt"
   rm -f "$RESULTS/profile.json"
 }
 
@@ -232,7 +234,7 @@ main() {
   export DRY_RUN PYTHON WORK PYTHONUNBUFFERED=1
   export PYTHONPATH="$WORK/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PATH="$WORK/site/bin:$PATH"
   rm -f "$WORK"/logs/*
-  steps=" ${*:-$ALL_STEPS} "
+  steps=" ${*:-$USUAL_STEPS} "
   for step in $ALL_STEPS; do
     case $steps in
       *" $step "*) run_one "$step" || status=1 ;;
@@ -253,16 +255,16 @@ run_one() {
     problem="no time is left"
   fi
   if [ -n "$problem" ]; then
-    printf '%-10s left out: %s\n' "$step" "$problem"
+    printf '%-14s left out: %s\n' "$step" "$problem"
     return 1
   fi
   timeout --kill-after=5 "$limit" bash benchmarks/on_gpu.sh "$ARCHIVES" "$RESULTS" --inner "$step" >"$WORK/logs/$step" 2>&1 || code=$?
   gather_logs
   case $code in
-    0) printf '%-10s %4d s\n' "$step" $((SECONDS - start)) ;;
-    124 | 137) printf '%-10s %4d s  ended by its limit of %d s\n' "$step" $((SECONDS - start)) "$limit" ;;
+    0) printf '%-14s %4d s\n' "$step" $((SECONDS - start)) ;;
+    124 | 137) printf '%-14s %4d s  ended by its limit of %d s\n' "$step" $((SECONDS - start)) "$limit" ;;
     *)
-      printf '%-10s %4d s  failed (%d):\n' "$step" $((SECONDS - start)) "$code"
+      printf '%-14s %4d s  failed (%d):\n' "$step" $((SECONDS - start)) "$code"
       tail -n 5 "$WORK/logs/$step" | cut -c 1-200 | sed 's/^/    /'
       ;;
   esac

@@ -400,8 +400,8 @@ def test_a_failed_step_of_the_gpu_script_does_not_stop_the_next(tmp_path: Path) 
     (tmp_path / "archives").mkdir()
     results = tmp_path / "results"
     variables = {"PYTHON": str(broken), "WORK": str(tmp_path / "work"), "DRY_RUN": "1"}
-    done = bash(SCRIPT, tmp_path / "archives", results, "encoder", "operators", "setup", **variables)
+    done = bash(SCRIPT, tmp_path / "archives", results, "resnet50", "operators", "setup", **variables)
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert done.returncode == 1 and [line.split()[0] for line in lines] == ["setup", "operators", "encoder"]
+    assert done.returncode == 1 and [line.split()[0] for line in lines] == ["setup", "operators", "resnet50"]
     assert all("failed (3)" in line for line in lines[:2]) and "MinkowskiEngine is not there" in lines[2]
     assert (results / "log.txt").read_text().count("this Python is broken") == 2
