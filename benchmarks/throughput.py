@@ -714,8 +714,8 @@ def run_case(
 
     for _ in range(args.warmup):
         each(work, list(running))
-    if (what == "encoder" and not args.warmup) or args.graph:
-        each(work, list(running))  # it makes the gradients, and compiles
+    each(work, list(running))  # so that gradients are drawn, optimisers have their state, and nothing is left to compile
+    peaks = each(lambda c: profiling.peak_memory(lambda: weighed(c), setting.device), list(running))
     if args.graph and what == "step":
         each(Contender.graph_loss, list(running))
     elif args.graph:
@@ -730,9 +730,6 @@ def run_case(
         first = i % max(1, len(running))
         for name, seconds in each(lambda c: timed(lambda: work(c), setting.device), running[first:] + running[:first]).items():
             times[name].append(seconds)
-    if what == "step":
-        each(work, list(running))  # optimisers have their state now
-    peaks = each(lambda c: profiling.peak_memory(lambda: weighed(c), setting.device), list(running))
     gpu = each(lambda c: profiling.gpu_times(lambda: work(c)), list(running)) if args.host_wait else {}
     if args.profile:
         tables = each(lambda c: profiling.step_table(lambda: work(c), setting.device), list(running))
