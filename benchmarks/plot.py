@@ -172,7 +172,7 @@ def count(number: int, noun: str) -> str:
 
 
 def precision(case: dict[str, Any]) -> str:
-    return case["precision"] + (", compiled" if case["compile"] else "")
+    return case["precision"] + (", compiled" if case["compile"] else "") + (", from CUDA graphs" if case.get("graph") else "")
 
 
 def times_table(cases: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ pytestmark = [
     ),
 ]
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
+SHARED_BYTES = 99 << 10  # of a block on the smaller GPUs of compute capability 8.6 and 8.9
 
 Launch = tuple[str, tuple[Any, ...], dict[str, Any]]
 
@@ -67,7 +68,9 @@ def machine_code(launch: Launch, architecture: int, folder: Path) -> str:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     binary = folder / "kernel.cubin"
-    binary.write_bytes(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler).asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler)
+    binary.write_bytes(compiled.asm["cubin"])
+    assert compiled.metadata.shared <= SHARED_BYTES, f"{name}: {compiled.metadata.shared} bytes of shared memory"
     tool = CUOBJDUMP if CUOBJDUMP.exists() else "cuobjdump"
     return subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
 
@@ -107,8 +110,8 @@ def test_compiles(
         skips, precision = launch[2].get("SKIP", False), launch[2].get("PRECISION")
         code = machine_code(launch, architecture, tmp_path)
         counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDL", "STL")}
-        # With four warps that of strided gradients spills a few, and takes a third less time on an H200 than with eight.
-        few = 50 if skips and precision != "ieee" else 0
+        # With four warps two of them spill a few, and took a third and a tenth less time on an H200 than with eight.
+        few = 0 if precision == "ieee" else 50 if skips else 8 if launch[0] == "correlate" else 0
         assert max(counts["STL"], counts["LDL"]) <= few, f"{launch[0]} spills registers"
         if (tf32 or dtype == torch.bfloat16) and launch[0] != "gather_columns":
             assert counts[TENSOR_CORES[architecture]] > 0, "no tensor cores"
