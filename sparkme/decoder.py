@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkme import ops
-from sparkme.sparse.unwritten import move_running_statistics
+from sparkme.sparse.unwritten import statistics_of_batch
 
 MAX_WIDTH = 8192  # which has 2.6 billion weights; the paper's is 768
 
@@ -91,10 +91,7 @@ def can_fuse(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
 def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, ceiling: float | None = None) -> Tensor:
     """In training mode, and clamped to [0, ceiling]."""
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    mean, variance = ops.batch_statistics(rows)
-    move_running_statistics(norm, mean, variance, len(rows))
-    deviation = (variance + norm.eps).rsqrt()
-    out = ops.batch_norm(rows, mean, deviation, norm.weight, norm.bias, training=True, ceiling=ceiling)
+    out = ops.batch_norm(rows, *statistics_of_batch(norm, rows), norm.weight, norm.bias, training=True, ceiling=ceiling)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 

@@ -28,9 +28,9 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = ready or build.compile_library(tmp_path_factory.mktemp("cuda_on_host"))
     global _LIBRARY  # a library lives as long as its schemas
     _LIBRARY = torch.library.Library("sparkme_on_host", "DEF")
-    for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool",
-                 "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear", "batch_statistics", "batch_norm",
-                 "batch_norm_grad_sums", "batch_norm_grad_rows"):  # fmt: skip
+    for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel",
+                 "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear", "batch_statistics",
+                 "norm_statistics", "batch_norm", "batch_norm_grad_sums", "batch_norm_grad_rows"):  # fmt: skip
         schema = str(getattr(torch.ops.sparkme, name).default._schema)
         _LIBRARY.define(schema.removeprefix("sparkme::"))
     ctypes.CDLL(str(path))
@@ -201,6 +201,16 @@ def test_batch_norm(ops: Any, count: int, channels: int, follows: str, dtype: to
     exact = 1e-12 if dtype == torch.float64 else 2e-5
     assert relative_error(mean, rows.double().mean(0)) <= exact
     assert relative_error(variance, rows.double().var(0, correction=0)) <= exact
+    for kind in (torch.float32, torch.float64):
+        running = [normal(seed, channels, dtype=kind).abs() for seed in (8, 9)]
+        moved = [x.double().clone() for x in running]
+        got, expected = (
+            ops.norm_statistics(rows, 0.1, *running, 0.3),
+            reference.norm_statistics(rows.double(), 0.1, *moved, 0.3),
+        )
+        for x, y in zip((*got, *running), (*expected, *moved), strict=True):
+            assert relative_error(x, y) <= max(exact, 1e-7 if kind == torch.float32 else 0.0)
+        assert torch.equal(got[0], ops.norm_statistics(rows, 0.1, None, None, 0.3)[0])
     ceiling, samples = options.get("ceiling"), options.get("factor")
     factor = None if samples is None else normal(3, samples, dtype=torch.float64).abs() + 0.5
     affine = normal(4, channels, dtype=torch.float64), normal(5, channels, dtype=torch.float64)

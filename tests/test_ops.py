@@ -268,6 +268,24 @@ def test_batch_norm(n: int, c: int, follows: str, training: bool, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "c"), [(2, 3), (2600, 33)])
+def test_norm_statistics(n: int, c: int, kind: torch.dtype, dtype: torch.dtype) -> None:
+    """Against torch's own batch norm: what it normalises with, and how its running statistics move."""
+    rows = (torch.randn(n, c, dtype=torch.float64) * 2 + 1).to(dtype)
+    bn = torch.nn.BatchNorm1d(c, eps=0.1, momentum=0.3, affine=False).double()
+    running = [torch.rand(c, dtype=torch.float64).to(kind) for _ in range(2)]
+    bn.running_mean, bn.running_var = (x.double() for x in running)
+    expected = bn(rows.double())
+    mean, deviation = ops.norm_statistics(rows, 0.1, *running, 0.3)
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    assert oracle.relative_error((rows.double() - mean) * deviation, expected) < limit
+    for x, y in zip(running, (bn.running_mean, bn.running_var), strict=True):
+        assert x.dtype == kind and oracle.relative_error(x.double(), y) < max(limit, 2e-2 if kind == torch.bfloat16 else 1e-6)
+    assert torch.equal(ops.norm_statistics(rows, 0.1)[1], deviation)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_no_gradient_goes_through_what_was_clamped(with_residual: bool, dtype: torch.dtype) -> None:
     rows = torch.tensor([[-1.0], [0.5], [1.2], [7.0]], dtype=dtype, requires_grad=True)
@@ -383,6 +401,7 @@ def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str
         "densify": (op.densify.default, (rows, *sites, random(4))),
         "linear": (op.linear.default, (rows, random(4, 5), random(5))),
         "batch_statistics": (op.batch_statistics.default, (rows,)),
+        "norm_statistics": (op.norm_statistics.default, (rows, 1e-5, numbers(4), numbers(4), 0.1)),
         "batch_norm": (op.batch_norm.default, (rows, *norm(4), factor, like, inf, False)),
         "batch_norm_grad_sums": (op.batch_norm_grad_sums.default, (random(len(rows), 4), rows, like, *norm(4), factor, inf)),
         "batch_norm_grad_rows": (op.batch_norm_grad_rows.default,

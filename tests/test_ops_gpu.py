@@ -254,6 +254,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "densify": (op.densify, (leaf(n_in, 32), slots, patches, 4, leaf(32))),
         "linear": (op.linear, (leaf(n_in, 32), leaf(32, 64), leaf(64))),
         "batch_statistics": (op.batch_statistics, (leaf(n_in, 32).detach(),)),
+        "norm_statistics": (op.norm_statistics, (leaf(n_in, 32).detach(), 1e-5, *numbers[:2], 0.1)),
         "batch_norm": (op.batch_norm, (leaf(n_in, 32), *norm, leaf(n_in, 32), 6.0, True)),
         "batch_norm_grad_sums": (
             op.batch_norm_grad_sums,
@@ -269,7 +270,8 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 NAMES = [
     "neighbour_table", "sparse_conv", "sparse_conv_grad_rows", "sparse_conv_grad_kernel", "depthwise_conv",
     "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise",
-    "densify", "linear", "batch_statistics", "batch_norm", "batch_norm_grad_sums", "batch_norm_grad_rows",
+    "densify", "linear", "batch_statistics", "norm_statistics", "batch_norm",
+    "batch_norm_grad_sums", "batch_norm_grad_rows",
 ]  # fmt: skip
 
 
@@ -288,7 +290,7 @@ def test_opcheck(name: str) -> None:
 def test_no_rows(name: str) -> None:
     operator, arguments = calls(torch.float32)[name]
     names = [argument.name for argument in operator.default._schema.arguments]
-    whole = {"kernel", "fill", "bias", "mean", "inverse_deviation", "weight", "factor", "sums"}
+    whole = {"kernel", "fill", "bias", "mean", "inverse_deviation", "weight", "factor", "sums", "running_mean", "running_var"}
     empty = [a[:0] if isinstance(a, Tensor) and n not in whole else a for n, a in zip(names, detached(arguments), strict=True)]
     result = operator(*empty)
     for value in result if isinstance(result, tuple) else (result,):

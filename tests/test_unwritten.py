@@ -49,7 +49,7 @@ def counted(name: str, patches: int = 2, **options: Any) -> Counter[str]:
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_batch_norms_take_with_them_what_follows(drop_path: float) -> None:
     found = counted("resnet18", drop_path=drop_path)
-    assert found["batch_statistics"] == found["batch_norm_grad_sums"] == 20
+    assert found["norm_statistics"] == found["batch_norm_grad_sums"] == 20
     assert found["batch_norm"] == 20 + 8  # what a block's second convolution reads is computed again
     assert not {"aten.native_batch_norm", "aten.relu", "aten.clamp_min", "aten.threshold_backward"} & found.keys()
 

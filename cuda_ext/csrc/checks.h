@@ -49,6 +49,14 @@ inline at::Tensor residual_of(const at::Tensor &residual, const at::Tensor &rows
   return residual.reshape(rows.sizes()).contiguous();
 }
 
+inline void check_running(const char *name, const Optional &value, const at::Tensor &mean) {
+  TORCH_CHECK_VALUE(!value || (value->sizes() == mean.sizes() && value->device() == mean.device()), name, " must be ",
+                    mean.sizes(), " on ", mean.device(), ", got ", value->sizes(), " on ", value->device());
+}
+
+// Times the variance of so many rows, that of what they are a sample of.
+inline double unbiased(int64_t count) { return static_cast<double>(count) / static_cast<double>(count > 1 ? count - 1 : 1); }
+
 inline void check_like(const char *name, const at::Tensor &value, const at::Tensor &rows) {
   TORCH_CHECK_VALUE(value.sizes() == rows.sizes() && value.scalar_type() == rows.scalar_type(), name, " must be like rows, ",
                     rows.sizes(), ", got ", value.sizes());

@@ -198,6 +198,22 @@ def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def norm_statistics(
+    rows: Tensor, epsilon: float, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What `batch_norm` takes, mean and 1 / sqrt(variance + epsilon) of (N, C) rows, as `batch_statistics`; of no rows zeros.
+
+    Args:
+        rows: (N, C).
+        epsilon: added to the (biased) variance.
+        running_mean, running_var: (C,), moved in place towards the mean and the unbiased variance, by `momentum`; None: not.
+        momentum: in [0, 1].
+    """
+    _check_rows("rows", rows)
+    mean, deviation = torch.ops.sparkme.norm_statistics(rows.detach(), epsilon, running_mean, running_var, momentum)
+    return mean, deviation
+
+
 def batch_norm(
     rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
     training: bool, factor: Tensor | None = None, residual: Tensor | None = None, ceiling: float | None = None,

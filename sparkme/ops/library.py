@@ -29,6 +29,8 @@ for _schema in (
     "densify(Tensor rows, Tensor slots, Tensor patches, int pixels, Tensor? fill) -> Tensor",
     "linear(Tensor rows, Tensor kernel, Tensor? bias) -> Tensor",
     "batch_statistics(Tensor rows) -> (Tensor, Tensor)",
+    "norm_statistics(Tensor rows, float epsilon, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> "
+    "(Tensor, Tensor)",
     f"batch_norm(Tensor rows, {_NORM}, Tensor? factor, Tensor? residual, float? ceiling, bool training) -> Tensor",
     f"batch_norm_grad_sums(Tensor grad, Tensor rows, Tensor? out, {_NORM}, Tensor? factor, float? ceiling) -> (Tensor, Tensor)",
     f"batch_norm_grad_rows(Tensor grad, Tensor rows, {_NORM}, Tensor? factor, float? ceiling, Tensor? sums, "
@@ -140,6 +142,14 @@ def _(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 def _(rows: Tensor) -> tuple[Tensor, Tensor]:
     mean = rows.new_empty(rows.shape[1], dtype=sum_type(rows.dtype))
     return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("sparkme::norm_statistics", lib=LIBRARY)
+def _(
+    rows: Tensor, epsilon: float, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    like = rows.new_empty(0, dtype=sum_type(rows.dtype))
+    return like.new_empty(rows.shape[1]), like.new_empty(rows.shape[1])
 
 
 @torch.library.register_fake("sparkme::batch_norm", lib=LIBRARY)

@@ -94,6 +94,17 @@ def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows.mean(0), rows.var(0, correction=0)
 
 
+def norm_statistics(
+    rows: Tensor, epsilon: float, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    mean, variance = batch_statistics(rows)
+    if running_mean is not None:
+        running_mean.lerp_(mean, momentum)
+    if running_var is not None:
+        running_var.lerp_(variance * len(rows) / max(1, len(rows) - 1), momentum)
+    return mean, (variance + epsilon).rsqrt()
+
+
 def batch_norm(
     rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
     residual: Tensor | None, ceiling: float | None, training: bool,

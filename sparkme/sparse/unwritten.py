@@ -111,14 +111,12 @@ class UnwrittenNorm(Unwritten):
             rows = self.source.data.flatten(0, 1)
             if self.kernel is not None:
                 self.product = ops.product_statistics(rows, self.kernel)
-                self.mean, variance = self.product.mean, self.product.variance
+                move_running_statistics(bn, self.product.mean, self.product.variance, len(rows))
             elif self.training:
-                self.mean, variance = ops.batch_statistics(rows)
+                self.mean, self.deviation = statistics_of_batch(bn, rows)
             else:
-                self.mean, variance = bn.running_mean, bn.running_var  # type: ignore[assignment]
-            if self.training:
-                move_running_statistics(bn, self.mean, variance, len(rows))
-            self.deviation = (variance + bn.eps).rsqrt()
+                assert bn.running_mean is not None and bn.running_var is not None
+                self.mean, self.deviation = bn.running_mean, (bn.running_var + bn.eps).rsqrt()
 
     def write(self) -> Features:
         features = super().write()
@@ -205,19 +203,32 @@ class UnwrittenLinear(Unwritten):
 
 
 @torch.no_grad()
-def move_running_statistics(bn: torch.nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
-    """As torch's own batch norm does, from the statistics of `count` pixels.
+def statistics_of_batch(bn: torch.nn.modules.batchnorm._BatchNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation that a batch norm trains with on (N, C) rows; its running statistics move.
 
     Raises:
-        ValueError: there is a single one to train on.
+        ValueError: there is a single row to train on.
     """
+    return ops.norm_statistics(rows, bn.eps, *running_statistics(bn, len(rows)))
+
+
+@torch.no_grad()
+def move_running_statistics(bn: torch.nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    """The same where the statistics of `count` pixels are known already."""
+    running_mean, running_var, momentum = running_statistics(bn, count)
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((variance * (count / max(1, count - 1))).to(running_var.dtype), momentum)
+
+
+def running_statistics(bn: torch.nn.modules.batchnorm._BatchNorm, count: int) -> tuple[Tensor | None, Tensor | None, float]:
+    """What has to move after a batch of `count` pixels, and how far, as torch's own batch norm does; the batch is counted."""
     if count == 1:
         raise ValueError("a batch norm cannot train on a single visible pixel")
     if not bn.training or not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
-        return
+        return None, None, 0.0
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         momentum = 1.0 / float(bn.num_batches_tracked) if momentum is None else momentum
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum or 0.0)
-    bn.running_var.lerp_((variance * (count / max(1, count - 1))).to(bn.running_var.dtype), momentum or 0.0)
+    return bn.running_mean, bn.running_var, momentum or 0.0

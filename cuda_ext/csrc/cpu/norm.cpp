@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace sparkme {
@@ -49,6 +50,37 @@ std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
 }
 
 namespace {
+
+// As at::lerp_, towards `factor` times the value.
+template <typename S>
+void move(const Optional &running, const at::Tensor &value, S factor, S momentum) {
+  if (!running) return;
+  if (running->scalar_type() != value.scalar_type() || !running->is_contiguous()) {
+    running->lerp_((value * static_cast<double>(factor)).to(running->scalar_type()), momentum);
+    return;
+  }
+  S *target = running->mutable_data_ptr<S>();
+  const S *source = value.const_data_ptr<S>();
+  for (int64_t c = 0; c < value.size(0); ++c) target[c] += momentum * (source[c] * factor - target[c]);
+}
+
+std::tuple<at::Tensor, at::Tensor> norm_statistics(const at::Tensor &rows, double epsilon, const Optional &running_mean,
+                                                   const Optional &running_var, double momentum) {
+  const auto [mean, variance] = batch_statistics(rows);
+  check_running("running_mean", running_mean, mean);
+  check_running("running_var", running_var, mean);
+  if (rows.size(0) == 0) return {mean, variance};
+  at::Tensor deviation = at::empty_like(mean);
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "norm_statistics", [&] {
+    const scalar_t *variances = variance.const_data_ptr<scalar_t>();
+    scalar_t *deviations = deviation.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < mean.size(0); ++c) deviations[c] = 1 / std::sqrt(variances[c] + static_cast<scalar_t>(epsilon));
+    const auto part = static_cast<scalar_t>(momentum);
+    move<scalar_t>(running_mean, mean, 1, part);
+    move<scalar_t>(running_var, variance, static_cast<scalar_t>(unbiased(rows.size(0))), part);
+  });
+  return {mean, deviation};
+}
 
 at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
                       const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
@@ -189,6 +221,7 @@ TORCH_LIBRARY_IMPL(sparkme, CPU, m) {
   m.impl("layer_norm", layer_norm);
   m.impl("layer_norm_grad", layer_norm_grad);
   m.impl("batch_statistics", batch_statistics);
+  m.impl("norm_statistics", norm_statistics);
   m.impl("batch_norm", batch_norm);
   m.impl("batch_norm_grad_sums", batch_norm_grad_sums);
   m.impl("batch_norm_grad_rows", batch_norm_grad_rows);

@@ -4,6 +4,8 @@
 // A block has a tile of channels (x, a vector each) and a part of the rows, over which its threads (y) take turns, so a thread
 // keeps the numbers of its channels in registers. Sums over a block's rows are in float32 (float64 for float64 rows), about
 // numbers near the mean; those of the parts are joined in float64, always in the same order.
+#include <cmath>
+
 #include "operators.h"
 
 namespace sparkme::cuda {
@@ -129,10 +131,15 @@ __device__ __forceinline__ bool join(int64_t parts, bool exists, const Each &eac
   return exists && threadIdx.y == 0;
 }
 
-// Moves the sums of every part to one origin, the first row of all, adds them, and makes mean and (biased) variance of them.
+template <typename S>
+__device__ __forceinline__ void move(S *running, S value, S momentum) {
+  *running += momentum * (value - *running);
+}
+
+// Moves the sums of every part to one origin, the first row of all, adds them, and makes the statistics of them.
 template <typename T>
 __global__ void __launch_bounds__(kJoinThreads)
-    join_statistics(Sum<T> *mean, Sum<T> *variance, const Sum<T> *partial, const T *rows, int64_t count, int64_t part,
+    join_statistics(Statistics<Sum<T>> statistics, const Sum<T> *partial, const T *rows, int64_t count, int64_t part,
                     int64_t parts, int32_t channels) {
   const int32_t c = blockIdx.x * blockDim.x + threadIdx.x;
   const bool exists = c < channels;
@@ -150,8 +157,12 @@ __global__ void __launch_bounds__(kJoinThreads)
       sum, square);
   if (!done) return;
   const double offset = sum / count, biased = square / count - offset * offset;
-  mean[c] = static_cast<Sum<T>>(origin + offset);
-  variance[c] = static_cast<Sum<T>>(biased < 0 ? 0 : biased);
+  const Sum<T> mean = static_cast<Sum<T>>(origin + offset), variance = static_cast<Sum<T>>(biased < 0 ? 0 : biased);
+  statistics.mean[c] = mean;
+  if (statistics.variance) statistics.variance[c] = variance;
+  if (statistics.deviation) statistics.deviation[c] = 1 / sqrt(variance + statistics.epsilon);
+  if (statistics.running_mean) move(statistics.running_mean + c, mean, statistics.momentum);
+  if (statistics.running_var) move(statistics.running_var + c, variance * statistics.unbiased, statistics.momentum);
 }
 
 // The sums of the gradient, of itself and times the normalised rows.
@@ -322,7 +333,7 @@ dim3 join_grid(int32_t channels) { return dim3(ceil_div(channels, 32)); }
 }  // namespace
 
 template <typename T>
-void batch_statistics(Sum<T> *mean, Sum<T> *variance, const T *rows, int64_t count, int32_t channels, int32_t multiprocessors,
+void batch_statistics(const Statistics<Sum<T>> &wanted, const T *rows, int64_t count, int32_t channels, int32_t multiprocessors,
                       const Allocate &allocate, Stream stream) {
   if (count == 0 || channels == 0) return;
   with_width<T>(
@@ -333,7 +344,7 @@ void batch_statistics(Sum<T> *mean, Sum<T> *variance, const T *rows, int64_t cou
         auto *partial = static_cast<Sum<T> *>(allocate(sizeof(Sum<T>) * division.grid.y * 2 * channels));
         SPARKME_LAUNCH((statistics<T, V>), division.grid, division.block, stream, partial, rows, count, division.part,
                        channels);
-        SPARKME_LAUNCH((join_statistics<T>), join_grid(channels), dim3(32, 32), stream, mean, variance,
+        SPARKME_LAUNCH((join_statistics<T>), join_grid(channels), dim3(32, 32), stream, wanted,
                        static_cast<const Sum<T> *>(partial), rows, count, division.part, static_cast<int64_t>(division.grid.y),
                        channels);
       },
@@ -388,7 +399,8 @@ void batch_norm_grad_rows(T *result, const Norm<T> &norm, const T *grad, const S
 }
 
 #define SPARKME_INSTANTIATE(T)                                                                                           \
-  template void batch_statistics<T>(Sum<T> *, Sum<T> *, const T *, int64_t, int32_t, int32_t, const Allocate &, Stream); \
+  template void batch_statistics<T>(const Statistics<Sum<T>> &, const T *, int64_t, int32_t, int32_t, const Allocate &,  \
+                                    Stream);                                                                             \
   template void batch_norm<T>(T *, const Norm<T> &, const T *, int32_t, Stream);                                         \
   template void batch_norm_grad_sums<T>(T *, Sum<T> *, const Norm<T> &, const T *, const T *, int32_t, const Allocate &, \
                                         Stream);                                                                         \

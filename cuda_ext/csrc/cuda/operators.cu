@@ -12,6 +12,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -334,22 +335,66 @@ struct Norm {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
-  const auto guard = on_device_of(rows);
+// `finish(statistics)` says what else than the mean is wanted.
+template <typename Finish>
+at::Tensor statistics_of(const at::Tensor &rows, const Finish &finish) {
   const at::Tensor rows_ = rows.contiguous();
-  check_rows("rows", rows_, rows_.size(0));
-  const auto options = rows_.options().dtype(sum_type(rows_));
-  const bool none = rows_.size(0) == 0;
-  at::Tensor mean = none ? at::zeros({rows_.size(1)}, options) : at::empty({rows_.size(1)}, options);
-  at::Tensor variance = none ? at::zeros({rows_.size(1)}, options) : at::empty({rows_.size(1)}, options);
+  at::Tensor mean = at::empty({rows_.size(1)}, rows_.options().dtype(sum_type(rows_)));
   Workspace workspace(rows_);
   with_type(rows_.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using S = cuda::Sum<T>;
-    cuda::batch_statistics<T>(mean.mutable_data_ptr<S>(), variance.mutable_data_ptr<S>(), rows_.const_data_ptr<T>(),
-                              rows_.size(0), channels_of(rows_), multiprocessors(), workspace.allocate(), current_stream());
+    cuda::Statistics<S> statistics = {};
+    statistics.mean = mean.mutable_data_ptr<S>();
+    finish(statistics);
+    cuda::batch_statistics<T>(statistics, rows_.const_data_ptr<T>(), rows_.size(0), channels_of(rows_), multiprocessors(),
+                              workspace.allocate(), current_stream());
+  });
+  return mean;
+}
+
+// Two numbers per channel, for the statistics of no rows.
+std::tuple<at::Tensor, at::Tensor> zeros_of(const at::Tensor &rows) {
+  const auto options = rows.options().dtype(sum_type(rows));
+  return {at::zeros({rows.size(1)}, options), at::zeros({rows.size(1)}, options)};
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
+  const auto guard = on_device_of(rows);
+  check_rows("rows", rows, rows.size(0));
+  if (rows.size(0) == 0) return zeros_of(rows);
+  at::Tensor variance = at::empty({rows.size(1)}, rows.options().dtype(sum_type(rows)));
+  at::Tensor mean = statistics_of(rows, [&](auto &statistics) {
+    using S = std::remove_pointer_t<decltype(statistics.mean)>;
+    statistics.variance = variance.mutable_data_ptr<S>();
   });
   return {mean, variance};
+}
+
+std::tuple<at::Tensor, at::Tensor> norm_statistics(const at::Tensor &rows, double epsilon, const Optional &running_mean,
+                                                   const Optional &running_var, double momentum) {
+  const auto guard = on_device_of(rows);
+  check_rows("rows", rows, rows.size(0));
+  if (rows.size(0) == 0) return zeros_of(rows);
+  const auto type = sum_type(rows);
+  at::Tensor deviation = at::empty({rows.size(1)}, rows.options().dtype(type));
+  check_running("running_mean", running_mean, deviation);
+  check_running("running_var", running_var, deviation);
+  // Those of another type, as of float64 weights under autocast, are copied there and back.
+  at::Tensor own_mean = running_mean ? running_mean->to(type).contiguous() : at::Tensor();
+  at::Tensor own_var = running_var ? running_var->to(type).contiguous() : at::Tensor();
+  at::Tensor mean = statistics_of(rows, [&](auto &statistics) {
+    using S = std::remove_pointer_t<decltype(statistics.mean)>;
+    statistics.deviation = deviation.mutable_data_ptr<S>();
+    statistics.running_mean = running_mean ? own_mean.mutable_data_ptr<S>() : nullptr;
+    statistics.running_var = running_var ? own_var.mutable_data_ptr<S>() : nullptr;
+    statistics.epsilon = static_cast<S>(epsilon);
+    statistics.unbiased = static_cast<S>(unbiased(rows.size(0)));
+    statistics.momentum = static_cast<S>(momentum);
+  });
+  if (running_mean && !own_mean.is_same(*running_mean)) running_mean->copy_(own_mean);
+  if (running_var && !own_var.is_same(*running_var)) running_var->copy_(own_var);
+  return {mean, deviation};
 }
 
 at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
@@ -423,6 +468,7 @@ at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const Option
 TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
   m.impl("linear", linear);
   m.impl("batch_statistics", batch_statistics);
+  m.impl("norm_statistics", norm_statistics);
   m.impl("batch_norm", batch_norm);
   m.impl("batch_norm_grad_sums", batch_norm_grad_sums);
   m.impl("batch_norm_grad_rows", batch_norm_grad_rows);

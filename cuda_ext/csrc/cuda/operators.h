@@ -70,10 +70,18 @@ struct Norm {
   Sum<T> ceiling;  // results are clamped to [0, ceiling]; NaN for not at all
 };
 
-// Mean and (biased) variance of each channel. It writes nothing where there are no rows.
+// What becomes of the statistics of each channel; all but the mean may be null.
+template <typename S>
+struct Statistics {
+  S *mean, *variance, *deviation;  // (biased) variance; 1 / sqrt(variance + epsilon)
+  S *running_mean, *running_var;   // moved towards mean and `unbiased` times the variance, by `momentum`
+  S epsilon, unbiased, momentum;
+};
+
+// Of at least one row.
 template <typename T>
-void batch_statistics(Sum<T> *mean, Sum<T> *variance, const T *rows, int64_t count, int32_t channels, int32_t multiprocessors,
-                      const Allocate &allocate, Stream stream);
+void batch_statistics(const Statistics<Sum<T>> &statistics, const T *rows, int64_t count, int32_t channels,
+                      int32_t multiprocessors, const Allocate &allocate, Stream stream);
 
 // `residual` may be null.
 template <typename T>
