@@ -10,8 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from sparkme import ops
-from sparkme.sparse.unwritten import statistics_of_batch
+from sparkme.sparse.batch_norm import normalise, processes_of, statistics_of_batch
 
 MAX_WIDTH = 8192  # which has 2.6 billion weights; the paper's is 768
 
@@ -85,13 +84,14 @@ def can_fuse(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
     """Whether a batch norm of (B, C, H, W) maps is one of their rows, and nobody listens to it."""
     listens = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     in_rows = x.is_contiguous(memory_format=torch.channels_last)
-    return type(norm) is nn.BatchNorm2d and norm.training and in_rows and not listens and not torch.compiler.is_compiling()
+    known = type(norm) is nn.BatchNorm2d or processes_of(norm) > 1
+    return known and norm.training and in_rows and not listens and not torch.compiler.is_compiling()
 
 
 def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, ceiling: float | None = None) -> Tensor:
     """In training mode, and clamped to [0, ceiling]."""
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    out = ops.batch_norm(rows, *statistics_of_batch(norm, rows), norm.weight, norm.bias, training=True, ceiling=ceiling)
+    out = normalise(norm, rows, *statistics_of_batch(norm, rows), training=True, ceiling=ceiling)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchvision
 from test_pretrain import SMALL, losses
+from test_unwritten import Count
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
@@ -85,9 +86,11 @@ def half(rank: int, folder: str, port: int, name: str) -> None:
     join(rank, port)
     images, active = batch()
     whole, model = distribute(network(name), start_process("cpu"))
-    loss = model(images[2 * rank : 2 * rank + 2], active[2 * rank : 2 * rank + 2])
-    loss.backward()
-    torch.save([loss.detach(), [p.grad for p in whole.parameters()], dict(whole.named_buffers())], Path(folder, f"{rank}.pt"))
+    with Count() as mode:
+        loss = model(images[2 * rank : 2 * rank + 2], active[2 * rank : 2 * rank + 2])
+        loss.backward()
+    grads = [p.grad for p in whole.parameters()]
+    torch.save([loss.detach(), grads, dict(whole.named_buffers()), mode.counts], Path(folder, f"{rank}.pt"))
     stop_process()
 
 
@@ -99,7 +102,11 @@ def test_two_halves_make_a_whole(name: str, tmp_path: Path) -> None:
     model = network(name)
     loss = model(images, active)
     loss.backward()
-    (loss_0, grads_0, buffers_0), (loss_1, grads_1, buffers_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (loss_0, grads_0, buffers_0, counts), (loss_1, grads_1, buffers_1, _) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)
+    )
+    assert not {"aten.native_batch_norm", "aten.relu", "aten.hardtanh"} & counts.keys()  # they are fused as in one process
+    assert counts["batch_norm_grad_rows"] == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     assert oracle.relative_error((loss_0 + loss_1) / 2, loss.detach()) < 1e-12
     for (own, parameter), first, second in zip(model.named_parameters(), grads_0, grads_1, strict=True):
         assert torch.equal(first, second), own

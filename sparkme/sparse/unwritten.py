@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
+from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalise, processes_of, statistics_of_batch
 from sparkme.sparse.engines.base import Features
 
 
@@ -90,18 +91,18 @@ class UnwrittenNorm(Unwritten):
 
     Args:
         source: what is normalised.
-        bn: its layer. Where it trains, its running statistics move now.
+        bn: its layer. Where it trains, its running statistics move now, and processes that share them meet.
         recomputed: whether the result is to be computed again for the gradient of what reads it.
         follows: `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
     """
 
-    def __init__(self, source: Features | UnwrittenProduct, bn: torch.nn.BatchNorm2d, *, recomputed: bool) -> None:
+    def __init__(self, source: Features | UnwrittenProduct, bn: BATCH_NORM, *, recomputed: bool) -> None:
         self.recomputed = recomputed
         self.follows: dict[str, Any] = {}
-        self.affine, self.epsilon = (bn.weight, bn.bias), bn.eps
+        self.bn = bn
         self.kernel: Tensor | None = None
         self.training = bn.training or bn.running_mean is None or bn.running_var is None
-        if isinstance(source, UnwrittenProduct) and self.training:
+        if isinstance(source, UnwrittenProduct) and self.training and processes_of(bn) == 1:
             super().__init__(source.source, source.shape[-1], source.dtype)
             self.kernel = source.kernel
         else:
@@ -132,8 +133,10 @@ class UnwrittenNorm(Unwritten):
     def compute(self, rows: Tensor) -> Tensor:
         if self.kernel is not None:
             with self.source.kept():
-                return ops.linear_batch_norm(rows, self.kernel, self.product, self.epsilon, *self.affine, **self.follows)
-        return ops.batch_norm(rows, self.mean, self.deviation, *self.affine, training=self.training, **self.follows)
+                return ops.linear_batch_norm(
+                    rows, self.kernel, self.product, self.bn.eps, self.bn.weight, self.bn.bias, **self.follows
+                )
+        return normalise(self.bn, rows, self.mean, self.deviation, training=self.training, **self.follows)
 
     def clamp(self, ceiling: float) -> Unwritten | None:
         return None if "ceiling" in self.follows else self._with(ceiling=ceiling)
@@ -200,35 +203,3 @@ class UnwrittenLinear(Unwritten):
         out = copy(self)
         vars(out).update(changes)
         return out
-
-
-@torch.no_grad()
-def statistics_of_batch(bn: torch.nn.modules.batchnorm._BatchNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation that a batch norm trains with on (N, C) rows; its running statistics move.
-
-    Raises:
-        ValueError: there is a single row to train on.
-    """
-    return ops.norm_statistics(rows, bn.eps, *running_statistics(bn, len(rows)))
-
-
-@torch.no_grad()
-def move_running_statistics(bn: torch.nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
-    """The same where the statistics of `count` pixels are known already."""
-    running_mean, running_var, momentum = running_statistics(bn, count)
-    if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((variance * (count / max(1, count - 1))).to(running_var.dtype), momentum)
-
-
-def running_statistics(bn: torch.nn.modules.batchnorm._BatchNorm, count: int) -> tuple[Tensor | None, Tensor | None, float]:
-    """What has to move after a batch of `count` pixels, and how far, as torch's own batch norm does; the batch is counted."""
-    if count == 1:
-        raise ValueError("a batch norm cannot train on a single visible pixel")
-    if not bn.training or not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
-        return None, None, 0.0
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(bn.num_batches_tracked) if momentum is None else momentum
-    return bn.running_mean, bn.running_var, momentum or 0.0

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.sparse.unwritten import move_running_statistics
-
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
+from sparkme.sparse.batch_norm import BATCH_NORM, normalise, statistics_of_batch
 
 
 class SharedBatchNorm(BATCH_NORM):
@@ -31,73 +25,9 @@ class SharedBatchNorm(BATCH_NORM):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        out, mean, variance = _Shared.apply(input, self.weight, self.bias, self.eps, self.processes)
-        move_running_statistics(self, mean, variance, input.numel() // input.shape[1] * self.processes)
-        result: Tensor = out
-        return result
-
-
-@torch.library.custom_op("sparkme_training::sum_over_processes", mutates_args=())
-def sum_over_processes(value: Tensor) -> Tensor:
-    """An operator, since compiled code takes those as they are, and cannot be interrupted."""
-    value = value.clone()
-    dist.all_reduce(value)
-    return value
-
-
-@sum_over_processes.register_fake
-def _(value: Tensor) -> Tensor:
-    return torch.empty_like(value)
-
-
-class _Shared(torch.autograd.Function):
-    """With g the gradient of the result, w the weight, x the input, and means over all processes:
-    dx = w / deviation * (g - mean(g) - xhat * mean(g * xhat)), xhat = (x - mean) / deviation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, processes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        variance, mean = torch.var_mean(wide, _axes(x), correction=0)
-        # In float64, since what comes back is a difference of large numbers where a channel's mean is.
-        own = mean.double()
-        mean_of_all, square_of_all = sum_over_processes(torch.stack([own, own**2 + variance])) / processes
-        variance = (square_of_all - mean_of_all**2).clamp_min(0).to(mean.dtype)
-        mean = mean_of_all.to(mean.dtype)
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.epsilon, ctx.processes = epsilon, processes
-        ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, epsilon), mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance = ctx.saved_tensors
-        grad, scale = grads[0], torch.ones_like(mean) if weight is None else weight
-        # Without what goes through the statistics.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, mean, variance, None, None, False, ctx.epsilon, [True, True, True]
-        )
-        if ctx.needs_input_grad[0]:
-            sums = sum_over_processes(torch.stack([grad_bias, grad_weight]).to(mean.dtype))
-            means = sums / (x.numel() // x.shape[1] * ctx.processes)
-            deviation = (variance + ctx.epsilon).sqrt()
-            by_channel = (1, -1, *[1] * (x.ndim - 2))
-            factor, slope = (scale / deviation).view(by_channel), (means[1] / deviation).view(by_channel)
-            through = (x - mean.view(by_channel)).mul_(slope).add_(means[0].view(by_channel)).mul_(factor)
-            grad_x = (grad_x - through).to(x.dtype)
-        return (
-            grad_x if ctx.needs_input_grad[0] else None,
-            grad_weight if ctx.needs_input_grad[1] else None,
-            grad_bias if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
-
-
-def _axes(x: Tensor) -> list[int]:
-    """All but the channels'."""
-    return [axis for axis in range(x.ndim) if axis != 1]
+        rows = input.movedim(1, -1).flatten(0, -2)
+        out = normalise(self, rows, *statistics_of_batch(self, rows), training=True)
+        return out.view(input.shape[0], *input.shape[2:], -1).movedim(-1, 1)
 
 
 def share_batch_norms(network: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
+from sparkme.sparse.batch_norm import BATCH_NORM, processes_of
 from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.map import SparseMap, sparse_function
 from sparkme.sparse.unwritten import UnwrittenNorm, UnwrittenProduct
@@ -27,7 +28,7 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
     """Batch normalisation with statistics over the visible pixels of the batch."""
 
     inner = "bn"
-    bn: nn.Module
+    bn: BATCH_NORM
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         ME.MinkowskiBatchNorm.__init__(self, norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -42,7 +43,8 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
             return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
         if x.dims != "BCHW":
             raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-        if type(self.bn) is RowNorm and not self.bn._forward_hooks and x.engine.fuses(x.dtype, x.device):
+        known = type(self.bn) is RowNorm or processes_of(self.bn) > 1
+        if known and not self.bn._forward_hooks and x.engine.fuses(x.dtype, x.device):
             source = product if isinstance(product := x.unwritten, UnwrittenProduct) else x.features
             return x.replace(UnwrittenNorm(source, self.bn, recomputed=x.engine.fuses_all(x.dtype, x.device)))
         return x.with_rows(self.bn(x.rows))
