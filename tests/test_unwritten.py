@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
 
 import sparkme
+from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
 from sparkme.decoder import Decoder
 from sparkme.models import create_encoder
+from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 
 
 class Count(TorchDispatchMode):
@@ -220,6 +222,32 @@ def test_convnexts_blocks_are_four_operators(drop_path: float) -> None:
     with Count() as forward:
         encoder(*images_and_mask(2))
     assert forward.counts["aten.add.Tensor"] == 5  # the biases of stem and downsampling, and in the grid; no residual
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["convnext_tiny", "timm:convnext_atto"])
+def test_what_is_fused_on_cuda(name: str, drop_path: float) -> None:
+    """Layer scale takes drop path and the residual along; the same maps and gradients as on the CPU, of the same layout."""
+    images, active = images_and_mask(2)
+    results = []
+    for engine in (CudaExtEngine(), AsOnCuda()):
+        torch.manual_seed(0)
+        encoder = create_encoder(name, drop_path=drop_path).double().train()
+        encoder.set_engine("cuda_ext").engine = engine
+        with Count() as mode:
+            torch.manual_seed(1)
+            maps = [x.rows for x in encoder(images.double(), active)]
+            torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
+        parameters = dict(encoder.named_parameters())
+        results.append([*maps, *(p.grad for p in parameters.values())])
+        for key, parameter in parameters.items():  # or DistributedDataParallel copies it
+            steps = [(n, a, b) for n, a, b in zip(parameter.shape, parameter.stride(), parameter.grad.stride(), strict=True)]
+            assert all(a == b for n, a, b in steps if n > 1), key
+    blocks = 18 if name == "convnext_tiny" else 12
+    assert mode.counts["mlp"] == 0 and mode.counts["batch_norm"] == mode.counts["batch_norm_grad_rows"] == blocks
+    assert not {"aten.mul.Tensor"} & mode.counts.keys() or mode.counts["aten.mul.Tensor"] < blocks
+    for x, y in zip(*results, strict=True):
+        assert oracle.relative_error(x, y) < 1e-10
 
 
 def test_relu6_is_part_of_its_norm() -> None:

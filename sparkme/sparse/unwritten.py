@@ -10,7 +10,8 @@ and the first one who reads the map has it written. Blocks run their own code an
 | linear, GELU, linear, perhaps factors for channels (layer scale) and samples, `+` another map | `ops.mlp` | GELU's result |
 
 On the CPU a batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the
-norm's rows. On CUDA it is, since that is short of bandwidth sooner than of memory; and of the table only batch norms wait.
+norm's rows. On CUDA it is, since that is short of bandwidth sooner than of memory; and of the table only batch norms wait, and
+factors for channels, which take those for samples and another map along.
 
 In the middle there may be a dropout that drops nothing. Everything else, and whatever stands in another order, runs as it is.
 A batch norm's statistics are taken at once, so they do not depend on when or how often a map is written. Engines say with
@@ -150,6 +151,32 @@ class UnwrittenNorm(Unwritten):
         return self._with(factor=other.flatten()) if fits and other.shape == (self.shape[0], 1, 1) else None
 
     def _with(self, **more: Any) -> Unwritten:
+        out = copy(self)
+        out.follows = self.follows | more
+        return out
+
+
+class UnwrittenScale(Unwritten):
+    """Rows times a number for each channel, perhaps one for each sample, and a residual: a batch norm without statistics."""
+
+    def __init__(self, source: Features, scale: Tensor) -> None:
+        super().__init__(source, source.shape[-1], source.dtype)
+        self.scale = scale
+        self.follows: dict[str, Any] = {}
+
+    def compute(self, rows: Tensor) -> Tensor:
+        zero, one = rows.new_zeros(self.shape[2]), rows.new_ones(self.shape[2])
+        return ops.batch_norm(rows, zero, one, self.scale, training=False, **self.follows)
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        fits = not self.follows and not other.requires_grad and other.dtype == self.dtype
+        return self._with(factor=other.flatten()) if fits and other.shape == (self.shape[0], 1, 1) else None
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        fits = "residual" not in self.follows and other.shape == self.shape and other.dtype == self.dtype
+        return self._with(residual=other) if fits else None
+
+    def _with(self, **more: Tensor) -> Unwritten:
         out = copy(self)
         out.follows = self.follows | more
         return out

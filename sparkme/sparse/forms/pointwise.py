@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
-from sparkme.sparse.unwritten import Unwritten
+from sparkme.sparse.unwritten import Unwritten, UnwrittenScale
 
 # What a dense engine's hidden pixels hold afterwards, if it was zero: `zero` again, whatever the other arguments; some
 # `number`, since the function has other arguments or moves zero; or perhaps `infinity` or NaN, which a product with the mask
@@ -117,9 +117,13 @@ class _Pointwise:
     def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unwritten | None:
         """What is still to be written, with this function at its end; None where it does not fit."""
         for i, x in enumerate(args):
-            if not is_map(x) or (unwritten := x.unwritten) is None:
+            if not is_map(x):
                 continue
             others = [*args[:i], *args[i + 1 :]]
+            if (unwritten := x.unwritten) is None:
+                if self.is_product and len(others) == 1 and not kwargs and (scaled := _scaled(x, others[0])) is not None:
+                    return scaled
+                continue
             if self.name in _CLAMPS and (*others, *kwargs.values()) == _CLAMPS[self.name]:
                 return unwritten.clamp(math.inf if self.name == "relu" else 6.0)
             if self.name == "gelu" and not others and kwargs.get("approximate", "none") == "none":
@@ -142,6 +146,18 @@ class _Pointwise:
 
     def _is_finite(self, values: tuple[Any, ...]) -> bool:
         return self.hidden == _NUMBER and not any(_may_be_infinite(v) for v in values if not is_map(v))
+
+
+def _scaled(x: SparseMap, other: Any) -> UnwrittenScale | None:
+    """A map that is multiplied by a number for each channel, such as layer scale, where products do not wait for it."""
+    engine, where = x.engine, (x.dtype, x.device)
+    if not isinstance(other, Tensor) or other.ndim == 0 or (x.dims[-1] != "C" and x.dims != "BCHW"):
+        return None
+    if not engine.fuses(*where) or engine.fuses_all(*where):
+        return None
+    scale = operand(other, x)
+    fits = isinstance(scale, Tensor) and scale.shape == (1, 1, x.flat.shape[-1]) and scale.dtype == x.dtype
+    return UnwrittenScale(x.features, scale.flatten()) if fits else None
 
 
 def _hide(data: Tensor, mask: Tensor, value: int) -> Tensor:
