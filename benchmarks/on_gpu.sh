@@ -67,7 +67,7 @@ import sys
 modules = {
     "torchvision": "torchvision", "numpy": "numpy", "PIL": "pillow", "tqdm": "tqdm", "timm": "timm", "safetensors": "safetensors",
     "huggingface_hub": "huggingface_hub", "yaml": "pyyaml", "matplotlib": "matplotlib", "pytest": "pytest",
-    "pytest_timeout": "pytest-timeout", "setuptools": "setuptools", "wheel": "wheel", "ninja": "ninja",
+    "pytest_timeout": "pytest-timeout", "xdist": "pytest-xdist", "setuptools": "setuptools", "wheel": "wheel", "ninja": "ninja",
 }
 missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
 if missing:

@@ -94,7 +94,7 @@ def half(rank: int, folder: str, port: int, name: str) -> None:
     stop_process()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
 def test_two_halves_make_a_whole(name: str, tmp_path: Path) -> None:
     """Loss, gradients and running statistics, of encoder, densified maps and decoder."""
     mp.spawn(half, (str(tmp_path), free_port(), name), nprocs=2)

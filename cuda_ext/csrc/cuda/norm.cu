@@ -28,7 +28,7 @@ struct Division {
   }
 };
 
-// Calls body(row, index) for the rows of this thread, `Unroll` of them between two barriers of the compiler's making, so that
+// Calls load(u, row) and then use(u, row) for the rows of this thread, `Unroll` of them at a time, u = 0, 1, ..., so that
 // their loads are under way together.
 template <int Unroll, typename Load, typename Use>
 __device__ __forceinline__ void for_rows(int64_t count, int64_t part, const Load &load, const Use &use) {
