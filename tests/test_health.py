@@ -66,7 +66,7 @@ def test_waiting_for_images_names_a_number_of_workers(monkeypatch: pytest.Monkey
 def test_a_gpu_that_mostly_waits_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "utilization", lambda _: 30)
     ((_, text),) = said({}, device="cuda")
-    assert text == "the GPU computes 30 % of the time, and images are there: raise --batch-size, or --compile"
+    assert text == "the GPU computes 30 % of the time, and images are there: raise --batch-size, or --cuda-graph or --compile"
     assert [text for _, text in said({1: {"loader_wait": 0.6}}, device="cuda") if "GPU" in text] == []  # it waits for images
     monkeypatch.setattr(torch.cuda, "utilization", lambda _: 97)
     assert said({}, device="cuda") == []

@@ -95,7 +95,8 @@ class Health:
             if self._lasts("gpu", step, busy is not None and busy < 50 and wait < 0.2):
                 yield from self._once(
                     "gpu",
-                    f"the GPU computes {busy} % of the time, and images are there: raise --batch-size, or --compile",
+                    f"the GPU computes {busy} % of the time, and images are there: raise --batch-size, or --cuda-graph or "
+                    "--compile",
                 )
 
     def _lasts(self, name: str, step: int, is_so: bool) -> bool:
