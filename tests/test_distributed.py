@@ -122,9 +122,11 @@ SHARED = {  # options of a norm, and the input's shape
 }  # fmt: skip
 
 
-def share_norms(rank: int, folder: str, port: int) -> None:
+def share_norms(rank: int, folder: str, port: int, operators: bool) -> None:
     join(rank, port)
     start_process("cpu")
+    if not operators:
+        sparkme.ops.unavailable = lambda **_: "not built"  # type: ignore[assignment]
     found = {}
     for name, (options, shape) in SHARED.items():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -158,8 +160,9 @@ def norm_and_input(
     return (norm.double() if dtype == torch.float64 else norm), x, torch.randn(shape).to(dtype)
 
 
-def test_shared_batch_norms_equal_torchs_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(share_norms, (str(tmp_path), free_port()), nprocs=2)
+@pytest.mark.parametrize("operators", [True, False])
+def test_shared_batch_norms_equal_torchs_of_the_whole_batch(operators: bool, tmp_path: Path) -> None:
+    mp.spawn(share_norms, (str(tmp_path), free_port(), operators), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (name, dtype), (parts, sums) in first.items():
         norm, x, grad = norm_and_input(*SHARED[name], dtype)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparkme.sparse.batch_norm import BATCH_NORM, normalise, statistics_of_batch
+from sparkme import ops
+from sparkme.sparse.batch_norm import (
+    BATCH_NORM,
+    move_running_statistics,
+    normalise,
+    statistics_of_batch,
+    sum_over_processes,
+)
 
 
 class SharedBatchNorm(BATCH_NORM):
@@ -25,9 +35,36 @@ class SharedBatchNorm(BATCH_NORM):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return super().forward(input)
+        if ops.unavailable(on_gpu=input.is_cuda):
+            return self._by_torch(input)
         rows = input.movedim(1, -1).flatten(0, -2)
         out = normalise(self, rows, *statistics_of_batch(self, rows), training=True)
         return out.view(input.shape[0], *input.shape[2:], -1).movedim(-1, 1)
+
+    def _by_torch(self, input: Tensor) -> Tensor:
+        """The same without the operators, as where they were not built for CUDA; slower, and in more memory."""
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes, by_channel = [axis for axis in range(input.ndim) if axis != 1], (1, -1, *[1] * (input.ndim - 2))
+        mean = _AddUp.apply(wide.mean(axes)) / self.processes
+        centred = wide - mean.view(by_channel)
+        variance = _AddUp.apply(centred.square().mean(axes)) / self.processes
+        move_running_statistics(self, mean.detach(), variance.detach(), input.numel() // input.shape[1] * self.processes)
+        out = centred * (variance + self.eps).rsqrt().view(by_channel)
+        out = out if self.weight is None else out * self.weight.view(by_channel)
+        out = out if self.bias is None else out + self.bias.view(by_channel)
+        return out.to(input.dtype)
+
+
+class _AddUp(torch.autograd.Function):
+    """A sum over the processes, each of which has a loss of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return sum_over_processes(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return sum_over_processes(grads[0])
 
 
 def share_batch_norms(network: nn.Module) -> list[str]:
