@@ -35,7 +35,7 @@ class SharedBatchNorm(BATCH_NORM):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        if ops.unavailable(on_gpu=input.is_cuda):
+        if not _has_operators(input.is_cuda):
             return self._by_torch(input)
         rows = input.movedim(1, -1).flatten(0, -2)
         out = normalise(self, rows, *statistics_of_batch(self, rows), training=True)
@@ -53,6 +53,11 @@ class SharedBatchNorm(BATCH_NORM):
         out = out if self.weight is None else out * self.weight.view(by_channel)
         out = out if self.bias is None else out + self.bias.view(by_channel)
         return out.to(input.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_operators(on_gpu: bool) -> bool:
+    return not ops.unavailable(on_gpu=on_gpu)
 
 
 class _AddUp(torch.autograd.Function):
