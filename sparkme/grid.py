@@ -8,11 +8,14 @@ Rows are patch-major at every stride: sorted by (sample, visible patch in row-ma
 p = patch / s pixels along a patch, and `rows.view(B, keep, p, p, C)` is always valid.
 """
 
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Grid:
@@ -62,10 +65,10 @@ class Grid:
     def num_rows(self, stride: int) -> int:
         return self.batch * self.keep * self.pixels(stride) ** 2
 
-    @cached_property
+    @property
     def order(self) -> Tensor:
         """(B, f_h * f_w) int64: the patches of each image, visible ones first, each part in row-major order."""
-        return self.active.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        return self.cached("order", lambda: self.active.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True))
 
     @property
     def visible(self) -> Tensor:
@@ -77,26 +80,44 @@ class Grid:
         """(B, f_h * f_w - keep) int64: row-major numbers of the hidden patches, ascending."""
         return self.order[:, self.keep :]
 
-    @cached_property
+    @property
     def slots(self) -> Tensor:
         """(B, f_h, f_w) int32: the number of each patch among the visible ones of the batch, -1 where it is hidden."""
-        slots = torch.full((self.batch * self.f_h * self.f_w,), -1, dtype=torch.int32, device=self.device)
-        numbers = torch.arange(len(self.patches), dtype=torch.int32, device=self.device)
-        return slots.scatter(0, self.patches.long(), numbers).view(self.batch, self.f_h, self.f_w)
 
-    @cached_property
+        def build() -> Tensor:
+            slots = torch.full((self.batch * self.f_h * self.f_w,), -1, dtype=torch.int32, device=self.device)
+            numbers = torch.arange(len(self.patches), dtype=torch.int32, device=self.device)
+            return slots.scatter(0, self.patches.long(), numbers).view(self.batch, self.f_h, self.f_w)
+
+        return self.cached("slots", build)
+
+    @property
     def patches(self) -> Tensor:
         """(B * keep,) int32: where each visible patch of the batch lies in the flattened `slots`."""
-        first = torch.arange(self.batch, device=self.device).view(-1, 1) * (self.f_h * self.f_w)
-        return (first + self.visible).flatten().int()
+
+        def build() -> Tensor:
+            first = torch.arange(self.batch, device=self.device).view(-1, 1) * (self.f_h * self.f_w)
+            return (first + self.visible).flatten().int()
+
+        return self.cached("patches", build)
+
+    def cached(self, key: Any, build: Callable[[], T]) -> T:
+        """What `build` makes, once for the batch: its readers may be in other modes than the first one, so that it is never an
+        inference tensor."""
+        if key not in self._cache:
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                self._cache[key] = build()
+        found: T = self._cache[key]
+        return found
 
     def mask(self, stride: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, H / stride, W / stride): 1 at visible pixels, 0 at hidden ones."""
-        key = "mask", stride, dtype
-        if key not in self._cache:
+
+        def build() -> Tensor:
             p = self.pixels(stride)
-            self._cache[key] = self.active.repeat_interleave(p, 2).repeat_interleave(p, 3).to(dtype)
-        return self._cache[key]
+            return self.active.repeat_interleave(p, 2).repeat_interleave(p, 3).to(dtype)
+
+        return self.cached(("mask", stride, dtype), build)
 
     def coordinates(self, stride: int) -> Tensor:
         """(N, 3) int32 contiguous: (sample, y, x) of every row, in input pixels (multiples of `stride`)."""
@@ -114,22 +135,24 @@ class Grid:
         Neighbours along x within a patch are neighbours in memory, so a channels-last map is (B * H * f_w, p * C) runs,
         and what is visible can be copied run by run.
         """
-        key = "runs", stride
-        if key not in self._cache:
+
+        def build() -> Tensor:
             p = self.pixels(stride)
             sample = torch.arange(self.batch, device=self.device).view(-1, 1, 1)
             y = (self.visible // self.f_w * p).unsqueeze(2) + torch.arange(p, device=self.device)
             column = (self.visible % self.f_w).unsqueeze(2)
-            self._cache[key] = ((sample * self.f_h * p + y) * self.f_w + column).flatten()
-        return self._cache[key]
+            return ((sample * self.f_h * p + y) * self.f_w + column).flatten()
+
+        return self.cached(("runs", stride), build)
 
     def row_numbers(self, stride: int) -> Tensor:
         """(B, H / stride, W / stride) int64: the row of every pixel, -1 where it is hidden."""
-        key = "numbers", stride
-        if key not in self._cache:
+
+        def build() -> Tensor:
             numbers = torch.arange(1, self.num_rows(stride) + 1, device=self.device).view(-1, 1)
-            self._cache[key] = self.to_dense(numbers, stride).squeeze(1) - 1
-        return self._cache[key]
+            return self.to_dense(numbers, stride).squeeze(1) - 1
+
+        return self.cached(("numbers", stride), build)
 
     def to_rows(self, dense: Tensor, stride: int) -> Tensor:
         """Copies the visible patches of a (B, C, H / stride, W / stride) map to (N, C) rows; fast in channels_last memory."""

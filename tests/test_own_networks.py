@@ -455,8 +455,8 @@ class Louder(torch.autograd.Function):
     ("body", "reason"),
     [
         (lambda m, x: m.norm(Swish.apply(m.conv(x))), r"gradient does not reach the parameter 'blocks\.\d"),
-        (lambda m, x: m.norm(x + 0.5 * Swish.apply(x)), r"gradient is .* instead of .* at the parameter 'blocks\.\d"),
-        (lambda m, x: m.norm(Louder.apply(m.conv(x)) + x), r"gradient is .* instead of .* at the parameter 'blocks\.\d.down"),
+        (lambda m, x: m.norm(x + 0.5 * Swish.apply(x)), r"gradient of the parameter 'blocks\.\d"),
+        (lambda m, x: m.norm(Louder.apply(m.conv(x)) + x), r"gradient of the parameter 'blocks\.\d.down"),
         (lambda m, x: checkpoint(lambda y: m.norm(m.conv(y)), x, use_reentrant=True), "use_reentrant=True"),
     ],
 )
@@ -571,7 +571,9 @@ def test_what_a_network_does_in_training_only_is_compared() -> None:
     def by_class(m: Block, x: Tensor) -> Tensor:
         return m.norm(m.conv(x)) * (5 if m.training and not isinstance(m.conv, nn.Conv2d) else 1)
 
-    with pytest.raises(sparkme.UnsupportedLayerError, match="in training mode the sparse network does not compute"):
+    with pytest.raises(
+        sparkme.UnsupportedLayerError, match=r"in training mode, engine .*, the sparse network does not compute"
+    ):
         sparkme.sparsify(make(by_class))
 
 

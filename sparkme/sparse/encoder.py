@@ -177,7 +177,7 @@ class SparseEncoder(nn.Module):
         which version each module's weights are of, which some models ask for when they load it.
         """
         state = OrderedDict(
-            (prefix + name, value) for prefix, module in _walk(self.network) for name, value in _dense_state(module).items()
+            (prefix + name, value) for prefix, module in walk(self.network) for name, value in _dense_state(module).items()
         )
         state._metadata = {name: {"version": version} for name, version in self.versions.items()}  # type: ignore[attr-defined]
         return state
@@ -199,7 +199,7 @@ class SparseEncoder(nn.Module):
             problems = [f"missing {', '.join(missing[:5])}"] if missing else []
             problems += [f"wrong shape {', '.join(wrong[:5])}"] if wrong else []
             raise ValueError(f"weights of another model: {'; '.join(problems)} ({len(missing) + len(wrong)} in all)")
-        for prefix, module in _walk(self.network):
+        for prefix, module in walk(self.network):
             values = {name: state[prefix + name] for name in _dense_state(module)}
             if isinstance(module, SparseLayer):
                 module.load_dense_state(values)
@@ -213,12 +213,12 @@ def _reached(i: int, value: Any) -> bool:
     return value.recorder.reached(i, value)
 
 
-def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules with the prefix of their names; a sparse layer is one, whatever it is made of."""
     yield prefix, module
     if not isinstance(module, SparseLayer):
         for name, child in module.named_children():
-            yield from _walk(child, f"{prefix}{name}.")
+            yield from walk(child, f"{prefix}{name}.")
 
 
 def _dense_state(module: nn.Module) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ class Recorder:
         """Notes a call of the module of map i; true once all maps are there."""
         self.counts[i] += 1
         if self.counts[i] == self.calls[i]:
-            self.maps[i] = value.snapshot() if type(value) is SparseMap else value.clone()
+            with torch.enable_grad():  # what reads it may be frozen; the map is not
+                self.maps[i] = value.snapshot() if type(value) is SparseMap else value.clone()
         return len(self.maps) == len(self.calls)
 
 
@@ -87,6 +88,11 @@ class Storage:
             self.held = self.held.write()
         return self.held
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether gradients may come to what it holds; without writing it."""
+        return self.held.modes.grad if isinstance(self.held, Unwritten) else self.held.data.requires_grad
+
     def check(self) -> None:
         """Raises NotImplementedError where what is here is not what the network would find."""
         root = self if self.root is None else self.root
@@ -107,6 +113,14 @@ class Storage:
         if root.views:
             root.writes.append((self.number, self.span))
         self.held = features
+
+
+def _with_graph_of(old: Features, new: Features) -> Features:
+    """The new values with the old ones' graph: what torch makes of an operation in place that is called without gradients."""
+    with torch.enable_grad():
+        data = old.data.clone()
+    data.copy_(new.data)  # called without gradients, so that the graph does not notice
+    return new.replace(data, clean=new.clean)
 
 
 def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
@@ -190,8 +204,8 @@ class SparseMap:
 
     @property
     def unwritten(self) -> Unwritten | None:
-        """What is still to be computed of it, if anything."""
-        if not isinstance(self.storage.held, Unwritten):
+        """What is still to be computed of it, and what is called now may become part of."""
+        if not isinstance(self.storage.held, Unwritten) or not self.storage.held.is_current:
             return None
         self.unpadded.check()
         return self.storage.held
@@ -291,6 +305,8 @@ class SparseMap:
 
     def write(self, new: SparseMap) -> SparseMap:
         """Replaces what this map holds, for operations in place."""
+        if not torch.is_grad_enabled() and self.storage.in_graph:
+            new = new.replace(_with_graph_of(self.features, new.features))
         self.storage.write(new.storage.held)
         return self
 

@@ -5,27 +5,26 @@ Both are copies that are thrown away: whatever a network keeps between its calls
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparkme.errors import UnsupportedLayerError, first_line
 from sparkme.grid import Grid
-from sparkme.sparse.encoder import SparseEncoder
+from sparkme.sparse.encoder import SparseEncoder, walk
 from sparkme.sparse.engines import ENGINES, why_not
 from sparkme.sparse.hierarchy import dense_features
 
 # What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays
 # a hundred times below, a wrong layer is off by a hundred times more.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-# The same for the norm of a gradient, relative to itself and, besides, to the largest of all: where a ReLU's input is
-# within rounding of zero, a whole gradient may move; where a gradient is missing, it is off by itself.
+# The same for a gradient, of Euclidean norms, relative to its own and, besides, to the largest of all: where a ReLU's input is
+# within rounding of zero, a whole gradient may move.
 GRADIENT_TOLERANCE, GRADIENT_FLOOR = 0.2, 1e-4
-# And for a map in training mode, of Euclidean norms: batch norms over the few pixels of a small image amplify rounding.
+# And for maps and gradients in training mode: batch norms over the few pixels of a small image amplify rounding.
 TRAINING_TOLERANCE = 0.5
 
 _BLIND = (
@@ -70,17 +69,13 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     hidden = Grid(some, patch).mask(1, torch.bool).logical_not()
     with torch.no_grad():
         _compare_maps(encoder, _dense_maps(dense, encoder, images), images, whole, images.masked_fill(hidden, torch.nan), some)
-    encoder.eval().set_engine("auto")
+    _compare_gradients(encoder.eval().set_engine("auto"), dense, images, whole, ["auto"])
+    _compare_gradients(encoder.train(), dense, images, whole, [name for name in ENGINES if not why_not(name, images.device)])
     with _named_errors(encoder.network), torch.enable_grad():
-        _compare_gradients(encoder, dense, images, whole)
-    encoder.train()
-    with _named_errors(encoder.network), torch.enable_grad():
-        total = torch.stack([x.rows.float().square().mean() for x in encoder(images.clone(), some)]).sum()
+        total = torch.stack([x.rows.float().square().mean() for x in encoder.set_engine("auto")(images.clone(), some)]).sum()
         if not total.requires_grad:
             raise UnsupportedLayerError(f"no gradient reaches the parameters of the sparse network; {_BLIND}")
         total.backward()
-    with torch.no_grad():
-        _compare_training(encoder, dense, images, whole)
 
 
 def _dense_maps(dense: nn.Module, encoder: SparseEncoder, images: Tensor, *, training: bool = False) -> list[Tensor]:
@@ -120,31 +115,135 @@ def _compare(value: Tensor, expected: Tensor, where: str) -> None:
         )
 
 
-def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor, whole: Tensor) -> None:
-    """Compares the gradient of every parameter with the dense network's, in size, on a whole image.
+class _Pass(NamedTuple):
+    """Forward and backward pass on whole images: the maps, and gradients by the dense network's names, NaN where none comes."""
+
+    maps: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor, whole: Tensor, engines: Sequence[str]) -> None:
+    """Compares maps and which parameters get which gradient with the dense network, in the encoder's mode, on every engine.
+
+    Where operations in place keep the dense network from being trained, the first engine stands for it. Where it draws random
+    numbers, only whether gradients come is compared.
 
     Raises:
-        DifferenceError: one differs, since the network does something that torch does not show to a sparse map.
+        DifferenceError: something differs, since the network does what torch does not show to a sparse map.
     """
+    expected, names = _dense_pass(dense, encoder, images), {name for name, _ in dense.named_parameters()}
+    is_random = encoder.training and _draws_numbers(dense, encoder, images)
+    for name in engines:
+        where = f"in {'training' if encoder.training else 'eval'} mode, engine {encoder.set_engine(name).engine.name}"
+        found = _sparse_pass(encoder, images, whole, names, expected)
+        expected = expected or found
+        if is_random:
+            _wait_for_gradients(encoder, images, whole, expected, found)
+        elif encoder.training:
+            _compare_training_maps(found.maps, expected.maps, encoder.strides, where)
+        _compare_passes(found.gradients, expected.gradients, where, is_random=is_random, training=encoder.training)
+
+
+def _dense_pass(dense: nn.Module, encoder: SparseEncoder, images: Tensor) -> _Pass | None:
+    """None where operations in place keep the network from being trained as it is."""
     names, weights = zip(*((name, p) for name, p in dense.named_parameters() if p.requires_grad))
-    try:
-        features = dense_features(dense, encoder.hierarchy.taps, images.clone())
-        factors = [y.detach().cos() for y in features]  # every map counts, however large its values are
-        expected = torch.autograd.grad(_weighted(features, factors), weights, allow_unused=True)
-    except RuntimeError:  # operations in place keep the dense network from being trained as it is
-        return
-    del features
+    torch.manual_seed(1)
+    with _as_before(dense), torch.enable_grad():
+        try:
+            maps = dense_features(dense, encoder.hierarchy.taps, images.clone(), training=encoder.training)
+            found = _gradients(maps, maps, weights)
+        except RuntimeError:
+            return None
+    return _Pass([x.detach() for x in maps], dict(zip(names, found, strict=True)))
+
+
+def _sparse_pass(
+    encoder: SparseEncoder, images: Tensor, whole: Tensor, names: Container[str], like: _Pass | None, *, seed: int = 1
+) -> _Pass:
+    torch.manual_seed(seed)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
-    total = _weighted([x.dense() for x in encoder(images.clone(), whole)], factors)
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else [None] * len(parameters)
-    unreached = [torch.full_like(p, torch.nan) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    ours = _in_dense_layout(encoder, parameters, unreached)
-    sizes = [(name, float(ours[name].norm()), float(g.norm())) for name, g in zip(names, expected) if g is not None]
-    least = GRADIENT_FLOOR * max((size for _, _, size in sizes), default=0.0)
-    for name, size, expected_size in sizes:
-        if not abs(size - expected_size) <= GRADIENT_TOLERANCE * expected_size + least:
-            found = "does not reach" if math.isnan(size) else f"is {size:.2g} instead of {expected_size:.2g} at"
-            raise DifferenceError(f"the gradient {found} the parameter {name!r} of the sparse network; {_BLIND}")
+    with _as_before(encoder), torch.enable_grad(), _named_errors(encoder.network):
+        maps = [x.dense() for x in encoder(images.clone(), whole)]
+        found = _gradients(maps, maps if like is None else like.maps, parameters)
+    state = _in_dense_layout(encoder, parameters, found)
+    return _Pass([x.detach() for x in maps], {name: value for name, value in state.items() if name in names})
+
+
+def _wait_for_gradients(encoder: SparseEncoder, images: Tensor, whole: Tensor, expected: _Pass, found: _Pass) -> None:
+    """Layers may be left out by chance: tries a few times more until each has had its gradient once."""
+    for seed in range(2, 10):
+        missing = [n for n, g in found.gradients.items() if _is_missing(g) and not _is_missing(expected.gradients[n])]
+        if not missing:
+            return
+        found.gradients.update(_sparse_pass(encoder, images, whole, missing, expected, seed=seed).gradients)
+
+
+def _draws_numbers(dense: nn.Module, encoder: SparseEncoder, images: Tensor) -> bool:
+    """Whether the dense network gives different maps in training mode from seed to seed."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with _as_before(dense), torch.no_grad():
+            found.append(_dense_maps(dense, encoder, images, training=True))
+    return not all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@contextmanager
+def _as_before(network: nn.Module) -> Iterator[None]:
+    """Puts back what buffers held before."""
+    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def _compare_training_maps(maps: Sequence[Tensor], expected: Sequence[Tensor], strides: Sequence[int], where: str) -> None:
+    for x, y, stride in zip(maps, expected, strides, strict=True):
+        error = float((x - y).norm() / y.norm().clamp_min(1e-30))
+        if not error <= TRAINING_TOLERANCE:
+            raise DifferenceError(
+                f"{where}, the sparse network does not compute what the dense one does: at stride {stride} they differ by "
+                f"{error:.1e} of the map; look for code that asks for a layer's class or changes its attributes"
+            )
+
+
+def _compare_passes(
+    found: dict[str, Tensor], expected: dict[str, Tensor], where: str, *, is_random: bool, training: bool
+) -> None:
+    sizes = {name: float(g.norm()) for name, g in expected.items() if not _is_missing(g)}
+    least = GRADIENT_FLOOR * max(sizes.values(), default=0.0)
+    for name, value in found.items():
+        if name not in sizes:
+            if not is_random and not _is_missing(value) and float(value.norm()) > least:
+                raise DifferenceError(
+                    f"{where}, a gradient comes to the parameter {name!r} of the sparse network alone; {_BLIND}"
+                )
+            continue
+        if _is_missing(value):
+            raise DifferenceError(
+                f"{where}, the gradient does not reach the parameter {name!r} of the sparse network; {_BLIND}"
+            )
+        tolerance = TRAINING_TOLERANCE if training else GRADIENT_TOLERANCE
+        error = float((value - expected[name]).norm())
+        if not is_random and not error <= tolerance * sizes[name] + least:
+            raise DifferenceError(
+                f"{where}, the gradient of the parameter {name!r} of the sparse network differs from the dense one's by "
+                f"{error:.2g}, and that is {sizes[name]:.2g} large; {_BLIND}"
+            )
+
+
+def _is_missing(gradient: Tensor) -> bool:
+    return bool(gradient.isnan().all())
+
+
+def _gradients(maps: Sequence[Tensor], like: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of a number in which every map counts, however large its values are; NaN for weights that none comes to."""
+    total = _weighted(maps, [y.detach().cos() for y in like])
+    found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else [None] * len(weights)
+    return [torch.full_like(p, torch.nan) if g is None else g for p, g in zip(weights, found, strict=True)]
 
 
 def _weighted(maps: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
@@ -163,36 +262,20 @@ def _in_dense_layout(encoder: SparseEncoder, parameters: Sequence[nn.Parameter],
             parameter.data = value
 
 
-def _compare_training(encoder: SparseEncoder, dense: nn.Module, images: Tensor, whole: Tensor) -> None:
-    """Compares maps in training mode, where the dense network draws no random numbers then."""
-    expected = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        expected.append(_dense_maps(dense, encoder, images, training=True))
-    if not all(torch.equal(x, y) for x, y in zip(*expected, strict=True)):
-        return
-    with _named_errors(encoder.network):
-        maps = encoder.train()(images.clone(), whole)
-    for x, y in zip(maps, expected[0], strict=True):
-        error = float((x.dense() - y).norm() / y.norm().clamp_min(1e-30))
-        if not error <= TRAINING_TOLERANCE:
-            raise DifferenceError(
-                f"in training mode the sparse network does not compute what the dense one does: at stride {x.stride} they "
-                f"differ by {error:.1e} of the map; look for code that asks for a layer's class or changes its attributes"
-            )
-
-
 @contextmanager
 def _named_errors(network: nn.Module) -> Iterator[None]:
-    """Names the module in which something failed."""
+    """Names the module in which something failed. What a sparse layer is made of gets no hooks: fused layers would not be."""
     open_modules: list[str] = []
-    names = {name: type(module).__name__ for name, module in network.named_modules()}
+    modules: dict[nn.Module, str] = {}
+    for prefix, module in walk(network):
+        modules.setdefault(module, prefix.removesuffix("."))
+    names = {name: type(module).__name__ for module, name in modules.items()}
 
     def enter(name: str) -> Any:
         return lambda module, args: open_modules.append(name)
 
     handles = []
-    for name, module in network.named_modules():
+    for module, name in modules.items():
         handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
         handles.append(module.register_forward_hook(lambda m, a, out: open_modules.pop() and None))
     try:

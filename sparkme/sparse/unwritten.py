@@ -14,14 +14,17 @@ norm's rows. On CUDA it is, since that is short of bandwidth sooner than of memo
 factors for channels, which take those for samples and another map along.
 
 In the middle there may be a dropout that drops nothing. Everything else, and whatever stands in another order, runs as it is.
-A batch norm's statistics are taken at once, so they do not depend on when or how often a map is written. Engines say with
-`Engine.fuses` and `Engine.fuses_all` whether they take part.
+A batch norm's statistics are taken at once, so they do not depend on when or how often a map is written. Nor does its graph:
+what waits is computed under the modes of torch (gradients, inference, autocast) that held where the network called it, and
+joins only what is called under the same ones. Engines say with `Engine.fuses` and `Engine.fuses_all` whether they take part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,27 @@ from torch import Tensor
 from sparkme import ops
 from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalise, processes_of, statistics_of_batch
 from sparkme.sparse.engines.base import Features
+
+
+class Modes(NamedTuple):
+    """What torch is set to where an operation is called, as far as its result and its graph depend on it."""
+
+    device_type: str
+    grad: bool
+    inference: bool
+    autocast: torch.dtype | None
+
+    @staticmethod
+    def now(device: torch.device) -> Modes:
+        kind = device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return Modes(kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        autocast = torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
+            yield
 
 
 class Unwritten:
@@ -44,9 +68,21 @@ class Unwritten:
     def __init__(self, source: Features, channels: int, dtype: torch.dtype) -> None:
         self.source = source
         self.grid, self.stride, self.device, self.dtype = source.grid, source.stride, source.device, dtype
+        self.modes = Modes.now(source.device)
         self.shape = torch.Size((*source.shape[:2], channels))
 
+    @property
+    def is_current(self) -> bool:
+        """Whether an operation that is called now would be computed as this one is."""
+        return self.modes == Modes.now(self.device)
+
     def write(self) -> Features:
+        if self.is_current:
+            return self._write()
+        with self.modes.restored():
+            return self._write()
+
+    def _write(self) -> Features:
         return self.source.replace(self.compute(self.source.data.flatten(0, 1)).view(self.shape))
 
     def compute(self, rows: Tensor) -> Tensor:
@@ -120,8 +156,8 @@ class UnwrittenNorm(Unwritten):
                 assert bn.running_mean is not None and bn.running_var is not None
                 self.mean, self.deviation = bn.running_mean, (bn.running_var + bn.eps).rsqrt()
 
-    def write(self) -> Features:
-        features = super().write()
+    def _write(self) -> Features:
+        features = super()._write()
         known = self.recomputed and self.kernel is None and "residual" not in self.follows
         if not known or torch.compiler.is_compiling():
             return features

@@ -200,8 +200,8 @@ def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
 
     Kept on the grid. Works for any border.
     """
-    key = "taps", stride, window.key
-    if key not in grid._cache:
+
+    def build() -> list[Tensor]:
         numbers = grid.row_numbers(stride)
         h, w = grid.size(stride)
         down, across = (torch.arange(0, n, window.stride, device=grid.device) for n in (h, w))
@@ -210,8 +210,9 @@ def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
             (y, y_inside), (x, x_inside) = _at(down + dy, h, window.border), _at(across + dx, w, window.border)
             taken = torch.where(y_inside.view(-1, 1) & x_inside, numbers[:, y][:, :, x], -1)
             found.append(grid.to_rows(taken.unsqueeze(1), stride * window.stride).flatten())
-        grid._cache[key] = found
-    return grid._cache[key]
+        return found
+
+    return grid.cached(("taps", stride, window.key), build)
 
 
 def _at(position: Tensor, size: int, border: str) -> tuple[Tensor, Tensor]:

@@ -106,16 +106,16 @@ def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:
 
     The operator knows plain windows; of another one the table is some columns of that of the window around it.
     """
-    key = "table", x.stride, window.key, transposed
-    cache = x.grid._cache
-    if key not in cache:
+
+    def build() -> Tensor:
         around, taps = window.enclosing()
         found = ops.neighbour_table(
             x.grid.slots, x.grid.patches, x.grid.pixels(x.stride), around.kernel_size, stride=around.stride,
             dilation=around.dilation, transposed=transposed,
         )  # fmt: skip
-        cache[key] = found if taps is None else found[:, taps].contiguous()
-    return cache[key]
+        return found if taps is None else found[:, taps].contiguous()
+
+    return x.grid.cached(("table", x.stride, window.key, transposed), build)
 
 
 def around(grid: Grid, stride: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,20 +126,19 @@ def around(grid: Grid, stride: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
         inverse (N, side^2) int32: the pixel that reads a row through each tap, -1 outside of the image.
         hidden (B * H * W, side^2) float32: 1 where a tap meets a hidden pixel.
     """
-    key = "around", stride, side
-    if key not in grid._cache:
 
-        def windows(numbers: Tensor, outside: int) -> Tensor:
-            padded = F.pad(numbers, [side // 2] * 4, value=outside)
-            return padded.unfold(1, side, 1).unfold(2, side, 1)
+    def windows(numbers: Tensor, outside: int) -> Tensor:
+        padded = F.pad(numbers, [side // 2] * 4, value=outside)
+        return padded.unfold(1, side, 1).unfold(2, side, 1)
 
+    def build() -> tuple[Tensor, Tensor, Tensor]:
         numbers = grid.row_numbers(stride)
         read = windows(numbers, -2).flatten(3).flatten(0, 2)
         pixels = torch.arange(numbers.numel(), device=numbers.device).view_as(numbers)
         reading = windows(pixels, -1).flip(3, 4).flatten(3).permute(0, 3, 1, 2)
-        grid._cache[key] = read.clamp_min(-1).int(), grid.to_rows(reading, stride).int(), (read == -1).float()
-    found: tuple[Tensor, Tensor, Tensor] = grid._cache[key]
-    return found
+        return read.clamp_min(-1).int(), grid.to_rows(reading, stride).int(), (read == -1).float()
+
+    return grid.cached(("around", stride, side), build)
 
 
 def every_nth_pixel(rows: Tensor, pixels: int, stride: int) -> Tensor:

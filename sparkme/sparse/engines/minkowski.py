@@ -45,7 +45,8 @@ def one_thread() -> Iterator[None]:
 
 def manager_of(grid: Grid) -> ME.CoordinateManager:
     """The coordinate manager of a batch, made once and kept on its grid."""
-    if "manager" not in grid._cache:
+
+    def build() -> ME.CoordinateManager:
         on_gpu = grid.device.type == "cuda"
         if on_gpu and not ME.is_cuda_available():
             raise RuntimeError(
@@ -54,23 +55,23 @@ def manager_of(grid: Grid) -> ME.CoordinateManager:
             )
         kind = ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU
         with one_thread():  # the manager sets the number of threads for the whole process
-            grid._cache["manager"] = ME.CoordinateManager(D=2, num_threads=1, coordinate_map_type=kind)
-    return grid._cache["manager"]
+            return ME.CoordinateManager(D=2, num_threads=1, coordinate_map_type=kind)
+
+    return grid.cached("manager", build)
 
 
 def sites_of(grid: Grid, stride: int) -> Sites:
     """The coordinate map of one stride, inserted in patch-major order."""
-    cache_key = "sites", stride
-    if cache_key not in grid._cache:
+
+    def build() -> Sites:
         coordinates = grid.coordinates(stride)
         key, (unique, _) = manager_of(grid).insert_and_map(coordinates, [stride, stride], "patch")
         unique = unique.long()
         if len(unique) in (0, len(coordinates)) and not _is_permuted(unique):
-            sites = Sites(key, None, None)
-        else:
-            sites = Sites(key, unique, unique.argsort())
-        grid._cache[cache_key] = sites
-    return grid._cache[cache_key]
+            return Sites(key, None, None)
+        return Sites(key, unique, unique.argsort())
+
+    return grid.cached(("sites", stride), build)
 
 
 def _is_permuted(index: Tensor) -> bool:
@@ -112,21 +113,20 @@ def kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False
 
 def kernel_pairs(grid: Grid, stride: int, window: Window) -> dict[int, Tensor]:
     """The int64 pairs of each tap of any window, in the window's own order. Kept on the grid."""
-    key = "pairs", stride, window
-    if key not in grid._cache:
+
+    def build() -> dict[int, Tensor]:
         around, taps = window.enclosing()
         pairs = {k: pair.long().to(grid.device) for k, pair in kernel_map(grid, stride, around).items()}
         numbers = range(around.taps) if taps is None else taps
-        grid._cache[key] = {k: pairs[number] for k, number in enumerate(numbers) if number in pairs}
-    return grid._cache[key]
+        return {k: pairs[number] for k, number in enumerate(numbers) if number in pairs}
+
+    return grid.cached(("pairs", stride, window), build)
 
 
 def build_kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False) -> None:
     """Has the manager build a kernel map, if no layer has asked for it yet."""
-    key = "built", stride, window, is_pool
-    if grid.device.type == "cpu" and key not in grid._cache:
-        kernel_map(grid, stride, window, is_pool=is_pool)
-        grid._cache[key] = True
+    if grid.device.type == "cpu":
+        grid.cached(("built", stride, window, is_pool), lambda: kernel_map(grid, stride, window, is_pool=is_pool))
 
 
 class MinkowskiEngine(RowEngine):

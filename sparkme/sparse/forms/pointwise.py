@@ -83,6 +83,9 @@ class _Pointwise:
         self.is_product = name in ("mul", "multiply")
 
     def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
+        if self._returns_its_input(args, kwargs):
+            same: SparseMap = args[0]
+            return same
         values = (*args, *kwargs.values())
         first = first_map(values)
         if (longer := self._fused(args, kwargs)) is not None:
@@ -107,11 +110,20 @@ class _Pointwise:
             out = first.replace(features.replace(data))
         return self._result(out, args or (first,), inplace=inplace)
 
+    def _returns_its_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether torch hands back the very tensor, which an operation in place then changes for everyone."""
+        if self.name in ("pos", "positive"):
+            return True
+        return self.name in ("dropout", "alpha_dropout") and _drops_nothing(*args[1:], **kwargs)
+
     def _result(self, out: SparseMap, args: tuple[Any, ...], *, inplace: bool) -> SparseMap:
         if not (inplace or self.in_place):
             return out
         if not is_map(args[0]):
             raise NotImplementedError("a tensor that is changed in place by a sparse map has no sparse form")
+        if self.name == "detach":
+            args[0].storage.write(out.features)
+            return args[0]
         return args[0].write(out)
 
     def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unwritten | None:
@@ -128,8 +140,6 @@ class _Pointwise:
                 return unwritten.clamp(math.inf if self.name == "relu" else 6.0)
             if self.name == "gelu" and not others and kwargs.get("approximate", "none") == "none":
                 return unwritten.gelu()
-            if self.name == "dropout" and _drops_nothing(*others, **kwargs):
-                return unwritten
             if self.name in ("add", "mul", "multiply") and len(others) == 1 and not kwargs:
                 if self.name == "add":
                     return unwritten.plus(operand(others[0], x)) if is_map(others[0]) else None
@@ -227,6 +237,8 @@ def glu(x: SparseMap, dim: int = -1) -> SparseMap:
 @sparse_function("dropout2d", "feature_dropout")
 def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseMap:
     """Whole channels of each sample."""
+    if _drops_nothing(p, training):
+        return x
     noise = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
     out: SparseMap = FUNCTIONS[torch.mul](x, noise)
     return x.write(out) if inplace else out

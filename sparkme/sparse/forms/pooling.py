@@ -89,13 +89,14 @@ def _bounded(x: SparseMap, window: Window) -> Window:
 
 def _reaches_out(grid: Grid, stride: int, window: Window) -> Tensor:
     """(N, 1) bool: whether the window of an output row reaches out of the image."""
-    key = "reaches out", stride, window.key
-    if key not in grid._cache:
+
+    def build() -> Tensor:
         whole = Grid(torch.ones_like(grid.active), grid.patch, grid.f_h * grid.f_w)
         missing = torch.stack(tap_rows(whole, stride, window)).min(0).values < 0
         out = stride * window.stride
-        grid._cache[key] = grid.to_rows(whole.to_dense(missing.view(-1, 1), out), out)
-    return grid._cache[key]
+        return grid.to_rows(whole.to_dense(missing.view(-1, 1), out), out)
+
+    return grid.cached(("reaches out", stride, window.key), build)
 
 
 @sparse_function("avg_pool2d")
@@ -115,13 +116,14 @@ def avg_pool2d(
         return out.with_values(out.values * (window.taps / divisor_override))
     if x.padding is not None or (not ceil_mode and (count_include_pad or window.padding == (0, 0))):
         return out
-    key = "divisor", x.stride, window.key, ceil_mode, count_include_pad
-    if key not in x.grid._cache:  # by torch's own pooling of ones
+
+    def divisor() -> Tensor:  # by torch's own pooling of ones
         ones = torch.ones(1, 1, *x.grid.size(x.stride), dtype=torch.float64, device=x.device)
         options = size, pair(stride or kernel_size), pair(padding), ceil_mode
         means, sums = F.avg_pool2d(ones, *options, count_include_pad), F.avg_pool2d(ones, *options, divisor_override=1)
-        x.grid._cache[key] = window.taps * means / sums
-    factor = x.grid._cache[key]
+        return window.taps * means / sums
+
+    factor = x.grid.cached(("divisor", x.stride, window.key, ceil_mode, count_include_pad), divisor)
     return out * factor.to(out.dtype)
 
 
