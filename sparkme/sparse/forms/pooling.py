@@ -123,7 +123,7 @@ def avg_pool2d(
         means, sums = F.avg_pool2d(ones, *options, count_include_pad), F.avg_pool2d(ones, *options, divisor_override=1)
         return window.taps * means / sums
 
-    factor = x.grid.cached(("divisor", x.stride, window.key, ceil_mode, count_include_pad), divisor)
+    factor: Any = x.grid.cached(("divisor", x.stride, window.key, ceil_mode, count_include_pad), divisor)
     return out * factor.to(out.dtype)
 
 
