@@ -325,7 +325,8 @@ class Pretraining(Training):
             f"{config['samples_per_epoch']} crops an epoch",
             "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
-            f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",
+            f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)"
+            + (f"; left out: {', '.join(encoder.head[:4])}{' ...' * (len(encoder.head) > 4)}" if encoder.head else ""),
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
             f"learning rate {rate:.2g}",
             "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}"
