@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from sparkme.data.dataset import FORK, Sample, as_source, collate, ignore_signals
+from sparkme.data.dataset import Sample, as_source, collate
+from sparkme.data.handover import Loader
 from sparkme.data.images import load_image, printable
 from sparkme.data.sources import Files, ImageSource, find_source
 from sparkme.data.sources.files import Names, list_folder
@@ -318,17 +319,9 @@ class WholeImages(Dataset[NumberedSample]):
 
 def whole_batches(
     dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None
-) -> DataLoader[Any]:
+) -> Loader:
     """Batches of a data set in its order, or of some of its numbers in theirs."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=share,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=ignore_signals if workers else None,
-        multiprocessing_context=FORK if workers else None,
-    )
+    return Loader(dataset, workers=workers, batch_size=batch_size, sampler=share, collate_fn=_collate)
 
 
 def _collate(samples: list[NumberedSample]) -> WholeBatch:

@@ -1,0 +1,41 @@
+"""What the processes of a command need of the machine, and what an error says is lacking. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+from sparkme.errors import first_line
+
+SHARED_MEMORY = "/dev/shm"
+MORE_SHARED_MEMORY = "give a container more of it (docker run --shm-size=1g)"
+LOADER = "image loader"  # the name of a process that loads images
+
+
+def shared_memory() -> str:
+    """How large /dev/shm is and what of it is free, for people."""
+    try:
+        space = os.statvfs(SHARED_MEMORY)
+    except OSError as error:
+        return f"{SHARED_MEMORY}: {error.strerror}"
+    size, free = (space.f_frsize * blocks / 2**20 for blocks in (space.f_blocks, space.f_bavail))
+    return f"{SHARED_MEMORY}: {size:.0f} MB, {free:.0f} free" + (", read-only" if space.f_flag & os.ST_RDONLY else "")
+
+
+def end_loaders() -> None:
+    """Ends the processes that load images; one that hangs would outlive this process, or keep it."""
+    for child in multiprocessing.active_children():
+        if child.name == LOADER:
+            child.kill()
+
+
+def problem_of(error: Exception) -> str:
+    """What an error says about the machine, in one line with the remedy; "" if it says nothing known."""
+    text = str(error)
+    if "shared memory segment" in text:  # of NCCL
+        return f"the GPUs of a machine exchange gradients through shared memory, and {shared_memory()}: {MORE_SHARED_MEMORY}"
+    if "Too many open files" in text or "Pin memory thread exited" in text or "items of ancdata" in text:
+        return "loading images ended: too many open files; raise ulimit -n, or lower --workers"
+    if "DataLoader worker" in text:
+        return f"loading images ended: {first_line(error)} (mostly for want of memory: lower --workers)"
+    return ""
