@@ -56,7 +56,7 @@ def list_models(pattern: str) -> int:
 def pretrain(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
     process = start_process(args.device)
-    return run_training(lambda: Pretraining(args, process))
+    return run_training(lambda: Pretraining(args, process), args.hang_seconds)
 
 
 class Pretraining(Training):

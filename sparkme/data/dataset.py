@@ -313,9 +313,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> Loader:
     """Batches in the sampler's order."""
-    return Loader(
-        dataset, workers=workers, prefetch=4, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory
-    )
+    return Loader(dataset, workers=workers, prefetch=4, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory)
 
 
 def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -317,9 +317,7 @@ class WholeImages(Dataset[NumberedSample]):
         return NumberedSample(Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), ()), number)
 
 
-def whole_batches(
-    dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None
-) -> Loader:
+def whole_batches(dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None) -> Loader:
     """Batches of a data set in its order, or of some of its numbers in theirs."""
     return Loader(dataset, workers=workers, batch_size=batch_size, sampler=share, collate_fn=_collate)
 
