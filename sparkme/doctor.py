@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from sparkme.errors import run_command
+
 BUILD = "python cuda_ext/minkowski/build.py --install"
 INSTALL = "pip install --no-build-isolation ."
 TOLERANCE = 1e-4
@@ -249,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         " The exit status is 0 where pretraining can run, else 1.",
     )
     parser.parse_args(argv)
+    return run_command(examine, watch=True)
+
+
+def examine() -> int:
+    """Prints what is found. Returns the exit code."""
     findings: list[Finding] = []
     for title, check in SECTIONS:
         print(title)

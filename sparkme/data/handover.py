@@ -6,6 +6,7 @@ no place, of which the reader gets the descriptor. Where the system refuses one,
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -13,6 +14,8 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import DupFd, ForkingPickler
@@ -24,12 +27,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from sparkme.errors import first_line
-from sparkme.machine import LOADER, MORE_SHARED_MEMORY, shared_memory
+from sparkme.machine import LOADER, MORE_SHARED_MEMORY, end_loaders, shared_memory
 from sparkme.training.log import show
 
 # Processes that load images share what the source keeps. By other ways of starting them each would get a copy of its own.
 FORK = "fork"
 SMALL_BYTES = 2**16  # up to here a pipe takes it at once
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SPARE_FILES = 16  # that may still be opened; the thread that gives descriptors away does not stop where one is lacking
 
 
@@ -52,7 +56,7 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         before = multiprocessing.active_children()
         try:
-            return super().__iter__()
+            return _ending_loaders(super().__iter__()) if self.num_workers else super().__iter__()
         except OSError as error:
             _clear_away(error, _since(before))
             _say_once(
@@ -70,6 +74,7 @@ def _clear_away(error: OSError, started: list[Any]) -> None:
     """Ends the processes of an iterator that could not start all of them; it cannot do so itself, and says that at length."""
     for process in started:
         process.kill()
+        process.join(1)
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if isinstance(iterator := frame.f_locals.get("self"), _BaseDataLoaderIter):
             iterator._shutdown = True  # type: ignore[attr-defined]
@@ -82,6 +87,17 @@ def remedy(error: OSError) -> str:
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
         return "raise ulimit -u or the memory, or lower --workers"
     return f"their locks are files in shared memory ({shared_memory()}): {MORE_SHARED_MEMORY}"
+
+
+def _ending_loaders(batches: Iterator[Any]) -> Iterator[Any]:
+    """What ends the wait for a batch ends the processes at once; torch waits for each that hangs."""
+    try:
+        yield from batches
+    except GeneratorExit:
+        raise
+    except BaseException:
+        end_loaders()
+        raise
 
 
 def _since(before: list[Any]) -> list[Any]:
@@ -97,6 +113,8 @@ def start_worker(number: int) -> None:
     """Prepares a process that loads images. It leaves signals to the main process, which saves before it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(AttributeError):  # of Linux: where the main process is killed, one that hangs would outlive it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     ForkingPickler.register(Tensor, hand_over)
     # Python only prints what goes wrong here, and the main process would wait for the batch for ever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import CannotWrite, UserError, first_line, python_command, user_errors
-from sparkme.machine import end_loaders, is_main_thread, problem_of
+from sparkme.machine import is_main_thread, problem_of
 from sparkme.training.checkpoint import SpoiledWeights, free_gib
 from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
 from sparkme.training.distributed import Process, is_of_others, stop_process
@@ -595,7 +595,6 @@ class Loop:
             name = signal.Signals(number).name
             self.notes.add("stopped", step, f"{name}: {saved}")
             log.finish(f"{name}: {saved}")
-        end_loaders()  # of which one may hang
         return 128 + number
 
 
