@@ -50,7 +50,11 @@ class Loader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Any, *, workers: int, prefetch: int | None = None, **others: Any) -> None:
-        of_workers = {"worker_init_fn": start_worker, "multiprocessing_context": FORK, "prefetch_factor": prefetch}
+        of_workers: dict[str, Any] = {
+            "worker_init_fn": start_worker,
+            "multiprocessing_context": FORK,
+            "prefetch_factor": prefetch,
+        }
         super().__init__(dataset, num_workers=workers, **others, **(of_workers if workers else {}))
 
     def __iter__(self) -> Any:
@@ -134,7 +138,7 @@ def hand_over(tensor: Tensor) -> tuple[Any, ...]:
             with open(os.memfd_create("batch"), "wb") as file:
                 if file.fileno() + SPARE_FILES > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
                     raise OSError(errno.EMFILE, "too few for the socket that descriptors go through")
-                file.write(memoryview(values).cast("B"))
+                file.write(values.data.cast("B"))
                 file.flush()
                 return take_over, (DupFd(file.fileno()), tensor.shape, tensor.dtype)
         except (OSError, RuntimeError, AttributeError):  # no file or thread is left, a full folder for sockets, no Linux
@@ -147,5 +151,5 @@ def take_over(descriptor: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype)
     with open(descriptor.detach(), "rb") as file:
         file.seek(0)
-        file.readinto(memoryview(tensor.numpy()).cast("B"))
+        file.readinto(tensor.numpy().data.cast("B"))
     return tensor
