@@ -58,10 +58,13 @@ def python_command() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: Exception) -> str:
+    """What to do where an error says so; "" if it does not."""
     text = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "not enough memory" in text or "can't allocate memory" in text
+    if not (named or "not enough memory" in text or "can't allocate memory" in text):
+        return ""
+    return f"out of memory ({first_line(error)}); take a smaller batch, smaller images, or a smaller network or decoder"
 
 
 @contextmanager
@@ -101,11 +104,8 @@ def _run_command(command: Callable[[], int]) -> int:
             raise
         message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
     except (MemoryError, RuntimeError, OSError) as error:
-        if not (message := problem_of(error)) and not _is_out_of_memory(error):
+        message = problem_of(error) or _out_of_memory(error)
+        if not message:
             raise
-        message = (
-            message
-            or f"out of memory ({first_line(error)}); take a smaller batch, smaller images, or a smaller network or decoder"
-        )
     print("error: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
     return 2

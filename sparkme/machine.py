@@ -63,7 +63,7 @@ def problem_of(error: Exception) -> str:
     if "shared memory segment" in text:  # of NCCL
         return f"the GPUs of a machine exchange gradients through shared memory, and {shared_memory()}: {MORE_SHARED_MEMORY}"
     if "Too many open files" in text or "Pin memory thread exited" in text or "items of ancdata" in text:
-        return "loading images ended: too many open files; raise ulimit -n, or lower --workers"
+        return "too many open files; raise ulimit -n, or lower --workers"
     if found := re.search(r"DataLoader worker \(pid.*(exited unexpectedly|killed by signal: [\w ]+)", text):
         return f"loading images ended: {found[0]} (mostly for want of memory: lower --workers)"
     return ""

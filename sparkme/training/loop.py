@@ -212,9 +212,7 @@ class StopRequest:
     def listen(self) -> Iterator[None]:
         if not is_main_thread():
             if self.announce:
-                show(
-                    "note: not in the main thread, so Ctrl-C and SIGTERM do not save; what is saved at intervals is", sys.stderr
-                )
+                show("note: outside of the main thread no signal is heard, so Ctrl-C and SIGTERM do not save", sys.stderr)
             yield
             return
         # Of a terminal that closes, too, unless nohup has it ignored.
@@ -319,9 +317,8 @@ class Loop:
         speed = Throughput(config["batch_size"], training.total_steps)
         first_step, self.last_save = training.step, time.monotonic()
         batches = iter(training.batches(range(training.step, training.total_steps)))
-        if (
-            is_main_thread()
-        ):  # to which torch raises, in the midst of a step, where a worker dies; to wait for its batch does, too
+        # Where a worker dies, torch raises from a signal's handler, in the midst of a step. To wait for its batch raises, too.
+        if is_main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         training.model.train()
         if process.is_main:

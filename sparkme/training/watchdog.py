@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparkme.training.distributed import Process
 
 IDLE_S = 600.0  # that a start, of which nobody knows how long it takes, may do nothing
-BUSY_S = 0.01  # that a process computes in a second in which it does something; a loader that waits looks up now and then
+BUSY_S = 0.003  # that a process computes in a second in which it does something; one that waits looks up now and then
 STARTING_S = 3600.0  # for what has no usual length: compiling, the first step, measuring and drawing
 SAVING_S = 600.0  # for what waits for a disk
 ANSWER_S = 5.0  # that the advice may take, which looks at the disk, and the error stream
