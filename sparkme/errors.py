@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +48,13 @@ def first_line(error: BaseException) -> str:
 
 def unreadable_reason(error: Exception) -> str:
     """Why torch could not load a file, in one line; torch's own advice is to let the file run code."""
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        return "it holds more than tensors and plain values, which could run code when it is read"
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a TorchScript archive, a program with its weights"
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in text.lower():
+        named = re.search(r"GLOBAL (\S+)", text)
+        what = f" ({named[1]})" if named else ""
+        return f"it holds more than tensors and plain values{what}, which could run code when it is read"
     return first_line(error)
 
 

@@ -86,6 +86,7 @@ def export(args: argparse.Namespace) -> int:
     from sparkme.interop.files import TORCH_SUFFIXES, write_state_dict
     from sparkme.interop.libraries import origin_of, translate
     from sparkme.models import create_dense, library_of
+    from sparkme.state_dict import state_dict_of
     from sparkme.training.build import network_of
     from sparkme.training.checkpoint import load_checkpoint
 
@@ -103,12 +104,12 @@ def export(args: argparse.Namespace) -> int:
 
     with user_errors():
         dense = create_dense(model_name, in_channels=encoder.in_channels)
-    _, unexpected = dense.load_state_dict(encoder.dense_state_dict(), strict=False)
+    _, unexpected = nn.Module.load_state_dict(dense, encoder.dense_state_dict(), strict=False)  # not a method of its own class
     if unexpected:
         raise UserError(f"{library}'s {model_name} has no weights {', '.join(unexpected[:5])}; is it another version?")
     if args.recalibrate_bn:
         recalibrate(dense, args.recalibrate_bn, config, args.recalibrate_images)
-        encoder.load_dense_state_dict(dense.state_dict())
+        encoder.load_dense_state_dict(state_dict_of(dense))
     state = encoder.dense_state_dict()
     origin = origin_of(library, state)
     with user_errors():
@@ -120,7 +121,7 @@ def export(args: argparse.Namespace) -> int:
             theirs = (
                 dense if target == library else create_dense(counterpart(model_name, target), in_channels=encoder.in_channels)
             )
-        missing, unexpected = theirs.load_state_dict(translated, strict=False)
+        missing, unexpected = nn.Module.load_state_dict(theirs, translated, strict=False)
         if unexpected:
             raise UserError(f"{target}'s {counterpart(model_name, target)} has no weights {', '.join(unexpected[:5])}")
     if args.verify:
@@ -217,7 +218,10 @@ def verify(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int]) -> l
 
     from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
-    dense, encoder = dense.double().eval().cpu(), encoder.double().eval().cpu().set_engine("minkowski")
+    for network in (dense, encoder):
+        network.double().cpu()
+        network.eval()  # which returns what a `train` of the network's own class does
+    encoder.set_engine("minkowski")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *size, generator=generator, dtype=torch.float64)
     patch = encoder.patch
@@ -291,8 +295,10 @@ def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> di
     """The whole network under the official SparK names; the encoder alone where it was trained in another way."""
     from sparkme.interop.spark import join_official_state
     from sparkme.spark import SparK
+    from sparkme.state_dict import state_dict_of
 
-    rest = {n: v for n, v in network.state_dict().items() if not n.startswith("encoder.")} if isinstance(network, SparK) else {}
+    state = state_dict_of(network) if isinstance(network, SparK) else {}
+    rest = {n: v for n, v in state.items() if not n.startswith("encoder.")}
     return join_official_state(encoder, rest)
 
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.errors import CannotWrite, UserError, run_command
+from sparkme.interop.prefixes import Choice, shortened
+from sparkme.state_dict import state_dict_of, torchs_state_dict
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.finetune_config import FIXED, create_parser, output_folder, resolve_config
 from sparkme.training.folder import RunFolder, check_same_run
@@ -77,7 +79,7 @@ class Finetuning(Training):
         self.statistics = pretrained.statistics
 
         torch.manual_seed(args.seed)
-        network, self.missing = pretrained.dense(len(self.classes))
+        network, self.missing, taken = pretrained.dense(len(self.classes))
         self.config, reason = resolve_config(args, self._known(pretrained), norm_of(network), process, folder.saved_config)
         if folder.saved_config is not None:
             older = {"split_digest": self.config["split_digest"]}
@@ -85,7 +87,7 @@ class Finetuning(Training):
         if self.config["drop_path"]:
             torch.manual_seed(args.seed)
             try:
-                network, self.missing = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
+                network, self.missing, taken = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
             except ValueError:  # the network has none
                 if args.drop_path is not None:
                     raise
@@ -117,7 +119,7 @@ class Finetuning(Training):
         )  # fmt: skip
         if process.is_main:
             folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
-            self._introduce(pretrained, split.note, reason)
+            self._introduce(pretrained, split.note, reason, taken)
 
     def batches(self, steps: range) -> Iterable[Batch]:
         from sparkme.data.dataset import EpochSampler, create_loader
@@ -156,17 +158,18 @@ class Finetuning(Training):
 
     def after_step(self) -> None:
         if self.average is not None:
-            self.average.update(self.network, self.step)
+            with torchs_state_dict(self.network, self.average.module):  # timm moves the one's values towards the other's
+                self.average.update(self.network, self.step)
 
     def state(self) -> dict[str, Any]:
-        average = {"average": self.average.module.state_dict()} if self.average is not None else {}
+        average = {"average": state_dict_of(self.average.module)} if self.average is not None else {}
         return {**super().state(), **average, "best": self.best, "classes": self.classes}
 
     def load(self, saved: dict[str, Any]) -> None:
-        self.network.load_state_dict(saved["model"])
+        nn.Module.load_state_dict(self.network, saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:
-            self.average.module.load_state_dict(saved.get("average", saved["model"]))
+            nn.Module.load_state_dict(self.average.module, saved.get("average", saved["model"]))
         if not self.best:  # with `--on-nan rollback` what is in best.safetensors stays
             self.best = saved["best"]
 
@@ -283,7 +286,7 @@ class Finetuning(Training):
         from sparkme.interop.files import write_state_dict
 
         config = self.config
-        state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        state = {name: value for name, value in state_dict_of(network).items() if isinstance(value, Tensor)}
         notes = {
             "format": "pt", "network": config["model"], "num_classes": str(len(self.classes)),
             "classes": json.dumps(self.classes), "channels": str(config["channels"]), "mean": json.dumps(config["mean"]),
@@ -327,7 +330,7 @@ class Finetuning(Training):
         if config["batch_size"] // (self.process.world * config["accumulate"]) < 2 and norm_of(self.network) == "bn":
             raise UserError(f"--batch-size {config['batch_size']} leaves batch norm a single image; raise it")
 
-    def _introduce(self, pretrained: Pretrained, note: str, reason: str) -> None:
+    def _introduce(self, pretrained: Pretrained, note: str, reason: str, taken: str) -> None:
         """Prints what will be done, and why where something was chosen."""
         from sparkme.data.labelled import class_counts
 
@@ -335,10 +338,10 @@ class Finetuning(Training):
         rate = config["base_lr"] * config["batch_size"] / 256
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         shots = f"; --shots {config['shots']} of each class" if config["shots"] else ""
-        new = f"; new: {', '.join(self.missing[:4])}" if self.missing else ""
+        new = f"; {len(self.missing)} new: {shortened(self.missing)}" if self.missing else ""
         lines = {
             "data": f"{note}{shots}; {class_counts(self.train_set)}",
-            "weights": f"{pretrained.origin}{new}",
+            "weights": f"{pretrained.origin}{', ' if taken else ''}{taken}{new}",
             "network": f"{config['model']}, {len(self.classes)} classes, {'x'.join(map(str, self.size))} pixels",
             "recipe": reason,
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, "
@@ -363,7 +366,7 @@ def find_weights(args: argparse.Namespace) -> Pretrained:
     from sparkme.pretrained import Pretrained, read_pretrained
 
     if args.weights is not None:
-        found = read_pretrained(args.weights, args.model)
+        found = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
         return found.random() if args.from_scratch else found
     if not args.from_scratch:
         raise UserError("name a checkpoint or weights to start from, or pass --from-scratch --model NAME")

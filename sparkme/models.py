@@ -26,6 +26,7 @@ from sparkme.errors import first_line
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.map import SparseMap
 from sparkme.sparse.sparsify import sparsify
+from sparkme.state_dict import state_dict_of
 
 # Drop path of the paper (models/__init__.py:34 of the official code), for torchvision's and timm's networks of these names;
 # other networks train without.
@@ -183,7 +184,7 @@ def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path:
         raise ValueError(f"{where} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{where} made a {type(model).__name__}, which is no torch.nn.Module")
-    for key, value in model.state_dict().items():
+    for key, value in state_dict_of(model).items():
         if (
             isinstance(value, Tensor)
             and value.is_floating_point()
@@ -241,7 +242,8 @@ def _try_out(model: nn.Module, in_channels: int) -> tuple[Any, str]:
     ]
     was_training = model.training
     try:
-        out = model.eval()(torch.zeros(1, in_channels, 128, 128, device=next(model.parameters()).device))
+        model.eval()  # of a network's own class it may return nothing
+        out = model(torch.zeros(1, in_channels, 128, 128, device=next(model.parameters()).device))
     finally:
         model.train(was_training)
         for handle in handles:
@@ -265,7 +267,8 @@ def with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, 64, 64))
+            model.eval()
+            model(torch.zeros(1, 3, 64, 64))
     finally:
         model.train(was_training)
         for handle in handles:

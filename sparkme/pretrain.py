@@ -13,13 +13,16 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparkme.errors import UserError, first_line, python_command, run_command
+from sparkme.errors import UserError, python_command, run_command
+from sparkme.interop.prefixes import Choice
+from sparkme.state_dict import state_dict_of
 from sparkme.training.config import FIXED, OLDER, RECIPES, create_parser, output_folder, resolve_config
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.folder import RunFolder, check_same_run
@@ -104,7 +107,8 @@ class Pretraining(Training):
         self.init_report = ""
         self.graphed: GraphedLoss | None = None
         if args.init and folder.saved is None:
-            self.init_report = load_initial_weights(self.network, args.init, config["model"])
+            choice = Choice(args.weights_key, args.adapt_stem)
+            self.init_report = load_initial_weights(self.network, args.init, config["model"], choice)
         self.network.to(process.device)
         self.network.encoder.set_engine(config["engine"])
         self.optimizer = create_optimizer(
@@ -352,14 +356,15 @@ class Pretraining(Training):
         sys.stdout.flush()
 
 
-def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str) -> str:
+def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str, choice: Choice = Choice()) -> str:  # noqa: B008
     """Starts from weights in a file: of torchvision, timm, the ConvNeXt authors or another library of `sparkme.interop`, of the
-    official SparK code (an encoder alone, or the whole network), or a checkpoint of this project.
+    official SparK code (an encoder alone, or the whole network), or a checkpoint of this project; wrapped in whatever way.
 
     Args:
         network: takes the weights.
         path: the file.
         model: the network's name.
+        choice: what the user says of how the weights are found in it.
 
     Returns:
         What matched, and what did not, in one line.
@@ -367,41 +372,29 @@ def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str) -> 
     Raises:
         UserError: no such file, or weights of another network.
     """
-    from sparkme.interop.files import read_any_state
-    from sparkme.interop.libraries import adopt
+    from sparkme.interop.files import read_weights
+    from sparkme.interop.prefixes import Wanted, find_weights, shortened
+    from sparkme.interop.spark import beside_encoder
     from sparkme.models import library_of
+    from sparkme.pretrained import weights_in
 
     encoder = network.encoder
-    try:
-        state, checkpoint = read_any_state(path)
-        if checkpoint is not None:
-            kind = "a checkpoint of sparkme"
-            wrong = [n for n in encoder.state_dict() if f"encoder.{n}" not in state]
-            if wrong:
-                raise ValueError(f"a checkpoint of another network ({checkpoint['model']}): it has no {', '.join(wrong[:3])}")
-            network.load_state_dict({n: v for n, v in state.items() if n.startswith("encoder.")}, strict=False)
-            rest, unused = {n: v for n, v in state.items() if not n.startswith("encoder.")}, []
-            matched = len(state) - len(rest)
-        else:
-            own = encoder.dense_state_dict()
-            state, rest, kind = adopt(state, own, library_of(model))
-            unused = encoder.load_dense_state_dict(state)
-            matched = len(own)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--init {path}: {first_line(error)}") from error
-    theirs = network.state_dict()
-    fitting = {n: v for n, v in rest.items() if n in theirs and theirs[n].shape == v.shape}
-    network.load_state_dict(fitting, strict=False)
-    unused += [name for name in rest if name not in fitting]
-    random = [name for name in theirs if not name.startswith("encoder.") and name not in fitting]
-    report = f"{path}, names of {kind}: {matched + len(fitting)} tensors taken"
-    report += f"; not used: {_some(unused)}" if unused else ""
-    return report + (f"; random: {_some(random)}" if random else "")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+    tensors, checkpoint = read_weights(path)
+    source = tensors = weights_in(checkpoint, path) if checkpoint is not None else tensors
+    wanted = Wanted(model, library_of(model), encoder.dense_state_dict(), encoder.in_channels)
+    found = find_weights(tensors, wanted, f"--init {path}", choice)
+    encoder.load_dense_state_dict(found.state)
+    rest = beside_encoder(tensors, found.prefix)
+    if checkpoint is not None and checkpoint["config"].get("command") != "finetune":
+        source = checkpoint["model"]
+        rest = {name: name for name in source if not name.startswith("encoder.")}
+    theirs = {name: value for name, value in state_dict_of(network).items() if not name.startswith("encoder.")}
+    taken = {name: own for name, own in rest.items() if own in theirs and source[name].shape == theirs[own].shape}
+    network.load_state_dict({own: source[name] for name, own in taken.items()}, strict=False)
+    left = [name for name in dict.fromkeys((*found.left, *rest)) if name not in taken]
+    random = [name for name in theirs if name not in taken.values()]
+    report = f"{path}, {replace(found, left=left).note()}" + (f"; {len(taken)} of the decoder" if taken else "")
+    return report + (f"; random: {shortened(random)}" if random else "")
 
 
 if __name__ == "__main__":

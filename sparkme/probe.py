@@ -21,6 +21,7 @@ from sparkme.training.config import (
     add_engine,
     add_labelled_data,
     add_seed,
+    add_weights,
     add_workers,
     check_seed,
     check_workers,
@@ -53,6 +54,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_labelled_data(parser)
     group = parser.add_argument_group("what is measured")
     group.add_argument("--model", help="the network, where the file does not say it (see sparkme.pretrain --model)")
+    add_weights(group)
     group.add_argument(
         "--compare",
         nargs="+",
@@ -94,6 +96,7 @@ def probe(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the numbers. Returns the exit code."""
     from sparkme.data.labelled import class_counts, find_labelled
     from sparkme.interop.files import replaced_when_whole
+    from sparkme.interop.prefixes import Choice
     from sparkme.pretrained import read_pretrained
     from sparkme.training.distributed import start_process, stop_process
 
@@ -108,7 +111,7 @@ def probe(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer
-    main_weights = read_pretrained(args.weights, args.model)
+    main_weights = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
     args.input_size = [*(args.input_size or main_weights.input_size or (224,))]  # one for all rows
     # Of other files the model is theirs, and --model is for those that do not say it.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
@@ -187,7 +190,10 @@ def extract(pretrained: Pretrained, args: argparse.Namespace, parts: list[Labell
     from sparkme.data.labelled import WholeImages, whole_batches
     from sparkme.features import pooled_features
 
-    encoder = pretrained.encoder(args.seed).to(device).set_engine(args.engine)
+    encoder, taken = pretrained.encoder(args.seed)
+    if taken:
+        print(f"weights   {pretrained.origin}, {taken}")
+    encoder.to(device).set_engine(args.engine)
     size = whole_size(args.input_size, encoder.patch)
     found = []
     for part in parts:

@@ -22,7 +22,7 @@ from sparkme.data.images import load_image, load_rgb
 from sparkme.data.sources.files import find_images
 from sparkme.decoder import Decoder
 from sparkme.errors import UserError
-from sparkme.interop.files import read_state_dict
+from sparkme.interop.files import read_tensors
 from sparkme.pretrain import main
 from sparkme.training.checkpoint import load_checkpoint
 
@@ -72,7 +72,7 @@ class Harmless:
         return os.getenv, ("HOME",)
 
 
-@pytest.mark.parametrize("read", [load_checkpoint, read_state_dict])
+@pytest.mark.parametrize("read", [load_checkpoint, read_tensors])
 def test_a_file_with_more_than_tensors_is_refused_in_one_line(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "weights.pt"
     torch.save({"model": Harmless()}, path)

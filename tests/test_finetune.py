@@ -144,7 +144,7 @@ def test_processes_share_the_batch_and_the_measurement(exported: Path, labelled:
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["num_val"] == 6 and len(losses(tmp_path)) == 3
     # What both measured is what the weights that are kept make of all images: the first process's batch norms, too.
-    network, _ = read_pretrained(tmp_path / "best.safetensors").dense(3)
+    network, *_ = read_pretrained(tmp_path / "best.safetensors").dense(3)
     network.load_state_dict(safetensors.torch.load_file(tmp_path / "best.safetensors"))
     val = find_labelled(labelled).val
     batch = next(iter(whole_batches(WholeImages(val.paths, (64, 64)), batch_size=6, workers=0)))
@@ -193,7 +193,7 @@ def test_residual_branches_are_dropped_in_training_as_asked(trained: Path) -> No
     """torchvision's ResNets have no drop path of their own: the last norm of a branch gives zeros where it is dropped."""
     torch.manual_seed(0)
     for rate, expected in ((0.0, 1.0), (0.5, 0.5)):
-        network, _ = read_pretrained(trained).dense(3, drop_path=rate)
+        network, *_ = read_pretrained(trained).dense(3, drop_path=rate)
         norm = network.layer4[1].bn2.train()  # of the deepest block
         nn.init.ones_(norm.bias)
         kept = (norm(torch.zeros(2000, 512, 1, 1)) != 0).flatten(1).any(1).float().mean()
@@ -354,7 +354,7 @@ def test_networks_of_ones_own_get_a_classifier(
     assert pretrain.main([*SMALL, "--model", model, "--drop-path", "0", "--epochs", "1", "--output", "pre"]) == 0
     assert main(["pre/checkpoints/last.pt", "--data", str(labelled), *QUICK, "--output", "fine"]) == 0
     kept = read_pretrained(Path("pre/checkpoints/last.pt")).state
-    network, missing = read_pretrained(Path("fine/checkpoints/last.pt")).dense(3)
+    network, missing, _ = read_pretrained(Path("fine/checkpoints/last.pt")).dense(3)
     assert kept is not None and len(missing) in (0, 2)
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     assert probe.main(["fine/best.safetensors", "--data", str(labelled), "--workers", "0", "--stage", "last"]) == 0

@@ -319,9 +319,11 @@ def test_init_takes_weights_of_every_kind_and_reports(
 def test_init_refuses_weights_of_another_network(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--output", tmp_path / "run", "--init"]
     torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "other.pth")
-    assert "weights of another model: missing conv1.weight" in fails(capsys, *words, tmp_path / "other.pth")
+    assert "does not fit resnet18: of its 120 tensors 0 are there" in fails(capsys, *words, tmp_path / "other.pth")
     state = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
     torch.save(state, tmp_path / "shape.pth")
-    assert "wrong shape conv1.weight: (64, 1, 7, 7), not (64, 3, 7, 7)" in fails(capsys, *words, tmp_path / "shape.pth")
+    message = fails(capsys, *words, tmp_path / "shape.pth")
+    assert "conv1.weight is for images of 1 channels, resnet18 here for 3; pass --adapt-stem" in message
     assert "no file" in fails(capsys, *words, tmp_path / "none.pth")
-    assert "checkpoint of another network" in fails(capsys, *words[:-1], "--model", "resnet34", "--init", run)
+    assert "does not fit resnet34" in fails(capsys, *words[:-1], "--model", "resnet34", "--init", run)
+    assert "which is missing" in fails(capsys, *words[:-1], "--weights-key", "teacher")

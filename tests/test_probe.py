@@ -146,7 +146,7 @@ def test_pretraining_measures_the_encoder_while_it_trains(
     measured = {record["epoch"]: record["knn"] for record in records if "knn" in record}
     assert [*measured] == [0, 2, 3] and len([r for r in records if "loss" in r]) == 6
     split = find_labelled(labelled)
-    encoder = read_pretrained(tmp_path / "checkpoints" / "last.pt").encoder()
+    encoder = read_pretrained(tmp_path / "checkpoints" / "last.pt").encoder()[0]
     parts = [pooled_features(encoder, whole_batches(WholeImages(part.paths, (64, 64)), batch_size=8, workers=0), Statistics(),
                              torch.device("cpu")).maps[32] for part in (split.train, split.val)]  # fmt: skip
     assert measured[3] == pytest.approx(knn_accuracy(parts[0], split.train.labels, parts[1], split.val.labels), abs=0.1)

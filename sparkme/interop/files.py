@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,37 +23,104 @@ from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
 TORCH_SUFFIXES = (".pth", ".pt")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict, also one kept under `model`, `state_dict` or `module`, without running code from the file.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads all tensors of a file, or of a folder of timm's, without running code from it.
+
+    Args:
+        path: `.safetensors`, or whatever torch writes, with an optimizer, settings and other plain values beside the weights.
+
+    Returns:
+        The tensors by the whole way to each, such as `state_dict.module.conv1.weight`; NumPy's arrays become tensors.
 
     Raises:
-        UserError: no such file, or no state dict in it.
+        UserError: no such file, it is damaged, holds no tensors, or things that only running code could make.
     """
+    path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no file {path}")
     if problem := archive_damage(path):
         raise UserError(f"{path} is damaged: {problem}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(PLAIN)):
             warnings.simplefilter("ignore")  # of formats that are refused here
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
-        raise UserError(f"{path} cannot be read as weights: {unreadable_reason(error)}") from error
-    if isinstance(state, dict) and "format" in state and "config" in state:
-        raise UserError(
-            f"{path} is a checkpoint of sparkme.pretrain; turn it into weights first: python -m sparkme.export {path}"
-        )
-    for key in ("model", "state_dict", "module"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):  # fmt: skip
-        raise UserError(f"{path} holds no state dict, which has a tensor for each name")
-    for prefix in ("module.", "_orig_mod."):  # of DataParallel and torch.compile
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+        raise UserError(f"{path} cannot be read as weights: {unreadable_reason(error)}{_remedy(error)}") from error
+    if isinstance(content, dict) and "format" in content and "config" in content:
+        raise UserError(f"{path} is a checkpoint of another version of sparkme; use the version that wrote it to export it")
+    tensors = tensors_in(content)
+    if not tensors:
+        raise UserError(f"{path} holds no tensors; save a network's weights by torch.save(network.state_dict(), PATH)")
+    return tensors
+
+
+def tensors_in(content: Any) -> dict[str, Tensor]:
+    """All tensors in nested dicts and lists, by their keys joined with dots; what is in two places counts in the first."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, Tensor):
+            found[name] = value.detach()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                collect(part, f"{name}.{key}" if name else str(key))
+
+    collect(content, "")
+    return found
+
+
+def _remedy(error: Exception) -> str:
+    if "TorchScript" in str(error):
+        return "; save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
+    trusted = (
+        "; if you trust it, load it by torch.load(FILE, weights_only=False) and save torch.save(network.state_dict(), NEW_FILE)"
+    )
+    return trusted if isinstance(error, pickle.UnpicklingError) else ""
+
+
+class _Left:
+    """Stands for a value in a file that weights have no use for, and keeps nothing of it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _LeftList(list[Any]):
+    """As `_Left`, for what is filled like a list."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+
+def _empty_dict(*args: Any) -> dict[Any, Any]:
+    return {}
+
+
+# What torch's unpickler makes of the data that people keep beside their weights: containers, NumPy's numbers, or nothing.
+# No class of another library is imported for it, and none of its code runs.
+_DICTS = ("easydict.EasyDict", "addict.addict.Dict", "yacs.config.CfgNode", "fvcore.common.config.CfgNode",
+          "detectron2.config.config.CfgNode", "mmengine.config.config.ConfigDict", "mmcv.utils.config.ConfigDict",
+          "ml_collections.config_dict.config_dict.ConfigDict", "lightning_fabric.utilities.data.AttributeDict",
+          "lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict",
+          "lightning.pytorch.utilities.parsing.AttributeDict")  # fmt: skip
+_VALUES = ("argparse.Namespace", "types.SimpleNamespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
+           "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib._local.Path", "pathlib._local.PosixPath",
+           "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta",
+           "datetime.timezone", "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "torch.torch_version.TorchVersion",
+           "builtins.complex", "builtins.slice", "builtins.range", "builtins.frozenset", "builtins.bytearray", "builtins.int",
+           "builtins.float", "builtins.bool", "builtins.str", "builtins.bytes", "builtins.list", "builtins.dict",
+           "builtins.tuple")  # fmt: skip
+_NUMBERS = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+_MAKERS = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
+PLAIN: tuple[Any, ...] = (
+    *((OrderedDict, name) for name in _DICTS), *((_Left, name) for name in _VALUES), (_LeftList, "collections.deque"),
+    (_empty_dict, "collections.defaultdict"), np.ndarray, np.dtype, *_NUMBERS,
+    *((make, f"numpy.{core}.multiarray.{name}") for name, make in _MAKERS.items() for core in ("core", "_core")),
+)  # fmt: skip
 
 
 def archive_damage(path: Path) -> str | None:
@@ -69,25 +139,28 @@ def archive_damage(path: Path) -> str | None:
     return None if part is None else f"the checksum of {part} differs"
 
 
-def read_any_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Reads a state dict or, from a checkpoint of sparkme.pretrain, the network's, with the configuration of its run.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Reads what a file has of tensors or, if it is a checkpoint of this project, the whole of that.
 
-    A folder is taken for one that timm writes (`model.safetensors` in it).
+    Returns:
+        The tensors, see `read_tensors`, and None; or none, and the checkpoint.
 
     Raises:
         UserError: no such file, or nothing of that kind in it.
     """
     from sparkme.training.checkpoint import load_checkpoint
 
-    path = path / "model.safetensors" if path.is_dir() else path
-    if path.suffix != ".safetensors" and path.is_file():
+    if path.suffix == ".safetensors" or not path.is_file():
+        return read_tensors(path), None
+    try:
+        return {}, load_checkpoint(path)
+    except UserError as error:
         try:
-            checkpoint = load_checkpoint(path)
+            return read_tensors(path), None
         except UserError:
-            pass  # then it holds a state dict, or says why it does not
-        else:
-            return checkpoint["model"], checkpoint["config"]
-    return read_state_dict(path), None
+            if path.parent.name == "checkpoints":  # where other programs put theirs, too
+                raise error from None
+            raise
 
 
 def check_suffix(path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 
-from sparkme.interop import convnext, detectron2, mmpretrain, timm, torchvision
+from sparkme.interop import convnext, detectron2, minkowski, mmpretrain, timm, torchvision
 from sparkme.interop.names import Table
-from sparkme.interop.spark import is_official, split_official_state
 
 TABLES: dict[str, dict[str, Table]] = {
     "resnet": {
@@ -17,10 +17,10 @@ TABLES: dict[str, dict[str, Table]] = {
     },
     "convnext": {
         "torchvision": torchvision.CONVNEXT, "timm": timm.CONVNEXT, "convnext": convnext.CONVNEXT,
-        "mmpretrain": mmpretrain.CONVNEXT,
+        "mmpretrain": mmpretrain.CONVNEXT, "minkowski": minkowski.CONVNEXT,
     },
 }  # fmt: skip
-LIBRARIES = ("torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark")
+LIBRARIES = {"torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"}  # that are written, too
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Origin:
 
     def targets(self) -> list[str]:
         """The libraries whose names they can be given."""
-        tables = sorted(TABLES.get(self.family or "", {}))
+        tables = sorted(TABLES.get(self.family or "", {}).keys() & LIBRARIES)
         return list(dict.fromkeys([self.library, *tables, *(["spark"] if self.family else [])]))
 
 
@@ -62,34 +62,58 @@ def translate(state: dict[str, Tensor], origin: Origin, library: str) -> dict[st
     return tables[target].from_hub(tables[origin.library].to_hub(state))
 
 
-def recognise(names: list[str], library: str, family: str | None) -> list[str]:
-    """The libraries of a family whose names these are, the given one first."""
-    tables = TABLES.get(family or "", {})
-    found = [name for name, table in tables.items() if table.knows(names)]
-    return sorted(found, key=lambda name: name != library)
+@dataclass(frozen=True)
+class Form:
+    """A network's weights as a library names them, without the beginning that all names share.
+
+    Attributes:
+        kind: the library.
+        start: that beginning, such as `backbone.`.
+        expected: tensors of the expected shapes by their names behind `start`, in the order of the network.
+        own: the network's own name of each.
+        origin: for the way back.
+        library: whose network it is.
+    """
+
+    kind: str
+    start: str
+    expected: dict[str, Tensor]
+    own: dict[str, str]
+    origin: Origin
+    library: str
+
+    def to_own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the form's names, as the network has them."""
+        return translate({self.start + name: value for name, value in state.items()}, self.origin, self.library)
 
 
-def adopt(state: dict[str, Tensor], own: dict[str, Tensor], library: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """Weights from a file, whosever they are, under the names of a network.
+def forms_of(own: dict[str, Tensor], library: str) -> list[Form]:
+    """All names that a network's weights may have in a file, its own first.
 
     Args:
-        state: the weights, with a classifier or a SparK decoder or without.
         own: those the network has, by name.
         library: whose network it is.
-
-    Returns:
-        The network's weights, with what the file has beyond them; the rest of an official SparK network; and whose names
-        they had.
-
-    Raises:
-        ValueError: the official names are there, but not all of them.
     """
-    family, kind = origin_of(library, own).family, library
-    rest: dict[str, Tensor] = {}
-    if is_official(list(state)):
-        kind = "the official SparK code"
-        state, rest = split_official_state(state)
-    if not own.keys() <= state.keys() and (found := recognise(list(state), library, family)):
-        kind = found[0] if kind == library else kind
-        state = translate(state, Origin(found[0], family), library)
-    return state, rest, kind
+    origin = origin_of(library, own)
+    forms = []
+    for kind in [library, *(name for name in TABLES.get(origin.family or "", {}) if name != library)]:
+        try:
+            theirs = translate(own, origin, kind)
+        except ValueError:  # torchvision has no ConvNeXt V2
+            continue
+        back = Origin(kind, origin.family)
+        start = shared_start([*theirs])
+        names = [name.removeprefix(start) for name in theirs]
+        ours = [*translate(theirs, back, library)]
+        forms.append(
+            Form(
+                kind, start, dict(zip(names, theirs.values(), strict=True)), dict(zip(names, ours, strict=True)), back, library
+            )
+        )
+    return forms
+
+
+def shared_start(names: list[str]) -> str:
+    """The modules, with their dots, that all names begin with."""
+    columns = zip(*(name.split(".")[:-1] for name in names))
+    return "".join(f"{column[0]}." for column in takewhile(lambda column: len({*column}) == 1, columns))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from sparkme.interop.torchvision import CONVNEXT
@@ -26,11 +28,26 @@ def split_official_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
     state = {name: value for name, value in state.items() if name not in _NEVER_USED}
     whole = is_official(list(state))
     encoder = {n.removeprefix(ENCODER): v for n, v in state.items() if not whole or n.startswith(ENCODER)}
-    rest = {n.replace("dense_decoder.", "decoder.", 1): v for n, v in state.items() if whole and not n.startswith(ENCODER)}
+    rest = {_own_name(n): v for n, v in state.items() if whole and not n.startswith(ENCODER)}
     if any(name.startswith("downsample_layers.") for name in encoder):
         hub = {name: value for name, value in encoder.items() if not name.startswith(CONVNEXT.ignored)}
         encoder = CONVNEXT.from_hub(hub)
     return encoder, rest
+
+
+def beside_encoder(names: Iterable[str], prefix: str) -> dict[str, str]:
+    """The names in `SparK` of what a file has beside an encoder whose names begin with `prefix`, by those in the file.
+
+    There are none where that is not the official code's prefix.
+    """
+    if not prefix.endswith(ENCODER):
+        return {}
+    root = prefix.removesuffix(ENCODER)
+    return {n: _own_name(n.removeprefix(root)) for n in names if n.startswith(root) and not n.startswith(prefix)}
+
+
+def _own_name(name: str) -> str:
+    return name.replace("dense_decoder.", "decoder.", 1)
 
 
 def join_official_state(encoder: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:

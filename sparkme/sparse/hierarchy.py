@@ -340,7 +340,8 @@ def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor, *, t
     modes = {module: module.training for module in model.modules()}
     handles = attach(model, taps, recorder.reached)
     try:
-        model.train(training)(images)
+        model.train(training)  # of a network's own class it may return nothing
+        model(images)
     except ReachedDeepest:
         pass
     finally:
@@ -450,7 +451,8 @@ def _record(model: nn.Module, in_channels: int) -> tuple[list[_Call], list[int]]
             handles.append(module.register_forward_hook(lambda _m, _a, out: leave(out)))
     modes = {module: module.training for module in model.modules()}
     try:
-        out = [_stride_and_channels(tensor) for _, tensor in _tensors(model.eval()(_probe_images(model, in_channels)))]
+        model.eval()
+        out = [_stride_and_channels(tensor) for _, tensor in _tensors(model(_probe_images(model, in_channels)))]
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -485,7 +487,8 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
         ]
         try:
             with suppress(ReachedDeepest):
-                model.train(training)(_probe_images(model, in_channels, patch))
+                model.train(training)
+                model(_probe_images(model, in_channels, patch))
         finally:
             for handle in handles:
                 handle.remove()

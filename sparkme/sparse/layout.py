@@ -21,7 +21,7 @@ def dense_order(kernel: Tensor) -> Tensor:
     return kernel.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
-def weight_to_kernel(weight: Tensor, shape: torch.Size) -> Tensor:
+def weight_to_kernel(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `kernel_to_weight`, in the kernel's own `shape`."""
     return weight.permute(3, 2, 1, 0).reshape(shape)
 
@@ -32,7 +32,7 @@ def channelwise_kernel_to_weight(kernel: Tensor, size: tuple[int, int]) -> Tenso
     return kernel.reshape(kw, kh, kernel.shape[1]).permute(2, 1, 0).unsqueeze(1)
 
 
-def channelwise_weight_to_kernel(weight: Tensor, shape: torch.Size) -> Tensor:
+def channelwise_weight_to_kernel(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return weight.squeeze(1).permute(2, 1, 0).reshape(shape)
 
 

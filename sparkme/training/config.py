@@ -187,8 +187,9 @@ def create_parser() -> argparse.ArgumentParser:
         type=path_argument,
         metavar="FILE",
         help="start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official "
-        "SparK code, or a checkpoint of this project",
+        "SparK code, or a checkpoint of this project; behind whatever prefix",
     )
+    add_weights(group)
     group.add_argument(
         "--input-size",
         type=int,
@@ -345,6 +346,22 @@ def add_engine(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_weights(group: argparse._ArgumentGroup) -> None:
+    """How weights are found in a file of another code, see `sparkme.interop.prefixes`."""
+    group.add_argument(
+        "--weights-key",
+        metavar="NAME",
+        help="which weights of a file that has several of this network: a container or module in it, such as teacher, "
+        "state_dict_ema or encoder_k (what is trained itself, before an average of it)",
+    )
+    group.add_argument(
+        "--adapt-stem",
+        choices=("sum", "mean", "repeat"),
+        help="change the first convolution of weights that are for another number of channels: each channel gets its share of "
+        "the sum, or the mean, or the channels are repeated (such weights are refused)",
+    )
+
+
 def add_precision(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision",
@@ -491,6 +508,8 @@ def resolve_config(
         for name in ("data", "root", "shard_cache", "init", "probe_data")
     }
     config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images, "processes": process.world}
+    if (args.weights_key or args.adapt_stem) and not args.init:
+        raise UserError("--weights-key and --adapt-stem say how --init is read, which is missing")
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
     config["recipe"], config["recipe_reason"] = choose_recipe(args.recipe, num_images, saved)

@@ -21,6 +21,7 @@ from sparkme.training.config import (
     add_reduced_jpeg,
     add_run,
     add_seed,
+    add_weights,
     add_workers,
     check_seed,
     check_workers,
@@ -142,6 +143,7 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("network")
     group.add_argument("--model", help="the network, where the file does not say it (see sparkme.pretrain --model)")
+    add_weights(group)
     group.add_argument("--drop-path", type=float, metavar="P", help="of the deepest block, from 0 at the first")
     group.add_argument(
         "--head-init",

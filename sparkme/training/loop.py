@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import CannotWrite, UserError, first_line, python_command, user_errors
 from sparkme.machine import is_main_thread, problem_of
+from sparkme.state_dict import state_dict_of
 from sparkme.training.checkpoint import SpoiledWeights, free_gib
 from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
 from sparkme.training.distributed import Process, is_of_others, stop_process
@@ -106,7 +107,7 @@ class Training(ABC):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside `step`."""
         count, steps = self.not_finite
-        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.config,
+        return {"model": state_dict_of(self.network), "optimizer": self.optimizer.state_dict(), "config": self.config,
                 "not_finite": {"count": count, "steps": steps}}  # fmt: skip
 
     @abstractmethod

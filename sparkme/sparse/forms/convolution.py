@@ -25,6 +25,7 @@ from sparkme.sparse.layout import (
 from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
 from sparkme.sparse.unwritten import UnwrittenLinear, UnwrittenProduct
 from sparkme.sparse.window import Window, pair
+from sparkme.state_dict import state_dict_of
 
 ROWS_PER_CHANNEL = 8  # that there have to be, for a convolution to wait for its norm
 
@@ -45,7 +46,7 @@ class SparseConvolution(SparseLayer):
         self.dense_geometry: Any = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups
         self.to(conv.weight.device, conv.weight.dtype)
-        self.load_dense_state(dict(conv.state_dict()))
+        self.load_dense_state(dict(state_dict_of(conv)))
         self.train(conv.training)
         for name, parameter in conv.named_parameters():
             (self.kernel if name == "weight" else self.bias).requires_grad_(parameter.requires_grad)  # type: ignore[union-attr]

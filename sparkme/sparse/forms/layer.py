@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparkme.state_dict import state_dict_of
+
 
 class SparseLayer(nn.Module):
     """A layer in the place of a dense one: its weights in the dense layout, and that it can be copied.
@@ -47,12 +49,12 @@ class SparseLayer(nn.Module):
 
     def dense_state(self) -> dict[str, Tensor]:
         """Parameters and buffers under the names and in the layout of the dense layer."""
-        return dict((self.get_submodule(self.inner) if self.inner else self).state_dict())
+        return dict(state_dict_of(self.get_submodule(self.inner) if self.inner else self))
 
     @torch.no_grad()
     def load_dense_state(self, state: dict[str, Tensor]) -> None:
         """Takes what `dense_state` gives. Raises RuntimeError where names or shapes differ."""
-        (self.get_submodule(self.inner) if self.inner else self).load_state_dict(state)
+        nn.Module.load_state_dict(self.get_submodule(self.inner) if self.inner else self, state)
 
 
 def take_state(layer: nn.Module, dense: nn.Module) -> None:
@@ -60,7 +62,7 @@ def take_state(layer: nn.Module, dense: nn.Module) -> None:
     tensors = [*dense.parameters(), *dense.buffers()]
     if tensors:
         layer.to(tensors[0].device, tensors[0].dtype)
-    layer.load_state_dict(dict(dense.state_dict()))  # a plain one: it says nothing of versions
+    nn.Module.load_state_dict(layer, dict(state_dict_of(dense)))  # a plain one: it says nothing of versions
     layer.train(dense.training)
     for ours, theirs in zip(layer.parameters(), dense.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)

@@ -15,6 +15,7 @@ from sparkme.sparse.batch_norm import BATCH_NORM, processes_of
 from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.map import SparseMap, sparse_function
 from sparkme.sparse.unwritten import UnwrittenNorm, UnwrittenProduct
+from sparkme.state_dict import state_dict_of
 
 
 class RowNorm(nn.BatchNorm2d):
@@ -63,11 +64,12 @@ class SparseBatchNormAct2d(SparseBatchNorm2d):
         self.drop, self.act = norm.drop, norm.act
 
     def dense_state(self) -> dict[str, Tensor]:
-        return super().dense_state() | {f"act.{name}": value for name, value in self.act.state_dict().items()}
+        return super().dense_state() | {f"act.{name}": value for name, value in state_dict_of(self.act).items()}
 
     def load_dense_state(self, state: dict[str, Tensor]) -> None:
         super().load_dense_state({name: value for name, value in state.items() if not name.startswith("act.")})
-        self.act.load_state_dict({name[4:]: value for name, value in state.items() if name.startswith("act.")})
+        of_act = {name[4:]: value for name, value in state.items() if name.startswith("act.")}
+        nn.Module.load_state_dict(self.act, of_act)
 
     def forward(self, input: Any) -> Any:
         return self.act(self.drop(super().forward(input)))

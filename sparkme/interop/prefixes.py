@@ -1,0 +1,320 @@
+"""From a file's names to a network's by one rule: strip a prefix, then read what is left as one library's names.
+
+Everything in a file lies under one dotted name, containers and all: `state_dict.module.encoder_q.conv1.weight`. Codes wrap an
+encoder in many ways (`module.`, `model.backbone.`, `encoder_q.`, `backbone.body.`); each is a prefix that all the encoder's
+names share. A prefix is taken where it explains every name and shape that the network needs; the rest is left over, and said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparkme.errors import UserError
+from sparkme.interop.libraries import Form, forms_of, shared_start
+from sparkme.interop.spark import ENCODER
+
+# Words of what is not trained itself but follows something that is. By default that is not taken where both are there.
+_AVERAGES = {"ema", "average", "averaged", "avg", "swa", "polyak", "shadow", "teacher", "momentum", "target", "key", "k"}
+COUNTER = "num_batches_tracked"  # of batch norms, which files of old versions of torch lack
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a network wants of a file.
+
+    Attributes:
+        model: the network's name, for people.
+        library: whose it is, see `sparkme.models.library_of`.
+        own: its tensors by name, in the order of its layers.
+        channels: of its images.
+        head: names of `own` that are never taken.
+        whole: whether all of the others must be there; else only those up to the last that is.
+    """
+
+    model: str
+    library: str
+    own: dict[str, Tensor]
+    channels: int
+    head: Collection[str] = ()
+    whole: bool = True
+
+    @property
+    def body(self) -> list[str]:
+        """The names of all but the head."""
+        return [name for name in self.own if name not in self.head]
+
+    def forms(self) -> list[Form]:
+        return forms_of({name: self.own[name] for name in self.body}, self.library)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the person who starts the command says about it.
+
+    Attributes:
+        key: a part of the prefix, where several fit.
+        adapt_stem: how the first convolution's weights become those of another number of channels: `sum`, `mean`, `repeat`.
+    """
+
+    key: str | None = None
+    adapt_stem: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found.
+
+    Attributes:
+        state: the network's tensors, under its names and in its shapes.
+        prefix: of the file's names.
+        kind: whose names follow it.
+        left: the file's names that nobody has a use for, those near the taken ones first.
+        others: prefixes that would do as well.
+        stem: what was done to the first convolution.
+    """
+
+    state: dict[str, Tensor]
+    prefix: str
+    kind: str
+    left: list[str]
+    others: list[str]
+    stem: str = ""
+
+    def note(self) -> str:
+        """All of it in one line, for people."""
+        under = f"under {self.prefix.rstrip('.')!r}, " if self.prefix else ""
+        note = f"{under}names of {self.kind}: {len(self.state)} tensors taken{self.stem}"
+        note += f"; {len(self.left)} not used: {shortened(self.left)}" if self.left else ""
+        also = ", ".join(prefix.rstrip(".") or "the bare names" for prefix in self.others)
+        return note + (f"; others are there, to be taken by --weights-key: {also}" if also else "")
+
+
+def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice: Choice = Choice()) -> Found:
+    """Takes a network's weights out of what a file holds.
+
+    Where several prefixes fit, what is trained is taken before what is an average of it (EMA, teacher, momentum or key encoder,
+    see `_AVERAGES`), then what stands first in the file; `choice.key` takes another.
+
+    Args:
+        tensors: of the file, see `sparkme.interop.files.read_tensors`.
+        wanted: what the network wants.
+        origin: the file, for messages.
+        choice: what the user says.
+
+    Raises:
+        UserError: no prefix explains all that is wanted; shows the file's names beside the expected ones.
+    """
+    fits = [fit for form in wanted.forms() for fit in _fits(tensors, wanted, form)]
+    good = _best_first(fits)
+    chosen = [fit for fit in good if choice.key is None or _is_under(fit.prefix, choice.key)]
+    if not chosen:
+        near = [fit for fit in fits if choice.key is None or _is_under(fit.prefix, choice.key)]
+        raise UserError(_refusal(tensors, wanted, origin, choice.key, near))
+    best = chosen[0]
+    if larger := _between(tensors, best):
+        raise UserError(f"{origin} has more than {wanted.model}: {shortened(larger)}; is it of a larger network?")
+    stems, done = _adapt(tensors, best, wanted, origin, choice.adapt_stem)
+    theirs = {n: stems.get(n, tensors[name]).reshape(best.form.expected[n].shape) for n, name in best.taken.items()}
+    used = {name for fit in good for name in fit.taken.values()}
+    left = sorted((n for n in tensors if n not in used), key=lambda n: -len(shared_start([n, best.prefix])))
+    kind = "the official SparK code" if best.prefix.endswith(ENCODER) else best.form.kind
+    others = [fit.shown_prefix for fit in good if fit is not best]
+    return Found(best.form.to_own(theirs), best.shown_prefix, kind, left, others, done)
+
+
+def shortened(names: list[str], most: int = 4) -> str:
+    """The first of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@dataclass
+class _Fit:
+    """One way to read a file.
+
+    Attributes:
+        form: whose names.
+        prefix: of the file's names.
+        taken: the file's name of each tensor that fits, by the form's; in the order of the network.
+        stems: those of them that would fit with another number of input channels.
+        missing, wrong: the network's own names of what is not there, or of another shape.
+    """
+
+    form: Form
+    prefix: str
+    taken: dict[str, str] = field(default_factory=dict)
+    stems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def shown_prefix(self) -> str:
+        """Without what the form's names begin with themselves."""
+        return self.prefix.removesuffix(self.form.start)
+
+
+def _fits(tensors: dict[str, Tensor], wanted: Wanted, form: Form) -> list[_Fit]:
+    """All prefixes behind which names of the form stand, in the order of the file."""
+    prefixes: dict[str, None] = {}
+    for name in tensors:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in form.expected:
+                prefixes["".join(f"{part}." for part in parts[:i])] = None
+    return [_fit(tensors, wanted, form, prefix) for prefix in prefixes]
+
+
+def _fit(tensors: dict[str, Tensor], wanted: Wanted, form: Form, prefix: str) -> _Fit:
+    fit = _Fit(form, prefix)
+    for their, expected in form.expected.items():
+        own, value = form.own[their], tensors.get(prefix + their)
+        if value is None:
+            continue
+        if _is_stem(value, expected, wanted.channels):
+            fit.stems.append(their)
+        if _is_alike(value, expected) or their in fit.stems:
+            fit.taken[their] = prefix + their
+        elif not own.endswith(COUNTER):
+            fit.wrong.append(own)
+    order = [name for name in wanted.body if not name.endswith(COUNTER)]
+    there = {form.own[their] for their in fit.taken}
+    last = len(order) if wanted.whole else max((i for i, name in enumerate(order) if name in there), default=-1)
+    fit.missing = [name for name in order[:last] if name not in there and name not in fit.wrong]
+    return fit
+
+
+def _is_alike(value: Tensor, expected: Tensor) -> bool:
+    """Whether the shapes are equal, axes of length one aside: a linear layer may be a 1x1 convolution."""
+    shapes = [[n for n in tensor.shape if n != 1] for tensor in (value, expected)]
+    return shapes[0] == shapes[1] and value.is_floating_point() == expected.is_floating_point()
+
+
+def _is_stem(value: Tensor, expected: Tensor, channels: int) -> bool:
+    if value.ndim != 4 or expected.ndim != 4 or expected.shape[1] != channels or not value.is_floating_point():
+        return False
+    return value.shape[1] != channels and value.select(1, 0).shape == expected.select(1, 0).shape
+
+
+def _best_first(fits: list[_Fit]) -> list[_Fit]:
+    """The fits without a problem, one a prefix and none that is a small part of another, the default first."""
+    by_prefix: dict[str, _Fit] = {}
+    for fit in fits:
+        if fit.taken and not fit.missing and not fit.wrong:
+            before = by_prefix.get(fit.prefix)
+            if before is None or len(fit.taken) > len(before.taken):
+                by_prefix[fit.prefix] = fit
+    most = max((len(fit.taken) for fit in by_prefix.values()), default=0)
+    large = [fit for fit in by_prefix.values() if 2 * len(fit.taken) >= most]
+    return sorted(large, key=lambda fit: (bool(fit.stems), _is_average(fit.prefix), -len(fit.taken)))
+
+
+def _is_average(prefix: str) -> bool:
+    return not _AVERAGES.isdisjoint(re.split(r"[\W_]+", prefix.lower()))
+
+
+def _is_under(prefix: str, key: str) -> bool:
+    return f".{key.strip('.')}." in f".{prefix}"
+
+
+def _between(tensors: dict[str, Tensor], fit: _Fit) -> list[str]:
+    """What the file has more of a numbered series of layers that others follow: it is of a deeper network.
+
+    What stands behind the last of the network's layers is no sign of that: it may be a neck or a head.
+    """
+    last: dict[str, int] = {}  # of each module, the number of its last tensor
+    series = set()
+    for i, name in enumerate(fit.taken):
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            module = ".".join(parts[:end])
+            last[module] = i
+            if parts[end].isdecimal():
+                series.add(module)
+    taken, found = set(fit.taken.values()), []
+    for name in tensors:
+        if name in taken or not name.startswith(fit.prefix) or not tensors[name].ndim:
+            continue
+        parts = name.removeprefix(fit.prefix).split(".")
+        shared = max((end for end in range(1, len(parts)) if ".".join(parts[:end]) in last), default=0)
+        module = ".".join(parts[:shared])
+        if module in series and parts[shared].isdecimal() and last[module] < len(fit.taken) - 1:
+            found.append(name)
+    return found
+
+
+def _adapt(
+    tensors: dict[str, Tensor], fit: _Fit, wanted: Wanted, origin: str, how: str | None
+) -> tuple[dict[str, Tensor], str]:
+    """The first convolutions' weights for the network's channels, and what was done.
+
+    Raises:
+        UserError: nobody said how.
+    """
+    if not fit.stems:
+        return {}, f"; --adapt-stem {how} had nothing to do" if how else ""
+    given = tensors[fit.taken[fit.stems[0]]].shape[1]
+    if how is None:
+        names = shortened([fit.taken[name] for name in fit.stems])
+        raise UserError(
+            f"{origin}: {names} is for images of {given} channels, {wanted.model} here for {wanted.channels}; pass "
+            f"--adapt-stem (sum, mean or repeat) to change its weights, or pretrain with --channels {given}"
+        )
+    changed = {name: adapted_stem(tensors[fit.taken[name]], wanted.channels, how) for name in fit.stems}
+    return changed, f"; {shortened([*changed])} made for {wanted.channels} channels instead of {given} by --adapt-stem {how}"
+
+
+def adapted_stem(weight: Tensor, channels: int, how: str) -> Tensor:
+    """A convolution's weights for images of another number of channels.
+
+    Args:
+        weight: (C_out, C, kh, kw).
+        channels: of the new images, n.
+        how: `sum`, each channel gets an n-th of the sum over all C, so that equal channels give what they gave before; `mean`,
+            each gets the mean; `repeat`, the C in turn, times C / n, which keeps the size of what comes out.
+
+    Returns:
+        (C_out, n, kh, kw) in float32 or more.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    given = weight.shape[1]
+    if how == "repeat":
+        return weight[:, torch.arange(channels) % given] * (given / channels)
+    total = weight.sum(1, keepdim=True) / (channels if how == "sum" else given)
+    return total.expand(-1, channels, -1, -1)
+
+
+def _refusal(tensors: dict[str, Tensor], wanted: Wanted, origin: str, key: str | None, fits: list[_Fit]) -> str:
+    """The file's names beside the expected ones, the nearest first."""
+    if key is not None and not any(_is_under(name, key) for name in tensors):
+        heads = Counter(name.split(".")[0] for name in tensors)
+        return f"{origin} has no names with {key!r} in them (--weights-key); they begin with {shortened([*heads])}"
+    nearest = max(fits, key=lambda fit: len(fit.taken) - len(fit.wrong), default=None)
+    if nearest is None:
+        nearest = _Fit(wanted.forms()[0], "", missing=wanted.body)
+    theirs = {own: their for their, own in nearest.form.own.items()}
+    free = [name for name in tensors if name not in nearest.taken.values()]
+    pairs = []
+    for own in nearest.wrong:
+        name = nearest.prefix + theirs[own]
+        pairs.append((1.0, f"{name} is {_shape(tensors[name])}, not {_shape(wanted.own[own])}"))
+    for own in nearest.missing[:20]:
+        expected = nearest.prefix + theirs.get(own, own)
+        alike = [name for name in free if _is_alike(tensors[name], wanted.own[own])] or free
+        close = difflib.get_close_matches(expected, alike, n=1, cutoff=0.0)
+        ratio = difflib.SequenceMatcher(None, expected, close[0]).ratio() if close else 0.0
+        there = f", where the file has {close[0]} {_shape(tensors[close[0]])}" if close else ""
+        pairs.append((ratio, f"{expected} {_shape(wanted.own[own])} is missing{there}"))
+    shown = "; ".join(text for _, text in sorted(pairs, key=lambda pair: -pair[0])[:4])
+    under = f" under {nearest.shown_prefix!r}" if nearest.shown_prefix else ""
+    there = f"of its {len(wanted.body)} tensors {len(nearest.taken)} are there{under}"
+    return f"{origin} does not fit {wanted.model}: {there}, no prefix explains all names; {shown}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
