@@ -78,8 +78,9 @@ WRAPPED: dict[str, tuple[Any, str, int]] = {  # the file's content, the prefix, 
     "numpy_number": ({"model": WHOLE, "best_acc": np.float64(71.2), "step": np.int32(7)}, "model.", 2),
     "ema_only": ({"state_dict_ema": WHOLE}, "state_dict_ema.", 2),
     "ema_beside": ({"model_ema": OTHER, "model": ENCODER, "optimizer": {"state": {0: {"exp_avg": BOX}}}}, "model.", 1),
-    "compiled_then_wrapped": (under("_orig_mod.module.", WHOLE), "_orig_mod.module.", 2),
-    "wrapped_then_compiled": (under("module._orig_mod.", WHOLE), "module._orig_mod.", 2),
+    "compiled_then_wrapped": (under("_orig_mod.module.", WHOLE), "module.", 2),
+    "wrapped_then_compiled": (under("module._orig_mod.", WHOLE), "module.", 2),
+    "sharded": ({n.replace("layer4.0.", "layer4._orig_mod.0._fsdp_wrapped_module."): v for n, v in WHOLE.items()}, "", 2),
     "unet": ({**under("encoder."), "decoder.blocks.0.conv1.0.weight": BOX}, "encoder.", 1),
     "detector": ({**under("backbone.body."), "rpn.head.conv.0.0.weight": BOX}, "backbone.body.", 1),
     "nested": ({"model": {"encoder": ENCODER, "decoder": {"0": {"weight": torch.zeros(3)}}}}, "model.encoder.", 1),
@@ -183,8 +184,8 @@ def test_weights_of_another_network_are_refused_with_the_names_of_both(tmp_path:
     message = str(caught.value)
     assert "does not fit resnet18: of its 120 tensors" in message and "\n" not in message
     assert re.search(r"net.layer1.(\S+) \(64,\) is missing, where the file has net.stage1.\1 \(64,\)", message)
-    with pytest.raises(UserError, match=r"conv1.weight .* is missing, where the file has"):
-        find(tmp_path, torchvision.models.convnext_tiny().state_dict())
+    with pytest.raises(UserError, match=r"conv1.weight .* is missing.* the file has stem.0.w \(64, 3, 3, 3\), head.w \(5,\)"):
+        find(tmp_path, {"stem.0.w": torch.zeros(64, 3, 3, 3), "head.w": torch.zeros(5)})
     wide = {**ENCODER, "layer1.0.conv1.weight": torch.zeros(64, 64, 5, 5)}
     with pytest.raises(UserError, match=r"module.layer1.0.conv1.weight is \(64, 64, 5, 5\), not \(64, 64, 3, 3\)"):
         find(tmp_path, under("module.", wide))
@@ -269,14 +270,19 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(zipped: bool, tmp_path:
 
 def test_plain_data_beside_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = type("EasyDict", (dict,), {"__module__": "easydict"})
+    tree = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})()
+    tree._content = {"lr": 1}
+    monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "easydict", SimpleNamespace(EasyDict=config))
+    monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", SimpleNamespace(DictConfig=type(tree)))
     beside = {"path": pathlib.Path("a/b"), "counts": collections.defaultdict(list, {"x": [1]}), "config": config(width=3),
-              "deque": collections.deque([1], 5), "space": SimpleNamespace(x=1), "size": torch.Size([3]),
+              "tree": tree, "deque": collections.deque([1], 5), "space": SimpleNamespace(x=1), "size": torch.Size([3]),
               "array": np.arange(6.0).reshape(2, 3), "flag": np.bool_(True), "words": np.array(["a", "b"]), "complex": 1j,
               "set": {1}, "options": argparse.Namespace(deep=argparse.Namespace(lr=1)), "type": int,
               "rng": np.random.default_rng(0).bit_generator.state}  # fmt: skip
     torch.save({"state_dict": WHOLE, **beside}, tmp_path / "file.pth")
-    monkeypatch.delitem(sys.modules, "easydict")
+    for name in ("easydict", "omegaconf", "omegaconf.dictconfig"):
+        monkeypatch.delitem(sys.modules, name)
     found = find_weights(read_tensors(tmp_path / "file.pth"), wanted(), "file.pth")
     assert equal(found, ENCODER)
     weights = read_tensors(tmp_path / "file.pth")
@@ -286,7 +292,7 @@ def test_plain_data_beside_the_weights_are_read(tmp_path: Path, monkeypatch: pyt
 def test_pickled_networks_and_programs_are_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"model": torchvision.models.resnet18()}, tmp_path / "module.pth")
     with pytest.raises(
-        UserError, match=r"\(torchvision.models.resnet.ResNet\).* save torch.save\(network.state_dict\(\), NEW_FILE\)"
+        UserError, match=r"\(torchvision.models.resnet.ResNet\).* then torch.save\(network.state_dict\(\), NEW_FILE\)"
     ):
         read_tensors(tmp_path / "module.pth")
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "program.pt")

@@ -77,7 +77,7 @@ def _remedy(error: Exception) -> str:
     if "TorchScript" in str(error):
         return "; save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
     trusted = (
-        "; if you trust it, load it by torch.load(FILE, weights_only=False) and save torch.save(network.state_dict(), NEW_FILE)"
+        "; if you trust it, load it by torch.load(FILE, weights_only=False), then torch.save(network.state_dict(), NEW_FILE)"
     )
     return trusted if isinstance(error, pickle.UnpicklingError) else ""
 
@@ -102,23 +102,27 @@ def _empty_dict(*args: Any) -> dict[Any, Any]:
 
 # What torch's unpickler makes of the data that people keep beside their weights: containers, NumPy's numbers, or nothing.
 # No class of another library is imported for it, and none of its code runs.
-_DICTS = ("easydict.EasyDict", "addict.addict.Dict", "yacs.config.CfgNode", "fvcore.common.config.CfgNode",
-          "detectron2.config.config.CfgNode", "mmengine.config.config.ConfigDict", "mmcv.utils.config.ConfigDict",
-          "ml_collections.config_dict.config_dict.ConfigDict", "lightning_fabric.utilities.data.AttributeDict",
-          "lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict",
-          "lightning.pytorch.utilities.parsing.AttributeDict")  # fmt: skip
-_VALUES = ("argparse.Namespace", "types.SimpleNamespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
-           "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib._local.Path", "pathlib._local.PosixPath",
-           "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta",
-           "datetime.timezone", "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "torch.torch_version.TorchVersion",
-           "builtins.complex", "builtins.slice", "builtins.range", "builtins.frozenset", "builtins.bytearray", "builtins.int",
-           "builtins.float", "builtins.bool", "builtins.str", "builtins.bytes", "builtins.list", "builtins.dict",
-           "builtins.tuple")  # fmt: skip
+_DICTS = {
+    "easydict": "EasyDict", "addict.addict": "Dict", "yacs.config": "CfgNode", "fvcore.common.config": "CfgNode",
+    "detectron2.config.config": "CfgNode", "mmengine.config.config": "ConfigDict", "mmcv.utils.config": "ConfigDict",
+    "lightning_fabric.utilities.data": "AttributeDict", "lightning.fabric.utilities.data": "AttributeDict",
+    "pytorch_lightning.utilities.parsing": "AttributeDict", "lightning.pytorch.utilities.parsing": "AttributeDict",
+}  # fmt: skip
+_PATHS = "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"
+_VALUES = {
+    "argparse": "Namespace", "types": "SimpleNamespace", "typing": "Any", "pathlib": _PATHS, "pathlib._local": _PATHS,
+    "datetime": "datetime date time timedelta timezone", "decimal": "Decimal", "fractions": "Fraction", "uuid": "UUID",
+    "builtins": "int float bool str bytes list dict tuple frozenset bytearray complex slice range",
+    "torch.torch_version": "TorchVersion", "mmengine.logging.history_buffer": "HistoryBuffer",
+    "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.base": "ContainerMetadata Metadata",
+    "omegaconf.nodes": "AnyNode IntegerNode FloatNode StringNode BooleanNode BytesNode PathNode",
+}  # fmt: skip
 _NUMBERS = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
 _MAKERS = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
 PLAIN: tuple[Any, ...] = (
-    *((OrderedDict, name) for name in _DICTS), *((_Left, name) for name in _VALUES), (_LeftList, "collections.deque"),
-    (_empty_dict, "collections.defaultdict"), np.ndarray, np.dtype, *_NUMBERS,
+    *((OrderedDict, f"{module}.{name}") for module, name in _DICTS.items()),
+    *((_Left, f"{module}.{name}") for module, names in _VALUES.items() for name in names.split()),
+    (_LeftList, "collections.deque"), (_empty_dict, "collections.defaultdict"), np.ndarray, np.dtype, *_NUMBERS,
     *((make, f"numpy.{core}.multiarray.{name}") for name, make in _MAKERS.items() for core in ("core", "_core")),
 )  # fmt: skip
 
@@ -158,7 +162,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         try:
             return read_tensors(path), None
         except UserError:
-            if path.parent.name == "checkpoints":  # where other programs put theirs, too
+            if path.parent.name == "checkpoints" and archive_damage(path):  # it says which others there are
                 raise error from None
             raise
 

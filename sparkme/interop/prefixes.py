@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,10 @@ from sparkme.interop.libraries import Form, forms_of, shared_start
 from sparkme.interop.spark import ENCODER
 
 # Words of what is not trained itself but follows something that is. By default that is not taken where both are there.
-_AVERAGES = {"ema", "average", "averaged", "avg", "swa", "polyak", "shadow", "teacher", "momentum", "target", "key", "k"}
+_FOLLOWERS = {"ema", "average", "averaged", "avg", "swa", "polyak", "shadow", "teacher", "momentum", "target", "key", "k",
+              "optimizer"}  # fmt: skip
+# What torch puts anywhere into names, which is taken off.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTER = "num_batches_tracked"  # of batch norms, which files of old versions of torch lack
 
 
@@ -100,7 +103,7 @@ def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice
     """Takes a network's weights out of what a file holds.
 
     Where several prefixes fit, what is trained is taken before what is an average of it (EMA, teacher, momentum or key encoder,
-    see `_AVERAGES`), then what stands first in the file; `choice.key` takes another.
+    see `_FOLLOWERS`), then what stands first in the file; `choice.key` takes another.
 
     Args:
         tensors: of the file, see `sparkme.interop.files.read_tensors`.
@@ -111,8 +114,10 @@ def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice
     Raises:
         UserError: no prefix explains all that is wanted; shows the file's names beside the expected ones.
     """
+    if not any(_is_wrapped(name) for name in wanted.own):
+        tensors = {_without_wrappers(name): value for name, value in tensors.items()}
     fits = [fit for form in wanted.forms() for fit in _fits(tensors, wanted, form)]
-    good = _best_first(fits)
+    good = _best_first(fits, len(wanted.body) / 4)
     chosen = [fit for fit in good if choice.key is None or _is_under(fit.prefix, choice.key)]
     if not chosen:
         near = [fit for fit in fits if choice.key is None or _is_under(fit.prefix, choice.key)]
@@ -158,6 +163,10 @@ class _Fit:
         """Without what the form's names begin with themselves."""
         return self.prefix.removesuffix(self.form.start)
 
+    def name_of(self, own: str) -> str:
+        """The file's name of one of the network's tensors."""
+        return self.prefix + next((their for their, name in self.form.own.items() if name == own), own)
+
 
 def _fits(tensors: dict[str, Tensor], wanted: Wanted, form: Form) -> list[_Fit]:
     """All prefixes behind which names of the form stand, in the order of the file."""
@@ -201,21 +210,29 @@ def _is_stem(value: Tensor, expected: Tensor, channels: int) -> bool:
     return value.shape[1] != channels and value.select(1, 0).shape == expected.select(1, 0).shape
 
 
-def _best_first(fits: list[_Fit]) -> list[_Fit]:
-    """The fits without a problem, one a prefix and none that is a small part of another, the default first."""
+def _best_first(fits: list[_Fit], least: float) -> list[_Fit]:
+    """The fits without a problem, one a prefix, none of a few tensors or a small part of another, the default first."""
     by_prefix: dict[str, _Fit] = {}
     for fit in fits:
-        if fit.taken and not fit.missing and not fit.wrong:
+        if len(fit.taken) >= least and not fit.missing and not fit.wrong:
             before = by_prefix.get(fit.prefix)
             if before is None or len(fit.taken) > len(before.taken):
                 by_prefix[fit.prefix] = fit
     most = max((len(fit.taken) for fit in by_prefix.values()), default=0)
     large = [fit for fit in by_prefix.values() if 2 * len(fit.taken) >= most]
-    return sorted(large, key=lambda fit: (bool(fit.stems), _is_average(fit.prefix), -len(fit.taken)))
+    return sorted(large, key=lambda fit: (bool(fit.stems), _follows(fit.prefix), -len(fit.taken)))
 
 
-def _is_average(prefix: str) -> bool:
-    return not _AVERAGES.isdisjoint(re.split(r"[\W_]+", prefix.lower()))
+def _without_wrappers(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+
+
+def _is_wrapped(name: str) -> bool:
+    return name != _without_wrappers(name)
+
+
+def _follows(prefix: str) -> bool:
+    return not _FOLLOWERS.isdisjoint(re.split(r"[\W_]+", prefix.lower()))
 
 
 def _is_under(prefix: str, key: str) -> bool:
@@ -297,23 +314,31 @@ def _refusal(tensors: dict[str, Tensor], wanted: Wanted, origin: str, key: str |
     nearest = max(fits, key=lambda fit: len(fit.taken) - len(fit.wrong), default=None)
     if nearest is None:
         nearest = _Fit(wanted.forms()[0], "", missing=wanted.body)
-    theirs = {own: their for their, own in nearest.form.own.items()}
-    free = [name for name in tensors if name not in nearest.taken.values()]
-    pairs = []
-    for own in nearest.wrong:
-        name = nearest.prefix + theirs[own]
-        pairs.append((1.0, f"{name} is {_shape(tensors[name])}, not {_shape(wanted.own[own])}"))
-    for own in nearest.missing[:20]:
-        expected = nearest.prefix + theirs.get(own, own)
-        alike = [name for name in free if _is_alike(tensors[name], wanted.own[own])] or free
-        close = difflib.get_close_matches(expected, alike, n=1, cutoff=0.0)
-        ratio = difflib.SequenceMatcher(None, expected, close[0]).ratio() if close else 0.0
-        there = f", where the file has {close[0]} {_shape(tensors[close[0]])}" if close else ""
-        pairs.append((ratio, f"{expected} {_shape(wanted.own[own])} is missing{there}"))
+    pairs = [*_wrong_pairs(tensors, wanted, nearest), *_missing_pairs(tensors, wanted, nearest)]
     shown = "; ".join(text for _, text in sorted(pairs, key=lambda pair: -pair[0])[:4])
+    if not any(nearness for nearness, _ in pairs):
+        names = [f"{name} {_shape(value)}" for name, value in tensors.items()]
+        shown += f"; the file has {shortened(names)}"
     under = f" under {nearest.shown_prefix!r}" if nearest.shown_prefix else ""
     there = f"of its {len(wanted.body)} tensors {len(nearest.taken)} are there{under}"
     return f"{origin} does not fit {wanted.model}: {there}, no prefix explains all names; {shown}"
+
+
+def _wrong_pairs(tensors: dict[str, Tensor], wanted: Wanted, fit: _Fit) -> Iterator[tuple[float, str]]:
+    for own in fit.wrong:
+        name = fit.name_of(own)
+        yield 1.0, f"{name} is {_shape(tensors[name])}, not {_shape(wanted.own[own])}"
+
+
+def _missing_pairs(tensors: dict[str, Tensor], wanted: Wanted, fit: _Fit) -> Iterator[tuple[float, str]]:
+    """How near the nearest name of the file is, from 0 to 1, and both names."""
+    free = [name for name in tensors if name not in fit.taken.values()]
+    for own in fit.missing[:20]:
+        expected, text = fit.name_of(own), f"{fit.name_of(own)} {_shape(wanted.own[own])} is missing"
+        alike = [name for name in free if _is_alike(tensors[name], wanted.own[own])]
+        if close := difflib.get_close_matches(expected, alike or free, n=1, cutoff=0.5):
+            text += f", where the file has {close[0]} {_shape(tensors[close[0]])}"
+        yield difflib.SequenceMatcher(None, expected, close[0]).ratio() if close else 0.0, text
 
 
 def _shape(tensor: Tensor) -> str:
