@@ -52,9 +52,13 @@ def unreadable_reason(error: Exception) -> str:
     if "TorchScript" in text:
         return "it is a TorchScript archive, a program with its weights"
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in text.lower():
-        named = re.search(r"GLOBAL (\S+)", text)
-        what = f" ({named[1]})" if named else ""
-        return f"it holds more than tensors and plain values{what}, which could run code when it is read"
+        if named := re.search(r"GLOBAL (\S+)", text):
+            return f"it holds more than tensors and plain values ({named[1]}), which could run code when it is read"
+        if "Unsupported operand" in text:
+            return "it is not of torch's formats"
+        return "it holds more than tensors and plain values, which could run code when it is read"
+    if isinstance(error, EOFError | LookupError):
+        return "it is empty, torn or not of torch's formats"
     return first_line(error)
 
 

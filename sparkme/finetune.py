@@ -365,6 +365,8 @@ def find_weights(args: argparse.Namespace) -> Pretrained:
     """
     from sparkme.pretrained import Pretrained, read_pretrained
 
+    if args.from_scratch and (args.weights_key or args.adapt_stem):
+        raise UserError("--weights-key and --adapt-stem say how weights are read, and --from-scratch reads none")
     if args.weights is not None:
         found = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
         return found.random() if args.from_scratch else found

@@ -98,7 +98,8 @@ class Pretraining(Training):
         self.statistics = self._find_statistics(images)
         if folder.saved_config is not None:
             check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
-            config["init"] = folder.saved_config.get("init")  # it has started from that, whatever the command says now
+            for name in ("init", "weights_key", "adapt_stem"):  # it has started so, whatever the command says now
+                config[name] = folder.saved_config.get(name)
         self.probe_split = self._find_probe_data(args)
 
         torch.manual_seed(config["seed"])

@@ -173,6 +173,7 @@ def test_from_scratch_and_shots(trained: Path, labelled: Path, tmp_path: Path, c
     assert main(["--from-scratch", "--model", "resnet18", *words, str(tmp_path / "b")]) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert "--model NAME" in fails(capsys, "--from-scratch", *words, tmp_path / "c")
+    assert "--from-scratch reads none" in fails(capsys, "--from-scratch", "--weights-key", "ema", *words, tmp_path / "c")
     assert "name a checkpoint" in fails(capsys, *words, tmp_path / "c")
 
 

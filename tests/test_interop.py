@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import sparkme
 import sparkme.export
 from sparkme import pretrain
+from sparkme.errors import UserError
 from sparkme.interop.libraries import TABLES, Origin, origin_of, translate
 from sparkme.interop.spark import join_official_state, split_official_state
+from sparkme.pretrained import read_pretrained
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -314,6 +316,40 @@ def test_init_takes_weights_of_every_kind_and_reports(
     assert ("not used: fc.weight" in report) == (kind == "torchvision")
     if kind == "official":
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
+
+
+def test_a_wrapped_official_file_brings_its_decoder(tmp_path: Path) -> None:
+    model = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
+    rest = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
+    official = join_official_state(model.encoder.dense_state_dict(), rest)
+    extra = {"imn_m": torch.zeros(1, 3, 1, 1), "dense_decoder.more": torch.zeros(3)}
+    torch.save({"module": {f"module.{n}": v for n, v in (official | extra).items()}, "epoch": 1}, tmp_path / "official.pth")
+    fresh = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
+    report = pretrain.load_initial_weights(fresh, tmp_path / "official.pth", "resnet18")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
+    assert "names of the official SparK code" in report and f"{len(rest)} of the decoder" in report
+    assert "2 not used: module.module.imn_m, module.module.dense_decoder.more" in report and "random" not in report
+
+
+def test_the_commands_pass_on_how_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    grey = state | {"conv1.weight": state["conv1.weight"].sum(1, keepdim=True)}
+    path = tmp_path / "checkpoints" / "last.pt"  # as other programs call theirs
+    path.parent.mkdir()
+    torch.save({"student": state, "teacher": {f"backbone.{n}": v for n, v in grey.items()}}, path)
+    words = [*SMALL, "--epochs", "1", "--panel-epochs", "0", "--init", path]
+    assert "pass --adapt-stem" in fails(capsys, *words, "--weights-key", "teacher", "--output", tmp_path / "run")
+    words += ["--weights-key", "teacher", "--adapt-stem", "sum", "--output", tmp_path / "run"]
+    assert pretrain.main([*map(str, words)]) == 0
+    shown = capsys.readouterr().out
+    assert "under 'teacher.backbone', names of torchvision: 120 tensors taken; conv1.weight made for 3 channels" in shown
+    assert "4 not used: teacher.backbone.fc.weight, teacher.backbone.fc.bias, student.fc.weight, student.fc.bias;" in shown
+    assert "others are there, to be taken by --weights-key: student;" in shown
+    found = read_pretrained(path, "resnet18")
+    assert torch.equal(found.dense(3)[0].conv1.weight, state["conv1.weight"])
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"last.pt is damaged: the archive cannot be read"):
+        read_pretrained(path, "resnet18")
 
 
 def test_init_refuses_weights_of_another_network(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pathlib
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -20,12 +21,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import sparkme
 from sparkme.errors import UserError
 from sparkme.interop.files import read_tensors
 from sparkme.interop.libraries import origin_of, translate
 from sparkme.interop.prefixes import Choice, Found, Wanted, adapted_stem, find_weights
 from sparkme.models import library_of
+from sparkme.pretrained import read_pretrained
 
 State = dict[str, Any]
 WHOLE = {
@@ -128,15 +129,16 @@ def test_files_of_other_precision_and_versions(tmp_path: Path) -> None:
     half = {n: v.half() if v.is_floating_point() else v for n, v in ENCODER.items() if not n.endswith("num_batches_tracked")}
     found = find(tmp_path, under("module.", half))
     assert len(found.state) == 100 and found.prefix == "module."
-    encoder = sparkme.sparsify(torchvision.models.resnet18())
-    encoder.load_dense_state_dict(found.state)
-    assert torch.equal(encoder.dense_state_dict()["conv1.weight"], half["conv1.weight"].float())
+    network, missing, _ = read_pretrained(tmp_path / "file.pth", "resnet18").dense(3)
+    assert torch.equal(network.conv1.weight, half["conv1.weight"].float()) and missing == ["fc.weight", "fc.bias"]
     ordered = torchvision.models.resnet18().state_dict()
     assert hasattr(ordered, "_metadata") and len(find(tmp_path, {"state_dict": ordered}).state) == 120
     arrays = {name: value.numpy() for name, value in ENCODER.items()}
     assert equal(find(tmp_path, {"model": arrays}), ENCODER)
     save_file(under("backbone."), tmp_path / "file.safetensors")
     assert equal(find_weights(read_tensors(tmp_path / "file.safetensors"), wanted(), "file"), ENCODER)
+    (tmp_path / "file.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert equal(find_weights(read_tensors(tmp_path / "pytorch_model.bin"), wanted(), "file"), ENCODER)
     torch.save({"model": WHOLE}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert equal(find_weights(read_tensors(tmp_path / "old.pth"), wanted(), "old"), ENCODER)
     integers = {**ENCODER, "conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)}
@@ -203,6 +205,17 @@ def test_one_series_of_blocks_may_be_the_longer_one(tmp_path: Path) -> None:
     longer = own | {n.replace(".5.8.", ".5.9."): v for n, v in own.items() if ".5.8." in n}
     with pytest.raises(UserError, match=r"has more than convnext_tiny: features.5.9.* is it of a larger network\?"):
         find(tmp_path, longer, want=wanted("convnext_tiny"))
+
+
+def test_parts_of_layers_that_the_network_lacks_are_said(tmp_path: Path) -> None:
+    found = find(tmp_path, {**WHOLE, "layer1.0.se.fc1.weight": BOX, "layer1.0.conv1.total_ops": torch.zeros(())})
+    assert found.inside == 1 and "(1 of them inside of what is taken: is it another kind of network?)" in found.note()
+
+
+def test_a_few_layers_are_not_a_network(tmp_path: Path) -> None:
+    stem = {name: value for name, value in WHOLE.items() if name.startswith(("conv1", "bn1"))}
+    with pytest.raises(UserError, match=r"of its 120 tensors 6 are there, .*layer1.0.conv1.weight \(64, 64, 3, 3\) is missing"):
+        find(tmp_path, stem, want=wanted(headless=False))
 
 
 def test_a_neck_behind_a_numbered_backbone_is_left_over(tmp_path: Path) -> None:
@@ -292,12 +305,16 @@ def test_plain_data_beside_the_weights_are_read(tmp_path: Path, monkeypatch: pyt
 def test_pickled_networks_and_programs_are_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"model": torchvision.models.resnet18()}, tmp_path / "module.pth")
     with pytest.raises(
-        UserError, match=r"\(torchvision.models.resnet.ResNet\).* then torch.save\(network.state_dict\(\), NEW_FILE\)"
+        UserError, match=r"\(torchvision.models.resnet.ResNet\).* alone: torch.save\(network.state_dict\(\), NEW_FILE\)"
     ):
         read_tensors(tmp_path / "module.pth")
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "program.pt")
     with pytest.raises(UserError, match=r"TorchScript archive.*torch.jit.load\(FILE\).state_dict\(\)"):
         read_tensors(tmp_path / "program.pt")
+    for content in (b"", b"hello", pickle.dumps({"model": np.zeros(3)}, protocol=4)):
+        (tmp_path / "other.pkl").write_bytes(content)
+        with pytest.raises(UserError, match=r"other.pkl cannot be read as weights: it is .*not of torch's formats$"):
+            read_tensors(tmp_path / "other.pkl")
     torch.save({"epoch": 3, "name": "x"}, tmp_path / "nothing.pth")
     with pytest.raises(UserError, match="holds no tensors"):
         read_tensors(tmp_path / "nothing.pth")

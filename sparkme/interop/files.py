@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(PLAIN)):
             warnings.simplefilter("ignore")  # of formats that are refused here
-            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            content = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
         raise UserError(f"{path} cannot be read as weights: {unreadable_reason(error)}{_remedy(error)}") from error
     if isinstance(content, dict) and "format" in content and "config" in content:
@@ -76,10 +76,15 @@ def tensors_in(content: Any) -> dict[str, Tensor]:
 def _remedy(error: Exception) -> str:
     if "TorchScript" in str(error):
         return "; save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
-    trusted = (
-        "; if you trust it, load it by torch.load(FILE, weights_only=False), then torch.save(network.state_dict(), NEW_FILE)"
-    )
-    return trusted if isinstance(error, pickle.UnpicklingError) else ""
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return "; where it was made, save its weights alone: torch.save(network.state_dict(), NEW_FILE)"
+    return ""
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content where the suffix does not say so: eight bytes, then a header in JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 class _Left:

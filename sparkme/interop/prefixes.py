@@ -80,6 +80,7 @@ class Found:
         kind: whose names follow it.
         left: the file's names that nobody has a use for, those near the taken ones first.
         others: prefixes that would do as well.
+        inside: how many of `left` are parts of layers that were taken, as networks of another kind have them.
         stem: what was done to the first convolution.
     """
 
@@ -88,6 +89,7 @@ class Found:
     kind: str
     left: list[str]
     others: list[str]
+    inside: int = 0
     stem: str = ""
 
     def note(self) -> str:
@@ -95,6 +97,7 @@ class Found:
         under = f"under {self.prefix.rstrip('.')!r}, " if self.prefix else ""
         note = f"{under}names of {self.kind}: {len(self.state)} tensors taken{self.stem}"
         note += f"; {len(self.left)} not used: {shortened(self.left)}" if self.left else ""
+        note += f" ({self.inside} of them inside of what is taken: is it another kind of network?)" if self.inside else ""
         also = ", ".join(prefix.rstrip(".") or "the bare names" for prefix in self.others)
         return note + (f"; others are there, to be taken by --weights-key: {also}" if also else "")
 
@@ -123,15 +126,16 @@ def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice
         near = [fit for fit in fits if choice.key is None or _is_under(fit.prefix, choice.key)]
         raise UserError(_refusal(tensors, wanted, origin, choice.key, near))
     best = chosen[0]
-    if larger := _between(tensors, best):
-        raise UserError(f"{origin} has more than {wanted.model}: {shortened(larger)}; is it of a larger network?")
+    more, inside = _between(tensors, best)
+    if more:
+        raise UserError(f"{origin} has more than {wanted.model}: {shortened(more)}; is it of a larger network?")
     stems, done = _adapt(tensors, best, wanted, origin, choice.adapt_stem)
     theirs = {n: stems.get(n, tensors[name]).reshape(best.form.expected[n].shape) for n, name in best.taken.items()}
     used = {name for fit in good for name in fit.taken.values()}
     left = sorted((n for n in tensors if n not in used), key=lambda n: -len(shared_start([n, best.prefix])))
     kind = "the official SparK code" if best.prefix.endswith(ENCODER) else best.form.kind
     others = [fit.shown_prefix for fit in good if fit is not best]
-    return Found(best.form.to_own(theirs), best.shown_prefix, kind, left, others, done)
+    return Found(best.form.to_own(theirs), best.shown_prefix, kind, left, others, len(inside), done)
 
 
 def shortened(names: list[str], most: int = 4) -> str:
@@ -239,10 +243,11 @@ def _is_under(prefix: str, key: str) -> bool:
     return f".{key.strip('.')}." in f".{prefix}"
 
 
-def _between(tensors: dict[str, Tensor], fit: _Fit) -> list[str]:
-    """What the file has more of a numbered series of layers that others follow: it is of a deeper network.
+def _between(tensors: dict[str, Tensor], fit: _Fit) -> tuple[list[str], list[str]]:
+    """What the file has more in the midst of the network's layers: numbers of a series of them, and parts of single ones.
 
-    What stands behind the last of the network's layers is no sign of that: it may be a neck or a head.
+    The first is of a deeper network, the second of another kind of layers. What stands behind the last of the layers is
+    neither: it may be a neck or a head.
     """
     last: dict[str, int] = {}  # of each module, the number of its last tensor
     series = set()
@@ -253,16 +258,18 @@ def _between(tensors: dict[str, Tensor], fit: _Fit) -> list[str]:
             last[module] = i
             if parts[end].isdecimal():
                 series.add(module)
-    taken, found = set(fit.taken.values()), []
+    taken = set(fit.taken.values())
+    more: list[str] = []
+    inside: list[str] = []
     for name in tensors:
         if name in taken or not name.startswith(fit.prefix) or not tensors[name].ndim:
             continue
         parts = name.removeprefix(fit.prefix).split(".")
         shared = max((end for end in range(1, len(parts)) if ".".join(parts[:end]) in last), default=0)
-        module = ".".join(parts[:shared])
-        if module in series and parts[shared].isdecimal() and last[module] < len(fit.taken) - 1:
-            found.append(name)
-    return found
+        if shared and last[".".join(parts[:shared])] < len(fit.taken) - 1:
+            is_number = ".".join(parts[:shared]) in series and parts[shared].isdecimal()
+            (more if is_number else inside).append(name)
+    return more, inside
 
 
 def _adapt(
@@ -314,6 +321,8 @@ def _refusal(tensors: dict[str, Tensor], wanted: Wanted, origin: str, key: str |
     nearest = max(fits, key=lambda fit: len(fit.taken) - len(fit.wrong), default=None)
     if nearest is None:
         nearest = _Fit(wanted.forms()[0], "", missing=wanted.body)
+    if not nearest.missing and not nearest.wrong:  # too little of it
+        nearest.missing = [own for own in wanted.body if nearest.name_of(own) not in tensors]
     pairs = [*_wrong_pairs(tensors, wanted, nearest), *_missing_pairs(tensors, wanted, nearest)]
     shown = "; ".join(text for _, text in sorted(pairs, key=lambda pair: -pair[0])[:4])
     if not any(nearness for nearness, _ in pairs):
