@@ -29,6 +29,7 @@ from sparkme.training.loop import Training, run_training
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
+    from sparkme.data.labelled import Split
     from sparkme.pretrained import Pretrained
     from sparkme.training.log import RunLog
 
@@ -117,7 +118,7 @@ class Finetuning(Training):
         )  # fmt: skip
         if process.is_main:
             folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
-            self._introduce(pretrained, split.note, reason)
+            self._introduce(pretrained, split, reason)
 
     def batches(self, steps: range) -> Iterable[Batch]:
         from sparkme.data.dataset import EpochSampler, create_loader
@@ -327,7 +328,7 @@ class Finetuning(Training):
         if config["batch_size"] // (self.process.world * config["accumulate"]) < 2 and norm_of(self.network) == "bn":
             raise UserError(f"--batch-size {config['batch_size']} leaves batch norm a single image; raise it")
 
-    def _introduce(self, pretrained: Pretrained, note: str, reason: str) -> None:
+    def _introduce(self, pretrained: Pretrained, split: Split, reason: str) -> None:
         """Prints what will be done, and why where something was chosen."""
         from sparkme.data.labelled import class_counts
 
@@ -337,7 +338,7 @@ class Finetuning(Training):
         shots = f"; --shots {config['shots']} of each class" if config["shots"] else ""
         new = f"; new: {', '.join(self.missing[:4])}" if self.missing else ""
         lines = {
-            "data": f"{note}{shots}; {class_counts(self.train_set)}",
+            "data": f"{split.note}{shots}; {class_counts(self.train_set)}",
             "weights": f"{pretrained.origin}{new}",
             "network": f"{config['model']}, {len(self.classes)} classes, {'x'.join(map(str, self.size))} pixels",
             "recipe": reason,
@@ -348,8 +349,8 @@ class Finetuning(Training):
         }
         for name, text in lines.items():
             print(f"{name:9s} {text}")
-        for problem in self.train_set.images.problems[:10]:
-            print(f"{'note':9s} left out: {problem}")
+        for remark in split.remarks:
+            print(f"{'note':9s} {remark}")
         self.folder.print_changes(config)
         sys.stdout.flush()
 

@@ -339,8 +339,10 @@ class Pretraining(Training):
             lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}"
         for name, text in lines.items():
             print(f"{name:9s} {text}")
-        for problem in self.dataset.source.problems[:10]:
-            print(f"{'note':9s} left out: {problem}")
+        for remark in self.dataset.source.remarks:
+            print(f"{'note':9s} {remark}")
+        for remark in self.probe_split.remarks if self.probe_split else ():
+            print(f"{'note':9s} --probe-data: {remark}")
         self.folder.print_changes(config)
         if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
             rates = "take --recipe small" if config["recipe"] == "spark" else "raise --base-lr"

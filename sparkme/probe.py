@@ -113,8 +113,8 @@ def probe(args: argparse.Namespace) -> int:
     # Of other files the model is theirs, and --model is for those that do not say it.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
     print(f"data      {args.data}: {split.note}; {class_counts(split.train)}")
-    for problem in split.train.images.problems[:10]:
-        print(f"note      left out: {problem}")
+    for remark in split.remarks:
+        print(f"note      {remark}")
     records: list[dict[str, Any]] = []
     for pretrained in (main_weights, *others):
         with user_errors():

@@ -531,6 +531,50 @@ def test_a_long_text_is_no_label(tmp_path: Path) -> None:
         find_source(str(tmp_path / "x.tar"), cache=tmp_path / "cache").labels()
 
 
+def labelled_shard(path: Path, members: dict[str, str]) -> ImageSource:
+    """A shard whose images are no pictures, which is found out when they are read."""
+    with tarfile.open(path / "x.tar", "w") as archive:
+        for name, content in members.items():
+            add(archive, name.rstrip("+"), content.encode())  # a dictionary has no name twice
+    return find_source(str(path / "x.tar"), cache=path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"p0.s3.png": "", "p0.s3.cls": "0", "p0.s4.png": "", "p0.s4.cls": "1"}, "01"),
+        ({"v1.5/p0.s3.png": "", "v1.5/p0.s4.png": "", "v1.5/p0.s4.cls": "1", "v1.5/p0.s3.cls": "0"}, "01"),
+        ({"a.png": "", "a.cls": "0", "a.v2.png": "", "a.v2.cls": "1"}, "01"),
+        ({"a.s0.png": "", "a.s0.json": '{"label": 0.0}', "a.s1.png": "", "a.s1.json": '{"label": 1}'}, "01"),
+        ({"v1.5/a.left.png": "", "v1.5/a.right.png": "", "v1.5/a.cls": "1", "v1.5/b.x.png": "", "v1.5/b.cls": "0"}, "110"),
+        ({"a.image.png": "", "a.meta.json": '{"label": "1"}', "b.image.png": "", "b.meta.json": '{"label": "0"}'}, "10"),
+        ({"a.png": "", "a.cls": "1", "a.json": '{"label": 7}', "b.png": "", "b.cls": "0"}, "10"),
+        ({"a.png": "", "a.cls": "1", "a.json": '{"label": 1}', "b.png": "", "b.json": '{"label": 0}'}, "10"),
+        ({"a.png": "", "a.cls": "1", "a.cls+": "1", "b.png": "", "b.cls": "0"}, "10"),
+    ],
+)
+def test_labels_are_of_the_images_that_are_named_like_them(members: dict[str, str], expected: str, tmp_path: Path) -> None:
+    source = labelled_shard(tmp_path, members)
+    labels, classes = source.labels()
+    assert "".join(classes[label] for label in labels) == expected
+    said = "names of samples end at their last dot in 1 of 1 shards"
+    assert [note[: len(said)] for note in source.notes] == ([] if "1.5/a.cls" in str(members) or "01" != expected else [said])
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"a.png": "", "a.cls": "0", "a.cls+": "1"}, r"a\.cls is there twice, as '0' and as '1'; leave one out"),
+        ({"a.png": "", "a.x.cls": "0", "a.y.cls": "1"}, r"a has two labels, '0' in a\.x\.cls and '1' in a\.y\.cls"),
+        ({"a.s0.png": "", "a.s0.cls": "0", "a.s1.png": ""}, r"image 1 has no label; names .* a\.s0 and a\.s1 were one sample"),
+    ],
+)
+def test_two_labels_of_one_sample_are_named(members: dict[str, str], reason: str, tmp_path: Path) -> None:
+    for _ in range(2):  # also as the cache keeps it
+        with pytest.raises(ValueError, match=reason):
+            labelled_shard(tmp_path, members).labels()
+
+
 def test_an_epoch_has_every_image_of_shards_once_over_processes_and_repeats_wherever_it_starts() -> None:
     blocks = torch.tensor([0, *torch.tensor([13, 7, 20, 1, 9, 10, 4]).cumsum(0).tolist()])
     whole = [list(EpochSampler(64, 128, 16, 5, range(16), rank, 4, blocks=blocks, window=6)) for rank in range(4)]

@@ -83,6 +83,11 @@ class Split(NamedTuple):
     val: Labelled
     note: str
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is said once, at the start."""
+        return [*dict.fromkeys(self.train.images.remarks + self.val.images.remarks)]
+
 
 def find_labelled(
     where: Path | str,

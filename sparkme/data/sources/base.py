@@ -24,12 +24,19 @@ class ImageSource(ABC):
             the first number of each such part, and the number of images at the end; None where any order is as good.
         window: with blocks, how many images that follow one another in the order of an epoch are shuffled among each other.
         problems: what was damaged and is left out, in words.
+        notes: what else is left out, or is not read as one may expect, a line each.
     """
 
     description: str
     blocks: Tensor | None = None
     window: int = 1
     problems: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is said once, at the start."""
+        return [*self.notes, *(f"left out: {problem}" for problem in self.problems[:10])]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -66,7 +73,8 @@ class Subset(ImageSource):
     """Some images of another source."""
 
     def __init__(self, source: ImageSource, numbers: Tensor) -> None:
-        self.source, self.numbers, self.description, self.problems = source, numbers, source.description, source.problems
+        self.source, self.numbers, self.description = source, numbers, source.description
+        self.problems, self.notes = source.problems, source.notes
         if source.blocks is not None and bool((numbers.diff() > 0).all()):
             self.blocks = torch.searchsorted(numbers, source.blocks)
             self.window = max(1, source.window * len(numbers) // len(source))  # of as many blocks as the source's

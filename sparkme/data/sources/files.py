@@ -105,7 +105,9 @@ class Files(ImageSource):
         return printable(self.path(number))
 
     def subset(self, numbers: Sequence[int]) -> Files:
-        return Files(self.root, Names.pack(self.names[i] for i in numbers), self.description)
+        part = Files(self.root, Names.pack(self.names[i] for i in numbers), self.description, problems=self.problems)
+        part.notes = self.notes
+        return part
 
     def write_index(self, path: Path) -> None:
         """Keeps the list of a folder with many files for the next start.
