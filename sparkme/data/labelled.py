@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from sparkme.data.copies import first_copies, first_links
 from sparkme.data.dataset import FORK, Sample, as_source, collate, ignore_signals
 from sparkme.data.images import load_image, printable
 from sparkme.data.sources import Files, ImageSource, find_source
-from sparkme.data.sources.files import Names, list_folder
+from sparkme.data.sources.files import Names, is_image, list_folder
+from sparkme.data.sources.left_out import LeftOut, is_passed_over
 from sparkme.errors import UserError, first_line
 from sparkme.training.random import derived_seed
 
@@ -47,6 +50,10 @@ class Labelled:
         """Of images that are files."""
         assert isinstance(self.images, Files)
         return [self.images.path(i) for i in range(len(self))]
+
+    def name(self, number: int) -> str:
+        """Of an image, with its class."""
+        return f"{self.images.name(number)} ({printable(self.classes[int(self.labels[number])])})"
 
     def members(self, label: int) -> Tensor:
         """The numbers of a class's images."""
@@ -125,43 +132,89 @@ def find_labelled(
         if not os.path.isdir(data):
             raise UserError(f"{flag} {data} is not a folder, which --labels names images of")
         return _from_table(data, labels, val_share, seed)
-    if not os.path.isdir(data) or not any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(data)):
+    if not os.path.isdir(data) or not _folders_in(data):
         return split(_from_source(str(where), cache, cache_gib, flag), val_share, seed)
-    folders = {entry.name.lower(): Path(entry) for entry in os.scandir(data) if entry.is_dir()}
-    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+    train, val, unused = _parts_of(data, flag)
     if train and not val and _has_classes(train):
         raise UserError(f"{flag} {data} has {train.name}, but no folder val beside it; make one, or pass {flag} {train}")
     if train and val:
         found = _from_folders(train, flag)
         other = _from_folders(val, flag, found.classes)
-        return Split(
-            found, other, f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
-        )
+        note = f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
+        return Split(found, other, note + (f"; not used: {', '.join(unused)}" if unused else ""))
     return split(_from_folders(data, flag), val_share, seed)
 
 
+def _parts_of(data: Path, flag: str) -> tuple[Path | None, Path | None, list[str]]:
+    """The folders of a split that is there, if it is, and the names of others beside them.
+
+    Raises:
+        UserError: two folders' names differ in case only.
+    """
+    folders: dict[str, str] = {}
+    for name in _folders_in(data):
+        if name.lower() in (*TRAIN, *VAL) and (other := folders.get(name.lower())):
+            raise UserError(f"{flag} {data} has both {other} and {name}; leave one out")
+        folders[name.lower()] = name
+    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+    unused = [printable(name) for name in folders.values() if name not in (train, val)]
+    return data / train if train else None, data / val if val else None, unused
+
+
 def split(labelled: Labelled, val_share: float, seed: int) -> Split:
-    """Takes a share of every class away to measure on, at least one image of each.
+    """Takes a share of every class away to measure on, at least one image of each. Images of the same content stay together.
 
     Raises:
         UserError: a class has a single image.
     """
     chosen = torch.zeros(len(labelled), dtype=torch.bool)
+    first = first_copies(labelled.images)
+    is_first = first == torch.arange(len(first))
+    copied = _describe_copies(labelled, first)
     for label, name in enumerate(labelled.classes):
-        members = labelled.members(label)
+        members = (is_first & (labelled.labels == label)).nonzero().flatten()
         if len(members) < 2:
-            raise UserError(f"class {name!r} has {len(members)} image; it needs one to learn from and one to measure on")
+            which = " that is no copy" if copied else ""
+            raise UserError(f"class {name!r} has {len(members)} image{which}; it needs one to learn from and one to measure on")
         count = min(len(members) - 1, max(1, round(val_share * len(members))))
         chosen[members[_order(len(members), seed, "split", label)[:count]]] = True
+    chosen = chosen[first]
     train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
     note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every class (seed {seed})"
-    return Split(train, val, f"{note}, since the data names no split")
+    return Split(train, val, f"{note}, since the data names no split{copied}")
+
+
+def _describe_copies(labelled: Labelled, first: Tensor) -> str:
+    """How many images are copies of others, in words, or ""."""
+    copies = (first != torch.arange(len(first))).nonzero().flatten()
+    if not len(copies):
+        return ""
+    odd = copies[labelled.labels[copies] != labelled.labels[first[copies]]]
+    two = f", {len(odd)} of them of another class" if len(odd) else ""
+    shown = int(odd[0] if len(odd) else copies[0])
+    names = f"{labelled.name(shown)} of {labelled.name(int(first[shown]))}"
+    return f"; {len(copies)} images are copies of others{two}, such as {names}: copies stay on one side"
+
+
+def _refuse_two_labels(labelled: Labelled) -> None:
+    """Raises UserError for a file that links put into two classes."""
+    if not isinstance(labelled.images, Files):
+        return
+    first = first_links(labelled.images)
+    odd = (labelled.labels != labelled.labels[first]).nonzero().flatten()
+    if len(odd):
+        one, other = labelled.name(int(first[odd[0]])), labelled.name(int(odd[0]))
+        raise UserError(f"{one} and {other} are one file with two labels ({len(odd)} such in all); leave one out of each pair")
 
 
 def _has_classes(folder: Path) -> bool:
     """Whether it holds folders, and nothing but folders."""
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    entries = [entry for entry in os.scandir(folder) if not is_passed_over(entry.name)]
     return len(entries) > 1 and all(entry.is_dir() for entry in entries)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_passed_over(entry.name))
 
 
 def split_digest(train: Labelled, val: Labelled) -> str:
@@ -197,18 +250,26 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
     """The first folder below is the class, whatever is below that; `known` are the classes there may be."""
     names: list[str] = []
     labels: list[int] = []
+    problems: list[str] = []
     classes = list(known or [])
-    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
+    left_out = LeftOut(Counter(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_passed_over(entry.name)))
+    if loose := sum(is_image(entry.name) for entry in os.scandir(folder) if entry.is_file()):
+        problems.append(f"{loose} image{'s' * (loose > 1)} in no folder of a class")
+    for name in _folders_in(folder):
         try:
-            found = [os.path.join(name, image) for image in list_folder(folder / name).names]
-        except UserError:  # an empty one
+            listed = list_folder(folder / name)
+        except UserError:
+            problems.append(f"the folder {printable(name)}, which has no images")
             continue
+        left_out.add(listed.left_out)
+        problems += listed.problems
+        images = [os.path.join(name, image) for image in listed.names]
         if known is None:
             classes.append(name)
         elif name not in known:
             raise UserError(f"{flag}: {folder} has a class {name!r} that the images to learn from do not have")
-        labels += [classes.index(name)] * len(found)
-        names += found
+        labels += [classes.index(name)] * len(images)
+        names += images
     if len(classes) < 2:
         raise UserError(
             f"{flag} {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
@@ -216,7 +277,11 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
         )
     if not names:
         raise UserError(f"{flag}: {folder} has no images in folders of classes")
-    return Labelled(Files(folder, Names.pack(names), str(folder)), torch.tensor(labels), classes)
+    found = Labelled(
+        Files(folder, Names.pack(names), str(folder), problems=problems, left_out=left_out), torch.tensor(labels), classes
+    )
+    _refuse_two_labels(found)
+    return found
 
 
 def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
@@ -227,6 +292,7 @@ def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
     number = {name: i for i, name in enumerate(classes)}
     images = Files.of([path for path, _, _ in rows])
     labelled = Labelled(images, torch.tensor([number[label] for _, label, _ in rows]), classes)
+    _refuse_two_labels(labelled)
     parts = [part for _, _, part in rows]
     if not any(parts):
         return split(labelled, val_share, seed)

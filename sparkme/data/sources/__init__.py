@@ -107,4 +107,4 @@ def _of_files(names: list[str], text: str, cache: Path | None, cache_gib: float,
     )
 
 
-__all__ = ["Files", "ImageSource", "find_source"]
+__all__ = ["DatasetImages", "Files", "ImageSource", "find_source"]

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sparkme.data.images import Stored
+
+GLIMPSE = 2**12  # bytes at the end of a file, where few files of one size are alike
+
+
+def digest(*values: object) -> int:
+    """63 bits of a hash, which fit into an int64."""
+    found = hashlib.blake2b(digest_size=8)
+    for value in values:
+        found.update(value if isinstance(value, bytes) else str(value).encode())
+    return int.from_bytes(found.digest()) >> 1
 
 
 class ImageSource(ABC):
@@ -53,6 +65,31 @@ class ImageSource(ABC):
     def name(self, number: int) -> str:
         """For messages, and to recognise the image by."""
 
+    def glimpse(self, number: int) -> int:
+        """Differs only where images differ, and mostly where they do: what is cheap to know of the content.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return self.digest(number)
+
+    def digest(self, number: int) -> int:
+        """Is the same for images whose content is the same, and for no others.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        content = self.read(number).content
+        if isinstance(content, Path):
+            content = content.read_bytes()
+        if isinstance(content, Image.Image):
+            return digest(content.mode, content.size, content.tobytes())
+        if isinstance(content, Tensor):
+            return digest(content.dtype, content.shape, content.contiguous().numpy().tobytes())
+        if not content:
+            raise OSError("an empty file")
+        return digest(content)
+
     def subset(self, numbers: Sequence[int]) -> ImageSource:
         """Some of the images, in this order."""
         return Subset(self, torch.tensor(numbers, dtype=torch.long))
@@ -84,6 +121,9 @@ class Subset(ImageSource):
 
     def read(self, number: int) -> Stored:
         return self.source.read(int(self.numbers[number]))
+
+    def glimpse(self, number: int) -> int:
+        return self.source.glimpse(int(self.numbers[number]))
 
     def name(self, number: int) -> str:
         return self.source.name(int(self.numbers[number]))

@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
-from sparkme.data.sources.base import ImageSource
+from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
+from sparkme.data.sources.left_out import LeftOut, is_passed_over, passed_over_in
 from sparkme.errors import UserError, first_line
 from sparkme.interop.files import replaced_when_whole
 
@@ -32,7 +33,7 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field
 
 
 INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 _SETTLED_S = 2.0  # a clock's tick, at most: what changes within the same one has the same time
 _LONGEST_LINE = 2**16  # of a list
 
@@ -78,13 +79,16 @@ class Files(ImageSource):
         description: for people.
         folders: that were looked through, with the times of their last change in ns; what an index is valid for.
         problems: folders that could not be looked through.
+        left_out: what was passed over.
     """
 
     def __init__(
         self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None,
-        problems: Sequence[str] = (),
+        problems: Sequence[str] = (), left_out: LeftOut | None = None,
     ) -> None:  # fmt: skip
         self.root, self.names, self.description, self.folders, self.problems = root, names, description, folders, problems
+        self.left_out = left_out or LeftOut()
+        self.notes = self.left_out.lines
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Files:
@@ -104,10 +108,15 @@ class Files(ImageSource):
     def name(self, number: int) -> str:
         return printable(self.path(number))
 
+    def glimpse(self, number: int) -> int:
+        with self.path(number).open("rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - GLIMPSE))
+            return digest(size, file.read(GLIMPSE))
+
     def subset(self, numbers: Sequence[int]) -> Files:
-        part = Files(self.root, Names.pack(self.names[i] for i in numbers), self.description, problems=self.problems)
-        part.notes = self.notes
-        return part
+        names = Names.pack(self.names[i] for i in numbers)
+        return Files(self.root, names, self.description, problems=self.problems, left_out=self.left_out)
 
     def write_index(self, path: Path) -> None:
         """Keeps the list of a folder with many files for the next start.
@@ -121,13 +130,15 @@ class Files(ImageSource):
         with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file, version=_INDEX_VERSION, root=str(self.root.absolute()), text=self.names.text, ends=self.names.ends,
-                folders_text=folders.text, folders_ends=folders.ends, times=times,
+                folders_text=folders.text, folders_ends=folders.ends, times=times, left_out=self.left_out.to_json(),
             )  # fmt: skip
 
 
 def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:
-    """All images below a folder, see `list_folder`."""
+    """All images below a folder, see `list_folder`; says what is left out."""
     files = list_folder(folder, leave_out, flag=flag)
+    for remark in files.remarks:
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     return [folder / name for name in files.names]
 
 
@@ -151,6 +162,7 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
     folders: list[str] = []
     times: list[int] = []
     problems: list[str] = []
+    left_out = LeftOut()
     settled = time.time_ns() - int(_SETTLED_S * 1e9)
     seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     with tqdm(desc=f"listing {folder}"[:60], unit=" files", delay=2, disable=not sys.stderr.isatty()) as bar:
@@ -169,9 +181,11 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
                     for entry in entries:
                         name = os.path.join(below, entry.name)
                         if _is_folder(entry):
-                            if not entry.name.startswith("."):  # thumbnails, checkpoints of notebooks
+                            if is_passed_over(entry.name):  # thumbnails, what was deleted, checkpoints of notebooks
+                                left_out.folders[entry.name] += 1
+                            else:
                                 found.append(name)
-                        elif _is_image(entry.name) and (_is_broken_link(entry) or entry.is_file()):
+                        elif is_image(entry.name) and (_is_broken_link(entry) or entry.is_file()):
                             names.append(name)
                 folders.append(below)
                 times.append(changed if changed < settled else -1)  # which never is the time of a folder
@@ -180,13 +194,14 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
             waiting += sorted(found, reverse=True)  # so that of several links to a folder the same one counts everywhere
             bar.update(len(names) - before)
     if not names:
-        why = f"; left out: {problems[0]}" if problems else ""
+        why = "".join(f"; {line}" for line in [*(f"left out: {problem}" for problem in problems[:1]), *left_out.lines])
         raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too){why}")
     names.sort(key=lambda name: name.replace(os.sep, "\0"))  # as paths compare: folder by folder
-    return Files(folder, Names.pack(names), str(folder), (Names.pack(folders), np.array(times, dtype=np.int64)), problems)
+    looked = Names.pack(folders), np.array(times, dtype=np.int64)
+    return Files(folder, Names.pack(names), str(folder), looked, problems, left_out)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
 
 
@@ -213,13 +228,13 @@ def _read_index(path: Path, folder: Path) -> Files | None:
             if kept["version"] != _INDEX_VERSION or str(kept["root"]) != str(folder.absolute()):
                 return None
             folders, times = Names(kept["folders_text"], kept["folders_ends"]), kept["times"]
-            names = Names(kept["text"], kept["ends"])
+            names, left_out = Names(kept["text"], kept["ends"]), LeftOut.from_json(str(kept["left_out"]))
         for below, known in zip(folders, times.tolist(), strict=True):
             if _changed(os.path.join(folder, below)) != known:
                 return None
     except Exception:  # there is none, or it is damaged: then the list is made anew
         return None
-    return Files(folder, names, str(folder), (folders, times))
+    return Files(folder, names, str(folder), (folders, times), left_out=left_out)
 
 
 def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> Files:
@@ -234,21 +249,22 @@ def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> 
         UserError: it cannot be read, names nothing, or names something outside of the root.
     """
     root = path.parent if root is None else root
+    left_out = LeftOut()
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = Names.pack(_entries(file, path, root, flag))
+            names = Names.pack(_entries(file, path, root, flag, left_out))
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
     if not names:
-        raise UserError(f"{flag} {path} names no images")
+        raise UserError(f"{flag} {path} names no images{''.join(f'; {line}' for line in left_out.lines)}")
     if not any(os.path.isfile(root / name) for name in names[:16]):
         raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
-    return Files(root, names, f"{path}")
+    return Files(root, names, f"{path}", left_out=left_out)
 
 
-def _entries(file: TextIO, path: Path, root: Path, flag: str) -> Iterator[str]:
+def _entries(file: TextIO, path: Path, root: Path, flag: str, left_out: LeftOut) -> Iterator[str]:
     top = os.path.abspath(root)
     is_table = path.suffix.lower() == ".csv"
     lines = _lines(file)
@@ -259,7 +275,11 @@ def _entries(file: TextIO, path: Path, root: Path, flag: str) -> Iterator[str]:
         name = row[0].strip() if is_table else row[0]
         if "\0" in name or not inside(top, name):
             raise UserError(f"{flag} {path}: line {number} names {name[:80]!r}, which lies outside of {root}; see --root")
-        yield os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
+        name = os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
+        if (folder := passed_over_in(os.path.relpath(name, top) if os.path.isabs(name) else name, hidden=False)) is not None:
+            left_out.files[folder] += 1
+        else:
+            yield name
 
 
 def _lines(file: TextIO) -> Iterator[str]:

@@ -37,8 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
-from sparkme.data.sources.base import ImageSource
+from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
 from sparkme.data.sources.files import EXTENSIONS
+from sparkme.data.sources.left_out import LeftOut, passed_over_in
 from sparkme.errors import CannotWrite, UserError, first_line
 from sparkme.interop.files import replaced_when_whole
 
@@ -65,6 +66,7 @@ class Index(NamedTuple):
     problem: str  # why it ends early, if it does
     dotted: str  # two samples that WebDataset would take for one; then names are split at their last dot
     conflict: str  # two labels of one sample, in words
+    left_out: str  # what was passed over, see `LeftOut.to_json`
 
 
 class Cache:
@@ -233,7 +235,7 @@ def read_index(file: Any) -> Index:
     offsets: list[int] = []
     sizes: list[int] = []
     stems: list[str] = []
-    labels = _Labels()
+    labels, left_out = _Labels(), LeftOut()
     problem = ""
     try:
         with tarfile.open(fileobj=_Heads(file), mode="r:") as archive:  # type: ignore[call-overload]
@@ -244,7 +246,9 @@ def read_index(file: Any) -> Index:
                 stem, suffix = _stem(member.name)
                 if not member.isreg() or member.issparse():  # links and devices name other things
                     continue
-                if suffix in EXTENSIONS:
+                if (folder := passed_over_in(member.name, hidden=True)) is not None:
+                    left_out.files[folder] += 1
+                elif suffix in EXTENSIONS:
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
                     stems.append(stem)
@@ -258,7 +262,7 @@ def read_index(file: Any) -> Index:
         del offsets[-1], sizes[-1], stems[-1]
     found, dotted, conflict = labels.of(stems)
     text = np.array(found, dtype=np.str_)
-    return Index(np.array(offsets, np.int64), np.array(sizes, np.int64), text, problem, dotted, conflict)
+    return Index(np.array(offsets, np.int64), np.array(sizes, np.int64), text, problem, dotted, conflict, left_out.to_json())
 
 
 class _Labels:
@@ -406,10 +410,15 @@ class Shards(ImageSource):
         self._labels = [part.labels for part in parts]
         self._conflict = next((f"{printable(at)}: {p.conflict}" for at, p in zip(locations, parts) if p.conflict), "")
         self._dotted = [part.dotted for part in parts if part.dotted]
+        left_out = LeftOut()
+        for part in parts:
+            left_out.add(LeftOut.from_json(part.left_out))
+        self.notes = left_out.lines
         self.blocks = torch.tensor([0, *np.cumsum([len(part.sizes) for part in parts]).tolist()])
         self._first = self.blocks.tolist()
         if not len(self.sizes):
             why = f": {self.problems[0]}" if self.problems else f" (looked for {', '.join(sorted(EXTENSIONS))})"
+            why += "".join(f"; {note}" for note in self.notes)
             raise UserError(f"{flag} {description}: no images in {len(locations)} shards{why}")
         self._open: OrderedDict[int, int] = OrderedDict()  # descriptors of this process, by shard
         self._owner = 0
@@ -419,7 +428,7 @@ class Shards(ImageSource):
         path = self.cache.path(known, ".npz")
         with self.cache.locked(f"the index of {known}"):  # not the lock of the copy, which is made meanwhile
             with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
-                words = (str(kept[name]) for name in ("problem", "dotted", "conflict"))
+                words = (str(kept[name]) for name in ("problem", "dotted", "conflict", "left_out"))
                 return Index(kept["offsets"], kept["sizes"], kept["labels"], *words)
             with open(self._opened(location, known), "rb") as file:
                 index = read_index(file)
@@ -450,6 +459,13 @@ class Shards(ImageSource):
             raise OSError(f"{where}: the shard has become shorter")
         return Stored(where, content)
 
+    def glimpse(self, number: int) -> int:
+        shard = bisect_right(self._first, number) - 1
+        size = int(self.sizes[number])
+        end = int(self.offsets[number]) + size
+        piece = min(size, GLIMPSE)
+        return digest(size, os.pread(self._descriptor(shard), piece, end - piece))
+
     def _descriptor(self, shard: int) -> int:
         """Of a shard, opened in this process; a few stay open."""
         if self._owner != os.getpid():  # after a fork: the parent's are shared, and closing ours leaves them open there
@@ -471,11 +487,12 @@ class Shards(ImageSource):
         if self._conflict:
             raise ValueError(f"{self._conflict}; leave one out")
         if self._dotted:
-            self.notes = [f"names of samples end at their last dot in {len(self._dotted)} of {len(self.locations)} shards; at "
-                          f"the first, where WebDataset ends them, {self._dotted[0]} were one sample"]  # fmt: skip
+            split = (f"names of samples end at their last dot in {len(self._dotted)} of {len(self.locations)} shards; at the "
+                     f"first, where WebDataset ends them, {self._dotted[0]} were one sample")  # fmt: skip
+            self.notes = [*dict.fromkeys((*self.notes, split))]
         found = np.concatenate(self._labels)
         if (found == "").any():
-            more = "".join(f"; {note}" for note in self.notes)
+            more = f"; {split}" if self._dotted else ""
             raise ValueError(f"{self.description}: {self.name(int((found == '').argmax()))} has no label{more}")
         classes, labels = np.unique(found, return_inverse=True)
         if all(name.isdecimal() for name in classes.tolist()):  # numbers are in the order of numbers
