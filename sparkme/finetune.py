@@ -61,6 +61,7 @@ class Finetuning(Training):
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
         from sparkme.data.labelled import find_labelled
+        from sparkme.data.sources import Columns
         from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers
 
@@ -70,7 +71,7 @@ class Finetuning(Training):
         self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
         split = find_labelled(
             args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
-            cache_gib=args.shard_cache_gib,
+            cache_gib=args.shard_cache_gib, columns=Columns(args.image_column, args.label_column),
         )  # fmt: skip
         self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
         self.val_set = split.val

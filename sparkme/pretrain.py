@@ -75,7 +75,7 @@ class Pretraining(Training):
 
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
-        from sparkme.data.sources import Files, find_source
+        from sparkme.data.sources import Columns, Files, find_source
         from sparkme.data.sources.files import demo_photographs
         from sparkme.training.build import build_network
         from sparkme.training.device import prepare_device
@@ -87,7 +87,7 @@ class Pretraining(Training):
         index = folder.path / "images.npz"
         images: ImageSource = Files.of(demo_photographs()) if args.data is None else find_source(
             args.data, leave_out=folder.path, root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
-            index=index,
+            index=index, columns=Columns(args.image_column),
         )  # fmt: skip
         process.check_same(len(images), "number of images")
         self.config = config = resolve_config(args, len(images), process, folder.saved_config)
@@ -249,12 +249,13 @@ class Pretraining(Training):
     def _find_probe_data(self, args: argparse.Namespace) -> Split | None:
         """Labelled images to measure the encoder on; of many, some at random."""
         from sparkme.data.labelled import Split, find_labelled
+        from sparkme.data.sources import Columns
 
         if self.config["probe_data"] is None:
             return None
         split = find_labelled(
             self.config["probe_data"], seed=self.config["seed"], flag="--probe-data", cache=args.shard_cache,
-            cache_gib=args.shard_cache_gib,
+            cache_gib=args.shard_cache_gib, columns=Columns(label=args.label_column),
         )  # fmt: skip
 
         def some(part: Labelled, most: int) -> Labelled:

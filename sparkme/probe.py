@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 def probe(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the numbers. Returns the exit code."""
     from sparkme.data.labelled import class_counts, find_labelled
+    from sparkme.data.sources import Columns
     from sparkme.interop.files import replaced_when_whole
     from sparkme.pretrained import read_pretrained
     from sparkme.training.distributed import start_process, stop_process
@@ -104,7 +105,7 @@ def probe(args: argparse.Namespace) -> int:
         raise UserError("sparkme.probe runs in one process; start it with python")
     split = find_labelled(
         args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
-        cache_gib=args.shard_cache_gib,
+        cache_gib=args.shard_cache_gib, columns=Columns(args.image_column, args.label_column),
     )  # fmt: skip
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer

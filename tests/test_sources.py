@@ -16,8 +16,10 @@ import tarfile
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ import sparkme.probe
 from sparkme.data.dataset import Box, CropDataset, EpochSampler, create_loader, cut
 from sparkme.data.images import Stored, load_image, load_rgb, open_image
 from sparkme.data.labelled import find_labelled
-from sparkme.data.sources import ImageSource, files, find_source, shards
+from sparkme.data.sources import Columns, ImageSource, files, find_source, shards
 from sparkme.data.sources import parquet as parquet_files
 from sparkme.data.sources.files import Files, Names, list_folder, read_list
 from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
@@ -690,6 +692,127 @@ def test_parquet_labels_that_cannot_be_read_are_one_line(tmp_path: Path) -> None
         find_labelled(tmp_path / "*.parquet")
 
 
+def parquet_of(path: Path, images: Any, labels: Any = None, names: list[str] | None = None, rows: int | None = 3) -> str:
+    """A file of two columns; `names` are of the classes, as Hugging Face's datasets keep them."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"image": images} | ({} if labels is None else {"label": labels}))
+    if names:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})})
+    parquet.write_table(table, path / "x.parquet", row_group_size=rows)
+    return str(path / "x.parquet")
+
+
+@pytest.mark.parametrize("kind", [
+    lambda a: a.binary(),
+    lambda a: a.large_binary(),
+    lambda a: a.binary_view(),
+    lambda a: a.binary(2),
+    lambda a: a.dictionary(a.int32(), a.binary()),
+    lambda a: a.list_(a.binary()),
+    lambda a: a.list_(a.binary(), 1),
+    lambda a: a.large_list(a.struct({"bytes": a.binary(), "path": a.string(), "words": a.list_(a.string())})),
+    lambda a: a.struct({"bytes": a.binary_view(), "path": a.string_view()}),
+    lambda a: a.struct({"path": a.string(), "bytes": a.dictionary(a.int8(), a.binary())}),
+])  # fmt: skip
+def test_parquet_has_bytes_in_columns_of_many_types(kind: Callable[[Any], Any], tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    images: list[Any] = [b"%02d" % i for i in range(40)]
+    of_type, given = kind(pyarrow), images
+    if "bytes" in str(of_type):
+        given = [{"bytes": image, "path": None, "words": ["a", "b"]} for image in given]
+    if "list<" in str(of_type).partition("bytes")[0] or str(of_type).startswith("fixed_size_list"):
+        given = [[value] for value in given]
+    source = find_source(parquet_of(tmp_path, pyarrow.array(given, of_type), rows=None if "view" in str(of_type) else 3))
+    assert stored(source) == images and not source.notes
+
+
+def test_of_lists_in_parquet_the_first_image_is_taken_and_the_others_are_counted(tmp_path: Path) -> None:
+    source = find_source(parquet_of(tmp_path, [[b"a"], [b"b", b"c", b"d"], [b"e"], [b"f", b"g"], []]))
+    assert [source.read(i).content for i in range(4)] == [b"a", b"b", b"e", b"f"]
+    assert source.notes == ["left out: 3 images of lists, of which the first is taken"]
+    with pytest.raises(OSError, match="row 1 of group 1: it has no bytes"):
+        source.read(4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0.0, 1.0, float("nan"), None], "01--"),
+        ([[1], [0], [], None], "10--"),
+        ([b"1", b"0", b"", None], "10--"),
+        (["1", "0", "", "1"], "10-1"),
+        ([Decimal("1.00"), Decimal("0.00"), None, Decimal("1.00")], "10-1"),
+        ([-1, 1, -1, 1], "-1 1 -1 1"),  # two classes
+    ],
+)
+def test_labels_in_parquet_may_be_of_many_types_and_missing_ones_are_counted(
+    labels: list[Any], expected: str, tmp_path: Path
+) -> None:
+    source = find_source(parquet_of(tmp_path, [b"x"] * 4, labels))
+    numbers, classes = source.labels()
+    found = [classes[number] if number >= 0 else "-" for number in numbers]
+    missing = found.count("-")
+    assert found == (expected.split() if " " in expected else [*expected])
+    assert source.notes == ([f"left out: {missing} of 4 images, without a label in label"] if missing else [])
+
+
+def test_images_without_a_label_are_left_out_of_both_sides(tmp_path: Path) -> None:
+    images = [encoded(i, COLOURS["red"]) for i in range(9)]
+    where = parquet_of(tmp_path, images, [0, 1, -1] * 3, ["red", "blue"])  # -1: not told, as of a test set
+    split = find_labelled(where)
+    assert (len(split.train), len(split.val)) == (4, 2) and split.train.classes == ["red", "blue"]
+    assert {image for part in (split.train, split.val) for image in stored(part.images)} == {
+        image for i, image in enumerate(images) if i % 3 < 2
+    }
+    assert split.remarks == ["left out: 3 of 9 images, without a label in label"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([[0, 2], [1]], r"the column label has several labels for an image, such as \[0, 2\], where each has one class"),
+        ([0.5, 1.0], r"the column label has numbers between classes, such as 0\.5: values are not learnt here, only classes"),
+        ([float("inf"), 1.0], r"numbers between classes, such as inf"),
+        ([{"a": 1}, {"a": 2}], r"values that are neither numbers nor words, such as \{'a': 1\}"),
+        ([None, None], r"has 0 class, it takes two or more"),
+        (None, r"no column of the names label, labels, cls, class; its columns: image binary; see --label-column"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(labels: list[Any] | None, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        find_labelled(parquet_of(tmp_path, [b"x"] * 2, labels))
+
+
+def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    columns = {
+        "image": [b"i", b"j"], "image.jpg": [b"k", b"l"], "mask": [b"m", b"n"], "deep": [{"er": b"o"}, {"er": b"p"}],
+        "fine": [0, 1], "coarse": ["a", "b"],
+    }  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    where = str(tmp_path / "x.parquet")
+    source = find_source(where)
+    assert stored(source) == columns["image"]
+    assert source.notes == ["images are those of the column image, not of image.jpg, mask; see --image-column"]
+    for name, expected in (("image.jpg", "kl"), ("mask", "mn"), ("deep.er", "op")):
+        assert stored(find_source(where, columns=Columns(name))) == [letter.encode() for letter in expected]
+    assert find_source(where, columns=Columns(label="coarse")).labels()[1] == ["a", "b"]
+    for name in ("none", "fine", "deep.none", "deep"):
+        with pytest.raises(
+            UserError, match=rf"has no column {name} that holds bytes; its columns: image binary, .* fine int64"
+        ):
+            find_source(where, columns=Columns(name))
+    with pytest.raises(ValueError, match=r"no column none; its columns: image binary"):
+        find_source(where, columns=Columns(label="none")).labels()
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"--image-column is for Parquet files, and --data .* is none"):
+        find_source(str(tmp_path), columns=Columns("image"))
+
+
 def test_classes_without_images_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_labels.py").write_text(
         "class Own(list): pass\n"
@@ -711,7 +834,7 @@ def test_parquet_without_images_or_without_pyarrow_is_one_line(tmp_path: Path, m
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="has no column with the bytes of images; its columns: text, n"):
+    with pytest.raises(UserError, match="has no column with the bytes of images; its columns: text string, n int64"):
         find_source(str(tmp_path / "x.parquet"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'sparkme\[parquet\]'"):

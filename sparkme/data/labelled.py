@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from sparkme.data.copies import first_copies, first_links
 from sparkme.data.dataset import FORK, Sample, as_source, collate, ignore_signals
 from sparkme.data.images import load_image, printable
-from sparkme.data.sources import Files, ImageSource, find_source
+from sparkme.data.sources import Columns, Files, ImageSource, find_source
 from sparkme.data.sources.files import Names, is_image, list_folder
 from sparkme.data.sources.left_out import LeftOut, is_passed_over
 from sparkme.errors import UserError, first_line
@@ -106,6 +106,7 @@ def find_labelled(
     root: Path | None = None,
     cache: Path | None = None,
     cache_gib: float = 50.0,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> Split:
     """Labelled images, split into those to learn from and those to measure on.
 
@@ -118,6 +119,7 @@ def find_labelled(
         flag: what the data was given by, for messages.
         root: what the names in a .csv are below; its folder if None.
         cache, cache_gib: for shards.
+        columns: of Parquet.
 
     Raises:
         UserError: nothing of that kind is there; says what is expected.
@@ -131,9 +133,11 @@ def find_labelled(
     if labels is not None:
         if not os.path.isdir(data):
             raise UserError(f"{flag} {data} is not a folder, which --labels names images of")
+        columns.refuse(str(labels))
         return _from_table(data, labels, val_share, seed)
     if not os.path.isdir(data) or not _folders_in(data):
-        return split(_from_source(str(where), cache, cache_gib, flag), val_share, seed)
+        return split(_from_source(str(where), cache, cache_gib, flag, columns), val_share, seed)
+    columns.refuse(f"{flag} {data}")
     train, val, unused = _parts_of(data, flag)
     if train and not val and _has_classes(train):
         raise UserError(f"{flag} {data} has {train.name}, but no folder val beside it; make one, or pass {flag} {train}")
@@ -172,7 +176,8 @@ def split(labelled: Labelled, val_share: float, seed: int) -> Split:
     is_first = first == torch.arange(len(first))
     copied = _describe_copies(labelled, first)
     for label, name in enumerate(labelled.classes):
-        members = (is_first & (labelled.labels == label)).nonzero().flatten()
+        members = labelled.members(label)
+        members = members[is_first[members]]
         if len(members) < 2:
             which = " that is no copy" if copied else ""
             raise UserError(f"class {name!r} has {len(members)} image{which}; it needs one to learn from and one to measure on")
@@ -232,13 +237,15 @@ def _last_names(images: ImageSource, number: int) -> tuple[str, ...]:
     return images.path(number).parts[-2:] if isinstance(images, Files) else (os.path.basename(images.name(number)),)
 
 
-def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str) -> Labelled:
-    source = find_source(where, cache=cache, cache_gib=cache_gib, flag=flag)
+def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str, columns: Columns) -> Labelled:
+    source = find_source(where, cache=cache, cache_gib=cache_gib, flag=flag, columns=columns)
     try:
         labels, classes = source.labels()
     except ValueError as error:
         more = "; each class needs a folder, or pass --labels FILE.csv with lines of path,label" if Path(where).is_dir() else ""
         raise UserError(f"{flag} {error}{more}") from error
+    if not bool((labels >= 0).all()):
+        source, labels = source.subset((labels >= 0).nonzero().flatten().tolist()), labels[labels >= 0]
     used, labels = torch.unique(labels, return_inverse=True)  # a part of a data set may name more classes than it has
     classes = [classes[i] for i in used.tolist()]
     if len(classes) < 2:

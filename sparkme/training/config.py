@@ -379,6 +379,14 @@ def add_source(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shard-cache-gib", type=float, default=50.0, metavar="G", help="that the copies may take together (%(default)s)"
     )
+    group.add_argument(
+        "--image-column", metavar="NAME", help="of Parquet: what has the bytes of images (found by its name and type)"
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of Parquet: what has the labels (label, labels, cls or class, whichever is there)",
+    )
 
 
 def add_reduced_jpeg(group: argparse._ArgumentGroup) -> None:
@@ -493,6 +501,8 @@ def resolve_config(
     config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images, "processes": process.world}
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
+    if args.label_column is not None and not args.probe_data:
+        raise UserError("--label-column needs --probe-data: pretraining itself takes no labels")
     config["recipe"], config["recipe_reason"] = choose_recipe(args.recipe, num_images, saved)
     recipe = RECIPES[config["recipe"]]
     fill_in(config, recipe.defaults)

@@ -13,11 +13,12 @@ import glob
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from sparkme.data.sources.base import ImageSource
 from sparkme.data.sources.dataset import DatasetImages
-from sparkme.data.sources.files import Files, list_folder, read_list
-from sparkme.data.sources.parquet import ParquetImages
+from sparkme.data.sources.files import Files, list_folder, read_list, without_systems
+from sparkme.data.sources.parquet import Columns, ParquetImages
 from sparkme.data.sources.shards import Cache, Shards, default_cache, expand_braces, is_remote, is_shard
 from sparkme.errors import UserError
 
@@ -34,6 +35,7 @@ def find_source(
     cache_gib: float = 50.0,
     index: Path | None = None,
     flag: str = "--data",
+    columns: Columns = Columns(),  # noqa: B008
 ) -> ImageSource:
     """Finds the images that a text describes.
 
@@ -45,17 +47,34 @@ def find_source(
         cache_gib: how large they may be together.
         index: where a list of a large folder may be kept, see `Files.write_index`.
         flag: what the text was given by, for messages.
+        columns: of Parquet.
 
     Raises:
-        UserError: it describes no images.
+        UserError: it describes no images; or a column is named, and it has none.
     """
     if not 0 <= cache_gib < 1e9:
         raise UserError(f"--shard-cache-gib {cache_gib} must be at least 0, and finite")
-    path = Path(text)
+    found = _find(text, leave_out, root, index, _How(cache, cache_gib, columns, flag))
+    if not isinstance(found, ParquetImages):
+        columns.refuse(f"{flag} {text}")
+    return found
+
+
+class _How(NamedTuple):
+    """What shards and Parquet files are opened with, and the flag that names them."""
+
+    cache: Path | None
+    cache_gib: float
+    columns: Columns
+    flag: str
+
+
+def _find(text: str, leave_out: Path | None, root: Path | None, index: Path | None, how: _How) -> ImageSource:
+    path, flag = Path(text), how.flag
     if os.path.isdir(path):  # which is False for a name that is too long
-        return _in_folder(path, leave_out, cache, cache_gib, index, flag)
+        return _in_folder(path, leave_out, index, how)
     if os.path.isfile(path) and path.suffix.lower() in LISTS:
-        return read_list(path, root, flag=flag)
+        return without_systems(read_list(path, root, flag=flag))
     if not os.path.exists(path) and _DATASET.fullmatch(text):
         return DatasetImages(text, flag=flag)
     try:
@@ -64,15 +83,13 @@ def find_source(
         raise UserError(f"{flag} {error}") from error
     if not found:
         raise UserError(f"{flag} {text} is not a folder, and no file matches it")
-    return _of_files(found, text, cache, cache_gib, flag)
+    return _of_files(found, text, how)
 
 
-def _in_folder(
-    path: Path, leave_out: Path | None, cache: Path | None, cache_gib: float, index: Path | None, flag: str
-) -> ImageSource:
+def _in_folder(path: Path, leave_out: Path | None, index: Path | None, how: _How) -> ImageSource:
     """The images of a folder or, where it has none, the shards or the Parquet files in it."""
     try:
-        return list_folder(path, leave_out, flag=flag, index=index)
+        return list_folder(path, leave_out, flag=how.flag, index=index)
     except UserError as error:
         try:
             names = sorted(entry.path for entry in os.scandir(path) if os.path.isfile(entry.path))
@@ -81,7 +98,7 @@ def _in_folder(
         found = [name for name in names if is_shard(name)] or [name for name in names if name.lower().endswith(".parquet")]
         if not found:
             raise error
-    return _of_files(found, str(path), cache, cache_gib, flag)
+    return _of_files(found, str(path), how)
 
 
 def _matching(pattern: str) -> list[str]:
@@ -91,13 +108,14 @@ def _matching(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern))
 
 
-def _of_files(names: list[str], text: str, cache: Path | None, cache_gib: float, flag: str) -> ImageSource:
+def _of_files(names: list[str], text: str, how: _How) -> ImageSource:
+    flag = how.flag
     if (pipe := next((name for name in names if not is_remote(name) and not os.path.isfile(name)), None)) is not None:
         raise UserError(f"{flag} {pipe} is no file")  # and to open a pipe would wait for ever
     if all(map(is_shard, names)):
-        return Shards(names, Cache(cache or default_cache(), int(cache_gib * 2**30)), text, flag=flag)
+        return Shards(names, Cache(how.cache or default_cache(), int(how.cache_gib * 2**30)), text, flag=flag)
     if all(name.lower().endswith(".parquet") and not is_remote(name) for name in names):
-        return ParquetImages([Path(name) for name in names], text, flag=flag)
+        return ParquetImages([Path(name) for name in names], text, flag=flag, columns=how.columns)
     odd = next((name for name in names if not is_shard(name) and not name.lower().endswith(".parquet")), None)
     if odd is None:
         raise UserError(f"{flag} {text} must be either .tar shards or Parquet, not both; and Parquet must be of this machine")
@@ -107,4 +125,4 @@ def _of_files(names: list[str], text: str, cache: Path | None, cache_gib: float,
     )
 
 
-__all__ = ["DatasetImages", "Files", "ImageSource", "find_source"]
+__all__ = ["Columns", "DatasetImages", "Files", "ImageSource", "find_source"]

@@ -95,7 +95,7 @@ class ImageSource(ABC):
         return Subset(self, torch.tensor(numbers, dtype=torch.long))
 
     def labels(self) -> tuple[Tensor, list[str]]:
-        """(N,) int64, and the names that the numbers stand for.
+        """(N,) int64, -1 where the image has none, and the names that the numbers stand for.
 
         Raises:
             ValueError: it has none.

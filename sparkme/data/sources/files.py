@@ -249,22 +249,21 @@ def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> 
         UserError: it cannot be read, names nothing, or names something outside of the root.
     """
     root = path.parent if root is None else root
-    left_out = LeftOut()
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = Names.pack(_entries(file, path, root, flag, left_out))
+            names = Names.pack(_entries(file, path, root, flag))
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
     if not names:
-        raise UserError(f"{flag} {path} names no images{''.join(f'; {line}' for line in left_out.lines)}")
+        raise UserError(f"{flag} {path} names no images")
     if not any(os.path.isfile(root / name) for name in names[:16]):
         raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
-    return Files(root, names, f"{path}", left_out=left_out)
+    return Files(root, names, f"{path}")
 
 
-def _entries(file: TextIO, path: Path, root: Path, flag: str, left_out: LeftOut) -> Iterator[str]:
+def _entries(file: TextIO, path: Path, root: Path, flag: str) -> Iterator[str]:
     top = os.path.abspath(root)
     is_table = path.suffix.lower() == ".csv"
     lines = _lines(file)
@@ -275,11 +274,7 @@ def _entries(file: TextIO, path: Path, root: Path, flag: str, left_out: LeftOut)
         name = row[0].strip() if is_table else row[0]
         if "\0" in name or not inside(top, name):
             raise UserError(f"{flag} {path}: line {number} names {name[:80]!r}, which lies outside of {root}; see --root")
-        name = os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
-        if (folder := passed_over_in(os.path.relpath(name, top) if os.path.isabs(name) else name, hidden=False)) is not None:
-            left_out.files[folder] += 1
-        else:
-            yield name
+        yield os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
 
 
 def _lines(file: TextIO) -> Iterator[str]:
@@ -294,6 +289,20 @@ def inside(top: str, name: str) -> bool:
     """Whether a name, relative or absolute, is of something below an absolute folder; links may lead anywhere."""
     joined = os.path.normpath(os.path.join(top, name))
     return joined.startswith(top.rstrip(os.sep) + os.sep)
+
+
+def without_systems(files: Files) -> Files:
+    """Of the files of a list those that are in no folder that a system keeps for itself."""
+    top, left_out, kept = os.path.abspath(files.root), LeftOut(), list[str]()
+    for name in files.names:
+        below = os.path.relpath(name, top) if os.path.isabs(name) else name
+        if (folder := passed_over_in(below, hidden=False)) is None:
+            kept.append(name)
+        else:
+            left_out.files[folder] += 1
+    if not kept:
+        raise UserError(f"{files.description} names no images; {left_out.lines[0]}")
+    return Files(files.root, Names.pack(kept), files.description, left_out=left_out) if left_out.files else files
 
 
 def demo_photographs() -> list[Path]:
