@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.features
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ import sparkme.probe
 from sparkme.data.dataset import Box, CropDataset, EpochSampler, create_loader, cut
 from sparkme.data.images import Stored, load_image, load_rgb, open_image
 from sparkme.data.labelled import find_labelled
-from sparkme.data.sources import Columns, ImageSource, files, find_source, shards
+from sparkme.data.sources import Columns, ImageSource, files, find_source, left_out, shards
 from sparkme.data.sources import parquet as parquet_files
 from sparkme.data.sources.files import Files, Names, list_folder, read_list
 from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
@@ -111,6 +112,48 @@ def test_names_are_those_of_the_folder_in_the_order_of_paths(tmp_path: Path) -> 
     packed = Names.pack(["", "x", "yy", ""])
     assert list(packed) == ["", "x", "yy", ""] and packed[-2] == "yy" and packed[1:3] == ["x", "yy"]
     assert not Names.pack([])
+
+
+def test_pictures_are_found_by_their_suffix_or_content_and_others_counted(tmp_path: Path) -> None:
+    kinds = {"JPEG": ["x.jfif", "x.jpe", "x.JPEG", "jpeg"], "PNG": ["x.PNG", "png"], "TGA": ["x.tga"], "GIF": ["gif"],
+             "WEBP": ["webp"], "TIFF": ["tiff"], "BMP": ["bmp"], "PPM": ["x.pnm"], "JPEG2000": ["x.j2k", "x.jp2"]}  # fmt: skip
+    for kind, names in kinds.items():
+        for name in names:
+            Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
+    for name in ("BMword", "notes", "a.xml", "b.xml", "c.XML", "x.dcm", "x.nii.gz", ".hidden", "._x.jpg", "x.npz"):
+        (tmp_path / name).write_bytes(b"BM is the begin of words, too")
+    source = find_source(str(tmp_path))
+    assert {source.path(i).name for i in range(len(source))} == {name for names in kinds.values() for name in names}  # type: ignore[attr-defined]
+    assert all(load_rgb(path).size == (8, 8) for path in map(source.path, range(len(source))))  # type: ignore[attr-defined]
+    (note,) = source.notes
+    assert note.startswith("left out: 8 files of other kinds: .xml (3), without a suffix (2), ")
+    assert all(f"; {suffix}: " in note for suffix in (".dcm", ".nii.gz", ".npz")) and "such as with pydicom" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("x.dcm", "pydicom"), ("x.NII", "nibabel"), ("x.nii.gz", "nibabel"), ("x.npz", "each by itself as .npy"),
+     ("x.heic", "pillow-heif"), ("x.h5", "--data package.module:dataset"), ("x.mp4", "ffmpeg"), ("x.zip", "unpack")],
+)  # fmt: skip
+def test_files_of_other_kinds_name_what_to_do(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text(f"class/{name}\n")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, name, b"x")
+    for where in ("class", f"class/{name}", "list.txt", "x.tar"):
+        with pytest.raises(UserError, match=re.escape(words)):
+            find_source(str(tmp_path / where), cache=tmp_path / "cache")
+    for part in (tmp_path / "x.tar", tmp_path / "list.txt"):
+        part.unlink()
+    with pytest.raises(UserError, match=re.escape(words)):
+        find_labelled(tmp_path)
+
+
+def test_avif_is_read_or_says_how_it_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (".avif" in left_out.EXTENSIONS) == bool(PIL.features.check("avif"))
+    monkeypatch.setattr(left_out, "EXTENSIONS", left_out.EXTENSIONS - {".avif"})
+    assert left_out.advice(".avif") == ".avif: pip install --upgrade 'pillow>=11.3'"
 
 
 def test_an_index_is_used_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

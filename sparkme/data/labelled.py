@@ -20,7 +20,7 @@ from sparkme.data.copies import first_copies, first_links
 from sparkme.data.dataset import FORK, Sample, as_source, collate, ignore_signals
 from sparkme.data.images import load_image, printable
 from sparkme.data.sources import Columns, Files, ImageSource, find_source
-from sparkme.data.sources.files import Names, is_image, list_folder
+from sparkme.data.sources.files import Names, is_image, look_through
 from sparkme.data.sources.left_out import LeftOut, is_passed_over
 from sparkme.errors import UserError, first_line
 from sparkme.training.random import derived_seed
@@ -219,7 +219,7 @@ def _has_classes(folder: Path) -> bool:
 
 
 def _folders_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_passed_over(entry.name))
+    return sorted(entry.name for entry in os.scandir(folder) if not is_passed_over(entry.name) and os.path.isdir(entry))
 
 
 def split_digest(train: Labelled, val: Labelled) -> str:
@@ -259,17 +259,18 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
     labels: list[int] = []
     problems: list[str] = []
     classes = list(known or [])
-    left_out = LeftOut(Counter(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_passed_over(entry.name)))
-    if loose := sum(is_image(entry.name) for entry in os.scandir(folder) if entry.is_file()):
+    left_out = LeftOut(
+        Counter(entry.name for entry in os.scandir(folder) if is_passed_over(entry.name) and os.path.isdir(entry))
+    )
+    if loose := sum(is_image(entry.name) for entry in os.scandir(folder) if os.path.isfile(entry)):
         problems.append(f"{loose} image{'s' * (loose > 1)} in no folder of a class")
     for name in _folders_in(folder):
-        try:
-            listed = list_folder(folder / name)
-        except UserError:
-            problems.append(f"the folder {printable(name)}, which has no images")
-            continue
+        listed = look_through(folder / name)
         left_out.add(listed.left_out)
         problems += listed.problems
+        if not listed:
+            problems.append(f"the folder {printable(name)}, which has no images")
+            continue
         images = [os.path.join(name, image) for image in listed.names]
         if known is None:
             classes.append(name)
@@ -280,7 +281,7 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
     if len(classes) < 2:
         raise UserError(
             f"{flag} {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
-            "with lines of path,label"
+            f"with lines of path,label{''.join(f'; {line}' for line in left_out.lines)}"
         )
     if not names:
         raise UserError(f"{flag}: {folder} has no images in folders of classes")

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from sparkme.data.sources.base import ImageSource
 from sparkme.data.sources.dataset import DatasetImages
-from sparkme.data.sources.files import Files, list_folder, read_list, without_systems
+from sparkme.data.sources.files import Files, list_folder, read_list, without_others
+from sparkme.data.sources.left_out import advice, suffix_of
 from sparkme.data.sources.parquet import Columns, ParquetImages
 from sparkme.data.sources.shards import Cache, Shards, default_cache, expand_braces, is_remote, is_shard
 from sparkme.errors import UserError
@@ -74,7 +75,7 @@ def _find(text: str, leave_out: Path | None, root: Path | None, index: Path | No
     if os.path.isdir(path):  # which is False for a name that is too long
         return _in_folder(path, leave_out, index, how)
     if os.path.isfile(path) and path.suffix.lower() in LISTS:
-        return without_systems(read_list(path, root, flag=flag))
+        return without_others(read_list(path, root, flag=flag))
     if not os.path.exists(path) and _DATASET.fullmatch(text):
         return DatasetImages(text, flag=flag)
     try:
@@ -119,6 +120,8 @@ def _of_files(names: list[str], text: str, how: _How) -> ImageSource:
     odd = next((name for name in names if not is_shard(name) and not name.lower().endswith(".parquet")), None)
     if odd is None:
         raise UserError(f"{flag} {text} must be either .tar shards or Parquet, not both; and Parquet must be of this machine")
+    if words := advice(suffix_of(odd)):
+        raise UserError(f"{flag} {odd} is no image that can be read; {words}")
     raise UserError(
         f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet; to take "
         "single images, put them into a folder"

@@ -21,11 +21,17 @@ from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
 from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
-from sparkme.data.sources.left_out import LeftOut, is_passed_over, passed_over_in
+from sparkme.data.sources.left_out import (
+    EXTENSIONS,
+    LeftOut,
+    advice,
+    begins_like_image,
+    is_passed_over,
+    passed_over_in,
+    suffix_of,
+)
 from sparkme.errors import UserError, first_line
 from sparkme.interop.files import replaced_when_whole
-
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
@@ -158,6 +164,15 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
         raise UserError(f"{flag} {folder} is not a folder")
     if index is not None and (known := _read_index(index, folder)) is not None:
         return known
+    files = look_through(folder, leave_out)
+    if not files:
+        why = "".join(f"; {line}" for line in files.remarks)
+        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too){why}")
+    return files
+
+
+def look_through(folder: Path, leave_out: Path | None = None) -> Files:
+    """The images below a folder, see `list_folder`, and what else was there; there may be none."""
     names: list[str] = []
     folders: list[str] = []
     times: list[int] = []
@@ -187,15 +202,18 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
                                 found.append(name)
                         elif is_image(entry.name) and (_is_broken_link(entry) or entry.is_file()):
                             names.append(name)
+                        elif not entry.name.startswith(".") and _is_file(entry):
+                            suffix = suffix_of(entry.name)
+                            if not suffix and begins_like_image(entry.path):
+                                names.append(name)
+                            else:
+                                left_out.suffixes[suffix] += 1
                 folders.append(below)
                 times.append(changed if changed < settled else -1)  # which never is the time of a folder
             except OSError as error:  # a folder of another user
                 problems.append(f"images in {printable(where)}: {first_line(error)}")
             waiting += sorted(found, reverse=True)  # so that of several links to a folder the same one counts everywhere
             bar.update(len(names) - before)
-    if not names:
-        why = "".join(f"; {line}" for line in [*(f"left out: {problem}" for problem in problems[:1]), *left_out.lines])
-        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too){why}")
     names.sort(key=lambda name: name.replace(os.sep, "\0"))  # as paths compare: folder by folder
     looked = Names.pack(folders), np.array(times, dtype=np.int64)
     return Files(folder, Names.pack(names), str(folder), looked, problems, left_out)
@@ -208,6 +226,12 @@ def is_image(name: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     with suppress(OSError):  # a link to itself
         return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return entry.is_file()
     return False
 
 
@@ -291,18 +315,21 @@ def inside(top: str, name: str) -> bool:
     return joined.startswith(top.rstrip(os.sep) + os.sep)
 
 
-def without_systems(files: Files) -> Files:
-    """Of the files of a list those that are in no folder that a system keeps for itself."""
+def without_others(files: Files) -> Files:
+    """Of the files of a list those that are in no folder that a system keeps for itself, and of no kind that is known to be
+    none of images."""
     top, left_out, kept = os.path.abspath(files.root), LeftOut(), list[str]()
     for name in files.names:
         below = os.path.relpath(name, top) if os.path.isabs(name) else name
-        if (folder := passed_over_in(below, hidden=False)) is None:
-            kept.append(name)
-        else:
+        if (folder := passed_over_in(below, hidden=False)) is not None:
             left_out.files[folder] += 1
+        elif advice(suffix := suffix_of(name)):
+            left_out.suffixes[suffix] += 1
+        else:
+            kept.append(name)
     if not kept:
-        raise UserError(f"{files.description} names no images; {left_out.lines[0]}")
-    return Files(files.root, Names.pack(kept), files.description, left_out=left_out) if left_out.files else files
+        raise UserError(f"{files.description} names no images; {'; '.join(left_out.lines)}")
+    return Files(files.root, Names.pack(kept), files.description, left_out=left_out) if left_out.lines else files
 
 
 def demo_photographs() -> list[Path]:

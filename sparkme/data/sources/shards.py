@@ -38,8 +38,7 @@ from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
 from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
-from sparkme.data.sources.files import EXTENSIONS
-from sparkme.data.sources.left_out import LeftOut, passed_over_in
+from sparkme.data.sources.left_out import EXTENSIONS, LeftOut, passed_over_in, suffix_of
 from sparkme.errors import CannotWrite, UserError, first_line
 from sparkme.interop.files import replaced_when_whole
 
@@ -254,6 +253,8 @@ def read_index(file: Any) -> Index:
                     stems.append(stem)
                 elif suffix in LABEL_SUFFIXES and member.size < 2**20:
                     labels.add(stem, suffix, os.pread(file.fileno(), member.size, member.offset_data))
+                elif suffix not in LABEL_SUFFIXES and not os.path.basename(member.name).startswith("."):
+                    left_out.suffixes[suffix_of(member.name)] += 1
     except Exception as error:  # of what is no archive tarfile has many, such as RecursionError
         problem = first_line(error)
     size = os.fstat(file.fileno()).st_size
