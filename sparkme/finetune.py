@@ -61,11 +61,13 @@ class Finetuning(Training):
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
         from sparkme.data.labelled import find_labelled
+        from sparkme.data.limits import limit_pixels
         from sparkme.data.sources import Columns
         from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers
 
         prepare_device(process.device, tf32=args.tf32)
+        limit_pixels(args.max_pixels)
         self.process = process
         pretrained = find_weights(args)
         self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)

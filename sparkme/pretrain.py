@@ -75,6 +75,7 @@ class Pretraining(Training):
 
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
+        from sparkme.data.limits import limit_pixels
         from sparkme.data.sources import Columns, Files, find_source
         from sparkme.data.sources.files import demo_photographs
         from sparkme.training.build import build_network
@@ -82,6 +83,7 @@ class Pretraining(Training):
         from sparkme.training.optimizer import create_optimizer
 
         prepare_device(process.device, tf32=args.tf32)
+        limit_pixels(args.max_pixels)
         self.process = process
         self.folder = folder = RunFolder(output_folder(args), args, command="pretrain", process=process)
         index = folder.path / "images.npz"

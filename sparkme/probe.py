@@ -93,12 +93,14 @@ def main(argv: list[str] | None = None) -> int:
 def probe(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the numbers. Returns the exit code."""
     from sparkme.data.labelled import class_counts, find_labelled
+    from sparkme.data.limits import limit_pixels
     from sparkme.data.sources import Columns
     from sparkme.interop.files import replaced_when_whole
     from sparkme.pretrained import read_pretrained
     from sparkme.training.distributed import start_process, stop_process
 
     check(args)
+    limit_pixels(args.max_pixels)
     process = start_process(args.device)
     if process.world > 1:
         stop_process()

@@ -34,6 +34,7 @@ import sparkme.probe
 from sparkme.data.dataset import Box, CropDataset, EpochSampler, create_loader, cut
 from sparkme.data.images import Stored, load_image, load_rgb, open_image
 from sparkme.data.labelled import find_labelled
+from sparkme.data.limits import MAX_PIXELS, limit_pixels, scaled
 from sparkme.data.sources import Columns, ImageSource, files, find_source, left_out, shards
 from sparkme.data.sources import parquet as parquet_files
 from sparkme.data.sources.files import Files, Names, list_folder, read_list
@@ -1025,6 +1026,27 @@ for name, content in {"a.npy": head.getvalue() + bytes(64), "b.png": png}.items(
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 4 and done.stdout.count("decompression bomb") == 2, done.stdout
+
+
+def test_larger_pictures_than_the_limit_are_unreadable_and_name_the_flag(tmp_path: Path) -> None:
+    Image.new("L", (41, 100)).save(tmp_path / "x.png")
+    try:
+        limit_pixels(4096)
+        with pytest.raises(
+            OSError, match=r"x\.png: Image size \(4100 pixels\) exceeds limit of 4096 pixels.*; raise --max-pix"
+        ):
+            load_rgb(tmp_path / "x.png")
+        for most in (4100, 10**12):
+            limit_pixels(most)
+            assert load_rgb(tmp_path / "x.png").size == (41, 100)
+        limit_pixels(2 * MAX_PIXELS)
+        assert scaled(10) == 20  # a file may have more bytes, too
+    finally:
+        limit_pixels(None)
+    assert scaled(10) == 10
+    for bad in (0, -1, 2**70):
+        with pytest.raises(UserError, match=f"--max-pixels {bad} must be at least 1"):
+            limit_pixels(bad)
 
 
 @pytest.fixture(scope="module")

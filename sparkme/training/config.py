@@ -380,6 +380,9 @@ def add_source(group: argparse._ArgumentGroup) -> None:
         "--shard-cache-gib", type=float, default=50.0, metavar="G", help="that the copies may take together (%(default)s)"
     )
     group.add_argument(
+        "--max-pixels", type=int, metavar="N", help="of an image; with more it counts as unreadable (178956970, Pillow's limit)"
+    )
+    group.add_argument(
         "--image-column", metavar="NAME", help="of Parquet: what has the bytes of images (found by its name and type)"
     )
     group.add_argument(

@@ -37,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
+from sparkme.data.limits import scaled
 from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
 from sparkme.data.sources.left_out import EXTENSIONS, LeftOut, passed_over_in, suffix_of
 from sparkme.errors import CannotWrite, UserError, first_line
@@ -450,8 +451,8 @@ class Shards(ImageSource):
         shard = bisect_right(self._first, number) - 1
         size, offset = int(self.sizes[number]), int(self.offsets[number])
         where = f"{printable(self.locations[shard])}, image {number - self._first[shard]}"
-        if size > MOST_BYTES:
-            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is no image")
+        if size > scaled(MOST_BYTES):
+            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is no image; if it is, raise --max-pixels")
         try:
             content = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
