@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import UserError, first_line, python_command, run_command
-from sparkme.training.config import FIXED, OLDER, RECIPES, create_parser, output_folder, resolve_config
+from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, create_parser, output_folder, resolve_config
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.loop import Training, run_training
@@ -323,9 +323,10 @@ class Pretraining(Training):
         rate = config["base_lr"] * config["batch_size"] / 256
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         in_float32 = "" if encoder.engine.bf16 or config["precision"] == "float32" else "; the encoder computes in float32"
+        data = config["data"] or "scikit-image, its photographs"
+        where = f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, list) and len(data) > 3 else as_text(data)
         lines = {
-            "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
-            f"{config['samples_per_epoch']} crops an epoch",
+            "data": f"{len(self.dataset)} images in {where}, {config['samples_per_epoch']} crops an epoch",
             "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",

@@ -1028,6 +1028,45 @@ for name, content in {"a.npy": head.getvalue() + bytes(64), "b.png": png}.items(
     assert len(done.stdout.splitlines()) == 4 and done.stdout.count("decompression bomb") == 2, done.stdout
 
 
+def test_several_sources_are_one(sharded: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    folder, images = sharded
+    (tmp_path / "a").mkdir()
+    for i in range(5):
+        (tmp_path / "a" / f"{i}.png").write_bytes(encoded(i, (9, 9, 9)))
+    (tmp_path / "a" / "x.xml").write_text("x")
+    write_parquet(tmp_path / "x.parquet", images[:6])
+    shards_, parquet = [str(folder / f"part-{i:03d}.tar") for i in range(3)], str(tmp_path / "x.parquet")
+    source = find_source([str(tmp_path / "a"), parquet, *shards_], cache=tmp_path / "cache")
+    assert source.blocks is not None and source.blocks.tolist() == [*range(6), 9, 11, 18, 23, 31]
+    contents = [c.read_bytes() if isinstance(c, Path) else c for c in (source.read(i).content for i in range(len(source)))]
+    assert contents == [*(encoded(i, (9, 9, 9)) for i in range(5)), *images[:6], *images]
+    assert len({source.name(i) for i in range(len(source))}) == 31 and source.notes == [
+        "left out: 1 file of other kinds: .xml (1)"
+    ]
+    sampler = EpochSampler(31, 31, 31, 0, range(1), blocks=source.blocks, window=source.window)
+    assert sorted(number for batch in sampler for _, number in batch) == list(range(31))
+    with pytest.raises(UserError, match=r"--data .*x\.parquet is given twice; leave one out"):
+        find_source([parquet, shards_[0], parquet])
+    with pytest.raises(UserError, match=r"--data .*none is not a folder, and no file matches it"):
+        find_source([parquet, str(tmp_path / "none")])
+
+
+def test_a_run_on_several_sources_goes_on_and_labelled_ones_are_given_once(
+    sharded: tuple[Path, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [str(sharded[0] / f"part-{i:03d}.tar") for i in range(3)]
+    words = [*SMALL, *TINY, "--data", *where[:2], "--data", where[2], "--shard-cache", str(tmp_path / "cache"),
+             "--panel-epochs", "0", "--output", str(tmp_path / "run")]  # fmt: skip
+    assert main([*words, "--epochs", "1"]) == 0 and main([*words, "--epochs", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"20 images in {' '.join(where)}, " in shown and "resumed after step 2" in shown
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == where
+    for command in (sparkme.probe.main, sparkme.finetune.main):
+        with pytest.raises(SystemExit) as stopped:
+            command(["x.pt", "--data", where[0], "--data", where[1]])
+        assert stopped.value.code == 2 and "--data is given twice; link the folders of classes" in capsys.readouterr().err
+
+
 def test_larger_pictures_than_the_limit_are_unreadable_and_name_the_flag(tmp_path: Path) -> None:
     Image.new("L", (41, 100)).save(tmp_path / "x.png")
     try:
@@ -1070,14 +1109,15 @@ def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("kind", ["list", "shards", "parquet", "dataset"])
 def test_every_source_pretrains_and_resumes_bit_for_bit(kind: str, every_source: dict[str, str], tmp_path: Path) -> None:
-    words = [*SMALL, *TINY, "--data", every_source[kind], "--samples-per-epoch", "20", "--panel-epochs", "0", "--epochs", "2",
-             "--shard-cache", str(tmp_path / "cache"), "--checkpoint-minutes", "0", "--keep-checkpoints", "9"]  # fmt: skip
+    data = ["--data", every_source[kind]]
+    words = [*SMALL, *TINY, "--samples-per-epoch", "20", "--panel-epochs", "0", "--epochs", "2", "--shard-cache",
+             str(tmp_path / "cache"), "--checkpoint-minutes", "0", "--keep-checkpoints", "9"]  # fmt: skip
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert main([*words, "--output", str(straight)]) == 0
+    assert main([*words, *data, "--output", str(straight)]) == 0
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copy(straight / "checkpoints" / "step_00000005.pt", resumed / "checkpoints")
     shutil.copy(straight / "metrics.jsonl", resumed)
-    assert main([*words, "--output", str(resumed), "--workers", "2"]) == 0
+    assert main([*words, *data, "--output", str(resumed), "--workers", "2"]) == 0
     assert losses(straight) == losses(resumed) and len(losses(straight)) == 10
     expected = weights(straight)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())

@@ -121,9 +121,12 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--data",
         type=source_argument,
+        nargs="+",
+        action="extend",
         metavar="SOURCE",
         help="images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
-        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset (scikit-image's photographs)",
+        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset; or several of these, whose images come "
+        "together (scikit-image's photographs)",
     )
     add_source(group)
     group.add_argument(
@@ -413,6 +416,7 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=source_argument,
         required=True,
+        action=_Once,
         metavar="LABELLED",
         help="a folder with a folder of images for each class, or with folders train and val of that kind; a .csv; tar shards "
         "with .cls or .json; Parquet with a column label; or package.module:dataset with `targets`",
@@ -431,6 +435,15 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="share of each class to measure on, where the data names no split (%(default)s)",
     )
+
+
+class _Once(argparse.Action):
+    """A flag of which the second would otherwise take the place of the first, in silence."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice; link the folders of classes into one folder, or name images in a .csv")
+        setattr(namespace, self.dest, values)
 
 
 LARGEST = 2**63  # of any number: what a float32 and an int64 hold
@@ -498,9 +511,9 @@ def resolve_config(
 
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
     config |= {
-        name: str(value) if (value := getattr(args, name)) else None
-        for name in ("data", "root", "shard_cache", "init", "probe_data")
+        name: str(value) if (value := getattr(args, name)) else None for name in ("root", "shard_cache", "init", "probe_data")
     }
+    config["data"] = args.data[0] if isinstance(args.data, list) and len(args.data) == 1 else args.data
     config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images, "processes": process.world}
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from sparkme.data.sources.dataset import DatasetImages
 from sparkme.data.sources.files import Files, list_folder, read_list, without_others
 from sparkme.data.sources.left_out import advice, suffix_of
 from sparkme.data.sources.parquet import Columns, ParquetImages
+from sparkme.data.sources.several import Several
 from sparkme.data.sources.shards import Cache, Shards, default_cache, expand_braces, is_remote, is_shard
 from sparkme.errors import UserError
 
@@ -28,7 +30,7 @@ _DATASET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def find_source(
-    text: str,
+    text: str | Sequence[str],
     *,
     leave_out: Path | None = None,
     root: Path | None = None,
@@ -38,7 +40,7 @@ def find_source(
     flag: str = "--data",
     columns: Columns = Columns(),  # noqa: B008
 ) -> ImageSource:
-    """Finds the images that a text describes.
+    """Finds the images that a text describes, or several texts.
 
     Args:
         text: see the module.
@@ -55,10 +57,19 @@ def find_source(
     """
     if not 0 <= cache_gib < 1e9:
         raise UserError(f"--shard-cache-gib {cache_gib} must be at least 0, and finite")
-    found = _find(text, leave_out, root, index, _How(cache, cache_gib, columns, flag))
-    if not isinstance(found, ParquetImages):
-        columns.refuse(f"{flag} {text}")
-    return found
+    texts, how = [text] if isinstance(text, str) else text, _How(cache, cache_gib, columns, flag)
+    if (twice := next((text for i, text in enumerate(texts) if text in texts[:i]), None)) is not None:
+        raise UserError(f"{flag} {twice} is given twice; leave one out")
+    shards = [text for text in texts if is_shard(text) and not os.path.isdir(text)]
+    if len(shards) < 2:
+        shards = []
+    single = index if len(texts) == 1 else None
+    sources = [_find(text, leave_out, root, single, how) for text in texts if text not in shards]
+    if shards:  # together, since each source keeps some files open
+        sources.append(_of_files([name for text in shards for name in _expanded(text, flag)], ", ".join(shards[:3]), how))
+    if not any(isinstance(source, ParquetImages) for source in sources):
+        columns.refuse(f"{flag} {' '.join(texts)}")
+    return sources[0] if len(sources) == 1 else Several(sources)
 
 
 class _How(NamedTuple):
@@ -78,13 +89,22 @@ def _find(text: str, leave_out: Path | None, root: Path | None, index: Path | No
         return without_others(read_list(path, root, flag=flag))
     if not os.path.exists(path) and _DATASET.fullmatch(text):
         return DatasetImages(text, flag=flag)
+    return _of_files(_expanded(text, flag), text, how)
+
+
+def _expanded(text: str, flag: str) -> list[str]:
+    """The files that a text with braces and * stands for.
+
+    Raises:
+        UserError: there are none.
+    """
     try:
         found = [name for pattern in expand_braces(text) for name in _matching(pattern)]
     except ValueError as error:
         raise UserError(f"{flag} {error}") from error
     if not found:
         raise UserError(f"{flag} {text} is not a folder, and no file matches it")
-    return _of_files(found, text, how)
+    return found
 
 
 def _in_folder(path: Path, leave_out: Path | None, index: Path | None, how: _How) -> ImageSource:
