@@ -597,6 +597,7 @@ def labelled_shard(path: Path, members: dict[str, str]) -> ImageSource:
         ({"a.png": "", "a.cls": "1", "a.json": '{"label": 7}', "b.png": "", "b.cls": "0"}, "10"),
         ({"a.png": "", "a.cls": "1", "a.json": '{"label": 1}', "b.png": "", "b.json": '{"label": 0}'}, "10"),
         ({"a.png": "", "a.cls": "1", "a.cls+": "1", "b.png": "", "b.cls": "0"}, "10"),
+        ({"./a.png": "", "a.cls": "1", "b.png": "", "./b.cls": "0"}, "10"),
     ],
 )
 def test_labels_are_of_the_images_that_are_named_like_them(members: dict[str, str], expected: str, tmp_path: Path) -> None:

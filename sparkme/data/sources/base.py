@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,18 @@ GLIMPSE = 2**12  # bytes at the end of a file, where few files of one size are a
 
 def digest(*values: object) -> int:
     """63 bits of a hash, which fit into an int64."""
-    found = hashlib.blake2b(digest_size=8)
+    found = _hash()
     for value in values:
         found.update(value if isinstance(value, bytes) else str(value).encode())
-    return int.from_bytes(found.digest()) >> 1
+    return _as_int(found.digest())
+
+
+def _hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8)
+
+
+def _as_int(found: bytes) -> int:
+    return int.from_bytes(found) >> 1
 
 
 class ImageSource(ABC):
@@ -81,7 +90,10 @@ class ImageSource(ABC):
         """
         content = self.read(number).content
         if isinstance(content, Path):
-            content = content.read_bytes()
+            with content.open("rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise OSError("an empty file")
+                return _as_int(hashlib.file_digest(file, _hash).digest())
         if isinstance(content, Image.Image):
             return digest(content.mode, content.size, content.tobytes())
         if isinstance(content, Tensor):

@@ -243,7 +243,7 @@ def read_index(file: Any) -> Index:
                 archive.members = []  # else it keeps them all
                 if member.size < 0:  # after which it would be found again and again
                     raise ValueError(f"a member of {member.size} bytes")
-                stem, suffix = _stem(member.name)
+                stem, suffix = _stem(member.name.removeprefix("./"))  # which some of an archive's names may have
                 if not member.isreg() or member.issparse():  # links and devices name other things
                     continue
                 if (folder := passed_over_in(member.name, hidden=True)) is not None:
