@@ -830,6 +830,17 @@ def test_labels_that_are_no_classes_are_named(labels: list[Any] | None, reason: 
         find_labelled(parquet_of(tmp_path, [b"x"] * 2, labels))
 
 
+def test_labels_that_stand_for_other_classes_in_another_file_are_named(tmp_path: Path) -> None:
+    for i, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        Path(parquet_of(tmp_path, [b"x"] * 2, [0, 1], names)).rename(tmp_path / f"{i}.parquet")
+    with pytest.raises(UserError, match=r"label stand for cat, dog in .*0\.parquet, and for dog, cat in .*1\.parquet"):
+        find_labelled(tmp_path)
+    for i, labels in enumerate(([0, 1], ["0", "1"])):
+        Path(parquet_of(tmp_path, [b"x"] * 2, labels)).rename(tmp_path / f"{i}.parquet")
+    with pytest.raises(UserError, match=r"the column label has labels as numbers and the same as words"):
+        find_labelled(tmp_path)
+
+
 def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet

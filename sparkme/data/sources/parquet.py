@@ -160,7 +160,7 @@ class ParquetImages(ImageSource):
             values = [_label(value) for value in self._values(name)]
         except ValueError as error:
             raise ValueError(f"{self.description}: the column {name} has {error}; see --label-column") from error
-        known = _class_names(self.schema, name)
+        known = self._class_names(name)
         if known:  # of which -1 is none, where labels are kept secret
             values = [None if value == -1 else value for value in values]
         given = [value for value in values if value is not None]
@@ -172,8 +172,23 @@ class ParquetImages(ImageSource):
         if known and all(isinstance(value, int) and 0 <= value < len(known) for value in given):
             return torch.tensor([-1 if value is None else value for value in values], dtype=torch.long), known
         classes = sorted(set(given), key=lambda value: (isinstance(value, str), value))
+        if len({*map(str, classes)}) < len(classes):
+            raise ValueError(
+                f"{self.description}: the column {name} has labels as numbers and the same as words; make them alike"
+            )
         number: dict[int | str | None, int] = {None: -1} | {value: i for i, value in enumerate(classes)}
         return torch.tensor([number[value] for value in values], dtype=torch.long), [str(value) for value in classes]
+
+    def _class_names(self, name: str) -> list[str]:
+        """Which numbers stand for; of no file others than of the first."""
+        import pyarrow.parquet as parquet
+
+        first, *others = [_class_names(parquet.read_schema(path), name) for path in self.paths]
+        for path, names in zip(self.paths[1:], others, strict=True):
+            if names != first:
+                known, other = (", ".join(names[:8]) or "nothing" for names in (first, names))
+                raise ValueError(f"numbers in {name} stand for {known} in {self.paths[0]}, and for {other} in {path}")
+        return first
 
     def _values(self, name: str) -> list[Any]:
         import pyarrow.parquet as parquet
