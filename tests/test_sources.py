@@ -37,8 +37,9 @@ from sparkme.data.labelled import find_labelled
 from sparkme.data.limits import MAX_PIXELS, limit_pixels, scaled
 from sparkme.data.sources import Columns, ImageSource, files, find_source, left_out, shards
 from sparkme.data.sources import parquet as parquet_files
-from sparkme.data.sources.files import Files, Names, list_folder, read_list
+from sparkme.data.sources.files import Files, Names, list_folder
 from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
+from sparkme.data.sources.table import read_list
 from sparkme.errors import UserError
 from sparkme.pretrain import main
 from sparkme.training.random import derived_seed

@@ -1,7 +1,7 @@
 """Where images come from: one description for every command.
 
 photos/                            a folder, whatever its structure
-list.txt, table.csv                names of files, one in a line
+list.txt, table.csv                names of files, one in a line; of a table the column that names them
 shards/train-{000..146}.tar        tar archives, also in a folder, by a pattern with *, or from a URL
 data/train-*.parquet               Parquet with the bytes of images
 package.module:dataset             anything that has a length and gives an image for a number
@@ -18,14 +18,15 @@ from typing import NamedTuple
 
 from sparkme.data.sources.base import ImageSource
 from sparkme.data.sources.dataset import DatasetImages
-from sparkme.data.sources.files import Files, list_folder, read_list, without_others
+from sparkme.data.sources.files import Files, list_folder, without_others
 from sparkme.data.sources.left_out import advice, suffix_of
 from sparkme.data.sources.parquet import Columns, ParquetImages
 from sparkme.data.sources.several import Several
 from sparkme.data.sources.shards import Cache, Shards, default_cache, expand_braces, is_remote, is_shard
+from sparkme.data.sources.table import TABLES, read_list
 from sparkme.errors import UserError
 
-LISTS = (".txt", ".lst", ".list", ".csv")
+LISTS = (".txt", ".lst", ".list", *TABLES)
 _DATASET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

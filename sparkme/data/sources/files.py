@@ -1,4 +1,4 @@
-"""Lists of image files: any folder, as fast as the disk says its names, or a text file; in little memory.
+"""Lists of image files: any folder, as fast as the disk says its names, in little memory.
 
 A million Python strings take 100 MB, and again in every process that loads images, since counting references copies the pages
 that were shared. Here all names are one NumPy array, which processes that fork share for good.
@@ -6,15 +6,14 @@ that were shared. Here all names are one NumPy array, which processes that fork 
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO, overload
+from typing import overload
 
 import numpy as np
 from tqdm import tqdm
@@ -41,7 +40,6 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field
 INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
 _INDEX_VERSION = 3
 _SETTLED_S = 2.0  # a clock's tick, at most: what changes within the same one has the same time
-_LONGEST_LINE = 2**16  # of a list
 
 
 class Names(Sequence[str]):
@@ -86,15 +84,16 @@ class Files(ImageSource):
         folders: that were looked through, with the times of their last change in ns; what an index is valid for.
         problems: folders that could not be looked through.
         left_out: what was passed over.
+        notes: what was read otherwise than it is written.
     """
 
     def __init__(
         self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None,
-        problems: Sequence[str] = (), left_out: LeftOut | None = None,
+        problems: Sequence[str] = (), left_out: LeftOut | None = None, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.root, self.names, self.description, self.folders, self.problems = root, names, description, folders, problems
         self.left_out = left_out or LeftOut()
-        self.notes = self.left_out.lines
+        self.notes = [*notes, *self.left_out.lines]
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Files:
@@ -122,7 +121,9 @@ class Files(ImageSource):
 
     def subset(self, numbers: Sequence[int]) -> Files:
         names = Names.pack(self.names[i] for i in numbers)
-        return Files(self.root, names, self.description, problems=self.problems, left_out=self.left_out)
+        files = Files(self.root, names, self.description, problems=self.problems)
+        files.left_out, files.notes = self.left_out, self.notes
+        return files
 
     def write_index(self, path: Path) -> None:
         """Keeps the list of a folder with many files for the next start.
@@ -261,54 +262,6 @@ def _read_index(path: Path, folder: Path) -> Files | None:
     return Files(folder, names, str(folder), (folders, times), left_out=left_out)
 
 
-def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> Files:
-    """Images that a text file names, one in a line, or the first column of a .csv file; relative to a root.
-
-    Args:
-        path: the file.
-        root: the folder that the names are below; the file's own if None.
-        flag: what the file was given by, for messages.
-
-    Raises:
-        UserError: it cannot be read, names nothing, or names something outside of the root.
-    """
-    root = path.parent if root is None else root
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = Names.pack(_entries(file, path, root, flag))
-    except UserError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
-    if not names:
-        raise UserError(f"{flag} {path} names no images")
-    if not any(os.path.isfile(root / name) for name in names[:16]):
-        raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
-    return Files(root, names, f"{path}")
-
-
-def _entries(file: TextIO, path: Path, root: Path, flag: str) -> Iterator[str]:
-    top = os.path.abspath(root)
-    is_table = path.suffix.lower() == ".csv"
-    lines = _lines(file)
-    rows = csv.reader(lines) if is_table else ([line.rstrip("\r\n")] for line in lines)
-    for number, row in enumerate(rows, 1):
-        if not row or not row[0].strip() or (is_table and number == 1 and row[0].strip().lower() == "path"):
-            continue
-        name = row[0].strip() if is_table else row[0]
-        if "\0" in name or not inside(top, name):
-            raise UserError(f"{flag} {path}: line {number} names {name[:80]!r}, which lies outside of {root}; see --root")
-        yield os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
-
-
-def _lines(file: TextIO) -> Iterator[str]:
-    """Of a file that may be no text at all, and then one line as a whole."""
-    while line := file.readline(_LONGEST_LINE):
-        if len(line) == _LONGEST_LINE:
-            raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
-        yield line
-
-
 def inside(top: str, name: str) -> bool:
     """Whether a name, relative or absolute, is of something below an absolute folder; links may lead anywhere."""
     joined = os.path.normpath(os.path.join(top, name))
@@ -329,7 +282,9 @@ def without_others(files: Files) -> Files:
             kept.append(name)
     if not kept:
         raise UserError(f"{files.description} names no images; {'; '.join(left_out.lines)}")
-    return Files(files.root, Names.pack(kept), files.description, left_out=left_out) if left_out.lines else files
+    if not left_out.lines:
+        return files
+    return Files(files.root, Names.pack(kept), files.description, left_out=left_out, notes=files.notes)
 
 
 def demo_photographs() -> list[Path]:
