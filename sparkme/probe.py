@@ -106,9 +106,12 @@ def probe(args: argparse.Namespace) -> int:
         stop_process()
         raise UserError("sparkme.probe runs in one process; start it with python")
     split = find_labelled(
-        args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
-        cache_gib=args.shard_cache_gib, columns=Columns(args.image_column, args.label_column),
+        args.data, args.labels, label_separator=args.label_separator, val_share=args.val_share, seed=args.seed,
+        root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
+        columns=Columns(args.image_column, args.label_column),
     )  # fmt: skip
+    if split.train.has_several:
+        raise UserError("probe measures one class of each image, and these have several labels; use sparkme.finetune")
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer
     main_weights = read_pretrained(args.weights, args.model)

@@ -15,13 +15,15 @@ from sparkme.data.sources.files import inside
 from sparkme.data.sources.table import Table, legible, outside, table_errors, word_of
 from sparkme.errors import UserError
 
-TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "testing", "eval", "dev")  # of any case
+TRAIN: tuple[str, ...] = ("train", "training")  # of any case
+VAL: tuple[str, ...] = ("val", "valid", "validation", "test", "testing", "eval", "dev")
 LABEL_HEADS = ("label", "labels", "class", "classes", "classname", "category", "categoryname", "target", "targets", "tag",
                "tags", "classid", "labelid", "categoryid")  # fmt: skip
 _SPLIT_HEADS = ("split", "part", "set", "subset", "phase", "partition", "usage", "fold")
 _IS_VAL_HEADS = ("isvalid", "isval", "isvalidation", "istest", "valid")
 _INDEX_HEADS = ("", "unnamed0", "index")
-_YES, _NO = ("1", "1.0", "true"), ("0", "0.0", "false")
+_YES: tuple[str, ...] = ("1", "1.0", "true")
+_NO: tuple[str, ...] = ("0", "0.0", "false")
 _EMPTY = ("", "nan")  # as pandas writes what is missing
 _SEPARATORS = "|;, "
 
@@ -206,14 +208,12 @@ def _is_val(table: Table, columns: _Columns, lines: Sequence[_Line]) -> Tensor |
     if columns.split is None or not any(line.part for line in lines):
         return None
     parts, name = [line.part for line in lines], table.name_of(columns.split)
-    train, val = TRAIN, VAL
-    if table.head and word_of(table.head[columns.split]) in _IS_VAL_HEADS:
-        train, val = _NO, _YES
-    elif all(part.isdecimal() for part in parts):
+    is_flag = bool(table.head) and word_of(table.head[columns.split]) in _IS_VAL_HEADS
+    train, val, allowed = (_NO, _YES, "1 or 0") if is_flag else (TRAIN, VAL, "train or val")
+    if not is_flag and all(part.isdecimal() for part in parts):
         columns.notes.append(f"column {name} of {table.path.name} holds numbers, not train or val, and is not read")
         return None
     if (bad := next((part for part in parts if part not in (*train, *val)), None)) is not None:
-        allowed = "1 or 0" if val is _YES else "train or val"
         raise UserError(f"{table.path}: column {name} says {bad!r}, not {allowed}")
     return torch.tensor([part in val for part in parts])
 

@@ -111,7 +111,11 @@ class Split(NamedTuple):
     @property
     def remarks(self) -> list[str]:
         """What is said once, at the start."""
-        return [*dict.fromkeys(self.train.images.remarks + self.val.images.remarks)]
+        remarks = [*dict.fromkeys(self.train.images.remarks + self.val.images.remarks)]
+        if self.val.has_several and not self.val.counts.all():
+            names = ", ".join(compress(self.val.classes, self.val.counts == 0))
+            remarks.append(f"no image to measure on has these labels, and the mean leaves them out: {names[:300]}")
+        return remarks
 
 
 def find_labelled(
@@ -285,7 +289,8 @@ def split_digest(train: Labelled, val: Labelled) -> str:
         for name, part in (("train", train), ("val", val))
         for i, label in enumerate(part.labels.tolist())
     ]
-    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:12]
+    order = [train.classes] if train.has_several else []  # that of classes is the alphabet's
+    return hashlib.sha256(repr(parts + order).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _names_of(part: Labelled, label: int | list[bool]) -> str | list[str]:

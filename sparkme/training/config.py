@@ -424,9 +424,15 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
     add_source(group)
     group.add_argument(
         "--labels",
-        type=path_argument,
-        metavar="FILE",
-        help=".csv with lines of path,label for images in --data; a third column may say train or val",
+        type=source_argument,
+        metavar="FILE|COLUMN[,COLUMN...]",
+        help="a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data is "
+        "a table, the column with labels. Several columns hold 0 and 1, or names: an image has several labels (finetune only)",
+    )
+    group.add_argument(
+        "--label-separator",
+        metavar="TEXT",
+        help="what parts several labels of an image in a table, such as '|' (finetune only); '' if each cell is one class",
     )
     group.add_argument(
         "--val-share",
