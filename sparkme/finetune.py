@@ -319,7 +319,8 @@ class Finetuning(Training):
         return {
             "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
             "num_classes": len(self.classes), "several_labels": self.train_set.has_several,
-            "channels": pretrained.channels, "mean": [*pretrained.statistics.mean], "std": [*pretrained.statistics.std], "background": pretrained.background,
+            "channels": pretrained.channels, "mean": [*pretrained.statistics.mean], "std": [*pretrained.statistics.std],
+            "background": pretrained.background,
             "input_size": list(pretrained.input_size) if pretrained.input_size else None,
             "split_digest": split_digest(self.train_set, self.val_set),
         }  # fmt: skip

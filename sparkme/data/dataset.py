@@ -111,7 +111,7 @@ class Sample(NamedTuple):
 
 class Batch(NamedTuple):
     """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; those that
-    could not; with the images, (B,) int64, the numbers of their classes, or (B, labels) bool; and how many crops were enlarged."""
+    could not; with the images, (B,) int64, their classes, or (B, labels) bool; and how many crops were enlarged."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]

@@ -20,7 +20,7 @@ VAL: tuple[str, ...] = ("val", "valid", "validation", "test", "testing", "eval",
 LABEL_HEADS = ("label", "labels", "class", "classes", "classname", "category", "categoryname", "target", "targets", "tag",
                "tags", "classid", "labelid", "categoryid")  # fmt: skip
 _SPLIT_HEADS = ("split", "part", "set", "subset", "phase", "partition", "usage", "fold")
-_IS_VAL_HEADS = ("isvalid", "isval", "isvalidation", "istest", "valid")
+_IS_VAL_HEADS = ("isvalid", "isval", "isvalidation", "istest")
 _INDEX_HEADS = ("", "unnamed0", "index")
 _YES: tuple[str, ...] = ("1", "1.0", "true")
 _NO: tuple[str, ...] = ("0", "0.0", "false")
@@ -103,7 +103,7 @@ def read_label_columns(table: Table, names: Sequence[str] | None = None, separat
         targets = _of_columns(table, columns, known, separator)
     missing = len(lines) - len(targets.lines)
     if missing:
-        columns.notes.append(f"left out: {missing:,} lines of {table.path.name} without a label")
+        columns.notes.append(f"left out: {missing:,} line{'s' * (missing > 1)} of {table.path.name} without a label")
     images, is_val = [line.image for line in targets.lines], _is_val(table, columns, targets.lines)
     return LabelledRows(images, targets.labels, targets.classes, is_val, table.notes() + columns.notes)
 
@@ -143,6 +143,9 @@ def _choose_by_place(table: Table) -> _Columns:
 def _with_note(table: Table, columns: _Columns) -> _Columns:
     if not columns.labels:
         raise UserError(f"{table.path} has no column with labels: {_first_line(table)!r}; it takes lines of path,label")
+    names = [table.head[i] for i in columns.labels] if table.head else []
+    if twice := next((name for name in names if table.head.count(name) > 1 or names.count(name) > 1), None):
+        raise UserError(f"{table.path}: column {twice!r} is there or named twice; leave one out")
     unread = [i for i in range(table.width) if i not in (table.column, columns.split, *columns.labels)]
     if unread:
         columns.notes.append(f"columns of {table.path.name} that are not read: {_listed([table.name_of(i) for i in unread])}")
@@ -150,7 +153,7 @@ def _with_note(table: Table, columns: _Columns) -> _Columns:
 
 
 def _first_line(table: Table) -> str:
-    return ",".join(table.head or next(iter(table.rows()))[1])[:80]
+    return legible(",".join(table.head or next(iter(table.rows()))[1]))[:80]
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
@@ -168,9 +171,10 @@ def _lines(table: Table, columns: _Columns) -> Iterator[_Line]:
             cells.pop()
         if not last < len(cells) <= table.width or not cells[table.column]:
             expected = f"{len(table.head)} columns as the head" if table.head else "path,label"
-            raise UserError(f"{table.path}: line {number} is not {expected}: {','.join(cells)[:80]!r}")
+            quotes = f"; put names with {table.separator!r} into quotes" if len(cells) > table.width else ""
+            raise UserError(f"{table.path}: line {number} is not {expected}: {','.join(cells)[:80]!r}{quotes}")
         part = cells[columns.split] if columns.split is not None and columns.split < len(cells) else ""
-        labels = [legible(cells[i]) for i in columns.labels]
+        labels = [table.text_of(cells[i]) for i in columns.labels]
         line = _Line(number, _image(table, number, cells[table.column]), labels, part.lower())
         if (before := seen.setdefault(line.image, line)) is not line:
             _refuse_twice(table, before, line, cells[table.column])
@@ -224,11 +228,12 @@ def _is_val(table: Table, columns: _Columns, lines: Sequence[_Line]) -> Tensor |
 def _of_one_column(table: Table, columns: _Columns, lines: list[_Line], separator: str | None) -> _Targets:
     found = [line.cells[0] for line in lines]
     name = table.name_of(columns.labels[0])
-    _refuse_numbers(table, name, set(found))
+    different = sorted(set(found))
+    _refuse_numbers(table, name, different)
     if separator:
         return _of_names(table, [_parted(line.cells, separator) for line in lines], lines)
     if separator is None:
-        columns.notes.extend(_check_single(table, name, set(found)))
+        columns.notes.extend(_check_single(table, name, different))
     return _of_classes(table, found, lines)
 
 
@@ -265,13 +270,18 @@ def _of_named_columns(
             "finetune or probe"
         )
     for i, name in enumerate(names):
-        _refuse_numbers(table, name, {line.cells[i] for line in lines})
-    if number := next((value for value in values if _number(value) is not None and value not in _EMPTY), None):
+        _refuse_numbers(table, name, sorted({line.cells[i] for line in lines}))
+    numbers = [value for value in sorted(values, key=_flags_last) if _number(value) is not None and value not in _EMPTY]
+    if numbers:
         raise UserError(
-            f"{table.path}: columns {_listed(names)} hold {number!r} among others; several columns of labels must all hold 0 "
-            "and 1, or all names"
+            f"{table.path}: columns {_listed(names)} hold {numbers[0]!r} among others; several columns of labels must hold 0 "
+            "and 1 only, or names only"
         )
     return _of_names(table, [_parted(line.cells, separator) for line in lines], lines)
+
+
+def _flags_last(value: str) -> tuple[bool, str]:
+    return value in (*_YES, *_NO), value
 
 
 def _parted(cells: Sequence[str], separator: str | None) -> list[str]:

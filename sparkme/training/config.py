@@ -426,8 +426,8 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=source_argument,
         metavar="FILE|COLUMN[,COLUMN...]",
-        help="a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data is "
-        "a table, the column with labels. Several columns hold 0 and 1, or names: an image has several labels (finetune only)",
+        help="a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data "
+        "is a table, the column with labels. Several columns of 0 and 1, or of names: several labels an image (finetune only)",
     )
     group.add_argument(
         "--label-separator",

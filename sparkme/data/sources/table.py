@@ -27,6 +27,7 @@ IMAGE_HEADS = ("path", "filepath", "imagepath", "imgpath", "file", "filename", "
                "img", "imagename", "imgname", "images", "photo", "picture", "name", "imageid", "imgid", "id")  # fmt: skip
 _SAMPLE = 16  # lines that are looked at first
 _LONGEST_LINE = 2**16
+_NO_UTF8 = "are no UTF-8, and read as Windows-1252"
 # Those of UTF-32 begin as those of UTF-16.
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
@@ -63,12 +64,19 @@ class Table:
         """For people."""
         return repr(self.head[column]) if self.head and self.head[column] else f"{column + 1}"
 
+    def text_of(self, cell: str) -> str:
+        """For labels."""
+        text = legible(cell)
+        if text != cell:
+            self.images.changed[_NO_UTF8] += 1
+        return text
+
     def notes(self) -> list[str]:
         """For people: what was read otherwise than as UTF-8 and names of files. Complete once all rows are read."""
         found = [f"{self.path.name} is read as {self.encoding.upper()}"] if self.encoding != "utf-8-sig" else []
         if self.head and word_of(self.head[self.column]) not in IMAGE_HEADS:
             found.append(f"line 1 of {self.path.name} is taken for its head: {', '.join(self.head)[:80]}")
-        return found + [f"{count:,} names in {self.path.name} {how}" for how, count in self.images.changed.items()]
+        return found + [f"names in {self.path.name} that {how}: {count:,}" for how, count in self.images.changed.items()]
 
 
 class ImageFinder:
@@ -123,7 +131,7 @@ class ImageFinder:
         yield "", name
         text = legible(name)
         if text != name:
-            yield "are no UTF-8, and read as Windows-1252", text
+            yield _NO_UTF8, text
         if "\\" in text:
             text = text.replace("\\", "/")
             yield "have \\ for /", text
@@ -182,7 +190,8 @@ def open_table(path: Path, root: Path) -> Table:
         (found, _), separator, column, sample = best
         has_head, column = _find_head(sample, column if found else None, images)
         images.changed.clear()
-        return Table(path, encoding, separator, sample[0] if has_head else [], column, images, len(sample[0]))
+        head = [legible(name) for name in sample[0]] if has_head else []
+        return Table(path, encoding, separator, head, column, images, len(sample[0]))
 
 
 def _find_head(sample: list[list[str]], column: int | None, images: ImageFinder) -> tuple[bool, int]:
