@@ -225,8 +225,8 @@ class Finetuning(Training):
         measure, *others = process.gather(measure)
         for other in others:
             measure.merge(other)
-        if not measure.num_images and process.is_main:
-            raise UserError(f"--data {config['data']}: none of the images to measure on can be read")
+        if process.is_main:
+            measure.check()
         return measure.values(), measure
 
     def _new_measure(self) -> Measure:

@@ -30,7 +30,7 @@ def lines(form: str, head: str = "") -> str:
     """A line of each picture: `path` and its `stem`, its class as `label`, its `number`."""
     rows = [
         form.format(path=path, stem=Path(path).stem, name=Path(path).name, label=Path(path).parent.name, number=i, part=i % 4,
-                    windows=path.replace("/", "\\"), cat=int("cat" in path), odd=i % 2)
+                    windows=path.replace("/", "\\"), cat=int("cat" in path), odd=i % 2, none=0)
         for i, path in enumerate(NAMES)
     ]  # fmt: skip
     return "".join(f"{row}\n" for row in ([head] if head else []) + rows)
@@ -234,10 +234,19 @@ def test_columns_of_labels_that_cannot_be_meant_are_refused(root: Path, tmp_path
         (lines("{path},-1.0,{odd}", "path,x,y"), "x,y", "columns x, y hold '-1.0' among others"),
         (lines("{path},{label},{odd}", "path,x,y"), "x,y", "columns x, y hold '0' among others"),
         (lines("{path},{label}"), "label", "has no head"),
+        (lines("{path},0,{none}", "path,x,y"), "x,y", "none of the . images to learn from has a label"),
+        (
+            lines("{path},0,1,train", "path,x,y,split") + "images/Zoë.png,0,0,val",
+            "x,y",
+            "of the 1 images to measure on has a label",
+        ),
     ):
         table.write_text(content)
         with pytest.raises(UserError, match=message):
             find_labelled(table, labels, root=root)
+    table.write_text(lines("{path},{label}|animal"))
+    with pytest.raises(UserError, match="no label in column 2 has a ';' in it"):
+        find_labelled(table, root=root, label_separator=";")
     for flags in ({"labels": "cat,dog"}, {"label_separator": "|"}):
         with pytest.raises(UserError, match="is for a table such as --data FILE"):
             find_labelled(root / "images", **flags)  # type: ignore[arg-type]

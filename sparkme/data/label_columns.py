@@ -230,6 +230,8 @@ def _of_one_column(table: Table, columns: _Columns, lines: list[_Line], separato
     name = table.name_of(columns.labels[0])
     different = sorted(set(found))
     _refuse_numbers(table, name, different)
+    if separator and not any(separator in label for label in different):
+        raise UserError(f"{table.path}: no label in column {name} has a {separator!r} in it, as --label-separator says")
     if separator:
         return _of_names(table, [_parted(line.cells, separator) for line in lines], lines)
     if separator is None:

@@ -367,13 +367,22 @@ def _from_table(
     labelled = Labelled(images, rows.labels, rows.classes)
     _refuse_two_labels(labelled)
     if rows.is_val is None:
-        return split(labelled, val_share, seed)
+        return _with_labels(split(labelled, val_share, seed), table)
     train, val = (labelled.subset(part.nonzero().flatten()) for part in (~rows.is_val, rows.is_val))
     if not len(train) or not len(val):
         raise UserError(f"{table} has {len(train)} lines for train and {len(val)} for val; both need some")
     if not labelled.has_several and (unknown := set(rows.classes) - {rows.classes[label] for label in train.labels.tolist()}):
         raise UserError(f"{table}: class {min(unknown)!r} has no image to learn from")
-    return Split(train, val, f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on")
+    note = f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on"
+    return _with_labels(Split(train, val, note), table)
+
+
+def _with_labels(found: Split, table: Path) -> Split:
+    """Refuses a part whose images have no labels at all, where images may have none."""
+    for part, purpose in ((found.train, "learn from"), (found.val, "measure on")):
+        if not part.counts.any():
+            raise UserError(f"{table}: none of the {len(part)} images to {purpose} has a label")
+    return found
 
 
 def _order(count: int, seed: int, purpose: str, label: int) -> Tensor:

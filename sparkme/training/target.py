@@ -70,13 +70,14 @@ class Measure(ABC):
     @abstractmethod
     def num_images(self) -> int: ...
 
+    def check(self) -> None:
+        """Raises UserError where there is nothing to measure."""
+        if not self.num_images:
+            raise UserError("none of the images to measure on can be read")
+
     @abstractmethod
     def values(self) -> dict[str, float]:
-        """From 0 to 1, by name.
-
-        Raises:
-            UserError: the images have no label.
-        """
+        """From 0 to 1, by name."""
 
     @abstractmethod
     def describe(self, values: dict[str, float]) -> str:
@@ -145,10 +146,13 @@ class Precision(Measure):
     def num_images(self) -> int:
         return len(self.labels)
 
+    def check(self) -> None:
+        super().check()
+        if not self.labels.any():
+            raise UserError("none of the images to measure on that can be read has a label")
+
     def values(self) -> dict[str, float]:
         known = [value for value in self._of_each() if value is not None]
-        if self.num_images and not known:
-            raise UserError("none of the images to measure on has a label; give some of them to --val-share or the split")
         return {"map": sum(known) / max(1, len(known))}
 
     def describe(self, values: dict[str, float]) -> str:

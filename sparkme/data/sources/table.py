@@ -116,9 +116,8 @@ class ImageFinder:
             if (start := next(below, None)) is not None:
                 self.prefix = "/".join(parts[:start]) + "/"
             return
-        if all(
-            "/" in name and os.path.splitext(name)[1].lower() in EXTENSIONS for name in names
-        ):  # neither a suffix nor a folder is missing
+        is_whole = ("/" in name and os.path.splitext(name)[1].lower() in EXTENSIONS for name in names)
+        if all(is_whole):
             return
         self.known = defaultdict(list)
         for file in look_through(self.root).names:
