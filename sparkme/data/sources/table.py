@@ -19,7 +19,6 @@ from typing import TextIO
 
 from sparkme.data.sources.files import Files, Names, inside, look_through
 from sparkme.data.sources.left_out import EXTENSIONS
-from sparkme.data.sources.left_out import LeftOut, passed_over_in
 from sparkme.errors import UserError, first_line
 
 TABLES = (".csv", ".tsv")  # a line of other lists may be one name with commas
@@ -276,23 +275,23 @@ def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> 
     Raises:
         UserError: it cannot be read, names nothing, or names something outside of the root.
     """
-    root, left_out = path.parent if root is None else root, LeftOut()
+    root = path.parent if root is None else root
     try:
         table = open_table(path, root)
         with table_errors(path):
-            names = Names.pack(_entries(table, left_out))
+            names = Names.pack(_entries(table))
     except UserError as error:
         raise UserError(f"{flag} {error}") from error
     if not names:
-        raise UserError(f"{flag} {path} names no images{''.join(f'; {line}' for line in left_out.lines)}")
+        raise UserError(f"{flag} {path} names no images")
     if not any(os.path.isfile(root / name) for name in names[:_SAMPLE]):
         raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
     only = [f"of {path.name} only column {table.name_of(table.column)} is read, which names the images"]
     notes = table.notes() + (only if table.width > 1 else [])
-    return Files(root, names, f"{path}", left_out=left_out, notes=notes)
+    return Files(root, names, f"{path}", notes=notes)
 
 
-def _entries(table: Table, left_out: LeftOut) -> Iterator[str]:
+def _entries(table: Table) -> Iterator[str]:
     """The names of a list's images. Whether each is there is not looked up, which would take long where there are many."""
     images, is_plain = table.images, True
     for count, (number, cells) in enumerate(table.rows()):
@@ -307,12 +306,7 @@ def _entries(table: Table, left_out: LeftOut) -> Iterator[str]:
             name = found or name
         if "\0" in name or not inside(images.top, name):
             raise UserError(f"{outside(table, number, name)}; see --root")
-        name = os.path.normpath(name)
-        below = os.path.relpath(name, images.top) if os.path.isabs(name) else name
-        if (folder := passed_over_in(below, hidden=False)) is not None:
-            left_out.files[folder] += 1
-        else:
-            yield name
+        yield os.path.normpath(name)
 
 
 def outside(table: Table, number: int, name: str) -> str:
