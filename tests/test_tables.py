@@ -30,7 +30,7 @@ def lines(form: str, head: str = "") -> str:
     """A line of each picture: `path` and its `stem`, its class as `label`, its `number`."""
     rows = [
         form.format(path=path, stem=Path(path).stem, name=Path(path).name, label=Path(path).parent.name, number=i, part=i % 4,
-                    windows=path.replace("/", "\\"), cat=int("cat" in path), odd=i % 2, none=0)
+                    windows=path.replace("/", "\\"), cat=int("cat" in path), dog=int("dog" in path), odd=i % 2, none=0)
         for i, path in enumerate(NAMES)
     ]  # fmt: skip
     return "".join(f"{row}\n" for row in ([head] if head else []) + rows)
@@ -266,8 +266,8 @@ def test_labels_in_bars_can_be_one_class(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_digest_of_several_labels_knows_their_order(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(lines("{path},{cat},{odd}", "path,cat,odd"))
-    splits = [find_labelled(tmp_path / "t.csv", columns, root=root) for columns in ("cat,odd", "odd,cat", "cat,odd")]
+    (tmp_path / "t.csv").write_text(lines("{path},{cat},{dog}", "path,cat,dog"))  # one of each: none says which is the first
+    splits = [find_labelled(tmp_path / "t.csv", columns, root=root) for columns in ("cat,dog", "dog,cat", "cat,dog")]
     digests = [split_digest(split.train, split.val) for split in splits]
     assert digests[0] == digests[2] != digests[1]
 
