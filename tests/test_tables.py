@@ -126,7 +126,7 @@ def test_bytes_that_are_no_utf8_are_windows_1252_and_counted(root: Path, tmp_pat
     (tmp_path / "t.csv").write_bytes(text.encode("cp1252"))
     split = find_labelled(tmp_path / "t.csv", root=root)
     assert split.train.classes == ["cat", "dög"] and len(split.train) + len(split.val) == 9
-    assert "names in t.csv that are no UTF-8, and read as Windows-1252: 6" in split.remarks
+    assert any(line.startswith("names in t.csv that are no UTF-8") and line.endswith(": 6") for line in split.remarks)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,16 @@ def test_bytes_that_are_no_utf8_are_windows_1252_and_counted(root: Path, tmp_pat
         ("", "names no images"),
         ("\n\n", "names no images"),
         (lines("{path},"), "none of its 8 lines has a label"),
-        (lines("{path}", "path"), "has no column with labels: 'path'; it takes lines of path,label"),
+        (lines("{path}", "path"), "has no column with labels; line 1 is 'path', and it takes path,label"),
         (lines("{path},0.{number}"), "column 2 look like numbers for regression, such as '0.1'"),
         (lines("{path};{number},5", "path;age"), "column 'age' look like numbers for regression, such as '0,5'"),
         (lines("{path},{label}|animal"), r"several in one, such as 'cat\|animal'; pass --label-separator '\|' to finetune"),
         (lines("{path},{label};animal"), "several in one, such as 'cat;animal'; pass --label-separator ';' to finetune"),
         (lines("{path},\"['{label}', 'animal']\""), "are lists, such as \"\\['cat', 'animal'\\]\"; write them as a|b"),
-        (lines("{path},{cat},{odd}", "path,cat,odd"), "hold 0 and 1, and not one 1 in each line.*--labels cat,odd to finetune"),
+        (
+            lines("{path},{cat},{odd}", "path,cat,odd"),
+            "hold 0 and 1, and not one 1 in each line.*--root .*tables0 --labels cat,odd to",
+        ),
         (
             lines("{path},{label},x", "path,first,second"),
             "has columns first, second, and none is called label.*--labels COLUMN",

@@ -142,7 +142,7 @@ def _choose_by_place(table: Table) -> _Columns:
 
 def _with_note(table: Table, columns: _Columns) -> _Columns:
     if not columns.labels:
-        raise UserError(f"{table.path} has no column with labels: {_first_line(table)!r}; it takes lines of path,label")
+        raise UserError(f"{table.path} has no column with labels; line 1 is {_first_line(table)!r}, and it takes path,label")
     names = [table.head[i] for i in columns.labels] if table.head else []
     if twice := next((name for name in names if table.head.count(name) > 1 or names.count(name) > 1), None):
         raise UserError(f"{table.path}: column {twice!r} is there or named twice; leave one out")
@@ -256,7 +256,7 @@ def _of_columns(table: Table, columns: _Columns, lines: list[_Line], separator: 
     if not is_one_each:
         raise UserError(
             f"{table.path}: columns {_listed(names)} hold 0 and 1, and not one 1 in each line; for several labels of an image "
-            f"pass --data {table.path} --labels {','.join(names)[:200]} to finetune"
+            f"pass {_flags(table)} --labels {','.join(names)[:200]} to finetune"
         )
     columns.notes.append(f"each line of {table.path.name} has one 1, in a column of its class: {_listed(names)}")
     return _of_classes(table, [names[i] for i in labels.int().argmax(1).tolist()], lines)
@@ -268,7 +268,7 @@ def _of_named_columns(
     names = [table.head[i] for i in columns.labels]
     if not columns.asked:
         raise UserError(
-            f"{table.path} has columns {_listed(names)}, and none is called label; pass --data {table.path} --labels COLUMN to "
+            f"{table.path} has columns {_listed(names)}, and none is called label; pass {_flags(table)} --labels COLUMN to "
             "finetune or probe"
         )
     for i, name in enumerate(names):
@@ -280,6 +280,12 @@ def _of_named_columns(
             "and 1 only, or names only"
         )
     return _of_names(table, [_parted(line.cells, separator) for line in lines], lines)
+
+
+def _flags(table: Table) -> str:
+    """How the command line names the table, where it names columns."""
+    root = table.images.root
+    return f"--data {table.path}" + (f" --root {root}" if root != table.path.parent else "")
 
 
 def _flags_last(value: str) -> tuple[bool, str]:

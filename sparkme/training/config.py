@@ -425,9 +425,10 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--labels",
         type=source_argument,
-        metavar="FILE|COLUMN[,COLUMN...]",
+        metavar="FILE_OR_COLUMNS",
         help="a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data "
-        "is a table, the column with labels. Several columns of 0 and 1, or of names: several labels an image (finetune only)",
+        "is a table, the column with labels. Several, with commas between, of 0 and 1 or of names: several labels an image "
+        "(finetune only)",
     )
     group.add_argument(
         "--label-separator",

@@ -26,7 +26,7 @@ IMAGE_HEADS = ("path", "filepath", "imagepath", "imgpath", "file", "filename", "
                "img", "imagename", "imgname", "images", "photo", "picture", "name", "imageid", "imgid", "id")  # fmt: skip
 _SAMPLE = 16  # lines that are looked at first
 _LONGEST_LINE = 2**16
-_NO_UTF8 = "are no UTF-8, and read as Windows-1252"
+_NO_UTF8 = "are no UTF-8, and read as Windows-1252 (if that is wrong, save it as UTF-8)"
 # Those of UTF-32 begin as those of UTF-16.
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
