@@ -9,6 +9,7 @@ where half of the requirements are missing; that is what it is for.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import shutil
@@ -19,9 +20,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from sparkme.errors import run_command
+
 BUILD = "python cuda_ext/minkowski/build.py --install"
 INSTALL = "pip install --no-build-isolation ."
 TOLERANCE = 1e-4
+NCCL_BYTES = 2**30  # of shared memory, with which NCCL has enough
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,30 @@ def check_cores() -> Finding:
     return Finding("CPU cores", f"{cores}, torch uses {torch.get_num_threads()} threads")
 
 
+def check_shared_memory() -> Finding:
+    """Locks between processes are files in it, and GPUs of one machine may exchange gradients through it; images do not need
+    it."""
+    from sparkme.machine import MORE_SHARED_MEMORY, shared_memory, shared_memory_bytes
+
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        text = f"{shared_memory()}; cannot be used ({error.strerror}), so one process loads all images"
+        return Finding("shared memory", text, MORE_SHARED_MEMORY)
+    if shared_memory_bytes() >= NCCL_BYTES:
+        return Finding("shared memory", f"{shared_memory()}; enough")
+    text = f"{shared_memory()}; enough to load images and for one GPU, several exchange gradients through up to 1 GB of it"
+    return Finding("shared memory", text, MORE_SHARED_MEMORY if num_gpus() > 1 else "")
+
+
+def num_gpus() -> int:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return 0
+    return torch.cuda.device_count()
+
+
 def engine_error(name: str, device: str) -> float:
     """Runs a small network on fully visible images; returns how far its output is from the dense network's."""
     import torch
@@ -206,7 +234,7 @@ def check_installed() -> Iterator[Finding]:
 
 
 def check_machine() -> Iterator[Finding]:
-    yield from (check_gpu(), check_cores(), check_compiler(), check_nvcc())
+    yield from (check_gpu(), check_cores(), check_shared_memory(), check_compiler(), check_nvcc())
 
 
 SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
@@ -223,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         " The exit status is 0 where pretraining can run, else 1.",
     )
     parser.parse_args(argv)
+    return run_command(examine, watch=True)
+
+
+def examine() -> int:
+    """Prints what is found. Returns the exit code."""
     findings: list[Finding] = []
     for title, check in SECTIONS:
         print(title)

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from sparkme.machine import end_loaders, hear_sigterm, problem_of
+from sparkme.training.watchdog import IDLE_S, Watchdog
+
 
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, too; --help prints the rest."""
@@ -56,10 +59,13 @@ def python_command() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: Exception) -> str:
+    """What to do where an error says so; "" if it does not."""
     text = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "not enough memory" in text or "can't allocate memory" in text
+    if not (named or "not enough memory" in text or "can't allocate memory" in text):
+        return ""
+    return f"out of memory ({first_line(error)}); take a smaller batch, smaller images, or a smaller network or decoder"
 
 
 @contextmanager
@@ -73,8 +79,20 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Runs a command's body and returns its exit code; a `UserError` becomes one line and the code 2."""
+def run_command(command: Callable[[], int], *, watch: bool = False) -> int:
+    """Runs a command's body and returns its exit code; a `UserError` becomes one line and the code 2.
+
+    With `watch` the process ends where it does nothing for `IDLE_S`; a training has its own watchdog.
+    """
+    hear_sigterm()
+    try:
+        with Watchdog(None, IDLE_S if watch else 0).watch():
+            return _run_command(command)
+    finally:
+        end_loaders()
+
+
+def _run_command(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
@@ -86,9 +104,9 @@ def run_command(command: Callable[[], int]) -> int:
         if error.name is None or error.name.partition(".")[0] in ("sparkme", "torch"):
             raise
         message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        message = problem_of(error) or _out_of_memory(error)
+        if not message:
             raise
-        message = f"out of memory ({first_line(error)}); take a smaller batch, smaller images, or a smaller network or decoder"
     print("error: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
     return 2

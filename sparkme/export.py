@@ -79,7 +79,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
-    return run_command(lambda: export(args))
+    return run_command(lambda: export(args), watch=True)
 
 
 def export(args: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def finetune(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
     process = start_process(args.device)
-    return run_training(lambda: Finetuning(args, process))
+    return run_training(lambda: Finetuning(args, process), args.hang_seconds)
 
 
 class Finetuning(Training):

@@ -56,7 +56,7 @@ def list_models(pattern: str) -> int:
 def pretrain(args: argparse.Namespace) -> int:
     """Trains, or continues, the run that the arguments describe. Returns the exit code."""
     process = start_process(args.device)
-    return run_training(lambda: Pretraining(args, process))
+    return run_training(lambda: Pretraining(args, process), args.hang_seconds)
 
 
 class Pretraining(Training):
@@ -329,7 +329,8 @@ class Pretraining(Training):
             "data": f"{len(self.dataset)} images in {where}, {config['samples_per_epoch']} crops an epoch",
             "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
-            f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)",
+            f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)"
+            + (f"; left out: {', '.join(encoder.head[:4])}{' ...' * (len(encoder.head) > 4)}" if encoder.head else ""),
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
             f"learning rate {rate:.2g}",
             "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}"

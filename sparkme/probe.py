@@ -87,7 +87,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
-    return run_command(lambda: probe(args))
+    return run_command(lambda: probe(args), watch=True)
 
 
 def probe(args: argparse.Namespace) -> int:

@@ -75,7 +75,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
-    return run_command(lambda: report(args))
+    return run_command(lambda: report(args), watch=True)
 
 
 def report(args: argparse.Namespace) -> int:

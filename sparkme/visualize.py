@@ -70,7 +70,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = create_parser().parse_intermixed_args(argv)
-    return run_command(lambda: draw_pattern(args) if args.mask_pattern else visualize(args))
+    return run_command(lambda: draw_pattern(args) if args.mask_pattern else visualize(args), watch=True)
 
 
 class Result(NamedTuple):

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sparkme.data.dataset import FORK, ignore_signals
+from sparkme.data.handover import Loader
 from sparkme.data.sources import DatasetImages, Files, ImageSource
 from sparkme.data.sources.base import digest
 
@@ -75,10 +75,11 @@ def _glimpses(images: ImageSource) -> Iterable[int]:
     that load images later must not share."""
     dataset = _Glimpses(images)
     own = isinstance(images, DatasetImages)
-    loader = DataLoader(
-        dataset, batch_size=64, collate_fn=list, num_workers=min(8, len(os.sched_getaffinity(0))),
-        worker_init_fn=ignore_signals, multiprocessing_context=FORK,
-    ) if own else ([dataset[number]] for number in range(len(dataset)))  # fmt: skip
+    loader: Iterable[list[int]] = (
+        Loader(dataset, workers=min(8, len(os.sched_getaffinity(0))), batch_size=64, collate_fn=list)
+        if own
+        else ([dataset[number]] for number in range(len(dataset)))
+    )
     with tqdm(desc="looking for copies", total=len(dataset), unit=" images", delay=2, disable=not sys.stderr.isatty()) as bar:
         for group in loader:
             yield from group

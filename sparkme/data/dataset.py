@@ -6,7 +6,6 @@ the number of workers nor on what ran before, so a resumed run sees what a strai
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
+from sparkme.data.handover import Loader
 from sparkme.data.images import REDUCTIONS, Decoded, OpenImage, load_image, open_image
 from sparkme.data.sources import Files, ImageSource
 from sparkme.errors import UserError
 from sparkme.training.random import derived_seed
-
-# Processes that load images share what the source keeps. By other ways of starting them each would get a copy of its own.
-FORK = "fork"
 
 # ImageNet's channel means and deviations, of values in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -315,23 +312,9 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(torch.stack(images), unreadable, torch.tensor([sample.label for sample in samples]), enlarged)
 
 
-def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Batches in the sampler's order; workers leave signals to the main process, which saves before it stops."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals if workers else None,
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context=FORK if workers else None,
-    )
-
-
-def ignore_signals(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> Loader:
+    """Batches in the sampler's order."""
+    return Loader(dataset, workers=workers, prefetch=4, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory)
 
 
 def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:

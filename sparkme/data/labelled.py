@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from sparkme.data.copies import first_copies, first_links
-from sparkme.data.dataset import FORK, Sample, as_source, collate, ignore_signals
+from sparkme.data.dataset import Sample, as_source, collate
+from sparkme.data.handover import Loader
 from sparkme.data.images import load_image, printable
 from sparkme.data.label_columns import TRAIN, VAL, read_label_columns
 from sparkme.data.sources import LISTS, Columns, Files, ImageSource, find_source
@@ -438,19 +439,9 @@ class WholeImages(Dataset[NumberedSample]):
         return NumberedSample(Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), ()), number)
 
 
-def whole_batches(
-    dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None
-) -> DataLoader[Any]:
+def whole_batches(dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None) -> Loader:
     """Batches of a data set in its order, or of some of its numbers in theirs."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=share,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=ignore_signals if workers else None,
-        multiprocessing_context=FORK if workers else None,
-    )
+    return Loader(dataset, workers=workers, batch_size=batch_size, sampler=share, collate_fn=_collate)
 
 
 def _collate(samples: list[NumberedSample]) -> WholeBatch:

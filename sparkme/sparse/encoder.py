@@ -53,6 +53,12 @@ class SparseEncoder(nn.Module):
         return tuple(tap.channels for tap in self.hierarchy.taps)
 
     @property
+    def head(self) -> tuple[str, ...]:
+        """The outermost modules of the dense network that are left out: its head or decoder."""
+        left_out = self.hierarchy.left_out
+        return tuple(sorted(name for name in left_out if name.rpartition(".")[0] not in left_out))
+
+    @property
     def patch(self) -> int:
         """What the side of a patch has to be a multiple of, in pixels: the total stride or, where the network pools further
         inside of its blocks, that."""

@@ -4,6 +4,9 @@ Nothing is listed by hand. A dense probe records every call of a module with the
 of stride s is what enters the last, outermost module that leads from s to the next stride, and the deepest map is what enters
 the head. So for torchvision's ResNet these are the outputs of layer1 to layer4, for ConvNeXt the outputs of the four
 stages (and not of the norms of the downsampling layers that follow them), as in SparK.
+
+A network that predicts maps ends in a decoder, which leads from the deepest stride back to finer ones, or in a head, which
+stays at that stride and narrows to what is predicted. Neither belongs to the encoder: its deepest map is what enters them.
 """
 
 from __future__ import annotations
@@ -123,8 +126,8 @@ def find_hierarchy(
     name = type(model).__name__
     if next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None) is None:
         raise ValueError(f"{name} has no nn.Conv2d: it is not a convolutional network")
-    in_channels, calls = _probe(model, in_channels)
-    chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(name, calls, num_scales)
+    in_channels, calls, predicted = _probe(model, in_channels)
+    chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(model, calls, predicted, num_scales)
     last = next(c for c in calls if (c.module, c.number) == (chosen[-1].module, chosen[-1].call))
     end = last.entered if chosen[-1].at_input else last.left
     patch = max(chosen[-1].stride, *(f.stride for c in calls if c.entered < end for f in c.outputs))
@@ -170,7 +173,8 @@ def _check_last(calls: list[_Call], last: Tap, branches: frozenset[str]) -> None
         )
 
 
-def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
+def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_scales: int) -> list[Tap]:
+    name = type(model).__name__
     strides = sorted({f.stride for call in calls for f in call.outputs if f.stride > 1 and _goes_on(call, f.stride)})
     if any(call.is_window and call.unaligned for call in calls):
         leaves = [c for c in calls if c.unaligned and not any(o.unaligned and c in o.parents for o in calls)]
@@ -188,8 +192,11 @@ def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
             raise ValueError(f"layer {call.module!r} of {name} makes maps of a stride above {_PROBE_STRIDE}, the largest")
     strides = strides[-num_scales:]
     chosen = []
+    end = _decoder(calls, strides[-1], predicted)
+    end = _head(model, calls if end is None else _before(calls, end), strides[-1], predicted) or end
+    calls = calls if end is None else _before(calls, end)
     for stride, following in zip(strides, [*strides[1:], None], strict=True):
-        consumer = _consumer(calls, stride, following)
+        consumer = _consumer(calls, stride, following) if following or end is None else end
         if consumer is not None:
             found = max((f for f in consumer.inputs if f.stride == stride), key=lambda f: f.made)
             chosen.append(Tap(stride, found.channels, consumer.module, True, consumer.number, found.path))
@@ -198,6 +205,62 @@ def _find_taps(name: str, calls: list[_Call], num_scales: int) -> list[Tap]:
             found = next(f for f in reversed(producer.outputs) if f.stride == stride)
             chosen.append(Tap(stride, found.channels, producer.module, False, producer.number, found.path))
     return chosen
+
+
+def _before(calls: list[_Call], end: _Call) -> list[_Call]:
+    return [c for c in calls if c.entered < end.entered]
+
+
+def _decoder(calls: list[_Call], deepest: int, predicted: list[int]) -> _Call | None:
+    """The first outermost call that leads from the deepest stride to finer ones only, and behind which the encoder ends.
+
+    Args:
+        calls: of the whole network.
+        deepest: the stride.
+        predicted: strides of the maps that the network gives, if it gives maps only.
+    """
+    for c in calls:
+        leads_back = c.takes(deepest) and c.outputs and not any(f.stride >= deepest for f in c.outputs)
+        if leads_back and not any(parent.gives(deepest) for parent in c.parents):
+            comes_again = any(other.entered > c.left and other.gives(deepest) for other in calls)
+            return c if predicted or not comes_again else None
+    return None
+
+
+# Behind the last convolution of a head: they make numbers of the scores, and no features.
+_OF_SCORES = (nn.Sigmoid, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LogSigmoid, nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def _head(model: nn.Module, calls: list[_Call], deepest: int, predicted: list[int]) -> _Call | None:
+    """The first outermost call behind the widest map of the deepest stride, if what follows narrows to a prediction.
+
+    Args:
+        calls: of the encoder and, perhaps, a head; in order.
+        deepest, predicted: as for `_decoder`.
+
+    Raises:
+        ValueError: it may be a head, or the last layers of the encoder.
+    """
+    within = [c for c in calls if c.gives(deepest) and not c.takes(1)]
+    chain = [c for c in within if not any(parent in within for parent in c.parents)]
+    widths = [max(f.channels for f in c.outputs if f.stride == deepest) for c in chain]
+    if not predicted or not chain or widths[-1] == max(widths):
+        return None
+    widest = max(i for i, width in enumerate(widths) if width == max(widths))
+    head, width = chain[widest + 1], widths[-1]
+    modules = [model.get_submodule(c.module) for c in calls if c.entered >= head.entered and c.gives(deepest)]
+    computing = [m for m in modules if m._parameters or not (list(m.children()) or isinstance(m, _OF_SCORES))]
+    if computing and isinstance(computing[-1], nn.Conv2d):  # scores need no norm
+        return head
+    if 2 * width >= widths[widest]:
+        return None
+    if deepest not in predicted:
+        return head
+    raise ValueError(
+        f"the maps of stride {deepest} of {type(model).__name__} narrow from {widths[widest]} channels, of "
+        f"{chain[widest].module!r}, to {width}, of {chain[-1].module!r}, and either may be its deepest features: call sparsify "
+        "with taps=[...], the modules whose outputs are the maps, shallow to deep, or pass the network without its head"
+    )
 
 
 def _goes_on(call: _Call, stride: int) -> bool:
@@ -294,14 +357,14 @@ def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor, *, t
     return maps
 
 
-def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call]]:
-    """The calls of the model on a small image, of as many channels as it takes."""
+def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call], list[int]]:
+    """What `_record` finds on a small image, of as many channels as the model takes; and that number."""
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     candidates = [in_channels] if in_channels else list(dict.fromkeys([*(m.in_channels for m in convolutions), 3, 1]))
     problems = []
     for channels in candidates:
         try:
-            return channels, _record(model, channels)
+            return channels, *_record(model, channels)
         except Exception as error:  # whatever the network makes of an image that it does not take
             said = f": {first_line(error)}" if str(error).strip() else ""
             problems.append(f"{type(error).__name__}{said}")
@@ -343,7 +406,8 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 
 
 @torch.no_grad()
-def _record(model: nn.Module, in_channels: int) -> list[_Call]:
+def _record(model: nn.Module, in_channels: int) -> tuple[list[_Call], list[int]]:
+    """The calls of the model's modules, and the strides of the maps that it gives, if it gives maps only."""
     calls: list[_Call] = []
     open_calls: list[_Call] = []
     made: dict[int, int] = {}  # by the address of a tensor: the number of the call that gave it
@@ -386,13 +450,13 @@ def _record(model: nn.Module, in_channels: int) -> list[_Call]:
             handles.append(module.register_forward_hook(lambda _m, _a, out: leave(out)))
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(_probe_images(model, in_channels))
+        out = [_stride_and_channels(tensor) for _, tensor in _tensors(model.eval()(_probe_images(model, in_channels)))]
     finally:
         for module, mode in modes.items():
             module.training = mode
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, [found[0] for found in out if found] if all(out) else []
 
 
 def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch: int) -> tuple[set[str], set[str], set[str]]:

@@ -330,7 +330,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         default=45.0,
         metavar="S",
         help="end a process where a step, waiting for images or for other processes takes longer than this and five usual "
-        "steps; 0: never (%(default)s)",
+        "steps, or where its start does nothing for ten minutes; 0: never (%(default)s)",
     )
     group.add_argument("--wandb", action="store_true", help="send the metrics to Weights & Biases, too, where it is installed")
 

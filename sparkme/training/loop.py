@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import CannotWrite, UserError, first_line, python_command, user_errors
+from sparkme.machine import is_main_thread, problem_of
 from sparkme.training.checkpoint import SpoiledWeights, free_gib
 from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
 from sparkme.training.distributed import Process, is_of_others, stop_process
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 
 CHECKPOINT = "the checkpoint"  # among what is written
+FIRST_IMAGES_S = 900.0  # that the first images may take, from a disk that is cold or far
+PATIENCE_S = 5.0  # that a run which is to stop waits for images
 RETRY_S = 60.0  # after which a checkpoint that could not be written is tried again
 LAST_TRIES, LAST_TRIES_S = 60, 10.0  # after the last step it is tried so often, every so many seconds
 
@@ -187,36 +191,73 @@ def _is_finite(*scalars: Tensor | None) -> bool:
     return all(bool(scalar.isfinite()) for scalar in scalars if scalar is not None)
 
 
+class WaitEndedError(BaseException):
+    """The run is to stop, and the images that it waits for do not come. No loader may take it for an error of its own."""
+
+
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second Ctrl-C ends it at once."""
+    """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second Ctrl-C ends it at once.
+
+    Python leaves signals to the main thread. A run in another one goes on without.
+    """
 
     def __init__(self, *, announce: bool) -> None:
         self.announce = announce
         self.signal = 0
         self.since = 0.0
+        self._waits_since: float | None = None
+        self._ended = threading.Event()
 
     @contextmanager
     def listen(self) -> Iterator[None]:
+        if not is_main_thread():
+            if self.announce:
+                show("note: outside of the main thread no signal is heard, so Ctrl-C and SIGTERM do not save", sys.stderr)
+            yield
+            return
         # Of a terminal that closes, too, unless nohup has it ignored.
         closing = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, *closing)}
         try:
             yield
         finally:
+            self._ended.set()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def may_end(self) -> Iterator[None]:
+        """What is in it ends by `WaitEndedError`, where the run is to stop and it takes longer than `PATIENCE_S`."""
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits_since = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A scheduler may signal every process, and torchrun passes its own on: only an impatient user ends the run at once.
         if number == signal.SIGINT and self.signal and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
+        if self._is_overdue():
+            raise WaitEndedError
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
+            threading.Thread(target=self._end_waits, args=(threading.get_ident(),), daemon=True).start()
             if self.announce:
                 with suppress(OSError):
                     os.write(
                         2, b"\nstopping after this step, then saving; Ctrl-C again to stop at once and lose what is not saved\n"
                     )
+
+    def _is_overdue(self) -> bool:
+        since = self._waits_since
+        return bool(self.signal) and since is not None and time.monotonic() - max(since, self.since) > PATIENCE_S
+
+    def _end_waits(self, main: int) -> None:
+        """Wakes the main thread where it waits for too long."""
+        while not self._ended.wait(0.5):
+            if self._is_overdue():
+                signal.pthread_kill(main, signal.SIGTERM)
 
 
 class Loop:
@@ -277,7 +318,8 @@ class Loop:
         first_step, self.last_save = training.step, time.monotonic()
         batches = iter(training.batches(range(training.step, training.total_steps)))
         # Where a worker dies, torch raises from a signal's handler, in the midst of a step. To wait for its batch raises, too.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if is_main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         training.model.train()
         if process.is_main:
             self.log = RunLog(
@@ -295,8 +337,13 @@ class Loop:
             since = time.perf_counter()
             first, second = training.step == first_step, training.step == first_step + 1
             limit_s = STARTING_S if first or second else 5 * usual_s
-            self.watchdog.expect(f"waiting for the images of step {training.step + 1}", STARTING_S if first else limit_s)
-            batch = self._next(batches)
+            self.watchdog.expect(f"waiting for the images of step {training.step + 1}", FIRST_IMAGES_S if first else limit_s)
+            try:
+                batch = self._next(batches)
+            except WaitEndedError:
+                if process.world == 1:  # another may not come to it
+                    self._log(speed)
+                return self._leave(spoiled=False)
             speed.waited_s += time.perf_counter() - since
             self._look_at(batch)
             self.watchdog.expect("waiting for the other processes", max(limit_s, alone_s))
@@ -354,9 +401,11 @@ class Loop:
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch. What ends the loader costs no step that was done."""
         try:
-            return next(batches)
+            with self.stop.may_end():
+                return next(batches)
         except (MemoryError, OSError, EOFError) as error:
-            raise UserError(f"loading images ended: {first_line(error)} (see --workers); {self._save_at_the_end()}") from error
+            problem = problem_of(error) or f"loading images ended: {first_line(error)} (see --workers)"
+            raise UserError(f"{problem}; {self._save_at_the_end()}") from error
 
     def _look_at(self, batch: Batch) -> None:
         """Names what could not be read, and says what is odd about the first images."""
@@ -517,9 +566,8 @@ class Loop:
     def _explain(self, error: Exception) -> None:
         """Turns what is not this process's fault into one line."""
         saved = self._save_at_the_end()
-        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-            advice = "mostly for want of memory: lower --workers"
-            raise UserError(f"loading images ended: {first_line(error)} ({advice}); {saved}") from error
+        if problem := problem_of(error):
+            raise UserError(f"{problem}; {saved}") from error
         if self.process.world > 1 and is_of_others(error):
             raise UserError(
                 f"another process of this run ended or does not answer, see its own lines ({first_line(error)[:120]}); {saved}"
@@ -582,10 +630,10 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
     return run
 
 
-def run_training(create: Callable[[], Training]) -> int:
+def run_training(create: Callable[[], Training], hang_seconds: float) -> int:
     """Sets a training up and runs it, and ends this process's part among others. Returns the exit code."""
     try:
-        with user_errors():
+        with user_errors(), Watchdog(None, hang_seconds).watch():
             training = create()
         code = Loop(training).run()
     except BaseException:

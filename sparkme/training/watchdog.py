@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparkme.training.distributed import Process, whereabouts
+from sparkme.machine import end_loaders
 
+if TYPE_CHECKING:
+    from sparkme.training.distributed import Process
+
+IDLE_S = 600.0  # that a start, of which nobody knows how long it takes, may do nothing
+BUSY_S = 0.003  # that a process computes in a second in which it does something; one that waits looks up now and then
 STARTING_S = 3600.0  # for what has no usual length: compiling, the first step, measuring and drawing
 SAVING_S = 600.0  # for what waits for a disk
 ANSWER_S = 5.0  # that the advice may take, which looks at the disk, and the error stream
@@ -21,17 +27,18 @@ ANSWER_S = 5.0  # that the advice may take, which looks at the disk, and the err
 class Watchdog:
     """Counts the seconds since the main thread last said what it does, and ends the process where they are too many.
 
-    A process that is stopped (Ctrl-Z) does not count.
+    A process that is stopped (Ctrl-Z) does not count. Before the first word of the main thread only seconds count in which the
+    process does nothing.
 
     Args:
-        process: this process.
+        process: this process, where others train with it.
         limit_s: how long a step, an exchange with other processes, or waiting for images may take; 0: for ever.
         advice: what to do next, asked for when it is needed.
     """
 
-    def __init__(self, process: Process, limit_s: float, advice: Callable[[], str]) -> None:
+    def __init__(self, process: Process | None, limit_s: float, advice: Callable[[], str] = str) -> None:
         self.process, self.limit_s, self.advice = process, limit_s, advice
-        self._now = ("starting", STARTING_S)
+        self._now = self._start = ("starting", max(limit_s, IDLE_S))
         self._ended = threading.Event()
         self._main = threading.get_ident()
 
@@ -54,9 +61,11 @@ class Watchdog:
             counting.join(ANSWER_S)  # a thread that is left when Python ends can end the process by a signal
 
     def _count(self) -> None:
-        seen, seconds = self._now, 0
+        seen, seconds, computed_s = self._now, 0, time.process_time()
         while not self._ended.wait(1):  # not by the clock, which goes on while the process is stopped
-            if self._now is not seen:
+            before_s, computed_s = computed_s, time.process_time()
+            is_busy = seen is self._start and computed_s - before_s > BUSY_S
+            if self._now is not seen or is_busy:
                 seen, seconds = self._now, 0
             seconds += 1
             if seconds > seen[1]:
@@ -69,8 +78,7 @@ class Watchdog:
         leave.start()
         with suppress(Exception):  # nothing may keep it from leaving
             text = f"error: no progress for {seconds} s while {doing}{self._place()}{self._stopped()}{self._advice()}"
-            for worker in multiprocessing.active_children():  # one that hangs as well would outlive this process
-                worker.kill()
+            end_loaders()
             os.write(2, f"\n{text}\n".encode(errors="replace"))
         os._exit(1)
 
@@ -83,8 +91,10 @@ class Watchdog:
 
     def _stopped(self) -> str:
         """Names processes of this machine that are gone or stopped; the latter would be left behind, so they are killed."""
+        from sparkme.training.distributed import whereabouts
+
         found = ""
-        for rank, (where, number) in enumerate(self.process.peers):
+        for rank, (where, number) in enumerate(self.process.peers if self.process else ()):
             if where != whereabouts() or number == os.getpid():
                 continue
             try:
