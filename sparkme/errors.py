@@ -43,7 +43,8 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if len(lines) > 1 and lines[0].endswith(":"):  # a headline, which says nothing by itself
         lines = [f"{lines[0]} {lines[1]}"]
-    return lines[0][:300] if lines else type(error).__name__
+    remedy = "; raise --max-pixels" if type(error).__name__ == "DecompressionBombError" else ""  # Pillow's
+    return lines[0][:300] + remedy if lines else type(error).__name__
 
 
 def unreadable_reason(error: Exception) -> str:

@@ -248,8 +248,10 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     from tqdm import tqdm
 
     from sparkme.data.dataset import normalise, preview_images, statistics_of
+    from sparkme.data.limits import limit_pixels
     from sparkme.data.sources.files import find_images
 
+    limit_pixels(config.get("max_pixels"))
     paths = find_images(data, flag="--recalibrate-bn")
     norms = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
     if not norms:

@@ -122,43 +122,63 @@ def scale_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_decay(x: Tensor, labels: Tensor, decays: tuple[float, ...] = DECAYS) -> float:
-    """The weight decay of the classifier that is best on every fifth image of each class, fitted to the others."""
+    """The weight decay of the classifier that is best on every fifth image of each class, fitted to the others. Of several
+    labels an image it is every fifth image."""
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
+    groups = labels if labels.ndim == 1 else torch.zeros(len(labels))
+    for group in groups.unique().tolist():
+        members = (groups == group).nonzero().flatten()
         held_out[members[4::5] if len(members) >= 5 else members[1:2]] = True
     if not held_out.any():  # one image of each class
         return decays[len(decays) // 2]
     scores = []
     for decay in decays:
-        classifier = fit_linear(x[~held_out], labels[~held_out], decay, classes=int(labels.max()) + 1)
-        scores.append((_share(classifier, x[held_out], labels[held_out]), decay))
+        classifier = fit_linear(x[~held_out], labels[~held_out], decay, classes=_num_classes(labels))
+        score = _share if labels.ndim == 1 else _minus_loss
+        scores.append((score(classifier, x[held_out], labels[held_out]), decay))
     return max(scores)[1]  # of equals the strongest
 
 
 def fit_linear(x: Tensor, labels: Tensor, decay: float, *, classes: int | None = None) -> nn.Linear:
-    """The minimum of cross entropy + decay / 2 |W|^2, from zero, by L-BFGS.
+    """The minimum of cross entropy + decay / 2 |W|^2, from zero, by L-BFGS; of several labels an image, binary cross entropy.
 
     Args:
         x: (N, C) features.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, labels) bool.
         decay: of the weights, not of the biases.
         classes: how many there are; as many as the labels name if None.
     """
-    classifier = nn.Linear(x.shape[1], classes or int(labels.max()) + 1)
+    classifier = nn.Linear(x.shape[1], classes or _num_classes(labels))
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(classifier(x), labels) + decay / 2 * classifier.weight.square().sum()
+        value = _loss(classifier, x, labels) + decay / 2 * classifier.weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
     return classifier.requires_grad_(False)
+
+
+def _num_classes(labels: Tensor) -> int:
+    return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+
+
+def _loss(classifier: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+    scores = classifier(x)
+    if labels.ndim == 1:
+        return F.cross_entropy(scores, labels)
+    # The sum over labels: each one's classifier then weighs its weight decay as if it were alone.
+    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype)) * labels.shape[1]
+
+
+@torch.no_grad()
+def _minus_loss(classifier: nn.Linear, x: Tensor, labels: Tensor) -> float:
+    return -float(_loss(classifier, x, labels))
 
 
 @torch.no_grad()

@@ -31,8 +31,10 @@ from sparkme.training.loop import Training, run_training
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
+    from sparkme.data.labelled import Split
     from sparkme.pretrained import Pretrained
     from sparkme.training.log import RunLog
+    from sparkme.training.target import Measure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,16 +64,20 @@ class Finetuning(Training):
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
         from sparkme.data.labelled import find_labelled
+        from sparkme.data.limits import limit_pixels
+        from sparkme.data.sources import Columns
         from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers
 
         prepare_device(process.device, tf32=args.tf32)
+        limit_pixels(args.max_pixels)
         self.process = process
         pretrained = find_weights(args)
         self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
         split = find_labelled(
-            args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
-            cache_gib=args.shard_cache_gib,
+            args.data, args.labels, label_separator=args.label_separator, val_share=args.val_share, seed=args.seed,
+            root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
+            columns=Columns(args.image_column, args.label_column),
         )  # fmt: skip
         self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
         self.val_set = split.val
@@ -119,7 +125,7 @@ class Finetuning(Training):
         )  # fmt: skip
         if process.is_main:
             folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
-            self._introduce(pretrained, split.note, reason, taken)
+            self._introduce(pretrained, split, reason, taken)
 
     def batches(self, steps: range) -> Iterable[Batch]:
         from sparkme.data.dataset import EpochSampler, create_loader
@@ -138,7 +144,7 @@ class Finetuning(Training):
     def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
         from sparkme.data.dataset import normalise
 
-        images, labels = tensors  # (B, C, H, W) bytes, or floats in [0, 1]; (B,) int64
+        images, labels = tensors  # (B, C, H, W) bytes, or floats in [0, 1]; (B,) int64, or (B, labels) bool
         x = normalise(images, self.statistics)
         if self.mix is not None:
             x, labels = self.mix(x, labels)
@@ -178,37 +184,35 @@ class Finetuning(Training):
 
     def report(self, epoch: int, log: RunLog | None) -> None:
         """Measures the weights and, if there is one, their running average; keeps the best, by the latter."""
-        values, confusion = self._measure(self.network)
-        text = f"top-1 {100 * values['val_top1']:.1f} %, top-5 {100 * values['val_top5']:.1f} %"
-        kept, top1 = self.network, values["val_top1"]
+        found, measure = self._measure(self.network)
+        values, text = {f"val_{name}": value for name, value in found.items()}, measure.describe(found)
+        kept = self.network
         if self.average is not None:
-            averaged, confusion = self._measure(self.average.module)
-            values |= {f"{name}_average": value for name, value in averaged.items()}
-            kept, top1 = self.average.module, averaged["val_top1"]
-            text += f"; running average {100 * top1:.1f} %"
+            found, measure = self._measure(self.average.module)
+            values |= {f"val_{name}_average": value for name, value in found.items()}
+            kept = self.average.module
+            text += f"; running average {100 * found[measure.best]:.1f} %"
         if not log:
             return
         log.measured(self.step, epoch, values, text)
-        if not self.best or top1 > self.best["top1"]:
-            before, self.best = self.best, {"top1": top1, "epoch": epoch}
+        if not self.best or found[measure.best] > self.best[measure.best]:
+            before, self.best = self.best, {measure.best: found[measure.best], "epoch": epoch}
             try:
                 self._write_weights(kept)
             except CannotWrite:  # a full disk: what is there is still that of before
                 self.best = before
                 raise
-        self._write_results(values, epoch, confusion)
+        self._write_results(values, epoch, measure)
 
     @torch.no_grad()
-    def _measure(self, network: nn.Module) -> tuple[dict[str, float], Tensor]:
-        """Shares of whole validation images, and how often each class (row) was taken for each (column); the processes share
-        the images."""
+    def _measure(self, network: nn.Module) -> tuple[dict[str, float], Measure]:
+        """What whole images to measure on say of a network; the processes share the images."""
         from sparkme.data.dataset import normalise
         from sparkme.data.labelled import WholeImages, whole_batches
 
-        config, process, classes = self.config, self.process, len(self.classes)
+        config, process, measure = self.config, self.process, self._new_measure()
         images = WholeImages(self.val_set.images, self.size, channels=config["channels"], background=config["background"])
         share = range(process.rank, len(self.val_set), process.world)
-        counts, confusion = torch.zeros(2, dtype=torch.long), torch.zeros(classes, classes, dtype=torch.long)
         network.eval()
         process.share_buffers(network)
         for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=share):
@@ -220,17 +224,18 @@ class Finetuning(Training):
                 continue
             with self.precision():
                 scores = scores_of(network(normalise(batch.images.to(process.device), self.statistics)))
-            labels = self.val_set.labels[batch.numbers]
-            best = scores.float().topk(min(5, classes), 1).indices.cpu()
-            counts += torch.stack([(best == labels[:, None]).any(1).sum(), torch.tensor(len(labels))])
-            confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
-        parts = process.gather((counts, confusion))
-        counts, confusion = sum(c for c, _ in parts), sum(m for _, m in parts)
-        total = int(counts[1])
-        if not total and process.is_main:
-            raise UserError(f"--data {config['data']}: none of the images to measure on can be read")
-        total = max(1, total)
-        return {"val_top1": float(confusion.diag().sum()) / total, "val_top5": float(counts[0]) / total}, confusion
+            measure.add(scores.float().cpu(), self.val_set.labels[batch.numbers])
+        measure, *others = process.gather(measure)
+        for other in others:
+            measure.merge(other)
+        if process.is_main:
+            measure.check()
+        return measure.values(), measure
+
+    def _new_measure(self) -> Measure:
+        from sparkme.training.target import create_measure
+
+        return create_measure(self.classes, self.config["several_labels"])
 
     def _fit_head(self) -> None:
         """Starts the classifier as the best linear one on the frozen features of the training images.
@@ -291,19 +296,15 @@ class Finetuning(Training):
             "format": "pt", "network": config["model"], "num_classes": str(len(self.classes)),
             "classes": json.dumps(self.classes), "channels": str(config["channels"]), "mean": json.dumps(config["mean"]),
             "std": json.dumps(config["std"]), "background": config["background"],
-            "input_size": json.dumps(config["input_size"]), "top1": str(self.best["top1"]),
-        }  # fmt: skip
+            "input_size": json.dumps(config["input_size"]), "several_labels": json.dumps(config["several_labels"]),
+        } | {name: str(value) for name, value in self.best.items() if name != "epoch"}  # fmt: skip
         write_state_dict(self.folder.path / "best.safetensors", state, notes)
 
-    def _write_results(self, values: dict[str, float], epoch: int, confusion: Tensor) -> None:
+    def _write_results(self, values: dict[str, float], epoch: int, measure: Measure) -> None:
         from sparkme.interop.files import replaced_when_whole
-        from sparkme.pictures.confusion import draw_confusion
 
-        draw_confusion(confusion, self.classes, self.folder.path / "confusion.png")
-        each = (confusion.diag() / confusion.sum(1).clamp_min(1)).tolist()
         results = {"epoch": epoch, "last": values, "best": self.best, "num_train": len(self.train_set),
-                   "num_val": int(confusion.sum()), "of_each_class": dict(zip(self.classes, each, strict=True)),
-                   "confusion": confusion.tolist()}  # fmt: skip
+                   "num_val": measure.num_images, **measure.write(self.folder.path)}  # fmt: skip
         with replaced_when_whole(self.folder.path / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -311,16 +312,18 @@ class Finetuning(Training):
         folder = self.folder.path
         if not self.best:
             return "no weights could be written; make room, then start again with more --epochs"
-        best = f"best of the measured epochs: top-1 {100 * self.best['top1']:.1f} % after epoch {self.best['epoch']}"
-        return f"{best}, {folder / 'best.safetensors'}\npictures: {folder / 'loss.png'}, {folder / 'confusion.png'}"
+        best = f"best of the measured epochs: {self._new_measure().describe(self.best)} after epoch {self.best['epoch']}"
+        pictures = [folder / "loss.png", *([] if self.config["several_labels"] else [folder / "confusion.png"])]
+        return f"{best}, {folder / 'best.safetensors'}\npictures: {', '.join(map(str, pictures))}"
 
     def _known(self, pretrained: Pretrained) -> dict[str, Any]:
         from sparkme.data.labelled import split_digest
 
         return {
             "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
-            "num_classes": len(self.classes), "channels": pretrained.channels, "mean": [*pretrained.statistics.mean],
-            "std": [*pretrained.statistics.std], "background": pretrained.background,
+            "num_classes": len(self.classes), "several_labels": self.train_set.has_several,
+            "channels": pretrained.channels, "mean": [*pretrained.statistics.mean], "std": [*pretrained.statistics.std],
+            "background": pretrained.background,
             "input_size": list(pretrained.input_size) if pretrained.input_size else None,
             "split_digest": split_digest(self.train_set, self.val_set),
         }  # fmt: skip
@@ -330,7 +333,7 @@ class Finetuning(Training):
         if config["batch_size"] // (self.process.world * config["accumulate"]) < 2 and norm_of(self.network) == "bn":
             raise UserError(f"--batch-size {config['batch_size']} leaves batch norm a single image; raise it")
 
-    def _introduce(self, pretrained: Pretrained, note: str, reason: str, taken: str) -> None:
+    def _introduce(self, pretrained: Pretrained, split: Split, reason: str, taken: str) -> None:
         """Prints what will be done, and why where something was chosen."""
         from sparkme.data.labelled import class_counts
 
@@ -338,11 +341,12 @@ class Finetuning(Training):
         rate = config["base_lr"] * config["batch_size"] / 256
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         shots = f"; --shots {config['shots']} of each class" if config["shots"] else ""
+        kind = "labels" if config["several_labels"] else "classes"
         new = f"; {len(self.missing)} new: {shortened(self.missing)}" if self.missing else ""
         lines = {
-            "data": f"{note}{shots}; {class_counts(self.train_set)}",
+            "data": f"{split.note}{shots}; {class_counts(self.train_set)}",
             "weights": f"{pretrained.origin}{', ' if taken else ''}{taken}{new}",
-            "network": f"{config['model']}, {len(self.classes)} classes, {'x'.join(map(str, self.size))} pixels",
+            "network": f"{config['model']}, {len(self.classes)} {kind}, {'x'.join(map(str, self.size))} pixels",
             "recipe": reason,
             "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, "
             f"{config['optimizer']}, peak learning rate {rate:.2g}, of a layer {config['layer_decay']:g} of the next one's",
@@ -351,8 +355,8 @@ class Finetuning(Training):
         }
         for name, text in lines.items():
             print(f"{name:9s} {text}")
-        for problem in self.train_set.images.problems[:10]:
-            print(f"{'note':9s} left out: {problem}")
+        for remark in split.remarks:
+            print(f"{'note':9s} {remark}")
         self.folder.print_changes(config)
         sys.stdout.flush()
 
@@ -446,20 +450,11 @@ class ImagesOrArrays(nn.Module):
 
 def create_losses(config: dict[str, Any], device: torch.device) -> tuple[Any, nn.Module, Any]:
     """timm's mixup and cutmix, or None; the loss; and timm's random erasing, or None."""
-    from timm.data import Mixup
     from timm.data.random_erasing import RandomErasing
-    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-    mixed = config["mixup"] or config["cutmix"]
-    mix = Mixup(
-        config["mixup"], config["cutmix"], label_smoothing=config["smoothing"], num_classes=config["num_classes"]
-    ) if mixed else None  # fmt: skip
-    if config["loss"] == "bce":
-        criterion: nn.Module = BinaryCrossEntropy(smoothing=config["smoothing"])
-    elif mixed:
-        criterion = SoftTargetCrossEntropy()
-    else:
-        criterion = nn.CrossEntropyLoss(label_smoothing=config["smoothing"])
+    from sparkme.training.target import create_loss
+
+    mix, criterion = create_loss(config)
     erasing = config["random_erasing"]
     return mix, criterion, RandomErasing(erasing, mode="pixel", device=str(device)) if erasing else None
 

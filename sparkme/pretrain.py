@@ -23,7 +23,7 @@ from torch import Tensor
 from sparkme.errors import UserError, python_command, run_command
 from sparkme.interop.prefixes import Choice
 from sparkme.state_dict import state_dict_of
-from sparkme.training.config import FIXED, OLDER, RECIPES, create_parser, output_folder, resolve_config
+from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, create_parser, output_folder, resolve_config
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.loop import Training, run_training
@@ -78,19 +78,21 @@ class Pretraining(Training):
 
     def __init__(self, args: argparse.Namespace, process: Process) -> None:
         from sparkme.data.dataset import CropDataset
-        from sparkme.data.sources import Files, find_source
+        from sparkme.data.limits import limit_pixels
+        from sparkme.data.sources import Columns, Files, find_source
         from sparkme.data.sources.files import demo_photographs
         from sparkme.training.build import build_network
         from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_optimizer
 
         prepare_device(process.device, tf32=args.tf32)
+        limit_pixels(args.max_pixels)
         self.process = process
         self.folder = folder = RunFolder(output_folder(args), args, command="pretrain", process=process)
         index = folder.path / "images.npz"
         images: ImageSource = Files.of(demo_photographs()) if args.data is None else find_source(
             args.data, leave_out=folder.path, root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
-            index=index,
+            index=index, columns=Columns(args.image_column),
         )  # fmt: skip
         process.check_same(len(images), "number of images")
         self.config = config = resolve_config(args, len(images), process, folder.saved_config)
@@ -254,12 +256,13 @@ class Pretraining(Training):
     def _find_probe_data(self, args: argparse.Namespace) -> Split | None:
         """Labelled images to measure the encoder on; of many, some at random."""
         from sparkme.data.labelled import Split, find_labelled
+        from sparkme.data.sources import Columns
 
         if self.config["probe_data"] is None:
             return None
         split = find_labelled(
             self.config["probe_data"], seed=self.config["seed"], flag="--probe-data", cache=args.shard_cache,
-            cache_gib=args.shard_cache_gib,
+            cache_gib=args.shard_cache_gib, columns=Columns(label=args.label_column),
         )  # fmt: skip
 
         def some(part: Labelled, most: int) -> Labelled:
@@ -325,9 +328,10 @@ class Pretraining(Training):
         rate = config["base_lr"] * config["batch_size"] / 256
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         in_float32 = "" if encoder.engine.bf16 or config["precision"] == "float32" else "; the encoder computes in float32"
+        data = config["data"] or "scikit-image, its photographs"
+        where = f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, list) and len(data) > 3 else as_text(data)
         lines = {
-            "data": f"{len(self.dataset)} images in {config['data'] or 'scikit-image, its photographs'}, "
-            f"{config['samples_per_epoch']} crops an epoch",
+            "data": f"{len(self.dataset)} images in {where}, {config['samples_per_epoch']} crops an epoch",
             "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)"
@@ -345,8 +349,10 @@ class Pretraining(Training):
             lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}"
         for name, text in lines.items():
             print(f"{name:9s} {text}")
-        for problem in self.dataset.source.problems[:10]:
-            print(f"{'note':9s} left out: {problem}")
+        for remark in self.dataset.source.remarks:
+            print(f"{'note':9s} {remark}")
+        for remark in self.probe_split.remarks if self.probe_split else ():
+            print(f"{'note':9s} --probe-data: {remark}")
         self.folder.print_changes(config)
         if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
             rates = "take --recipe small" if config["recipe"] == "spark" else "raise --base-lr"

@@ -95,20 +95,26 @@ def main(argv: list[str] | None = None) -> int:
 def probe(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the numbers. Returns the exit code."""
     from sparkme.data.labelled import class_counts, find_labelled
+    from sparkme.data.limits import limit_pixels
+    from sparkme.data.sources import Columns
     from sparkme.interop.files import replaced_when_whole
     from sparkme.interop.prefixes import Choice
     from sparkme.pretrained import read_pretrained
     from sparkme.training.distributed import start_process, stop_process
 
     check(args)
+    limit_pixels(args.max_pixels)
     process = start_process(args.device)
     if process.world > 1:
         stop_process()
         raise UserError("sparkme.probe runs in one process; start it with python")
     split = find_labelled(
-        args.data, args.labels, val_share=args.val_share, seed=args.seed, root=args.root, cache=args.shard_cache,
-        cache_gib=args.shard_cache_gib,
+        args.data, args.labels, label_separator=args.label_separator, val_share=args.val_share, seed=args.seed,
+        root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
+        columns=Columns(args.image_column, args.label_column),
     )  # fmt: skip
+    if split.train.has_several:
+        raise UserError("probe measures one class of each image, and these have several labels; use sparkme.finetune")
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer
     main_weights = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
@@ -116,8 +122,8 @@ def probe(args: argparse.Namespace) -> int:
     # Of other files the model is theirs, and --model is for those that do not say it.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
     print(f"data      {args.data}: {split.note}; {class_counts(split.train)}")
-    for problem in split.train.images.problems[:10]:
-        print(f"note      left out: {problem}")
+    for remark in split.remarks:
+        print(f"note      {remark}")
     records: list[dict[str, Any]] = []
     for pretrained in (main_weights, *others):
         with user_errors():

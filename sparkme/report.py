@@ -659,7 +659,7 @@ def _finetuning(config: dict[str, Any]) -> _Command:
     plain = vars(parser.parse_args(["--data", "."])) | {"data": None}
     images, model = config.get("num_train_images", config.get("num_train")), str(config.get("model"))
     norm = "ln" if "convnext" in model else "bn"  # the network itself would say, and take long to make
-    known = {name: config.get(name) for name in ("model", "num_classes", "channels")}
+    known = {name: config.get(name) for name in ("model", "num_classes", "several_labels", "channels")}
     known |= {"num_train_images": images, "input_size": None}
 
     def resolve(given: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def visualize(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sparkme.data.dataset import statistics_of
+    from sparkme.data.limits import limit_pixels
     from sparkme.export import run_folder
     from sparkme.pictures.page import write_page
     from sparkme.pictures.panel import ERROR_CAPTION, caption
@@ -118,6 +119,7 @@ def visualize(args: argparse.Namespace) -> int:
     device = start_process(args.device).device
     checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["config"]
+    limit_pixels(config.get("max_pixels"))
     network = network_of(checkpoint, args.checkpoint)
     if not all(value.isfinite().all() for value in network.parameters()):
         raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")

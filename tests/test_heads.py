@@ -138,3 +138,10 @@ def test_a_segmentation_network_is_pretrained_without_its_head() -> None:
     assert encoder.channels == (16, 24, 40, 960) and encoder.strides == (2, 4, 8, 16)
     assert encoder.head == ("classifier",)
     assert not any(name.startswith("classifier") for name in encoder.dense_state_dict())
+
+
+def test_a_stride_along_one_axis_is_named() -> None:
+    network = nn.Sequential(*body())
+    network[0] = nn.Conv2d(3, 64, 7, (2, 1), 3)
+    with pytest.raises(ValueError, match=r"layer '0' has the stride \(2, 1\), and height and width have to shrink alike"):
+        find_hierarchy(network)

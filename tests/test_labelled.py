@@ -1,5 +1,9 @@
 """Labelled images: folders of classes, tables, splits; and how whole images are cut."""
 
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,8 @@ from PIL import Image
 from test_training import make_images
 
 from sparkme.data.dataset import CropDataset, EpochSampler
-from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
+from sparkme.data.labelled import Labelled, WholeImages, find_labelled, split_digest, whole_batches
+from sparkme.data.sources import find_source
 from sparkme.errors import UserError
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (255, 0, 0)}
@@ -21,6 +26,7 @@ def make_labelled(folder: Path, counts: dict[str, int], size: int = 48) -> Path:
         for i in range(count):
             picture = Image.new("RGB", (size, size), COLOURS.get(name, (90, 90, 90)))
             picture.paste((255, 255, 255), (i % 5 * 8, i // 5 % 5 * 8, i % 5 * 8 + 9, i // 5 % 5 * 8 + 11))
+            picture.putpixel((size - 1, size - 1), (i, sum(name.encode()) % 256, 0))  # no two are the same
             picture.save(folder / name / ("deeper" if i % 2 else "") / f"{i:03d}.png")
     return folder
 
@@ -49,6 +55,105 @@ def test_a_split_that_is_there_is_kept(tmp_path: Path) -> None:
         find_labelled(tmp_path)
 
 
+def test_folders_of_systems_are_neither_classes_nor_images_and_are_said(tmp_path: Path) -> None:
+    make_labelled(tmp_path, {"red": 4, "blue": 4})
+    systems = "@eaDir #recycle $RECYCLE.BIN", "System Volume Information", ".Trash-1000", "lost+found", "__MACOSX"
+    names = [*systems[0].split(), *systems[1:]]
+    for name in names:
+        make_labelled(tmp_path / name, {"red": 2})
+        make_labelled(tmp_path / "red" / "deeper", {name: 2})
+    (tmp_path / "loose.png").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    split = find_labelled(tmp_path)
+    assert split.train.classes == ["blue", "red"] and len(split.train) + len(split.val) == 8
+    said, *others = split.remarks
+    assert said.startswith("left out: 14 folders hidden or of a system: ") and all(f"{name} (2)" in said for name in names)
+    assert others == ["left out: 1 image in no folder of a class", "left out: the folder empty, which has no images"]
+    source = find_source(str(tmp_path))
+    assert len(source) == 9 and source.notes == [said]
+    assert len(find_source(str(tmp_path / "@eaDir"))) == 2  # who names it means it
+
+
+def test_a_list_and_a_shard_leave_out_what_is_of_systems(tmp_path: Path) -> None:
+    make_labelled(tmp_path, {"red": 2, "@eaDir": 2})
+    names = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in names:
+            archive.add(tmp_path / name, f"./{name}")
+    for kind in ("list.txt", "x.tar"):
+        source = find_source(str(tmp_path / kind), cache=tmp_path / "cache")
+        assert len(source) == 2 and source.notes == ["left out: 2 files in folders hidden or of a system: @eaDir (2)"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "shard", "dataset"])
+def test_copies_of_an_image_are_on_one_side_of_a_split(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 10, "blue": 10})
+    for i in range(10):  # in another folder, in the name of another, and one in another class
+        shutil.copy(data / "red" / ("deeper" if i % 2 else "") / f"{i:03d}.png", data / "red" / f"copy{i}.png")
+    shutil.copy(data / "red" / "000.png", data / "blue" / "red.png")
+    (data / "red" / "void0.png").touch()  # nothing is no copy of nothing
+    (data / "red" / "void1.png").touch()
+    where = {"folder": str(data), "table": str(tmp_path / "t.csv"), "shard": str(tmp_path / "x.tar"), "dataset": "copied:Own"}
+    paths = [path.relative_to(data) for path in sorted(data.rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("".join(f"{path},{path.parts[0]}\n" for path in paths))
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for i, path in enumerate(paths):
+            archive.add(data / path, f"{i:03d}.png")
+            (tmp_path / "cls").write_text(path.parts[0])
+            archive.add(tmp_path / "cls", f"{i:03d}.cls")
+    (tmp_path / "copied.py").write_text(
+        f"from torchvision.datasets import ImageFolder\nclass Own(ImageFolder):\n    def __init__(self):\n"
+        f"        super().__init__({str(data)!r}, is_valid_file=lambda name: name.endswith('png') and 'void' not in name)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    split = find_labelled(where[kind], val_share=0.4, root=data, cache=tmp_path / "cache")
+    assert "; 11 images are copies of others, 2 of them of another class, such as " in split.note and "(blue)" in split.note
+    assert split.note.endswith(": copies stay on one side")
+    contents = [{part.images.digest(i) for i in range(len(part)) if is_whole(part, i)} for part in (split.train, split.val)]
+    assert not contents[0] & contents[1] and len(contents[0] | contents[1]) == 20 and 6 <= len(contents[1]) <= 8
+    again = find_labelled(where[kind], val_share=0.4, root=data, cache=tmp_path / "cache")
+    assert split_digest(again.train, again.val) == split_digest(split.train, split.val)
+
+
+def is_whole(part: Labelled, number: int) -> bool:
+    try:
+        return bool(part.images.digest(number))
+    except OSError:
+        return False
+
+
+def test_a_class_of_copies_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    data = make_labelled(tmp_path, {"red": 3, "blue": 1})
+    shutil.copy(data / "blue" / "000.png", data / "blue" / "001.png")
+    with pytest.raises(UserError, match=r"class 'blue' has 1 image that is no copy; it needs one to learn from"):
+        find_labelled(data)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_that_links_put_into_two_classes_is_refused(link: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    data = make_labelled(tmp_path, {"red": 4, "blue": 4})
+    link(data / "red" / "002.png", data / "red" / "again.png")
+    assert "1 images are copies" in find_labelled(data).note
+    link(data / "red" / "002.png", data / "blue" / "wrong.png")
+    reason = r"blue/wrong\.png \(blue\) and .*red/002\.png \(red\) are one file with two labels \(2 such in all\)"
+    with pytest.raises(UserError, match=reason):
+        find_labelled(data)
+    (data / "blue" / "wrong.png").unlink()
+    os.symlink(data / "red", data / "crimson")
+    with pytest.raises(UserError, match=r"red.*red.* are one file with two labels \(5 such in all\)"):
+        find_labelled(data)
+
+
+def test_folders_beside_a_split_are_said_and_two_of_one_name_refused(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        make_labelled(tmp_path / part, {"red": 2, "blue": 2})
+    assert find_labelled(tmp_path).note.endswith("in val; not used: test")
+    make_labelled(tmp_path / "Train", {"red": 2})
+    with pytest.raises(UserError, match=r"has both (Train and train|train and Train); leave one out"):
+        find_labelled(tmp_path)
+
+
 def test_a_table_names_paths_labels_and_parts(tmp_path: Path) -> None:
     make_images(tmp_path / "images")
     table = tmp_path / "labels.csv"
@@ -69,7 +174,8 @@ def test_a_table_names_paths_labels_and_parts(tmp_path: Path) -> None:
         ("sub0/0.png,a\nsub0/9.png,b\n", "line 2 names 'sub0/9.png', and there is no such file"),
         ("sub0/0.png,a\nsub0/2.png\n", "line 2 is not path,label"),
         ("sub0/0.png,a\nsub0/2.png,a\n", "1 different labels"),
-        ("filename,class\nsub0/0.png,b\n", "line 1 names 'filename'.*a head must be path,label"),
+        ("filename,class\nsub0/0.png,b\n", "1 different labels"),
+        ("where,what\nsub0/9.png,b\n", "line 1 names 'where'.*a head must name the column of the images, such as path"),
         ("sub0/0.png,a\nsub0/2.png,b\n./sub0/0.png,b\n", "line 3 names './sub0/0.png' again, after line 1"),
         ("sub0/0.png,a,train\nsub0/2.png,a,train\nsub1/1.png,b,val\n", "class 'b' has no image to learn from"),
         ("sub0/0.png,a,train\nsub0/2.png,b,holdout\n", "'holdout', not train or val"),

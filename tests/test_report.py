@@ -62,7 +62,8 @@ def config_of_pretraining(*flags: str, num_images: int = 2000) -> dict[str, Any]
 def config_of_finetuning(*flags: str) -> dict[str, Any]:
     args = finetuning.create_parser().parse_args(flags)
     known = {"model": args.model or "resnet50", "num_train_images": 400, "num_val_images": 100, "num_classes": 3, "channels": 3,
-             "mean": [0.4] * 3, "std": [0.2] * 3, "background": "white", "input_size": None}  # fmt: skip
+             "mean": [0.4] * 3, "std": [0.2] * 3, "background": "white", "input_size": None,
+             "several_labels": bool(args.label_separator)}  # fmt: skip
     return finetuning.resolve_config(args, known, "bn", CPU)[0]
 
 
@@ -298,8 +299,10 @@ def test_what_differs_from_the_defaults_and_the_command_that_continues(
         ["w.pt", "--data", "d", "--shots", "5", "--no-flip"],
         ["w.pt", "--data", "d", "--recipe", "paper", "--batch-size", "64", "--epochs", "30", "--mixup", "0"],
         ["--from-scratch", "--model", "resnet18", "--data", "d", "--labels", "l.csv", "--layer-decay", "0.9"],
+        ["w.pt", "--data", "t.csv", "--label-separator", "|", "--labels", "one column,other"],
+        ["w.pt", "--data", "t.csv", "--label-separator", ""],
     ],
-    ids=["small", "paper", "scratch"],
+    ids=["small", "paper", "scratch", "labels", "one label"],
 )
 def test_the_command_that_continues_a_finetuning(flags: list[str], tmp_path: Path) -> None:
     config = config_of_finetuning(*flags, "--output", str(tmp_path / "run"))

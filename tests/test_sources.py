@@ -16,10 +16,13 @@ import tarfile
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.features
 import pytest
 import torch
 from PIL import Image
@@ -31,10 +34,12 @@ import sparkme.probe
 from sparkme.data.dataset import Box, CropDataset, EpochSampler, create_loader, cut
 from sparkme.data.images import Stored, load_image, load_rgb, open_image
 from sparkme.data.labelled import find_labelled
-from sparkme.data.sources import ImageSource, files, find_source, shards
+from sparkme.data.limits import MAX_PIXELS, limit_pixels, scaled
+from sparkme.data.sources import Columns, ImageSource, files, find_source, left_out, shards
 from sparkme.data.sources import parquet as parquet_files
-from sparkme.data.sources.files import Files, Names, list_folder, read_list
+from sparkme.data.sources.files import Files, Names, list_folder
 from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
+from sparkme.data.sources.table import read_list
 from sparkme.errors import UserError
 from sparkme.pretrain import main
 from sparkme.training.random import derived_seed
@@ -109,6 +114,48 @@ def test_names_are_those_of_the_folder_in_the_order_of_paths(tmp_path: Path) -> 
     packed = Names.pack(["", "x", "yy", ""])
     assert list(packed) == ["", "x", "yy", ""] and packed[-2] == "yy" and packed[1:3] == ["x", "yy"]
     assert not Names.pack([])
+
+
+def test_pictures_are_found_by_their_suffix_or_content_and_others_counted(tmp_path: Path) -> None:
+    kinds = {"JPEG": ["x.jfif", "x.jpe", "x.JPEG", "jpeg"], "PNG": ["x.PNG", "png"], "TGA": ["x.tga"], "GIF": ["gif"],
+             "WEBP": ["webp"], "TIFF": ["tiff"], "BMP": ["bmp"], "PPM": ["x.pnm"], "JPEG2000": ["x.j2k", "x.jp2"]}  # fmt: skip
+    for kind, names in kinds.items():
+        for name in names:
+            Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
+    for name in ("BMword", "notes", "a.xml", "b.xml", "c.XML", "x.dcm", "x.nii.gz", ".hidden", "._x.jpg", "x.npz"):
+        (tmp_path / name).write_bytes(b"BM is the begin of words, too")
+    source = find_source(str(tmp_path))
+    assert {source.path(i).name for i in range(len(source))} == {name for names in kinds.values() for name in names}  # type: ignore[attr-defined]
+    assert all(load_rgb(path).size == (8, 8) for path in map(source.path, range(len(source))))  # type: ignore[attr-defined]
+    (note,) = source.notes
+    assert note.startswith("left out: 8 files of other kinds: .xml (3), without a suffix (2), ")
+    assert all(f"; {suffix}: " in note for suffix in (".dcm", ".nii.gz", ".npz")) and "such as with pydicom" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("x.dcm", "pydicom"), ("x.NII", "nibabel"), ("x.nii.gz", "nibabel"), ("x.npz", "each by itself as .npy"),
+     ("x.heic", "pillow-heif"), ("x.h5", "--data package.module:dataset"), ("x.mp4", "ffmpeg"), ("x.zip", "unpack")],
+)  # fmt: skip
+def test_files_of_other_kinds_name_what_to_do(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text(f"class/{name}\n")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, name, b"x")
+    for where in ("class", f"class/{name}", "list.txt", "x.tar"):
+        with pytest.raises(UserError, match=re.escape(words)):
+            find_source(str(tmp_path / where), cache=tmp_path / "cache")
+    for part in (tmp_path / "x.tar", tmp_path / "list.txt"):
+        part.unlink()
+    with pytest.raises(UserError, match=re.escape(words)):
+        find_labelled(tmp_path)
+
+
+def test_avif_is_read_or_says_how_it_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (".avif" in left_out.EXTENSIONS) == bool(PIL.features.check("avif"))
+    monkeypatch.setattr(left_out, "EXTENSIONS", left_out.EXTENSIONS - {".avif"})
+    assert left_out.advice(".avif") == ".avif: pip install --upgrade 'pillow>=11.3'"
 
 
 def test_an_index_is_used_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,6 +578,51 @@ def test_a_long_text_is_no_label(tmp_path: Path) -> None:
         find_source(str(tmp_path / "x.tar"), cache=tmp_path / "cache").labels()
 
 
+def labelled_shard(path: Path, members: dict[str, str]) -> ImageSource:
+    """A shard whose images are no pictures, which is found out when they are read."""
+    with tarfile.open(path / "x.tar", "w") as archive:
+        for name, content in members.items():
+            add(archive, name.rstrip("+"), content.encode())  # a dictionary has no name twice
+    return find_source(str(path / "x.tar"), cache=path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"p0.s3.png": "", "p0.s3.cls": "0", "p0.s4.png": "", "p0.s4.cls": "1"}, "01"),
+        ({"v1.5/p0.s3.png": "", "v1.5/p0.s4.png": "", "v1.5/p0.s4.cls": "1", "v1.5/p0.s3.cls": "0"}, "01"),
+        ({"a.png": "", "a.cls": "0", "a.v2.png": "", "a.v2.cls": "1"}, "01"),
+        ({"a.s0.png": "", "a.s0.json": '{"label": 0.0}', "a.s1.png": "", "a.s1.json": '{"label": 1}'}, "01"),
+        ({"v1.5/a.left.png": "", "v1.5/a.right.png": "", "v1.5/a.cls": "1", "v1.5/b.x.png": "", "v1.5/b.cls": "0"}, "110"),
+        ({"a.image.png": "", "a.meta.json": '{"label": "1"}', "b.image.png": "", "b.meta.json": '{"label": "0"}'}, "10"),
+        ({"a.png": "", "a.cls": "1", "a.json": '{"label": 7}', "b.png": "", "b.cls": "0"}, "10"),
+        ({"a.png": "", "a.cls": "1", "a.json": '{"label": 1}', "b.png": "", "b.json": '{"label": 0}'}, "10"),
+        ({"a.png": "", "a.cls": "1", "a.cls+": "1", "b.png": "", "b.cls": "0"}, "10"),
+        ({"./a.png": "", "a.cls": "1", "b.png": "", "./b.cls": "0"}, "10"),
+    ],
+)
+def test_labels_are_of_the_images_that_are_named_like_them(members: dict[str, str], expected: str, tmp_path: Path) -> None:
+    source = labelled_shard(tmp_path, members)
+    labels, classes = source.labels()
+    assert "".join(classes[label] for label in labels) == expected
+    said = [] if expected != "01" else ["names of samples end at their last dot in 1 of 1 shards"]
+    assert [note.partition(";")[0] for note in source.notes] == said
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"a.png": "", "a.cls": "0", "a.cls+": "1"}, r"a\.cls is there twice, as '0' and as '1'; leave one out"),
+        ({"a.png": "", "a.x.cls": "0", "a.y.cls": "1"}, r"a has two labels, '0' in a\.x\.cls and '1' in a\.y\.cls"),
+        ({"a.s0.png": "", "a.s0.cls": "0", "a.s1.png": ""}, r"image 1 has no label; names .* a\.s0 and a\.s1 were one sample"),
+    ],
+)
+def test_two_labels_of_one_sample_are_named(members: dict[str, str], reason: str, tmp_path: Path) -> None:
+    for _ in range(2):  # also as the cache keeps it
+        with pytest.raises(ValueError, match=reason):
+            labelled_shard(tmp_path, members).labels()
+
+
 def test_an_epoch_has_every_image_of_shards_once_over_processes_and_repeats_wherever_it_starts() -> None:
     blocks = torch.tensor([0, *torch.tensor([13, 7, 20, 1, 9, 10, 4]).cumsum(0).tolist()])
     whole = [list(EpochSampler(64, 128, 16, 5, range(16), rank, 4, blocks=blocks, window=6)) for rank in range(4)]
@@ -646,6 +738,138 @@ def test_parquet_labels_that_cannot_be_read_are_one_line(tmp_path: Path) -> None
         find_labelled(tmp_path / "*.parquet")
 
 
+def parquet_of(path: Path, images: Any, labels: Any = None, names: list[str] | None = None, rows: int | None = 3) -> str:
+    """A file of two columns; `names` are of the classes, as Hugging Face's datasets keep them."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"image": images} | ({} if labels is None else {"label": labels}))
+    if names:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})})
+    parquet.write_table(table, path / "x.parquet", row_group_size=rows)
+    return str(path / "x.parquet")
+
+
+@pytest.mark.parametrize("kind", [
+    lambda a: a.binary(),
+    lambda a: a.large_binary(),
+    lambda a: a.binary_view(),
+    lambda a: a.binary(2),
+    lambda a: a.dictionary(a.int32(), a.binary()),
+    lambda a: a.list_(a.binary()),
+    lambda a: a.list_(a.binary(), 1),
+    lambda a: a.large_list(a.struct({"bytes": a.binary(), "path": a.string(), "words": a.list_(a.string())})),
+    lambda a: a.struct({"bytes": a.binary_view(), "path": a.string_view()}),
+    lambda a: a.struct({"path": a.string(), "bytes": a.dictionary(a.int8(), a.binary())}),
+])  # fmt: skip
+def test_parquet_has_bytes_in_columns_of_many_types(kind: Callable[[Any], Any], tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    images: list[Any] = [b"%02d" % i for i in range(40)]
+    of_type, given = kind(pyarrow), images
+    if "bytes" in str(of_type):
+        given = [{"bytes": image, "path": None, "words": ["a", "b"]} for image in given]
+    if "list<" in str(of_type).partition("bytes")[0] or str(of_type).startswith("fixed_size_list"):
+        given = [[value] for value in given]
+    source = find_source(parquet_of(tmp_path, pyarrow.array(given, of_type), rows=None if "view" in str(of_type) else 3))
+    assert stored(source) == images and not source.notes
+
+
+def test_of_lists_in_parquet_the_first_image_is_taken_and_the_others_are_counted(tmp_path: Path) -> None:
+    source = find_source(parquet_of(tmp_path, [[b"a"], [b"b", b"c", b"d"], [b"e"], [b"f", b"g"], []]))
+    assert [source.read(i).content for i in range(4)] == [b"a", b"b", b"e", b"f"]
+    assert source.notes == ["left out: 3 images of lists, of which the first is taken"]
+    with pytest.raises(OSError, match="row 1 of group 1: it has no bytes"):
+        source.read(4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0.0, 1.0, float("nan"), None], "01--"),
+        ([[1], [0], [], None], "10--"),
+        ([b"1", b"0", b"", None], "10--"),
+        (["1", "0", "", "1"], "10-1"),
+        ([Decimal("1.00"), Decimal("0.00"), None, Decimal("1.00")], "10-1"),
+        ([-1, 1, -1, 1], "-1 1 -1 1"),  # two classes
+    ],
+)
+def test_labels_in_parquet_may_be_of_many_types_and_missing_ones_are_counted(
+    labels: list[Any], expected: str, tmp_path: Path
+) -> None:
+    source = find_source(parquet_of(tmp_path, [b"x"] * 4, labels))
+    numbers, classes = source.labels()
+    found = [classes[number] if number >= 0 else "-" for number in numbers]
+    missing = found.count("-")
+    assert found == (expected.split() if " " in expected else [*expected])
+    assert source.notes == ([f"left out: {missing} of 4 images, without a label in label"] if missing else [])
+
+
+def test_images_without_a_label_are_left_out_of_both_sides(tmp_path: Path) -> None:
+    images = [encoded(i, COLOURS["red"]) for i in range(9)]
+    where = parquet_of(tmp_path, images, [0, 1, -1] * 3, ["red", "blue"])  # -1: not told, as of a test set
+    split = find_labelled(where)
+    assert (len(split.train), len(split.val)) == (4, 2) and split.train.classes == ["red", "blue"]
+    assert {image for part in (split.train, split.val) for image in stored(part.images)} == {
+        image for i, image in enumerate(images) if i % 3 < 2
+    }
+    assert split.remarks == ["left out: 3 of 9 images, without a label in label"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([[0, 2], [1]], r"the column label has several labels for an image, such as \[0, 2\], where each has one class"),
+        ([0.5, 1.0], r"the column label has numbers between classes, such as 0\.5: values are not learnt here, only classes"),
+        ([float("inf"), 1.0], r"numbers between classes, such as inf"),
+        ([{"a": 1}, {"a": 2}], r"values that are neither numbers nor words, such as \{'a': 1\}"),
+        ([None, None], r"has 0 class, it takes two or more"),
+        (None, r"no column of the names label, labels, cls, class; its columns: image binary; see --label-column"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(labels: list[Any] | None, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        find_labelled(parquet_of(tmp_path, [b"x"] * 2, labels))
+
+
+def test_labels_that_stand_for_other_classes_in_another_file_are_named(tmp_path: Path) -> None:
+    for i, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        Path(parquet_of(tmp_path, [b"x"] * 2, [0, 1], names)).rename(tmp_path / f"{i}.parquet")
+    with pytest.raises(UserError, match=r"label stand for cat, dog in .*0\.parquet, and for dog, cat in .*1\.parquet"):
+        find_labelled(tmp_path)
+    for i, labels in enumerate(([0, 1], ["0", "1"])):
+        Path(parquet_of(tmp_path, [b"x"] * 2, labels)).rename(tmp_path / f"{i}.parquet")
+    with pytest.raises(UserError, match=r"the column label has labels as numbers and the same as words"):
+        find_labelled(tmp_path)
+
+
+def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    columns = {
+        "image": [b"i", b"j"], "image.jpg": [b"k", b"l"], "mask": [b"m", b"n"], "deep": [{"er": b"o"}, {"er": b"p"}],
+        "fine": [0, 1], "coarse": ["a", "b"],
+    }  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    where = str(tmp_path / "x.parquet")
+    source = find_source(where)
+    assert stored(source) == columns["image"]
+    assert source.notes == ["images are those of the column image, not of image.jpg, mask; see --image-column"]
+    for name, expected in (("image.jpg", "kl"), ("mask", "mn"), ("deep.er", "op")):
+        assert stored(find_source(where, columns=Columns(name))) == [letter.encode() for letter in expected]
+    assert find_source(where, columns=Columns(label="coarse")).labels()[1] == ["a", "b"]
+    for name in ("none", "fine", "deep.none", "deep"):
+        with pytest.raises(
+            UserError, match=rf"has no column {name} that holds bytes; its columns: image binary, .* fine int64"
+        ):
+            find_source(where, columns=Columns(name))
+    with pytest.raises(ValueError, match=r"no column none; its columns: image binary"):
+        find_source(where, columns=Columns(label="none")).labels()
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"--image-column is for Parquet files, and --data .* is none"):
+        find_source(str(tmp_path), columns=Columns("image"))
+
+
 def test_classes_without_images_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_labels.py").write_text(
         "class Own(list): pass\n"
@@ -667,7 +891,7 @@ def test_parquet_without_images_or_without_pyarrow_is_one_line(tmp_path: Path, m
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="has no column with the bytes of images; its columns: text, n"):
+    with pytest.raises(UserError, match="has no column with the bytes of images; its columns: text string, n int64"):
         find_source(str(tmp_path / "x.parquet"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'sparkme\[parquet\]'"):
@@ -817,6 +1041,66 @@ for name, content in {"a.npy": head.getvalue() + bytes(64), "b.png": png}.items(
     assert len(done.stdout.splitlines()) == 4 and done.stdout.count("decompression bomb") == 2, done.stdout
 
 
+def test_several_sources_are_one(sharded: tuple[Path, list[bytes]], tmp_path: Path) -> None:
+    folder, images = sharded
+    (tmp_path / "a").mkdir()
+    for i in range(5):
+        (tmp_path / "a" / f"{i}.png").write_bytes(encoded(i, (9, 9, 9)))
+    (tmp_path / "a" / "x.xml").write_text("x")
+    write_parquet(tmp_path / "x.parquet", images[:6])
+    shards_, parquet = [str(folder / f"part-{i:03d}.tar") for i in range(3)], str(tmp_path / "x.parquet")
+    source = find_source([str(tmp_path / "a"), parquet, *shards_], cache=tmp_path / "cache")
+    assert source.blocks is not None and source.blocks.tolist() == [*range(6), 9, 11, 18, 23, 31]
+    contents = [c.read_bytes() if isinstance(c, Path) else c for c in (source.read(i).content for i in range(len(source)))]
+    assert contents == [*(encoded(i, (9, 9, 9)) for i in range(5)), *images[:6], *images]
+    assert len({source.name(i) for i in range(len(source))}) == 31 and source.notes == [
+        "left out: 1 file of other kinds: .xml (1)"
+    ]
+    sampler = EpochSampler(31, 31, 31, 0, range(1), blocks=source.blocks, window=source.window)
+    assert sorted(number for batch in sampler for _, number in batch) == list(range(31))
+    with pytest.raises(UserError, match=r"--data .*x\.parquet is given twice; leave one out"):
+        find_source([parquet, shards_[0], parquet])
+    with pytest.raises(UserError, match=r"--data .*none is not a folder, and no file matches it"):
+        find_source([parquet, str(tmp_path / "none")])
+
+
+def test_a_run_on_several_sources_goes_on_and_labelled_ones_are_given_once(
+    sharded: tuple[Path, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [str(sharded[0] / f"part-{i:03d}.tar") for i in range(3)]
+    words = [*SMALL, *TINY, "--data", *where[:2], "--data", where[2], "--shard-cache", str(tmp_path / "cache"),
+             "--panel-epochs", "0", "--output", str(tmp_path / "run")]  # fmt: skip
+    assert main([*words, "--epochs", "1"]) == 0 and main([*words, "--epochs", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"20 images in {' '.join(where)}, " in shown and "resumed after step 2" in shown
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == where
+    for command in (sparkme.probe.main, sparkme.finetune.main):
+        with pytest.raises(SystemExit) as stopped:
+            command(["x.pt", "--data", where[0], "--data", where[1]])
+        assert stopped.value.code == 2 and "--data is given twice; link the folders of classes" in capsys.readouterr().err
+
+
+def test_larger_pictures_than_the_limit_are_unreadable_and_name_the_flag(tmp_path: Path) -> None:
+    Image.new("L", (41, 100)).save(tmp_path / "x.png")
+    try:
+        limit_pixels(4096)
+        with pytest.raises(
+            OSError, match=r"x\.png: Image size \(4100 pixels\) exceeds limit of 4096 pixels.*; raise --max-pix"
+        ):
+            load_rgb(tmp_path / "x.png")
+        for most in (4100, 10**12):
+            limit_pixels(most)
+            assert load_rgb(tmp_path / "x.png").size == (41, 100)
+        limit_pixels(2 * MAX_PIXELS)
+        assert scaled(10) == 20  # a file may have more bytes, too
+    finally:
+        limit_pixels(None)
+    assert scaled(10) == 10
+    for bad in (0, -1, 2**70):
+        with pytest.raises(UserError, match=f"--max-pixels {bad} must be at least 1"):
+            limit_pixels(bad)
+
+
 @pytest.fixture(scope="module")
 def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, images = sharded
@@ -838,14 +1122,15 @@ def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("kind", ["list", "shards", "parquet", "dataset"])
 def test_every_source_pretrains_and_resumes_bit_for_bit(kind: str, every_source: dict[str, str], tmp_path: Path) -> None:
-    words = [*SMALL, *TINY, "--data", every_source[kind], "--samples-per-epoch", "20", "--panel-epochs", "0", "--epochs", "2",
-             "--shard-cache", str(tmp_path / "cache"), "--checkpoint-minutes", "0", "--keep-checkpoints", "9"]  # fmt: skip
+    data = ["--data", every_source[kind]]
+    words = [*SMALL, *TINY, "--samples-per-epoch", "20", "--panel-epochs", "0", "--epochs", "2", "--shard-cache",
+             str(tmp_path / "cache"), "--checkpoint-minutes", "0", "--keep-checkpoints", "9"]  # fmt: skip
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert main([*words, "--output", str(straight)]) == 0
+    assert main([*words, *data, "--output", str(straight)]) == 0
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copy(straight / "checkpoints" / "step_00000005.pt", resumed / "checkpoints")
     shutil.copy(straight / "metrics.jsonl", resumed)
-    assert main([*words, "--output", str(resumed), "--workers", "2"]) == 0
+    assert main([*words, *data, "--output", str(resumed), "--workers", "2"]) == 0
     assert losses(straight) == losses(resumed) and len(losses(straight)) == 10
     expected = weights(straight)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())

@@ -98,17 +98,17 @@ def as_floats(image: Decoded) -> Tensor:
 
 class Sample(NamedTuple):
     """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; the images that could not; the number
-    of its class, where images have one; and whether the image had fewer pixels there than the crop has."""
+    of its class or which labels it has, if images have any; and whether the image had fewer pixels there than the crop has."""
 
     image: Tensor | None
     unreadable: tuple[str, ...]
-    label: int = -1
+    label: int | list[bool] = -1
     is_enlarged: bool = False
 
 
 class Batch(NamedTuple):
     """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; those that
-    could not; (B,) int64, the numbers of their classes; and how many crops were enlarged."""
+    could not; with the images, (B,) int64, their classes, or (B, labels) bool; and how many crops were enlarged."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]
@@ -128,7 +128,7 @@ class CropDataset(Dataset[Sample]):
         background: the colour that transparent images are laid on.
         flip: whether half of the crops are mirrored.
         augment: further changes of a crop, from Pillow image or tensor to the same, by torch's generator.
-        labels: (N,) int64, the number of each image's class, if there are classes.
+        labels: (N,) int64, the number of each image's class, or (N, labels) bool, if there are labels.
         reduced_jpeg: whether JPEG files are decoded at a half, a quarter or an eighth of their size where the crop still has
             as many pixels as it needs.
 
@@ -177,7 +177,7 @@ class CropDataset(Dataset[Sample]):
                     unreadable.append(str(error))
                     continue
                 crop = self.rest(crop)
-            label = -1 if self.labels is None else int(self.labels[number])
+            label = -1 if self.labels is None else self.labels[number].tolist()
             is_enlarged = box.height < self.size[0] or box.width < self.size[1]
             # Bicubic interpolation may overshoot.
             return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable), label, is_enlarged)
@@ -306,9 +306,10 @@ def collate(samples: list[Sample]) -> Batch:
     unreadable = tuple(path for sample in samples for path in sample.unreadable)
     if len({image.dtype for image in images}) > 1:
         images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
-    labels = torch.tensor([sample.label for sample in samples])
     enlarged = sum(sample.is_enlarged for sample in samples)
-    return Batch(torch.stack(images) if len(images) == len(samples) else None, unreadable, labels, enlarged)
+    if len(images) < len(samples):
+        return Batch(None, unreadable, None, enlarged)
+    return Batch(torch.stack(images), unreadable, torch.tensor([sample.label for sample in samples]), enlarged)
 
 
 def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> Loader:

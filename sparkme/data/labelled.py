@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,25 +17,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from sparkme.data.copies import first_copies, first_links
 from sparkme.data.dataset import Sample, as_source, collate
 from sparkme.data.handover import Loader
 from sparkme.data.images import load_image, printable
-from sparkme.data.sources import Files, ImageSource, find_source
-from sparkme.data.sources.files import Names, list_folder
-from sparkme.errors import UserError, first_line
+from sparkme.data.label_columns import TRAIN, VAL, read_label_columns
+from sparkme.data.sources import LISTS, Columns, Files, ImageSource, find_source
+from sparkme.data.sources.files import Names, is_image, look_through
+from sparkme.data.sources.left_out import LeftOut, is_passed_over
+from sparkme.data.sources.table import open_table
+from sparkme.errors import UserError
 from sparkme.training.random import derived_seed
-
-TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "testing", "eval", "dev")  # of any case
 
 
 @dataclass
 class Labelled:
-    """Images and the number of each one's class.
+    """Images, and the number of each one's class or which labels each one has.
 
     Attributes:
         images: where they are.
-        labels: (N,) int64.
-        classes: what the numbers stand for.
+        labels: (N,) int64, or (N, classes) bool where an image may have several.
+        classes: what the numbers or the columns stand for.
     """
 
     images: ImageSource
@@ -44,14 +48,33 @@ class Labelled:
         return len(self.images)
 
     @property
+    def has_several(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
+
+    @property
     def paths(self) -> list[Path]:
         """Of images that are files."""
         assert isinstance(self.images, Files)
         return [self.images.path(i) for i in range(len(self))]
 
+    def name(self, number: int) -> str:
+        """Of an image, with its class."""
+        labels = compress(self.classes, self.labels[number]) if self.has_several else [self.classes[int(self.labels[number])]]
+        return f"{self.images.name(number)} ({', '.join(map(printable, labels))})"
+
+    def differ(self, numbers: Tensor, others: Tensor) -> Tensor:
+        """(N,) bool, whether the labels of images are not those of others."""
+        return (self.labels[numbers] != self.labels[others]).view(len(numbers), -1).any(1)
+
     def members(self, label: int) -> Tensor:
         """The numbers of a class's images."""
-        return (self.labels == label).nonzero().flatten()
+        return (self.labels[:, label] if self.has_several else self.labels == label).nonzero().flatten()
+
+    @property
+    def counts(self) -> Tensor:
+        """(classes,) int64, how many images each has."""
+        return self.labels.sum(0) if self.has_several else torch.bincount(self.labels, minlength=len(self.classes))
 
     def subset(self, numbers: Tensor) -> Labelled:
         return Labelled(self.images.subset(numbers.tolist()), self.labels[numbers], self.classes)
@@ -60,8 +83,10 @@ class Labelled:
         """The numbers of `count` images of each class, drawn at random.
 
         Raises:
-            UserError: a class has fewer.
+            UserError: a class has fewer; or images have several labels.
         """
+        if self.has_several:
+            raise UserError(f"--shots {count} draws images of each class, and these have several labels each; leave it out")
         chosen = []
         if count < 1:
             raise UserError(f"--shots {count} must be at least 1")
@@ -84,29 +109,43 @@ class Split(NamedTuple):
     val: Labelled
     note: str
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is said once, at the start."""
+        remarks = [*dict.fromkeys(self.train.images.remarks + self.val.images.remarks)]
+        if self.val.has_several and not self.val.counts.all():
+            names = ", ".join(compress(self.val.classes, self.val.counts == 0))
+            remarks.append(f"no image to measure on has these labels, and the mean leaves them out: {names[:300]}")
+        return remarks
+
 
 def find_labelled(
     where: Path | str,
-    labels: Path | None = None,
+    labels: str | None = None,
     *,
+    label_separator: str | None = None,
     val_share: float = 0.2,
     seed: int = 0,
     flag: str = "--data",
     root: Path | None = None,
     cache: Path | None = None,
     cache_gib: float = 50.0,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> Split:
     """Labelled images, split into those to learn from and those to measure on.
 
     Args:
-        where: a folder with a folder for each class, or with folders `train` and `val` of that kind; a .csv file; or any other
+        where: a folder with a folder for each class, or with folders `train` and `val` of that kind; a table; or any other
             source that has labels, see `sparkme.data.sources`.
-        labels: a .csv file of `path,label`, the paths below `where`; a third column may say `train` or `val`.
+        labels: a table of `path,label`, the paths below `where`; a third column may say `train` or `val`. Or, of the table
+            `where`, the columns with labels, with commas between them: of several each image may have several labels.
+        label_separator: what parts several labels in a cell of a table; see `read_label_columns`.
         val_share: of each class, to measure on, where the data does not say.
         seed: of that choice.
         flag: what the data was given by, for messages.
         root: what the names in a .csv are below; its folder if None.
         cache, cache_gib: for shards.
+        columns: of Parquet.
 
     Raises:
         UserError: nothing of that kind is there; says what is expected.
@@ -115,59 +154,149 @@ def find_labelled(
         raise UserError(f"--val-share {val_share} is outside (0, 1)")
     data = Path(where)
     # Here and below not `data.is_file()`, which raises of a name that is too long.
-    if labels is None and data.suffix.lower() == ".csv" and os.path.isfile(data):
-        data, labels = root or data.parent, data
-    if labels is not None:
+    if data.suffix.lower() in LISTS and os.path.isfile(data):
+        columns.refuse(f"{flag} {data}")
+        return _from_table(root or data.parent, data, val_share, seed, labels, label_separator)
+    if labels is not None and (os.path.isfile(labels) or Path(labels).suffix.lower() in LISTS):
         if not os.path.isdir(data):
             raise UserError(f"{flag} {data} is not a folder, which --labels names images of")
-        return _from_table(data, labels, val_share, seed)
-    if not os.path.isdir(data) or not any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(data)):
-        return split(_from_source(str(where), cache, cache_gib, flag), val_share, seed)
-    folders = {entry.name.lower(): Path(entry) for entry in os.scandir(data) if entry.is_dir()}
-    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+        columns.refuse(str(labels))
+        return _from_table(data, Path(labels), val_share, seed, separator=label_separator)
+    if labels is not None or label_separator is not None:
+        given = f"--labels {labels}" if labels is not None else f"--label-separator {label_separator!r}"
+        raise UserError(f"{given} is for a table such as {flag} FILE.csv --root FOLDER, and {flag} {data} is none")
+    if not os.path.isdir(data) or not _folders_in(data):
+        return split(_from_source(str(where), cache, cache_gib, flag, columns), val_share, seed)
+    columns.refuse(f"{flag} {data}")
+    train, val, unused = _parts_of(data, flag)
     if train and not val and _has_classes(train):
         raise UserError(f"{flag} {data} has {train.name}, but no folder val beside it; make one, or pass {flag} {train}")
     if train and val:
         found = _from_folders(train, flag)
         other = _from_folders(val, flag, found.classes)
-        return Split(
-            found, other, f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
-        )
+        note = f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
+        return Split(found, other, note + (f"; not used: {', '.join(unused)}" if unused else ""))
     return split(_from_folders(data, flag), val_share, seed)
 
 
-def split(labelled: Labelled, val_share: float, seed: int) -> Split:
-    """Takes a share of every class away to measure on, at least one image of each.
+def _parts_of(data: Path, flag: str) -> tuple[Path | None, Path | None, list[str]]:
+    """The folders of a split that is there, if it is, and the names of others beside them.
 
     Raises:
-        UserError: a class has a single image.
+        UserError: two folders' names differ in case only.
     """
+    folders: dict[str, str] = {}
+    for name in _folders_in(data):
+        if name.lower() in (*TRAIN, *VAL) and (other := folders.get(name.lower())):
+            raise UserError(f"{flag} {data} has both {other} and {name}; leave one out")
+        folders[name.lower()] = name
+    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+    unused = [printable(name) for name in folders.values() if name not in (train, val)]
+    return data / train if train else None, data / val if val else None, unused
+
+
+def split(labelled: Labelled, val_share: float, seed: int) -> Split:
+    """Takes a share of every class away to measure on, at least one image of each. Images of the same content stay together.
+
+    Raises:
+        UserError: a class has a single image, and each image one class.
+    """
+    first = first_copies(labelled.images)
+    is_first = first == torch.arange(len(first))
+    copied = _describe_copies(labelled, first)
+    if labelled.has_several:
+        chosen = _draw_of_labels(labelled, is_first, val_share, seed)[first]
+    else:
+        chosen = _draw_of_classes(labelled, is_first, bool(copied), val_share, seed)[first]
+    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
+    kind = "label" if labelled.has_several else "class"
+    note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every {kind} (seed {seed})"
+    return Split(train, val, f"{note}, since the data names no split{copied}")
+
+
+def _draw_of_classes(labelled: Labelled, is_first: Tensor, has_copies: bool, val_share: float, seed: int) -> Tensor:
+    """(N,) bool, which images to measure on, of those that are no copies of others."""
     chosen = torch.zeros(len(labelled), dtype=torch.bool)
     for label, name in enumerate(labelled.classes):
         members = labelled.members(label)
+        members = members[is_first[members]]
         if len(members) < 2:
-            raise UserError(f"class {name!r} has {len(members)} image; it needs one to learn from and one to measure on")
+            which = " that is no copy" if has_copies else ""
+            raise UserError(f"class {name!r} has {len(members)} image{which}; it needs one to learn from and one to measure on")
         count = min(len(members) - 1, max(1, round(val_share * len(members))))
         chosen[members[_order(len(members), seed, "split", label)[:count]]] = True
-    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
-    note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every class (seed {seed})"
-    return Split(train, val, f"{note}, since the data names no split")
+    return chosen
+
+
+def _draw_of_labels(labelled: Labelled, is_first: Tensor, val_share: float, seed: int) -> Tensor:
+    """As `_draw_of_classes`, of the images of each label, the rarest first, and then of those without any. One of each stays to
+    learn from (Sechidis et al., ECML 2011, in short).
+
+    Raises:
+        UserError: there is no image to measure on.
+    """
+    chosen, is_learnt = torch.zeros(2, len(labelled), dtype=torch.bool)
+    labels = [labelled.labels[:, label] for label in labelled.counts.argsort(stable=True).tolist()]
+    for group, has in enumerate([*labels, ~labelled.labels.any(1)]):
+        members = (has & is_first).nonzero().flatten()
+        left = members[~(chosen | is_learnt)[members]]
+        wanted = max(1, round(val_share * len(members))) - int(chosen[members].sum())
+        count = max(0, min(wanted, len(left) - int(not is_learnt[members].any())))
+        left = left[_order(len(left), seed, "split", group)]
+        chosen[left[:count]] = True
+        is_learnt[left[count:]] = True
+    if not chosen.any():
+        raise UserError(f"{len(labelled)} images are too few to learn from some and to measure on others")
+    return chosen
+
+
+def _describe_copies(labelled: Labelled, first: Tensor) -> str:
+    """How many images are copies of others, in words, or ""."""
+    copies = (first != torch.arange(len(first))).nonzero().flatten()
+    if not len(copies):
+        return ""
+    odd = copies[labelled.differ(copies, first[copies])]
+    two = f", {len(odd)} of them of another class" if len(odd) else ""
+    shown = int(odd[0] if len(odd) else copies[0])
+    names = f"{labelled.name(shown)} of {labelled.name(int(first[shown]))}"
+    return f"; {len(copies)} images are copies of others{two}, such as {names}: copies stay on one side"
+
+
+def _refuse_two_labels(labelled: Labelled) -> None:
+    """Raises UserError for a file that links put into two classes."""
+    if not isinstance(labelled.images, Files):
+        return
+    first = first_links(labelled.images)
+    odd = labelled.differ(torch.arange(len(first)), first).nonzero().flatten()
+    if len(odd):
+        one, other = labelled.name(int(first[odd[0]])), labelled.name(int(odd[0]))
+        raise UserError(f"{one} and {other} are one file with two labels ({len(odd)} such in all); leave one out of each pair")
 
 
 def _has_classes(folder: Path) -> bool:
     """Whether it holds folders, and nothing but folders."""
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    entries = [entry for entry in os.scandir(folder) if not is_passed_over(entry.name)]
     return len(entries) > 1 and all(entry.is_dir() for entry in entries)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if not is_passed_over(entry.name) and os.path.isdir(entry))
 
 
 def split_digest(train: Labelled, val: Labelled) -> str:
     """Twelve digits that change with the images' names, their classes, and which of them are to learn from."""
     parts = [
-        (*_last_names(part.images, i), part.classes[label], name)
+        (*_last_names(part.images, i), _names_of(part, label), name)
         for name, part in (("train", train), ("val", val))
         for i, label in enumerate(part.labels.tolist())
     ]
-    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:12]
+    order = [train.classes] if train.has_several else []  # that of classes is the alphabet's
+    return hashlib.sha256(repr(parts + order).encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def _names_of(part: Labelled, label: int | list[bool]) -> str | list[str]:
+    """Of a class, or of all labels of an image."""
+    return [*compress(part.classes, label)] if isinstance(label, list) else part.classes[label]
 
 
 def _last_names(images: ImageSource, number: int) -> tuple[str, ...]:
@@ -175,13 +304,15 @@ def _last_names(images: ImageSource, number: int) -> tuple[str, ...]:
     return images.path(number).parts[-2:] if isinstance(images, Files) else (os.path.basename(images.name(number)),)
 
 
-def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str) -> Labelled:
-    source = find_source(where, cache=cache, cache_gib=cache_gib, flag=flag)
+def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str, columns: Columns) -> Labelled:
+    source = find_source(where, cache=cache, cache_gib=cache_gib, flag=flag, columns=columns)
     try:
         labels, classes = source.labels()
     except ValueError as error:
         more = "; each class needs a folder, or pass --labels FILE.csv with lines of path,label" if Path(where).is_dir() else ""
         raise UserError(f"{flag} {error}{more}") from error
+    if not bool((labels >= 0).all()):
+        source, labels = source.subset((labels >= 0).nonzero().flatten().tolist()), labels[labels >= 0]
     used, labels = torch.unique(labels, return_inverse=True)  # a part of a data set may name more classes than it has
     classes = [classes[i] for i in used.tolist()]
     if len(classes) < 2:
@@ -193,75 +324,66 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
     """The first folder below is the class, whatever is below that; `known` are the classes there may be."""
     names: list[str] = []
     labels: list[int] = []
+    problems: list[str] = []
     classes = list(known or [])
-    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
-        try:
-            found = [os.path.join(name, image) for image in list_folder(folder / name).names]
-        except UserError:  # an empty one
+    left_out = LeftOut(
+        Counter(entry.name for entry in os.scandir(folder) if is_passed_over(entry.name) and os.path.isdir(entry))
+    )
+    if loose := sum(is_image(entry.name) for entry in os.scandir(folder) if os.path.isfile(entry)):
+        problems.append(f"{loose} image{'s' * (loose > 1)} in no folder of a class")
+    for name in _folders_in(folder):
+        listed = look_through(folder / name)
+        left_out.add(listed.left_out)
+        problems += listed.problems
+        if not listed:
+            problems.append(f"the folder {printable(name)}, which has no images")
             continue
+        images = [os.path.join(name, image) for image in listed.names]
         if known is None:
             classes.append(name)
         elif name not in known:
             raise UserError(f"{flag}: {folder} has a class {name!r} that the images to learn from do not have")
-        labels += [classes.index(name)] * len(found)
-        names += found
+        labels += [classes.index(name)] * len(images)
+        names += images
     if len(classes) < 2:
         raise UserError(
             f"{flag} {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
-            "with lines of path,label"
+            f"with lines of path,label{''.join(f'; {line}' for line in left_out.lines)}"
         )
     if not names:
         raise UserError(f"{flag}: {folder} has no images in folders of classes")
-    return Labelled(Files(folder, Names.pack(names), str(folder)), torch.tensor(labels), classes)
+    found = Labelled(
+        Files(folder, Names.pack(names), str(folder), problems=problems, left_out=left_out), torch.tensor(labels), classes
+    )
+    _refuse_two_labels(found)
+    return found
 
 
-def _from_table(root: Path, table: Path, val_share: float, seed: int) -> Split:
-    rows = list(_rows(root, table))
-    classes = sorted({label for _, label, _ in rows})
-    if len(classes) < 2:
-        raise UserError(f"{table} has {len(classes)} different labels; it takes two or more, in lines of path,label")
-    number = {name: i for i, name in enumerate(classes)}
-    images = Files.of([path for path, _, _ in rows])
-    labelled = Labelled(images, torch.tensor([number[label] for _, label, _ in rows]), classes)
-    parts = [part for _, _, part in rows]
-    if not any(parts):
-        return split(labelled, val_share, seed)
-    if (bad := next((part for part in parts if part not in (*TRAIN, *VAL)), None)) is not None:
-        raise UserError(f"{table}: the third column says {bad!r}, not train or val")
-    is_val = torch.tensor([part in VAL for part in parts])
-    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~is_val, is_val))
-    if len(train) and (unknown := set(classes) - {classes[label] for label in train.labels.tolist()}):
-        raise UserError(f"{table}: class {min(unknown)!r} has no image to learn from")
+def _from_table(
+    root: Path, table: Path, val_share: float, seed: int, columns: str | None = None, separator: str | None = None
+) -> Split:
+    names = None if columns is None else [name.strip() for name in next(csv.reader([columns], skipinitialspace=True))]
+    rows = read_label_columns(open_table(table, root), names, separator)
+    images = Files(Path(os.path.abspath(root)), Names.pack(rows.images), str(table), notes=rows.notes)
+    labelled = Labelled(images, rows.labels, rows.classes)
+    _refuse_two_labels(labelled)
+    if rows.is_val is None:
+        return _with_labels(split(labelled, val_share, seed), table)
+    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~rows.is_val, rows.is_val))
     if not len(train) or not len(val):
-        raise UserError(f"{table}: the third column has {len(train)} lines for train and {len(val)} for val")
-    return Split(train, val, f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on")
+        raise UserError(f"{table} has {len(train)} lines for train and {len(val)} for val; both need some")
+    if not labelled.has_several and (unknown := set(rows.classes) - {rows.classes[label] for label in train.labels.tolist()}):
+        raise UserError(f"{table}: class {min(unknown)!r} has no image to learn from")
+    note = f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on"
+    return _with_labels(Split(train, val, note), table)
 
 
-def _rows(root: Path, table: Path) -> Iterator[tuple[Path, str, str]]:
-    """Path, label and part of every line; the first one may be a head."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, line) for line in reader if line]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{table} cannot be read as a .csv file: {first_line(error)}") from error
-    if lines and [word.strip().lower() for word in lines[0][1][:2]] == ["path", "label"]:
-        del lines[0]
-    top, seen = Path(os.path.abspath(root)), dict[Path, int]()
-    for number, line in lines:
-        if len(line) not in (2, 3) or not line[0].strip() or not line[1].strip():
-            raise UserError(f"{table}: line {number} is not path,label: {','.join(line)[:80]!r}")
-        # Links may lead out of the folder, as those of any folder of images; names may not.
-        path = Path(os.path.abspath(top / line[0].strip()))
-        if not path.is_relative_to(top):
-            raise UserError(f"{table}: line {number} names {line[0]!r}, which lies outside of {root}")
-        if not path.is_file():
-            head = "; a head must be path,label" if number == 1 else ""
-            raise UserError(f"{table}: line {number} names {line[0]!r}, and there is no such file in {root}{head}")
-        if path in seen:
-            raise UserError(f"{table}: line {number} names {line[0]!r} again, after line {seen[path]}; leave one out")
-        seen[path] = number
-        yield path, line[1].strip(), (line[2].strip().lower() if len(line) == 3 else "")
+def _with_labels(found: Split, table: Path) -> Split:
+    """Refuses a part whose images have no labels at all, where images may have none."""
+    for part, purpose in ((found.train, "learn from"), (found.val, "measure on")):
+        if not part.counts.any():
+            raise UserError(f"{table}: none of the {len(part)} images to {purpose} has a label")
+    return found
 
 
 def _order(count: int, seed: int, purpose: str, label: int) -> Tensor:
@@ -331,9 +453,9 @@ def _collate(samples: list[NumberedSample]) -> WholeBatch:
 
 def class_counts(labelled: Labelled) -> str:
     """For people: how many classes, and how many images they have."""
-    counts = torch.bincount(labelled.labels, minlength=len(labelled.classes))
+    counts, kind = labelled.counts, "labels" if labelled.has_several else "classes"
     few, many = int(counts.argmin()), int(counts.argmax())
     if counts[few] == counts[many]:
-        return f"{len(labelled.classes)} classes of {counts[few]} images each"
+        return f"{len(labelled.classes)} {kind} of {counts[few]} images each"
     names = [printable(Path(labelled.classes[i])) for i in (few, many)]
-    return f"{len(labelled.classes)} classes of {counts[few]} ({names[0]}) to {counts[many]} ({names[1]}) images"
+    return f"{len(labelled.classes)} {kind} of {counts[few]} ({names[0]}) to {counts[many]} ({names[1]}) images"

@@ -32,9 +32,10 @@ PICTURE_BYTES, ALL_BYTES = 600_000, 7_000_000  # of a picture, and of all; a pag
 READ_BYTES, READ_PIXELS = 64 * 2**20, 50e6  # that a picture file may have
 MOST_ROWS, MOST_SETTINGS = 2000, 600  # of the notes, and of the settings, of all runs together, if that is enough
 
-SHARES = ("knn", "top1", "top5", "accuracy")  # parts of the names of measurements from 0 to 1
+SHARES = ("knn", "top1", "top5", "accuracy", "val_map")  # parts of the names of measurements from 0 to 1
 TITLES = {"loss": "loss", "knn": "kNN accuracy", "val_top1": "top-1 accuracy", "val_top5": "top-5 accuracy",
           "val_top1_average": "top-1 accuracy, averaged weights", "val_top5_average": "top-5 accuracy, averaged weights",
+          "val_map": "mean average precision", "val_map_average": "mean average precision, averaged weights",
           "learning_rate": "learning rate", "images_per_s": "images per second", "gradient_norm": "gradient norm",
           "loader_wait": "time spent waiting for images", "memory_gib": "memory", "weight_decay": "weight decay",
           "step_ms": "time of a step", "not_finite": "steps that were not finite"}  # fmt: skip
@@ -664,7 +665,7 @@ def _chart(runs: Sequence[Run], names: list[str]) -> Chart | None:
     largest = max(abs(value) for curve in curves for value in curve.values)
     return Chart(
         name=name if len(names) == 1 else "measured",
-        title=("accuracy" if len(names) > 1 else _title(name)) + (f", {unit.strip()}" if unit else ""),
+        title=("accuracy" if len(names) > 1 and name != "val_map" else _title(name)) + (f", {unit.strip()}" if unit else ""),
         unit=unit,
         curves=curves,
         from_zero=name
@@ -830,7 +831,7 @@ def _results(run: Run, pictures: Pictures, heading: str, most_bytes: int) -> str
     if isinstance(best, dict):
         said = [
             f"{_title(f'val_{name}')} {_percent(value)}"
-            for name in ("top1", "top5")
+            for name in ("top1", "top5", "map")
             if (value := number(best.get(name))) is not None
         ]
         if (epoch := number(best.get("epoch"))) is not None:
@@ -843,7 +844,8 @@ def _results(run: Run, pictures: Pictures, heading: str, most_bytes: int) -> str
             parts.append(f'<p class="small">confusion.png cannot be read: {escape(picture)}</p>')
         else:
             parts.append(_img(picture, f"how often each class of {run.name} was taken for each"))
-    classes = results.get("of_each_class")
+    measured = "right" if "of_each_class" in results else "average precision"
+    classes = results.get("of_each_class", results.get("average_precision"))
     if isinstance(classes, dict):
         known = [(name, share) for name, value in classes.items() if (share := number(value)) is not None and 0 <= share <= 1]
         known.sort(key=lambda item: item[1])
@@ -853,7 +855,7 @@ def _results(run: Run, pictures: Pictures, heading: str, most_bytes: int) -> str
             for name, share in known[:100]
         ]
         more = f", the lowest 100 of {len(known)}" if len(known) > 100 else ""
-        table = _table([_th("class"), _th(""), _th("right", "number")], rows)
+        table = _table([_th("class"), _th(""), _th(measured, "number")], rows)
         parts.append(f"<details{' open' if len(known) <= 20 else ''}><summary>each class{more}</summary>\n{table}</details>")
         parts.append(_mistakes(results.get("confusion"), [*classes]))
     if not any(parts):

@@ -163,6 +163,7 @@ def _check_last(calls: list[_Call], last: Tap, branches: frozenset[str]) -> None
         c.module
         for c in calls
         if c.gives(last.stride)
+        and c.module != last.module
         and not any(parent.gives(last.stride) for parent in c.parents)  # its module hands out what becomes of it
         and any(f"{c.module}.".startswith(f"{b}.") for b in branches)
     ]
@@ -179,6 +180,12 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
     if any(call.is_window and call.unaligned for call in calls):
         leaves = [c for c in calls if c.unaligned and not any(o.unaligned and c in o.parents for o in calls)]
         bad, (h, w) = leaves[0], (_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
+        steps = getattr(model.get_submodule(bad.module), "stride", 1)
+        if not isinstance(steps, int) and len({*steps}) > 1:
+            raise ValueError(
+                f"{name} cannot be aligned to a grid of patches: its layer {bad.module!r} has the stride {tuple(steps)}, and "
+                "height and width have to shrink alike; give it one stride for both"
+            )
         raise ValueError(
             f"{name} cannot be aligned to a grid of patches: of an image of {h}x{w} pixels its layer {bad.module!r} makes "
             f"{'x'.join(map(str, bad.unaligned))}; pad what is not padded, so that a layer of stride s, a power of two, makes "

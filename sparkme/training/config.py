@@ -121,9 +121,12 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--data",
         type=source_argument,
+        nargs="+",
+        action="extend",
         metavar="SOURCE",
         help="images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
-        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset (scikit-image's photographs)",
+        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset; or several of these, whose images come "
+        "together (scikit-image's photographs)",
     )
     add_source(group)
     group.add_argument(
@@ -396,6 +399,17 @@ def add_source(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shard-cache-gib", type=float, default=50.0, metavar="G", help="that the copies may take together (%(default)s)"
     )
+    group.add_argument(
+        "--max-pixels", type=int, metavar="N", help="of an image; with more it counts as unreadable (178956970, Pillow's limit)"
+    )
+    group.add_argument(
+        "--image-column", metavar="NAME", help="of Parquet: what has the bytes of images (found by its name and type)"
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of Parquet: what has the labels (label, labels, cls or class, whichever is there)",
+    )
 
 
 def add_reduced_jpeg(group: argparse._ArgumentGroup) -> None:
@@ -419,6 +433,7 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=source_argument,
         required=True,
+        action=_Once,
         metavar="LABELLED",
         help="a folder with a folder of images for each class, or with folders train and val of that kind; a .csv; tar shards "
         "with .cls or .json; Parquet with a column label; or package.module:dataset with `targets`",
@@ -426,9 +441,16 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
     add_source(group)
     group.add_argument(
         "--labels",
-        type=path_argument,
-        metavar="FILE",
-        help=".csv with lines of path,label for images in --data; a third column may say train or val",
+        type=source_argument,
+        metavar="FILE_OR_COLUMNS",
+        help="a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data "
+        "is a table, the column with labels. Several, with commas between, of 0 and 1 or of names: several labels an image "
+        "(finetune only)",
+    )
+    group.add_argument(
+        "--label-separator",
+        metavar="TEXT",
+        help="what parts several labels of an image in a table, such as '|' (finetune only); '' if each cell is one class",
     )
     group.add_argument(
         "--val-share",
@@ -437,6 +459,15 @@ def add_labelled_data(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="share of each class to measure on, where the data names no split (%(default)s)",
     )
+
+
+class _Once(argparse.Action):
+    """A flag of which the second would otherwise take the place of the first, in silence."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice; link the folders of classes into one folder, or name images in a .csv")
+        setattr(namespace, self.dest, values)
 
 
 LARGEST = 2**63  # of any number: what a float32 and an int64 hold
@@ -504,14 +535,16 @@ def resolve_config(
 
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
     config |= {
-        name: str(value) if (value := getattr(args, name)) else None
-        for name in ("data", "root", "shard_cache", "init", "probe_data")
+        name: str(value) if (value := getattr(args, name)) else None for name in ("root", "shard_cache", "init", "probe_data")
     }
+    config["data"] = args.data[0] if isinstance(args.data, list) and len(args.data) == 1 else args.data
     config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images, "processes": process.world}
     if (args.weights_key or args.adapt_stem) and not args.init:
         raise UserError("--weights-key and --adapt-stem say how --init is read, which is missing")
     if args.probe_epochs is not None and not args.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
+    if args.label_column is not None and not args.probe_data:
+        raise UserError("--label-column needs --probe-data: pretraining itself takes no labels")
     config["recipe"], config["recipe_reason"] = choose_recipe(args.recipe, num_images, saved)
     recipe = RECIPES[config["recipe"]]
     fill_in(config, recipe.defaults)

@@ -31,6 +31,7 @@ from sparkme.training.config import (
     path_argument,
 )
 from sparkme.training.distributed import Process
+from sparkme.training.target import SEVERAL_LABELS
 
 SMALL_SET = 10_000  # images to learn from, below which the recipe `small` is the default
 
@@ -164,7 +165,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--layer-decay", type=float, metavar="D", help="rate of a layer over that of the next (1 from scratch)")
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--clip-grad", type=float, help="largest gradient norm; 0 for no limit")
-    group.add_argument("--loss", choices=("ce", "bce"), help="cross entropy, or binary cross entropy of every class")
+    group.add_argument(
+        "--loss", choices=("ce", "bce"), help="cross entropy, or binary cross entropy of every class (bce of several labels)"
+    )
     group.add_argument("--smoothing", type=float, help="label smoothing")
 
     group = parser.add_argument_group("machine")
@@ -209,8 +212,8 @@ def resolve_config(
 
     Args:
         args: the command line.
-        known: `model`, `num_train_images`, `num_val_images`, `num_classes`, and what the weights expect: `channels`, `mean`,
-            `std`, `background`, `input_size` or None.
+        known: `model`, `num_train_images`, `num_val_images`, `num_classes`, `several_labels`, and what the weights expect:
+            `channels`, `mean`, `std`, `background`, `input_size` or None.
         norm: the network's kind, `bn` or `ln`.
         process: this process.
         saved: the configuration of the run to continue.
@@ -243,6 +246,9 @@ def resolve_config(
         fill_in(config, {"epochs": max(SMALL_EPOCHS, math.ceil(SMALL_STEPS / steps))})
         fill_in(config, {"warmup_epochs": config["epochs"] / 10, "eval_epochs": max(1, config["epochs"] // 20)})
     defaults = recipe.defaults | ({"layer_decay": 1.0} if args.from_scratch else {})
+    if known["several_labels"]:
+        defaults |= SEVERAL_LABELS
+        why += "; of several labels an image: binary cross entropy, without mixup, cutmix and label smoothing"
     config["ema_warmup"] = defaults["ema_warmup"]
     fill_in(config, defaults)
     fill_in(config, {"workers": default_workers(), "max_unreadable": max(10, num_train // 100)})
@@ -252,7 +258,17 @@ def resolve_config(
         on_gpu = process.device.type == "cuda" and torch.cuda.is_bf16_supported()
         config["precision"] = "bf16" if on_gpu else "float32"
     _check(config, process.world)
+    if known["several_labels"]:
+        _check_several(config)
     return config, recipe.source + why
+
+
+def _check_several(config: dict[str, Any]) -> None:
+    for name, value in SEVERAL_LABELS.items():
+        if config[name] != value:
+            raise UserError(
+                f"{flag_of(name)} {config[name]} is for images with one class, and these have several labels; leave it out"
+            )
 
 
 def _choose_size(config: dict[str, Any], args: argparse.Namespace, known: dict[str, Any]) -> None:

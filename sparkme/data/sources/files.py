@@ -1,4 +1,4 @@
-"""Lists of image files: any folder, as fast as the disk says its names, or a text file; in little memory.
+"""Lists of image files: any folder, as fast as the disk says its names, in little memory.
 
 A million Python strings take 100 MB, and again in every process that loads images, since counting references copies the pages
 that were shared. Here all names are one NumPy array, which processes that fork share for good.
@@ -6,25 +6,31 @@ that were shared. Here all names are one NumPy array, which processes that fork 
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO, overload
+from typing import overload
 
 import numpy as np
 from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
-from sparkme.data.sources.base import ImageSource
+from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
+from sparkme.data.sources.left_out import (
+    EXTENSIONS,
+    LeftOut,
+    advice,
+    begins_like_image,
+    is_passed_over,
+    passed_over_in,
+    suffix_of,
+)
 from sparkme.errors import UserError, first_line
 from sparkme.interop.files import replaced_when_whole
-
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
@@ -32,9 +38,8 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field
 
 
 INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 _SETTLED_S = 2.0  # a clock's tick, at most: what changes within the same one has the same time
-_LONGEST_LINE = 2**16  # of a list
 
 
 class Names(Sequence[str]):
@@ -78,13 +83,17 @@ class Files(ImageSource):
         description: for people.
         folders: that were looked through, with the times of their last change in ns; what an index is valid for.
         problems: folders that could not be looked through.
+        left_out: what was passed over.
+        notes: what was read otherwise than it is written.
     """
 
     def __init__(
         self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None,
-        problems: Sequence[str] = (),
+        problems: Sequence[str] = (), left_out: LeftOut | None = None, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.root, self.names, self.description, self.folders, self.problems = root, names, description, folders, problems
+        self.left_out = left_out or LeftOut()
+        self.notes = [*notes, *self.left_out.lines]
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Files:
@@ -104,8 +113,17 @@ class Files(ImageSource):
     def name(self, number: int) -> str:
         return printable(self.path(number))
 
+    def glimpse(self, number: int) -> int:
+        with self.path(number).open("rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - GLIMPSE))
+            return digest(size, file.read(GLIMPSE))
+
     def subset(self, numbers: Sequence[int]) -> Files:
-        return Files(self.root, Names.pack(self.names[i] for i in numbers), self.description)
+        names = Names.pack(self.names[i] for i in numbers)
+        files = Files(self.root, names, self.description, problems=self.problems)
+        files.left_out, files.notes = self.left_out, self.notes
+        return files
 
     def write_index(self, path: Path) -> None:
         """Keeps the list of a folder with many files for the next start.
@@ -119,13 +137,15 @@ class Files(ImageSource):
         with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file, version=_INDEX_VERSION, root=str(self.root.absolute()), text=self.names.text, ends=self.names.ends,
-                folders_text=folders.text, folders_ends=folders.ends, times=times,
+                folders_text=folders.text, folders_ends=folders.ends, times=times, left_out=self.left_out.to_json(),
             )  # fmt: skip
 
 
 def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:
-    """All images below a folder, see `list_folder`."""
+    """All images below a folder, see `list_folder`; says what is left out."""
     files = list_folder(folder, leave_out, flag=flag)
+    for remark in files.remarks:
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     return [folder / name for name in files.names]
 
 
@@ -145,10 +165,20 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
         raise UserError(f"{flag} {folder} is not a folder")
     if index is not None and (known := _read_index(index, folder)) is not None:
         return known
+    files = look_through(folder, leave_out)
+    if not files:
+        why = "".join(f"; {line}" for line in files.remarks)
+        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too){why}")
+    return files
+
+
+def look_through(folder: Path, leave_out: Path | None = None) -> Files:
+    """The images below a folder, see `list_folder`, and what else was there; there may be none."""
     names: list[str] = []
     folders: list[str] = []
     times: list[int] = []
     problems: list[str] = []
+    left_out = LeftOut()
     settled = time.time_ns() - int(_SETTLED_S * 1e9)
     seen: set[str] = {os.path.realpath(leave_out)} if leave_out else set()
     with tqdm(desc=f"listing {folder}"[:60], unit=" files", delay=2, disable=not sys.stderr.isatty()) as bar:
@@ -167,30 +197,42 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
                     for entry in entries:
                         name = os.path.join(below, entry.name)
                         if _is_folder(entry):
-                            if not entry.name.startswith("."):  # thumbnails, checkpoints of notebooks
+                            if is_passed_over(entry.name):  # thumbnails, what was deleted, checkpoints of notebooks
+                                left_out.folders[entry.name] += 1
+                            else:
                                 found.append(name)
-                        elif _is_image(entry.name) and (_is_broken_link(entry) or entry.is_file()):
+                        elif is_image(entry.name) and (_is_broken_link(entry) or entry.is_file()):
                             names.append(name)
+                        elif not entry.name.startswith(".") and _is_file(entry):
+                            suffix = suffix_of(entry.name)
+                            if not suffix and begins_like_image(entry.path):
+                                names.append(name)
+                            else:
+                                left_out.suffixes[suffix] += 1
                 folders.append(below)
                 times.append(changed if changed < settled else -1)  # which never is the time of a folder
             except OSError as error:  # a folder of another user
                 problems.append(f"images in {printable(where)}: {first_line(error)}")
             waiting += sorted(found, reverse=True)  # so that of several links to a folder the same one counts everywhere
             bar.update(len(names) - before)
-    if not names:
-        why = f"; left out: {problems[0]}" if problems else ""
-        raise UserError(f"{flag} {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))}, in subfolders too){why}")
     names.sort(key=lambda name: name.replace(os.sep, "\0"))  # as paths compare: folder by folder
-    return Files(folder, Names.pack(names), str(folder), (Names.pack(folders), np.array(times, dtype=np.int64)), problems)
+    looked = Names.pack(folders), np.array(times, dtype=np.int64)
+    return Files(folder, Names.pack(names), str(folder), looked, problems, left_out)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     with suppress(OSError):  # a link to itself
         return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return entry.is_file()
     return False
 
 
@@ -211,67 +253,38 @@ def _read_index(path: Path, folder: Path) -> Files | None:
             if kept["version"] != _INDEX_VERSION or str(kept["root"]) != str(folder.absolute()):
                 return None
             folders, times = Names(kept["folders_text"], kept["folders_ends"]), kept["times"]
-            names = Names(kept["text"], kept["ends"])
+            names, left_out = Names(kept["text"], kept["ends"]), LeftOut.from_json(str(kept["left_out"]))
         for below, known in zip(folders, times.tolist(), strict=True):
             if _changed(os.path.join(folder, below)) != known:
                 return None
     except Exception:  # there is none, or it is damaged: then the list is made anew
         return None
-    return Files(folder, names, str(folder), (folders, times))
-
-
-def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> Files:
-    """Images that a text file names, one in a line, or the first column of a .csv file; relative to a root.
-
-    Args:
-        path: the file.
-        root: the folder that the names are below; the file's own if None.
-        flag: what the file was given by, for messages.
-
-    Raises:
-        UserError: it cannot be read, names nothing, or names something outside of the root.
-    """
-    root = path.parent if root is None else root
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = Names.pack(_entries(file, path, root, flag))
-    except UserError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
-    if not names:
-        raise UserError(f"{flag} {path} names no images")
-    if not any(os.path.isfile(root / name) for name in names[:16]):
-        raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
-    return Files(root, names, f"{path}")
-
-
-def _entries(file: TextIO, path: Path, root: Path, flag: str) -> Iterator[str]:
-    top = os.path.abspath(root)
-    is_table = path.suffix.lower() == ".csv"
-    lines = _lines(file)
-    rows = csv.reader(lines) if is_table else ([line.rstrip("\r\n")] for line in lines)
-    for number, row in enumerate(rows, 1):
-        if not row or not row[0].strip() or (is_table and number == 1 and row[0].strip().lower() == "path"):
-            continue
-        name = row[0].strip() if is_table else row[0]
-        if "\0" in name or not inside(top, name):
-            raise UserError(f"{flag} {path}: line {number} names {name[:80]!r}, which lies outside of {root}; see --root")
-        yield os.path.normpath(name)  # which is what was looked at: behind a link, .. would lead elsewhere
-
-
-def _lines(file: TextIO) -> Iterator[str]:
-    """Of a file that may be no text at all, and then one line as a whole."""
-    while line := file.readline(_LONGEST_LINE):
-        if len(line) == _LONGEST_LINE:
-            raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
-        yield line
+    return Files(folder, names, str(folder), (folders, times), left_out=left_out)
 
 
 def inside(top: str, name: str) -> bool:
     """Whether a name, relative or absolute, is of something below an absolute folder; links may lead anywhere."""
     joined = os.path.normpath(os.path.join(top, name))
     return joined.startswith(top.rstrip(os.sep) + os.sep)
+
+
+def without_others(files: Files) -> Files:
+    """Of the files of a list those that are in no folder that a system keeps for itself, and of no kind that is known to be
+    none of images."""
+    top, left_out, kept = os.path.abspath(files.root), LeftOut(), list[str]()
+    for name in files.names:
+        below = os.path.relpath(name, top) if os.path.isabs(name) else name
+        if (folder := passed_over_in(below, hidden=False)) is not None:
+            left_out.files[folder] += 1
+        elif advice(suffix := suffix_of(name)):
+            left_out.suffixes[suffix] += 1
+        else:
+            kept.append(name)
+    if not kept:
+        raise UserError(f"{files.description} names no images; {'; '.join(left_out.lines)}")
+    if not left_out.lines:
+        return files
+    return Files(files.root, Names.pack(kept), files.description, left_out=left_out, notes=files.notes)
 
 
 def demo_photographs() -> list[Path]:

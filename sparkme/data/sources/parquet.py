@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +27,29 @@ BATCH_ROWS = 16
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "content"), ("label", "labels", "cls", "class")
 
 
+class Columns(NamedTuple):
+    """The columns of a Parquet file that have the images and the labels, where they are named."""
+
+    image: str | None = None
+    label: str | None = None
+
+    def refuse(self, where: str) -> None:
+        """Raises UserError if a column is named of what has none."""
+        if any(self):
+            raise UserError(f"--{'image' if self.image else 'label'}-column is for Parquet files, and {where} is none")
+
+
+class Place(NamedTuple):
+    """Where a Parquet file has the bytes of images: the path of what is read, and the fields (or 0, of a list) to go down from
+    a value of its column."""
+
+    path: str
+    steps: tuple[str | int, ...]
+
+
 class ParquetImages(ImageSource):
-    """The rows of Parquet files; a column has the bytes, by itself or as the field `bytes` of a struct.
+    """The rows of Parquet files; a column has the bytes, by itself, as the field `bytes` of a struct, or in lists, of each of
+    which the first counts.
 
     Images are read by row groups. Those of an epoch come in random order, and as many as fit into memory are shuffled among
     each other, so small row groups (some hundred images) give the better order.
@@ -33,36 +58,46 @@ class ParquetImages(ImageSource):
         paths: the files, in order.
         description: for people.
         flag: what they were given by, for messages.
+        columns: found by their names and types, where they are not named.
 
     Raises:
         UserError: pyarrow is not installed, or a file is not of that kind.
     """
 
-    def __init__(self, paths: list[Path], description: str, *, flag: str = "--data") -> None:
+    def __init__(
+        self, paths: list[Path], description: str, *, flag: str = "--data", columns: Columns = Columns(),  # noqa: B008
+    ) -> None:  # fmt: skip
         try:
             import pyarrow.parquet as parquet
         except ModuleNotFoundError:
             raise UserError(f"{flag} {description}: Parquet needs pyarrow: pip install 'sparkme[parquet]'") from None
-        self.paths, self.description = paths, description
-        groups, counts, largest = list[tuple[int, int]](), list[int](), 1
-        self.column = ""
+        self.paths, self.description, self.label_column = paths, description, columns.label
+        image_column = columns.image
+        groups, counts, largest, unread = list[tuple[int, int]](), list[int](), 1, 0
+        self.places: list[Place] = []  # of each file
         for i, path in enumerate(paths):
             try:
                 metadata = parquet.read_metadata(path)
                 schema = parquet.read_schema(path)
-                column = _image_column(schema)
+                name = image_column or _image_column(schema)
+                place = _place(schema, name) if name else None
             except Exception as error:  # pyarrow has many
                 raise UserError(f"{flag} {path} cannot be read as Parquet: {first_line(error)}") from error
-            if column is None or (self.column and column != self.column):
+            if place is None or name is None:
+                wanted = f"{name} that holds bytes" if name else "with the bytes of images"
                 raise UserError(
-                    f"{flag} {path} has no column {self.column or 'with the bytes of images'}; its columns: "
-                    f"{', '.join(schema.names[:8])}"
+                    f"{flag} {path} has no column {wanted}; its columns: {_described(schema)}; see --image-column, and take a "
+                    "list (.txt) for names of files"
                 )
-            self.column, self.schema = column, schema
+            image_column = name
+            self.places.append(place)
+            self.schema = schema
             for group in range(metadata.num_row_groups):
                 groups.append((i, group))
                 counts.append(metadata.row_group(group).num_rows)
                 largest = max(largest, metadata.row_group(group).total_byte_size)
+                unread += _num_values(metadata.row_group(group), place) - counts[-1]
+        self.notes = _notes(schema, str(image_column), unread, (*LABEL_COLUMNS, columns.label))
         if not sum(counts):
             raise UserError(f"{flag} {description} has no rows")
         if largest > MOST_GROUP_BYTES:
@@ -85,6 +120,8 @@ class ParquetImages(ImageSource):
         block = bisect_right(self._first, number) - 1
         try:
             content = self._column(block)[number - self._first[block]].as_py()
+            for step in self.places[self.groups[block, 0]].steps:
+                content = content[step] if content else None
         except Exception as error:
             raise OSError(f"{name}: {first_line(error)}") from error
         if not isinstance(content, bytes):
@@ -100,10 +137,7 @@ class ParquetImages(ImageSource):
         if block not in self._tables:
             file, group = self.groups[block].tolist()
             with parquet.ParquetFile(self.paths[file], memory_map=True) as opened:
-                column = _read(opened, group, self.column)
-            while str(column.type).startswith("struct"):
-                column = _field(column, "bytes")
-            self._tables[block] = column
+                self._tables[block] = _read(opened, group, self.places[file].path)
             while len(self._tables) > 2 and sum(kept.nbytes for kept in self._tables.values()) > CACHED_BYTES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(block)
@@ -115,38 +149,146 @@ class ParquetImages(ImageSource):
         return f"{printable(self.paths[file])}, row {number - self._first[block]} of group {group}"
 
     def labels(self) -> tuple[Tensor, list[str]]:
+        name = self.label_column or next((name for name in LABEL_COLUMNS if name in self.schema.names), None)
+        if name is None or name not in self.schema.names:
+            named = name or f"of the names {', '.join(LABEL_COLUMNS)}"
+            raise ValueError(
+                f"{self.description} has no labels: no column {named}; its columns: {_described(self.schema)}; see "
+                "--label-column"
+            )
+        try:
+            values = [_label(value) for value in self._values(name)]
+        except ValueError as error:
+            raise ValueError(f"{self.description}: the column {name} has {error}; see --label-column") from error
+        known = self._class_names(name)
+        if known:  # of which -1 is none, where labels are kept secret
+            values = [None if value == -1 else value for value in values]
+        given = [value for value in values if value is not None]
+        if len(given) < len(values):
+            self.notes = [
+                *self.notes,
+                f"left out: {len(values) - len(given)} of {len(values)} images, without a label in {name}",
+            ]
+        if known and all(isinstance(value, int) and 0 <= value < len(known) for value in given):
+            return torch.tensor([-1 if value is None else value for value in values], dtype=torch.long), known
+        classes = sorted(set(given), key=lambda value: (isinstance(value, str), value))
+        if len({*map(str, classes)}) < len(classes):
+            raise ValueError(
+                f"{self.description}: the column {name} has labels as numbers and the same as words; make them alike"
+            )
+        number: dict[int | str | None, int] = {None: -1} | {value: i for i, value in enumerate(classes)}
+        return torch.tensor([number[value] for value in values], dtype=torch.long), [str(value) for value in classes]
+
+    def _class_names(self, name: str) -> list[str]:
+        """Which numbers stand for; of no file others than of the first."""
         import pyarrow.parquet as parquet
 
-        name = next((name for name in LABEL_COLUMNS if name in self.schema.names), None)
-        if name is None:
-            raise ValueError(f"{self.description} has no labels: no column {', '.join(LABEL_COLUMNS)}")
+        first, *others = [_class_names(parquet.read_schema(path), name) for path in self.paths]
+        for path, names in zip(self.paths[1:], others, strict=True):
+            if names != first:
+                known, other = (", ".join(names[:8]) or "nothing" for names in (first, names))
+                raise ValueError(f"numbers in {name} stand for {known} in {self.paths[0]}, and for {other} in {path}")
+        return first
+
+    def _values(self, name: str) -> list[Any]:
+        import pyarrow.parquet as parquet
+
         values: list[Any] = []
         try:
             for path in self.paths:
                 values += parquet.read_table(path, columns=[name], use_threads=False).column(name).to_pylist()
         except Exception as error:  # pyarrow has many
             raise ValueError(f"{path} has no labels that can be read in its column {name}: {first_line(error)}") from error
-        if any(not isinstance(value, int | str) for value in values):
-            raise ValueError(f"{self.description}: the column {name} has values that are neither numbers nor words")
-        known = _class_names(self.schema, name)
-        if known and all(isinstance(value, int) and 0 <= value < len(known) for value in values):
-            return torch.tensor(values), known
-        classes = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-        number = {value: i for i, value in enumerate(classes)}
-        return torch.tensor([number[value] for value in values]), [str(value) for value in classes]
+        return values
+
+
+def _label(value: Any) -> int | str | None:
+    """A label of any type as a number or a word, or None if there is none.
+
+    Raises:
+        ValueError: it is no class; says what it is.
+    """
+    if isinstance(value, list) and len(value) < 2:
+        value = value[0] if value else None
+    if isinstance(value, list):
+        raise ValueError(f"several labels for an image, such as {str(value)[:60]}, where each has one class")
+    if isinstance(value, float | Decimal):
+        if value != value:
+            return None
+        if math.isinf(value) or value != int(value):
+            raise ValueError(f"numbers between classes, such as {value}: values are not learnt here, only classes")
+        return int(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace") or None
+    if value is not None and not isinstance(value, int | str):
+        raise ValueError(f"values that are neither numbers nor words, such as {str(value)[:60]}")
+    return None if value == "" else value
 
 
 def _image_column(schema: Any) -> str | None:
-    """`image`, or `image.bytes`: the first column with bytes, of those that are named as is usual."""
-    for name in (*(n for n in IMAGE_COLUMNS if n in schema.names), *schema.names):
-        kind = schema.field(name).type
-        if str(kind) in ("binary", "large_binary"):
-            return str(name)
-        if str(kind).startswith("struct"):
-            fields = {kind.field(i).name: str(kind.field(i).type) for i in range(kind.num_fields)}
-            if fields.get("bytes") in ("binary", "large_binary"):
-                return f"{name}.bytes"
+    """The first column with bytes, of those that are named as is usual."""
+    names = (*(name for name in IMAGE_COLUMNS if name in schema.names), *schema.names)
+    return next((str(name) for name in names if _place(schema, name) is not None), None)
+
+
+def _place(schema: Any, name: str) -> Place | None:
+    """How to come to the bytes of a column, or of `column.field`, if it has any."""
+    top, *fields = [name] if name in schema.names else name.split(".")
+    if top not in schema.names:
+        return None
+    kind, steps = schema.field(top).type, list[str | int]()
+    for field in fields:
+        if not str(kind).startswith("struct") or kind.get_field_index(field) < 0:
+            return None
+        kind = kind.field(field).type
+        steps.append(field)
+    below = _steps_to_bytes(kind)
+    if below is None:
+        return None
+    steps += below
+    named = [top, *steps[: next((i for i, step in enumerate(steps) if step == 0), len(steps))]]
+    return Place(".".join(map(str, named)), tuple(steps))
+
+
+def _steps_to_bytes(kind: Any) -> list[str | int] | None:
+    """From a value of a type of Arrow's to the bytes in it: through dictionaries, structs with a field `bytes`, and lists."""
+    import pyarrow
+
+    types = pyarrow.types
+    while types.is_dictionary(kind) or isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.value_type if types.is_dictionary(kind) else kind.storage_type
+    text = str(kind)
+    if types.is_binary(kind) or types.is_large_binary(kind) or text == "binary_view" or types.is_fixed_size_binary(kind):
+        return []
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        below = _steps_to_bytes(kind.field("bytes").type)
+        return None if below is None else ["bytes", *below]
+    if re.match(r"(large_|fixed_size_)?list(_view)?<", text):
+        below = _steps_to_bytes(kind.value_type)
+        return None if below is None else [0, *below]
     return None
+
+
+def _num_values(group: Any, place: Place) -> int:
+    """How many images a row group has, those in lists counted one by one."""
+    chunks = (group.column(i) for i in range(group.num_columns))
+    counts = (chunk.num_values for chunk in chunks if chunk.path_in_schema.startswith(f"{place.path}."))
+    return min(counts, default=group.num_rows)  # of other fields of what is listed there may be more
+
+
+def _notes(schema: Any, image_column: str, unread: int, labels: Sequence[str | None]) -> list[str]:
+    known = (image_column, image_column.partition(".")[0], *labels)
+    others = [name for name in schema.names if name not in known and _place(schema, name)]
+    notes = [f"left out: {unread} images of lists, of which the first is taken"] if unread > 0 else []
+    if others:
+        notes.append(f"images are those of the column {image_column}, not of {', '.join(others[:8])}; see --image-column")
+    return notes
+
+
+def _described(schema: Any) -> str:
+    """The columns and their types, in a line."""
+    columns = [f"{printable(name)} {str(schema.field(name).type)[:60]}" for name in schema.names[:12]]
+    return ", ".join([*columns, "..."] if len(schema.names) > 12 else columns)
 
 
 def _read(opened: Any, group: int, name: str) -> Any:
@@ -156,17 +298,12 @@ def _read(opened: Any, group: int, name: str) -> Any:
     pieces, size = [], 0
     # Without threads of its own, which a process that was forked may not have.
     for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False):
-        pieces.append(batch.column(0))
+        piece = batch.column(max(0, batch.schema.get_field_index(name)))  # image.jpg is read with image
+        pieces.append(piece.dictionary_decode() if pyarrow.types.is_dictionary(piece.type) else piece)
         size += pieces[-1].nbytes
         if size > MOST_GROUP_BYTES:
             raise OSError(f"a row group of more than {MOST_GROUP_BYTES / 2**30:.1f} GiB; write smaller ones")
     return pyarrow.chunked_array(pieces)
-
-
-def _field(column: Any, name: str) -> Any:
-    import pyarrow.compute as compute
-
-    return compute.struct_field(column, name)
 
 
 def _class_names(schema: Any, column: str) -> list[str]:

@@ -37,8 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparkme.data.images import Stored, printable
-from sparkme.data.sources.base import ImageSource
-from sparkme.data.sources.files import EXTENSIONS
+from sparkme.data.limits import scaled
+from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
+from sparkme.data.sources.left_out import EXTENSIONS, LeftOut, passed_over_in, suffix_of
 from sparkme.errors import CannotWrite, UserError, first_line
 from sparkme.interop.files import replaced_when_whole
 
@@ -48,6 +49,7 @@ MOST_BYTES = 2**28  # of an image file; one that claims more is no image
 MOST_SHARDS = 1_000_000
 MOST_HEAD = 2**20  # bytes of what a tar archive says about one member
 LONGEST_LABEL = 256
+LABEL_SUFFIXES = (".cls", ".json")  # where both label as many images, the first counts
 OPEN_FILES = 32
 TRIES, TIMEOUT_S = 3, 60
 # Errors that another try will not mend: no room, not allowed; and HTTP's for not allowed and not there.
@@ -62,6 +64,9 @@ class Index(NamedTuple):
     sizes: np.ndarray
     labels: np.ndarray
     problem: str  # why it ends early, if it does
+    dotted: str  # two samples that WebDataset would take for one; then names are split at their last dot
+    conflict: str  # two labels of one sample, in words
+    left_out: str  # what was passed over, see `LeftOut.to_json`
 
 
 class Cache:
@@ -229,8 +234,8 @@ def read_index(file: Any) -> Index:
     """
     offsets: list[int] = []
     sizes: list[int] = []
-    keys: list[str] = []
-    labels: dict[str, str] = {}
+    stems: list[str] = []
+    labels, left_out = _Labels(), LeftOut()
     problem = ""
     try:
         with tarfile.open(fileobj=_Heads(file), mode="r:") as archive:  # type: ignore[call-overload]
@@ -238,25 +243,82 @@ def read_index(file: Any) -> Index:
                 archive.members = []  # else it keeps them all
                 if member.size < 0:  # after which it would be found again and again
                     raise ValueError(f"a member of {member.size} bytes")
-                key, suffix = _key(member.name)
+                stem, suffix = _stem(member.name.removeprefix("./"))  # which some of an archive's names may have
                 if not member.isreg() or member.issparse():  # links and devices name other things
                     continue
-                if suffix in EXTENSIONS:
+                if (folder := passed_over_in(member.name, hidden=True)) is not None:
+                    left_out.files[folder] += 1
+                elif suffix in EXTENSIONS:
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
-                    keys.append(key)
-                elif suffix in (".cls", ".json") and member.size < 2**20:
-                    label = _label(os.pread(file.fileno(), member.size, member.offset_data), suffix)
-                    if label:
-                        labels[key] = label
+                    stems.append(stem)
+                elif suffix in LABEL_SUFFIXES and member.size < 2**20:
+                    labels.add(stem, suffix, os.pread(file.fileno(), member.size, member.offset_data))
+                elif suffix not in LABEL_SUFFIXES and not os.path.basename(member.name).startswith("."):
+                    left_out.suffixes[suffix_of(member.name)] += 1
     except Exception as error:  # of what is no archive tarfile has many, such as RecursionError
         problem = first_line(error)
     size = os.fstat(file.fileno()).st_size
     while offsets and offsets[-1] + sizes[-1] > size:
         problem = problem or "it is cut off"
-        del offsets[-1], sizes[-1], keys[-1]
-    found = np.array([labels.get(key, "") for key in keys] if labels else [], dtype=np.str_)
-    return Index(np.array(offsets, np.int64), np.array(sizes, np.int64), found, problem)
+        del offsets[-1], sizes[-1], stems[-1]
+    found, dotted, conflict = labels.of(stems)
+    text = np.array(found, dtype=np.str_)
+    return Index(np.array(offsets, np.int64), np.array(sizes, np.int64), text, problem, dotted, conflict, left_out.to_json())
+
+
+class _Labels:
+    """The labels in a shard, which are of the images whose names begin alike.
+
+    WebDataset ends a sample's name at the first dot. Where that makes one sample of images that have labels of their own, as
+    `patient0.slice3` and `patient0.slice4`, names end at the last dot.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[str, dict[str, str]] = {suffix: {} for suffix in LABEL_SUFFIXES}  # by the name up to the last dot
+        self.conflicts: dict[str, str] = {}  # by suffix: two labels of one sample, in words
+
+    def add(self, stem: str, suffix: str, content: bytes) -> None:
+        if label := _label(content, suffix):
+            known = self.given[suffix].setdefault(stem, label)
+            if known != label:
+                self._conflict(suffix, f"{stem}{suffix} is there twice, as {known!r} and as {label!r}")
+
+    def of(self, stems: list[str]) -> tuple[list[str], str, str]:
+        """The label of each image, "" where it has none, or no list if no image has one; two samples that WebDataset would
+        take for one; and two labels of one sample, in words."""
+        dotted = self._dotted(stems)
+        best, conflict = list[str](), ""
+        for suffix in LABEL_SUFFIXES:
+            labels = self.given[suffix] if dotted else self._by_key(suffix)
+            found = [labels.get(stem if dotted else _key(stem), "") for stem in stems] if labels else []
+            if sum(map(bool, found)) > sum(map(bool, best)):
+                best, conflict = found, self.conflicts.get(suffix, "")
+        return best, dotted, conflict
+
+    def _dotted(self, stems: list[str]) -> str:
+        """Two images of one key of which one has a label of its own name."""
+        images: dict[str, dict[str, None]] = {}
+        for stem in stems:
+            images.setdefault(_key(stem), {})[stem] = None
+        for stem in (stem for given in self.given.values() for stem in given):
+            others = images.get(_key(stem), {})
+            if stem != _key(stem) and stem in others and len(others) > 1:
+                return printable(f"{stem} and {next(other for other in others if other != stem)}")
+        return ""
+
+    def _by_key(self, suffix: str) -> dict[str, str]:
+        labels: dict[str, tuple[str, str]] = {}
+        for stem, label in self.given[suffix].items():
+            other, known = labels.setdefault(_key(stem), (stem, label))
+            if known != label:
+                self._conflict(
+                    suffix, f"{_key(stem)} has two labels, {known!r} in {other}{suffix} and {label!r} in {stem}{suffix}"
+                )
+        return {key: label for key, (_, label) in labels.items()}
+
+    def _conflict(self, suffix: str, words: str) -> None:
+        self.conflicts.setdefault(suffix, printable(words))
 
 
 class _Heads:
@@ -271,11 +333,17 @@ class _Heads:
         return self._read(count)
 
 
-def _key(name: str) -> tuple[str, str]:
-    """The name of a sample, which its files share, and the suffix of this one, as WebDataset takes them apart."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return folder + slash + stem, "." + suffix.rpartition(".")[2].lower() if dot and stem else ""
+def _stem(name: str) -> tuple[str, str]:
+    """A member's name up to its last dot, and its suffix; no suffix if it is hidden."""
+    stem, dot, suffix = name.rpartition(".")
+    hidden = name.rpartition("/")[2].startswith(".")
+    return stem, "" if hidden or not dot or "/" in suffix else f".{suffix.lower()}"
+
+
+def _key(stem: str) -> str:
+    """The name of a sample as WebDataset has it: up to the first dot behind the folders."""
+    folder, slash, base = stem.rpartition("/")
+    return folder + slash + base.partition(".")[0]
 
 
 def _label(content: bytes, suffix: str) -> str:
@@ -285,9 +353,14 @@ def _label(content: bytes, suffix: str) -> str:
             label = content.decode().strip()
         elif isinstance(value := json.loads(content), dict):
             given = (value.get(name) for name in ("label", "cls", "class"))
-            label = str(next((word for word in given if isinstance(word, str | int)), ""))
+            label = next((_word(value) for value in given if isinstance(value, str | int | float)), "")
     # A text of any length would be no class; and in an array each label takes as much as the longest.
     return label if len(label) <= LONGEST_LABEL else ""
+
+
+def _word(value: str | float) -> str:
+    """1.0 is the class 1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _known(location: str) -> str:
@@ -337,10 +410,17 @@ class Shards(ImageSource):
         self.offsets = np.concatenate([part.offsets for part in parts])
         self.sizes = np.concatenate([part.sizes for part in parts])
         self._labels = [part.labels for part in parts]
+        self._conflict = next((f"{printable(at)}: {p.conflict}" for at, p in zip(locations, parts) if p.conflict), "")
+        self._dotted = [part.dotted for part in parts if part.dotted]
+        left_out = LeftOut()
+        for part in parts:
+            left_out.add(LeftOut.from_json(part.left_out))
+        self.notes = left_out.lines
         self.blocks = torch.tensor([0, *np.cumsum([len(part.sizes) for part in parts]).tolist()])
         self._first = self.blocks.tolist()
         if not len(self.sizes):
             why = f": {self.problems[0]}" if self.problems else f" (looked for {', '.join(sorted(EXTENSIONS))})"
+            why += "".join(f"; {note}" for note in self.notes)
             raise UserError(f"{flag} {description}: no images in {len(locations)} shards{why}")
         self._open: OrderedDict[int, int] = OrderedDict()  # descriptors of this process, by shard
         self._owner = 0
@@ -350,7 +430,8 @@ class Shards(ImageSource):
         path = self.cache.path(known, ".npz")
         with self.cache.locked(f"the index of {known}"):  # not the lock of the copy, which is made meanwhile
             with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
-                return Index(kept["offsets"], kept["sizes"], kept["labels"], str(kept["problem"]))
+                words = (str(kept[name]) for name in ("problem", "dotted", "conflict", "left_out"))
+                return Index(kept["offsets"], kept["sizes"], kept["labels"], *words)
             with open(self._opened(location, known), "rb") as file:
                 index = read_index(file)
             with suppress(CannotWrite), replaced_when_whole(path) as temporary, temporary.open("wb") as file:
@@ -370,8 +451,8 @@ class Shards(ImageSource):
         shard = bisect_right(self._first, number) - 1
         size, offset = int(self.sizes[number]), int(self.offsets[number])
         where = f"{printable(self.locations[shard])}, image {number - self._first[shard]}"
-        if size > MOST_BYTES:
-            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is no image")
+        if size > scaled(MOST_BYTES):
+            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is no image; if it is, raise --max-pixels")
         try:
             content = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
@@ -379,6 +460,13 @@ class Shards(ImageSource):
         if len(content) < size:
             raise OSError(f"{where}: the shard has become shorter")
         return Stored(where, content)
+
+    def glimpse(self, number: int) -> int:
+        shard = bisect_right(self._first, number) - 1
+        size = int(self.sizes[number])
+        end = int(self.offsets[number]) + size
+        piece = min(size, GLIMPSE)
+        return digest(size, os.pread(self._descriptor(shard), piece, end - piece))
 
     def _descriptor(self, shard: int) -> int:
         """Of a shard, opened in this process; a few stay open."""
@@ -398,9 +486,16 @@ class Shards(ImageSource):
     def labels(self) -> tuple[Tensor, list[str]]:
         if any(len(part) != last - first for part, first, last in zip(self._labels, self._first, self._first[1:])):
             raise ValueError(f"{self.description}: not every shard has labels, .cls or .json files of the same names")
+        if self._conflict:
+            raise ValueError(f"{self._conflict}; leave one out")
+        if self._dotted:
+            split = (f"names of samples end at their last dot in {len(self._dotted)} of {len(self.locations)} shards; at the "
+                     f"first, where WebDataset ends them, {self._dotted[0]} were one sample")  # fmt: skip
+            self.notes = [*dict.fromkeys((*self.notes, split))]
         found = np.concatenate(self._labels)
         if (found == "").any():
-            raise ValueError(f"{self.description}: {self.name(int((found == '').argmax()))} has no label")
+            more = f"; {split}" if self._dotted else ""
+            raise ValueError(f"{self.description}: {self.name(int((found == '').argmax()))} has no label{more}")
         classes, labels = np.unique(found, return_inverse=True)
         if all(name.isdecimal() for name in classes.tolist()):  # numbers are in the order of numbers
             order = np.argsort([int(name) for name in classes.tolist()], kind="stable")

@@ -1,0 +1,186 @@
+"""What fine-tuning learns of an image, one class or several labels: the loss of a batch, and what is measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparkme.errors import UserError
+
+# Of images with several labels: what mixes or blurs classes has no meaning there.
+SEVERAL_LABELS = {"loss": "bce", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
+
+
+class LabelLoss(nn.Module):
+    """Binary cross entropy, the mean over images and labels, of scores (B, labels) and labels of that shape, bool."""
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+
+
+def create_loss(config: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """timm's mixup and cutmix, or None; and the loss of scores and labels."""
+    from timm.data import Mixup
+    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+
+    if config["several_labels"]:
+        return None, LabelLoss()
+    mixed = config["mixup"] or config["cutmix"]
+    mix = Mixup(
+        config["mixup"], config["cutmix"], label_smoothing=config["smoothing"], num_classes=config["num_classes"]
+    ) if mixed else None  # fmt: skip
+    if config["loss"] == "bce":
+        return mix, BinaryCrossEntropy(smoothing=config["smoothing"])
+    return mix, SoftTargetCrossEntropy() if mixed else nn.CrossEntropyLoss(label_smoothing=config["smoothing"])
+
+
+def create_measure(classes: list[str], several_labels: bool) -> Measure:
+    """Of images to measure on."""
+    return Precision(classes) if several_labels else Accuracy(classes)
+
+
+class Measure(ABC):
+    """How good scores are.
+
+    Attributes:
+        best: the value that the best weights have the most of.
+        classes: their names.
+    """
+
+    best: str
+
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+
+    @abstractmethod
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """Takes in a batch: scores (B, classes), and labels as `Labelled` has them, both on the CPU."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Takes in what another process measured."""
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int: ...
+
+    def check(self) -> None:
+        """Raises UserError where there is nothing to measure."""
+        if not self.num_images:
+            raise UserError("none of the images to measure on can be read")
+
+    @abstractmethod
+    def values(self) -> dict[str, float]:
+        """From 0 to 1, by name."""
+
+    @abstractmethod
+    def describe(self, values: dict[str, float]) -> str:
+        """For people."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> dict[str, Any]:
+        """What results.json says of the classes, after pictures of it are drawn into the folder."""
+
+
+class Accuracy(Measure):
+    """The share of images whose class has the highest score, or one of the five highest."""
+
+    best = "top1"
+
+    def __init__(self, classes: list[str]) -> None:
+        super().__init__(classes)
+        self.top5 = 0
+        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)  # of a class (row), taken for each (column)
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        count = len(self.classes)
+        highest = scores.topk(min(5, count), 1).indices
+        self.top5 += int((highest == labels[:, None]).any(1).sum())
+        self.confusion += torch.bincount(labels * count + highest[:, 0], minlength=count**2).view(count, count)
+
+    def merge(self, other: Self) -> None:
+        self.top5 += other.top5
+        self.confusion += other.confusion
+
+    @property
+    def num_images(self) -> int:
+        return int(self.confusion.sum())
+
+    def values(self) -> dict[str, float]:
+        total = max(1, self.num_images)
+        return {"top1": float(self.confusion.diag().sum()) / total, "top5": self.top5 / total}
+
+    def describe(self, values: dict[str, float]) -> str:
+        return f"top-1 {100 * values['top1']:.1f} %" + (f", top-5 {100 * values['top5']:.1f} %" if "top5" in values else "")
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        from sparkme.pictures.confusion import draw_confusion
+
+        draw_confusion(self.confusion, self.classes, folder / "confusion.png")
+        each = (self.confusion.diag() / self.confusion.sum(1).clamp_min(1)).tolist()
+        return {"of_each_class": dict(zip(self.classes, each, strict=True)), "confusion": self.confusion.tolist()}
+
+
+class Precision(Measure):
+    """The mean over labels of the average precision, of those that some image has."""
+
+    best = "map"
+
+    def __init__(self, classes: list[str]) -> None:
+        super().__init__(classes)
+        self.scores, self.labels = torch.empty(0, len(classes)), torch.empty(0, len(classes), dtype=torch.bool)
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        self.scores, self.labels = torch.cat([self.scores, scores]), torch.cat([self.labels, labels])
+
+    def merge(self, other: Self) -> None:
+        self.add(other.scores, other.labels)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    def check(self) -> None:
+        super().check()
+        if not self.labels.any():
+            raise UserError("none of the images to measure on that can be read has a label")
+
+    def values(self) -> dict[str, float]:
+        known = [value for value in self._of_each() if value is not None]
+        return {"map": sum(known) / max(1, len(known))}
+
+    def describe(self, values: dict[str, float]) -> str:
+        return f"mean average precision {100 * values['map']:.1f} %"
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        return {"average_precision": dict(zip(self.classes, self._of_each(), strict=True))}
+
+    def _of_each(self) -> Sequence[float | None]:
+        return [average_precision(*pair) for pair in zip(self.scores.unbind(1), self.labels.unbind(1), strict=True)]
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> float | None:
+    """The area below precision over recall, in steps at each score, as scikit-learn has it.
+
+    Args:
+        scores: (N,) floats; equal ones are one step.
+        labels: (N,) bool.
+
+    Returns:
+        From 0 to 1, or None if no label is set.
+    """
+    if not labels.any():
+        return None
+    values, order = scores.sort(descending=True)
+    hits = labels[order].cumsum(0).double()
+    is_step = torch.ones_like(labels)
+    is_step[:-1] = values[1:] != values[:-1]
+    precision = hits / torch.arange(1, len(hits) + 1)
+    gains = hits[is_step].diff(prepend=hits.new_zeros(1))
+    return float((precision[is_step] * gains).sum() / hits[-1])
