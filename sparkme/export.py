@@ -247,7 +247,7 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     """
     from tqdm import tqdm
 
-    from sparkme.data.dataset import normalise, preview_images, statistics_of
+    from sparkme.data.dataset import normalise, pixels_of, preview_images, statistics_of
     from sparkme.data.limits import limit_pixels
     from sparkme.data.sources.files import find_images
 
@@ -270,7 +270,9 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     with torch.no_grad():
         for start in tqdm(range(0, len(chosen), 32), desc="recalibrating batch norm", disable=not sys.stderr.isatty()):
             group = chosen[start : start + 32]
-            images = preview_images(group, size, len(group), config.get("channels", 3), config.get("background", "white"))
+            images = preview_images(
+                group, size, len(group), config.get("channels", 3), config.get("background", "white"), pixels_of(config)
+            )
             if len(images) > 1:
                 dense(normalise(images, statistics))
                 seen += len(images)
@@ -328,6 +330,8 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target
         "mean": json.dumps(statistics_of(config).mean),
         "std": json.dumps(statistics_of(config).std),
         "background": config.get("background", "white"),
+        "value_range": json.dumps(config.get("value_range")),
+        "upright": json.dumps(config.get("upright", True)),
         "input_size": json.dumps(config["input_size"]),
         "made_by": f"sparkme {sparkme.__version__}",
     }

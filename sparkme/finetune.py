@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sparkme.errors import CannotWrite, UserError, run_command
 from sparkme.interop.prefixes import Choice, shortened
 from sparkme.state_dict import state_dict_of, torchs_state_dict
+from sparkme.training.config import check_value_range
 from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.finetune_config import FIXED, create_parser, output_folder, resolve_config
 from sparkme.training.folder import RunFolder, check_same_run
@@ -31,7 +32,8 @@ from sparkme.training.loop import Training, run_training
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
-    from sparkme.data.labelled import Split
+    from sparkme.data.labelled import Labelled, Split, WholeImages
+    from sparkme.data.planes import Pixels
     from sparkme.pretrained import Pretrained
     from sparkme.training.log import RunLog
     from sparkme.training.target import Measure
@@ -66,6 +68,7 @@ class Finetuning(Training):
         from sparkme.data.labelled import find_labelled
         from sparkme.data.limits import limit_pixels
         from sparkme.data.sources import Columns
+        from sparkme.data.survey import find_pixels_together
         from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers
 
@@ -83,6 +86,11 @@ class Finetuning(Training):
         self.val_set = split.val
         self.classes = split.train.classes
         self.statistics = pretrained.statistics
+        check_value_range(args.value_range)
+        self.pixels, self.seen = find_pixels_together(
+            process, self.train_set.images, pretrained.channels, pretrained.background, known=self._known_pixels(pretrained),
+            given=args.value_range, upright=args.upright,
+        )  # fmt: skip
 
         torch.manual_seed(args.seed)
         network, self.missing, taken = pretrained.dense(len(self.classes))
@@ -122,6 +130,7 @@ class Finetuning(Training):
             self.train_set.images, self.size, min_scale=config["crop_scale"], seed=config["seed"],
             channels=config["channels"], background=config["background"], flip=config["flip"],
             augment=create_augment(config["auto_augment"]), labels=self.train_set.labels, reduced_jpeg=config["reduced_jpeg"],
+            pixels=self.pixels,
         )  # fmt: skip
         if process.is_main:
             folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
@@ -208,10 +217,10 @@ class Finetuning(Training):
     def _measure(self, network: nn.Module) -> tuple[dict[str, float], Measure]:
         """What whole images to measure on say of a network; the processes share the images."""
         from sparkme.data.dataset import normalise
-        from sparkme.data.labelled import WholeImages, whole_batches
+        from sparkme.data.labelled import whole_batches
 
         config, process, measure = self.config, self.process, self._new_measure()
-        images = WholeImages(self.val_set.images, self.size, channels=config["channels"], background=config["background"])
+        images = self._whole_images(self.val_set)
         share = range(process.rank, len(self.val_set), process.world)
         network.eval()
         process.share_buffers(network)
@@ -273,10 +282,10 @@ class Finetuning(Training):
     def _run_whole_images(self) -> Tensor:
         """Runs the network, as its modes are, on the whole training images. Returns the labels of those that can be read."""
         from sparkme.data.dataset import normalise
-        from sparkme.data.labelled import WholeImages, whole_batches
+        from sparkme.data.labelled import whole_batches
 
         config, labels = self.config, []
-        images = WholeImages(self.train_set.images, self.size, channels=config["channels"], background=config["background"])
+        images = self._whole_images(self.train_set)
         # Shuffled, since a batch of one class would give batch norms its own statistics.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config["seed"])).tolist()
         for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=order):
@@ -286,6 +295,14 @@ class Finetuning(Training):
         if not labels:
             raise UserError(f"--data {config['data']}: too few of its images can be read")
         return torch.cat(labels)
+
+    def _whole_images(self, part: Labelled) -> WholeImages:
+        from sparkme.data.labelled import WholeImages
+
+        config = self.config
+        return WholeImages(
+            part.images, self.size, channels=config["channels"], background=config["background"], pixels=self.pixels
+        )
 
     def _write_weights(self, network: nn.Module) -> None:
         from sparkme.interop.files import write_state_dict
@@ -297,6 +314,7 @@ class Finetuning(Training):
             "classes": json.dumps(self.classes), "channels": str(config["channels"]), "mean": json.dumps(config["mean"]),
             "std": json.dumps(config["std"]), "background": config["background"],
             "input_size": json.dumps(config["input_size"]), "several_labels": json.dumps(config["several_labels"]),
+            "value_range": json.dumps(config["value_range"]), "upright": json.dumps(config["upright"]),
         } | {name: str(value) for name, value in self.best.items() if name != "epoch"}  # fmt: skip
         write_state_dict(self.folder.path / "best.safetensors", state, notes)
 
@@ -316,6 +334,12 @@ class Finetuning(Training):
         pictures = [folder / "loss.png", *([] if self.config["several_labels"] else [folder / "confusion.png"])]
         return f"{best}, {folder / 'best.safetensors'}\npictures: {', '.join(map(str, pictures))}"
 
+    def _known_pixels(self, pretrained: Pretrained) -> Pixels | None:
+        """Of this run, where it goes on; else of the run that the weights are from."""
+        from sparkme.data.dataset import pixels_of
+
+        return pixels_of(self.folder.saved_config) if self.folder.saved_config else pretrained.pixels
+
     def _known(self, pretrained: Pretrained) -> dict[str, Any]:
         from sparkme.data.labelled import split_digest
 
@@ -323,7 +347,7 @@ class Finetuning(Training):
             "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
             "num_classes": len(self.classes), "several_labels": self.train_set.has_several,
             "channels": pretrained.channels, "mean": [*pretrained.statistics.mean], "std": [*pretrained.statistics.std],
-            "background": pretrained.background,
+            "background": pretrained.background, "value_range": self.pixels.ranges, "upright": self.pixels.upright,
             "input_size": list(pretrained.input_size) if pretrained.input_size else None,
             "split_digest": split_digest(self.train_set, self.val_set),
         }  # fmt: skip
@@ -345,6 +369,7 @@ class Finetuning(Training):
         new = f"; {len(self.missing)} new: {shortened(self.missing)}" if self.missing else ""
         lines = {
             "data": f"{split.note}{shots}; {class_counts(self.train_set)}",
+            "images": self.seen,
             "weights": f"{pretrained.origin}{', ' if taken else ''}{taken}{new}",
             "network": f"{config['model']}, {len(self.classes)} {kind}, {'x'.join(map(str, self.size))} pixels",
             "recipe": reason,

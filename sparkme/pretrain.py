@@ -33,6 +33,7 @@ MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to meas
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch, Statistics
     from sparkme.data.labelled import Labelled, Split
+    from sparkme.data.planes import Pixels
     from sparkme.data.sources import ImageSource
     from sparkme.masked import MaskedAutoencoder
     from sparkme.training.graph import GraphedLoss
@@ -97,12 +98,14 @@ class Pretraining(Training):
         process.check_same(len(images), "number of images")
         self.config = config = resolve_config(args, len(images), process, folder.saved_config)
         self.recipe_reason = config.pop("recipe_reason")
+        self.pixels, self.seen = self._find_pixels(images, args)
         self.statistics = self._find_statistics(images)
         if folder.saved_config is not None:
             check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
             for name in ("init", "weights_key", "adapt_stem"):  # it has started so, whatever the command says now
                 config[name] = folder.saved_config.get(name)
         self.probe_split = self._find_probe_data(args)
+        self.probe_pixels, self.probe_seen = self._find_probe_pixels(args)
 
         torch.manual_seed(config["seed"])
         self.network = build_network(config)
@@ -135,6 +138,7 @@ class Pretraining(Training):
             channels=config["channels"],
             background=config["background"],
             reduced_jpeg=config["reduced_jpeg"],
+            pixels=self.pixels,
         )
         if process.is_main:
             folder.prepare(config, pictures=("reconstructions/epoch_*.png", "images.npz"))
@@ -205,7 +209,10 @@ class Pretraining(Training):
         stride = network.encoder.strides[-1]
         parts: list[tuple[Tensor, Tensor]] = []
         for part in (self.probe_split.train, self.probe_split.val):
-            images = WholeImages(part.images, network.input_size, channels=config["channels"], background=config["background"])
+            images = WholeImages(
+                part.images, network.input_size, channels=config["channels"], background=config["background"],
+                pixels=self.probe_pixels,
+            )  # fmt: skip
             share = range(process.rank, len(part), process.world)
             batches = whole_batches(images, batch_size=64, workers=config["workers"], share=share)
             with self.precision():
@@ -227,7 +234,7 @@ class Pretraining(Training):
         from sparkme.pictures.panel import reconstruction_panel
 
         images = preview_images(
-            self.dataset.source, self.network.input_size, 6, self.config["channels"], self.config["background"]
+            self.dataset.source, self.network.input_size, 6, self.config["channels"], self.config["background"], self.pixels
         ).to(self.process.device)
         if not len(images):
             return
@@ -241,6 +248,19 @@ class Pretraining(Training):
             save_image(panel, temporary, format="png")
         log.picture("reconstructions", panel, self.step)
 
+    def _find_pixels(self, images: ImageSource, args: argparse.Namespace) -> tuple[Pixels, str]:
+        """How the images' numbers become values, and for people what they are; a run that goes on stays with what it has."""
+        from sparkme.data.dataset import pixels_of
+        from sparkme.data.survey import find_pixels_together
+
+        config, saved = self.config, self.folder.saved_config
+        found, seen = find_pixels_together(
+            self.process, images, config["channels"], config["background"], known=pixels_of(saved) if saved else None,
+            given=args.value_range, upright=args.upright,
+        )  # fmt: skip
+        config |= {"value_range": found.ranges, "upright": found.upright}
+        return found, seen
+
     def _find_statistics(self, images: ImageSource) -> Statistics:
         """Mean and deviation that images are normalised by: the command's, ImageNet's for colour, or estimated once."""
         from sparkme.data.dataset import Statistics, estimate_statistics
@@ -249,7 +269,9 @@ class Pretraining(Training):
         if config["mean"] is None:
             found = Statistics()
             if config["channels"] != 3:
-                found = estimate_statistics(images, config["channels"], config["background"], seed=config["seed"])
+                found = estimate_statistics(
+                    images, config["channels"], config["background"], seed=config["seed"], pixels=self.pixels
+                )
             config |= {"mean": [*found.mean], "std": [*found.std]}
         return Statistics(tuple(config["mean"]), tuple(config["std"]))
 
@@ -270,6 +292,17 @@ class Pretraining(Training):
             return part.subset(drawn[:most].sort().values)
 
         return Split(some(split.train, MOST_PROBED[0]), some(split.val, MOST_PROBED[1]), split.note)
+
+    def _find_probe_pixels(self, args: argparse.Namespace) -> tuple[Pixels, str]:
+        """As the run's own; numbers of kinds that its images do not have are looked at by themselves."""
+        from sparkme.data.survey import find_pixels_together
+
+        if self.probe_split is None:
+            return self.pixels, ""
+        return find_pixels_together(
+            self.process, self.probe_split.train.images, self.config["channels"], self.config["background"], known=self.pixels,
+            given=args.value_range, upright=args.upright, flag="--probe-data",
+        )  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
         from sparkme.training.build import load_weights
@@ -332,6 +365,7 @@ class Pretraining(Training):
         where = f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, list) and len(data) > 3 else as_text(data)
         lines = {
             "data": f"{len(self.dataset)} images in {where}, {config['samples_per_epoch']} crops an epoch",
+            "images": self.seen,
             "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
             "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)"
@@ -346,7 +380,8 @@ class Pretraining(Training):
         if self.init_report:
             lines["init"] = self.init_report
         if self.probe_split is not None:
-            lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}"
+            lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}; "
+            lines["probe"] += self.probe_seen
         for name, text in lines.items():
             print(f"{name:9s} {text}")
         for remark in self.dataset.source.remarks:

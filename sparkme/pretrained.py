@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sparkme.data.dataset import Statistics, statistics_of
+from sparkme.data.dataset import Statistics, pixels_of, statistics_of
+from sparkme.data.planes import Pixels
 from sparkme.errors import UserError, first_line
 from sparkme.interop.files import read_weights, tensors_in
 from sparkme.interop.prefixes import COUNTER, Choice, Found, Wanted, find_weights
@@ -36,6 +37,7 @@ class Pretrained:
         background: what transparent images are laid on.
         input_size: height and width; None where it is not known.
         choice: what the user says of how the weights are found in the file.
+        pixels: how the numbers of the images became values; None where it is not known.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Pretrained:
     background: str = "white"
     input_size: tuple[int, int] | None = None
     choice: Choice = Choice()  # noqa: RUF009
+    pixels: Pixels | None = None
 
     def encoder(self, seed: int = 0) -> tuple[SparseEncoder, str]:
         """The sparse encoder, and for people what was taken; `seed` draws random weights.
@@ -129,8 +132,14 @@ def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choic
     statistics = Statistics(*(tuple(json.loads(notes[name])) for name in ("mean", "std"))) if "mean" in notes else Statistics()
     return Pretrained(
         model or notes["network"], tensors, str(path), int(notes.get("channels", 3)), statistics,
-        notes.get("background", "white"), (size[0], size[1]) if size else None, choice,
+        notes.get("background", "white"), (size[0], size[1]) if size else None, choice, _pixels(notes),
     )  # fmt: skip
+
+
+def _pixels(notes: dict[str, str]) -> Pixels | None:
+    """What sparkme.export or sparkme.finetune wrote; earlier, they wrote other things only."""
+    kept = {name: json.loads(notes[name]) for name in ("value_range", "upright") if name in notes}
+    return pixels_of(kept) if "background" in notes else None
 
 
 def weights_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -150,7 +159,7 @@ def _from_checkpoint(checkpoint: dict[str, Any], path: Path, choice: Choice) -> 
         size = config["input_size"]
         return Pretrained(
             config["model"], weights_in(checkpoint, path), f"{path} (step {checkpoint['step']})", config.get("channels", 3),
-            statistics_of(config), config.get("background", "white"), (size[0], size[1]), choice,
+            statistics_of(config), config.get("background", "white"), (size[0], size[1]), choice, pixels_of(config),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error

@@ -24,6 +24,7 @@ from sparkme.training.config import (
     add_weights,
     add_workers,
     check_seed,
+    check_value_range,
     check_workers,
     default_workers,
     path_argument,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparkme.data.labelled import Labelled
+    from sparkme.data.planes import Pixels
     from sparkme.features import Features
     from sparkme.pretrained import Pretrained
 
@@ -97,6 +99,7 @@ def probe(args: argparse.Namespace) -> int:
     from sparkme.data.labelled import class_counts, find_labelled
     from sparkme.data.limits import limit_pixels
     from sparkme.data.sources import Columns
+    from sparkme.data.survey import find_pixels
     from sparkme.interop.files import replaced_when_whole
     from sparkme.interop.prefixes import Choice
     from sparkme.pretrained import read_pretrained
@@ -125,9 +128,17 @@ def probe(args: argparse.Namespace) -> int:
     for remark in split.remarks:
         print(f"note      {remark}")
     records: list[dict[str, Any]] = []
+    told = ""
     for pretrained in (main_weights, *others):
+        pixels, seen = find_pixels(
+            split.train.images, pretrained.channels, pretrained.background, known=pretrained.pixels, given=args.value_range,
+            upright=args.upright,
+        )  # fmt: skip
+        if seen != told:  # by weights of another run
+            print(f"images    {seen}")
+            told = seen
         with user_errors():
-            train, val = extract(pretrained, args, [split.train, split.val], process.device)
+            train, val = extract(pretrained, args, [split.train, split.val], process.device, pixels)
         for problem in dict.fromkeys((*train.unreadable, *val.unreadable)):
             print(f"skipped unreadable image {problem}", file=sys.stderr)
         if not len(train.numbers) or not len(val.numbers):
@@ -150,6 +161,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be meant, before anything is read."""
     check_seed(args.seed)
     check_workers(args.workers)
+    check_value_range(args.value_range)
     for name in ("shots", "draws", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -189,7 +201,9 @@ def chosen_strides(stages: list[str], strides: list[int]) -> list[int]:
     return sorted(chosen)
 
 
-def extract(pretrained: Pretrained, args: argparse.Namespace, parts: list[Labelled], device: torch.device) -> list[Features]:
+def extract(
+    pretrained: Pretrained, args: argparse.Namespace, parts: list[Labelled], device: torch.device, pixels: Pixels
+) -> list[Features]:
     """Features of whole images under some weights."""
     from tqdm import tqdm
 
@@ -203,7 +217,7 @@ def extract(pretrained: Pretrained, args: argparse.Namespace, parts: list[Labell
     size = whole_size(args.input_size, encoder.patch)
     found = []
     for part in parts:
-        images = WholeImages(part.images, size, channels=pretrained.channels, background=pretrained.background)
+        images = WholeImages(part.images, size, channels=pretrained.channels, background=pretrained.background, pixels=pixels)
         batches = whole_batches(
             images, batch_size=args.batch_size, workers=default_workers() if args.workers is None else args.workers
         )

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import Parser, UserError, run_command, user_errors
-from sparkme.training.config import MAX_SIDE, add_device, add_engine, path_argument
+from sparkme.training.config import MAX_SIDE, add_device, add_engine, add_pixels, check_value_range, path_argument
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Statistics
+    from sparkme.data.planes import Pixels
     from sparkme.masked import MaskedAutoencoder
 
 MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
@@ -50,6 +51,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="where hidden patches get their mean and deviation from: their own, as in the paper, or from the visible patches "
         "around, without a look at hidden pixels (true)",
     )
+    add_pixels(group)
     group = parser.add_argument_group("masks")
     group.add_argument("--mask-ratio", type=float, nargs="+", metavar="R", help="share of patches to hide (the run's)")
     group.add_argument("--seeds", type=int, nargs="+", metavar="N", help="a mask for each, the same for all images (the run's)")
@@ -97,8 +99,9 @@ def visualize(args: argparse.Namespace) -> int:
     """Draws what a checkpoint's network makes of images. Returns the exit code."""
     from tqdm import tqdm
 
-    from sparkme.data.dataset import statistics_of
+    from sparkme.data.dataset import pixels_of, statistics_of
     from sparkme.data.limits import limit_pixels
+    from sparkme.data.survey import find_pixels
     from sparkme.export import run_folder
     from sparkme.pictures.page import write_page
     from sparkme.pictures.panel import ERROR_CAPTION, caption
@@ -111,6 +114,7 @@ def visualize(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         raise UserError("name a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt, or pass --mask-pattern")
     seeds = chosen_seeds(args)
+    check_value_range(args.value_range)
     default = run_folder(args.checkpoint) / "visualize.png"
     if default.is_relative_to(Path.cwd()):
         default = default.relative_to(Path.cwd())
@@ -137,7 +141,15 @@ def visualize(args: argparse.Namespace) -> int:
         network.to(device).eval().encoder.set_engine(args.engine)
     seeds = seeds or [config.get("seed", 0)]
 
-    images = load_images(named, found, args.max_images or max(8, len(named)), network, config)
+    try:
+        pixels, seen = find_pixels(
+            named + found, network.encoder.in_channels, config.get("background", "white"), known=pixels_of(config),
+            given=args.value_range, upright=args.upright, flag="IMAGE",
+        )  # fmt: skip
+        print(f"images    {seen}")
+    except UserError:  # which is said image by image
+        pixels = pixels_of(config)
+    images = load_images(named, found, args.max_images or max(8, len(named)), network, config, pixels)
     rows, most = len(images) * len(ratios) * len(seeds), min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
     if rows > most:
         raise UserError(f"{len(images)} images, {len(ratios)} mask ratios and {len(seeds)} seeds are {rows} rows, more than "
@@ -270,7 +282,7 @@ def chosen_images(given: list[Path], output: Path) -> tuple[list[Path], list[Pat
 
 
 def load_images(
-    named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any]
+    named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any], pixels: Pixels
 ) -> dict[str, Tensor]:
     """The middle of `count` images, (C, H, W) each, by name: those that were named, then some spread over the others.
 
@@ -290,7 +302,7 @@ def load_images(
         if len(loaded) == count:
             break
         try:
-            image = load_image(path, network.encoder.in_channels, config.get("background", "white"))
+            image = load_image(path, network.encoder.in_channels, config.get("background", "white"), pixels)
             loaded[path] = centre_crop(image, network.input_size)
         except OSError as error:
             print(f"passed over: {error}", file=sys.stderr, flush=True)
@@ -334,7 +346,8 @@ def draw_pattern(args: argparse.Namespace) -> int:
     from sparkme.pictures.mask_pattern import draw_mask_pattern, share, trace_mask
     from sparkme.training.distributed import start_process
 
-    alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images}
+    alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images,
+             "--value-range": args.value_range, "--upright": args.upright}  # fmt: skip
     if given := [name for name, value in alone.items() if value is not None]:
         raise UserError(f"--mask-pattern draws no reconstructions; leave out {', '.join(given)}")
     seeds, ratios, layers = chosen_seeds(args) or [0], args.mask_ratio or [0.6], 16 if args.layers is None else args.layers

@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from sparkme.data.handover import Loader
 from sparkme.data.images import REDUCTIONS, Decoded, OpenImage, load_image, open_image
+from sparkme.data.planes import Pixels
 from sparkme.data.sources import Files, ImageSource
 from sparkme.errors import UserError
 from sparkme.training.random import derived_seed
@@ -39,6 +40,11 @@ class Statistics(NamedTuple):
 def statistics_of(config: dict[str, Any]) -> Statistics:
     """What a run normalises its images by; older ones had ImageNet's and do not say so."""
     return Statistics(tuple(config["mean"]), tuple(config["std"])) if config.get("mean") else Statistics()
+
+
+def pixels_of(config: dict[str, Any]) -> Pixels:
+    """How a run reads its images; older ones did not ask the data."""
+    return Pixels(config.get("value_range"), config.get("upright", True))
 
 
 def normalise(images: Tensor, statistics: Statistics = Statistics(), dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: B008
@@ -67,8 +73,9 @@ def as_source(images: ImageSource | Sequence[Path]) -> ImageSource:
 
 
 def estimate_statistics(
-    images: ImageSource | Sequence[Path], channels: int, background: str, *, seed: int, count: int = 256
-) -> Statistics:
+    images: ImageSource | Sequence[Path], channels: int, background: str, *, seed: int, count: int = 256,
+    pixels: Pixels = Pixels(),  # noqa: B008
+) -> Statistics:  # fmt: skip
     """Mean and deviation of each channel over all pixels of `count` images, drawn once.
 
     Raises:
@@ -76,18 +83,19 @@ def estimate_statistics(
     """
     source = as_source(images)
     generator = torch.Generator().manual_seed(derived_seed(seed, "statistics"))
-    sums, squares, pixels, problem = torch.zeros(channels), torch.zeros(channels), 0, ""
+    sums, squares, num_pixels, problem = torch.zeros(channels), torch.zeros(channels), 0, ""
     for number in torch.randperm(len(source), generator=generator)[:count].tolist():
         try:
-            values = as_floats(load_image(source.read(number), channels, background)).flatten(1).double()
+            values = as_floats(load_image(source.read(number), channels, background, pixels)).flatten(1).double()
         except OSError as error:
             problem = str(error)
             continue
-        sums, squares, pixels = sums + values.sum(1), squares + values.square().sum(1), pixels + values.shape[1]
-    if not pixels:
+        sums, squares = sums + values.sum(1), squares + values.square().sum(1)
+        num_pixels += values.shape[1]
+    if not num_pixels:
         raise UserError(f"no image could be read to estimate its mean and deviation: {problem}")
-    mean = sums / pixels
-    std = (squares / pixels - mean.square()).clamp_min(1e-6).sqrt()
+    mean = sums / num_pixels
+    std = (squares / num_pixels - mean.square()).clamp_min(1e-6).sqrt()
     return Statistics(tuple(round(v, 6) for v in mean.tolist()), tuple(round(max(v, 1e-3), 6) for v in std.tolist()))
 
 
@@ -98,22 +106,26 @@ def as_floats(image: Decoded) -> Tensor:
 
 class Sample(NamedTuple):
     """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; the images that could not; the number
-    of its class or which labels it has, if images have any; and whether the image had fewer pixels there than the crop has."""
+    of its class or which labels it has, if images have any; whether the image had fewer pixels there than the crop has; and
+    which share of the image's pixels lay outside of the range of values."""
 
     image: Tensor | None
     unreadable: tuple[str, ...]
     label: int | list[bool] = -1
     is_enlarged: bool = False
+    outside: float = 0.0
 
 
 class Batch(NamedTuple):
     """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; those that
-    could not; with the images, (B,) int64, their classes, or (B, labels) bool; and how many crops were enlarged."""
+    could not; with the images, (B,) int64, their classes, or (B, labels) bool; how many crops were enlarged; and the sum of
+    the shares of pixels outside of the range of values."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]
     labels: Tensor | None = None
     enlarged: int = 0
+    outside: float = 0.0
 
 
 class CropDataset(Dataset[Sample]):
@@ -131,6 +143,7 @@ class CropDataset(Dataset[Sample]):
         labels: (N,) int64, the number of each image's class, or (N, labels) bool, if there are labels.
         reduced_jpeg: whether JPEG files are decoded at a half, a quarter or an eighth of their size where the crop still has
             as many pixels as it needs.
+        pixels: how the numbers of the images become values.
 
     An image that cannot be read is replaced by another, and reported.
     """
@@ -140,13 +153,14 @@ class CropDataset(Dataset[Sample]):
     def __init__(
         self, images: ImageSource | Sequence[Path], size: tuple[int, int], *, min_scale: float, seed: int, channels: int = 3,
         background: str = "white", flip: bool = True, augment: nn.Module | None = None, labels: Tensor | None = None,
-        reduced_jpeg: bool = True,
+        reduced_jpeg: bool = True, pixels: Pixels = Pixels(),  # noqa: B008
     ) -> None:  # fmt: skip
         self.source = as_source(images)
         self.size = size
         self.seed = seed
         self.channels = channels
         self.background = background
+        self.pixels = pixels
         self.labels = labels
         self.reduced_jpeg = reduced_jpeg
         self.random_crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))  # where it is; cut out by `cut`
@@ -170,7 +184,7 @@ class CropDataset(Dataset[Sample]):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))
                 try:
-                    with open_image(self.source.read(number), self.channels, self.background) as image:
+                    with open_image(self.source.read(number), self.channels, self.background, self.pixels) as image:
                         box = self._draw_box(image.size)
                         crop = cut(image, box, self.size, reduced=self.reduced_jpeg)
                 except OSError as error:
@@ -179,8 +193,8 @@ class CropDataset(Dataset[Sample]):
                 crop = self.rest(crop)
             label = -1 if self.labels is None else self.labels[number].tolist()
             is_enlarged = box.height < self.size[0] or box.width < self.size[1]
-            # Bicubic interpolation may overshoot.
-            return Sample(crop if crop.dtype == torch.uint8 else crop.clamp(0, 1), tuple(unreadable), label, is_enlarged)
+            crop = crop if crop.dtype == torch.uint8 else crop.clamp(0, 1)  # bicubic interpolation may overshoot
+            return Sample(crop, tuple(unreadable), label, is_enlarged, image.outside)
         return Sample(None, tuple(dict.fromkeys(unreadable)))
 
     def _draw_box(self, size: tuple[int, int]) -> Box:
@@ -307,9 +321,10 @@ def collate(samples: list[Sample]) -> Batch:
     if len({image.dtype for image in images}) > 1:
         images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
     enlarged = sum(sample.is_enlarged for sample in samples)
+    outside = sum(sample.outside for sample in samples)
     if len(images) < len(samples):
-        return Batch(None, unreadable, None, enlarged)
-    return Batch(torch.stack(images), unreadable, torch.tensor([sample.label for sample in samples]), enlarged)
+        return Batch(None, unreadable, None, enlarged, outside)
+    return Batch(torch.stack(images), unreadable, torch.tensor([sample.label for sample in samples]), enlarged, outside)
 
 
 def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, pin_memory: bool) -> Loader:
@@ -331,8 +346,9 @@ def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def preview_images(
-    images: ImageSource | Sequence[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white"
-) -> Tensor:
+    images: ImageSource | Sequence[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white",
+    pixels: Pixels = Pixels(),  # noqa: B008
+) -> Tensor:  # fmt: skip
     """Centre crops of `count` images spread over the source, (B, C, H, W), as `collate` puts them together; unreadable ones are
     passed over."""
     source = as_source(images)
@@ -340,7 +356,7 @@ def preview_images(
     crops: list[Sample] = []
     for number in chain(range(0, len(source), step), (i for i in range(len(source)) if i % step)):
         try:
-            crops.append(Sample(centre_crop(load_image(source.read(number), channels, background), size), ()))
+            crops.append(Sample(centre_crop(load_image(source.read(number), channels, background, pixels), size), ()))
         except OSError:
             continue
         if len(crops) == count:

@@ -22,6 +22,7 @@ from sparkme.data.dataset import Sample, as_source, collate
 from sparkme.data.handover import Loader
 from sparkme.data.images import load_image, printable
 from sparkme.data.label_columns import TRAIN, VAL, read_label_columns
+from sparkme.data.planes import Pixels
 from sparkme.data.sources import LISTS, Columns, Files, ImageSource, find_source
 from sparkme.data.sources.files import Names, is_image, look_through
 from sparkme.data.sources.left_out import LeftOut, is_passed_over
@@ -412,14 +413,15 @@ class WholeImages(Dataset[NumberedSample]):
         images: a source, or files.
         size: height and width.
         channels, background: see `load_image`.
+        pixels: how the numbers of the images become values.
         crop_share: 0.95 as in the official fine-tuning code (downstream_imagenet/data.py).
     """
 
     def __init__(
         self, images: ImageSource | Sequence[Path], size: tuple[int, int], *, channels: int = 3, background: str = "white",
-        crop_share: float = 0.95,
+        pixels: Pixels = Pixels(), crop_share: float = 0.95,  # noqa: B008
     ) -> None:  # fmt: skip
-        self.source, self.channels, self.background = as_source(images), channels, background
+        self.source, self.channels, self.background, self.pixels = as_source(images), channels, background, pixels
         self.resized = [round(side / crop_share) for side in size]
         self.crop = v2.Compose([v2.CenterCrop(size), v2.PILToTensor()])
 
@@ -428,7 +430,7 @@ class WholeImages(Dataset[NumberedSample]):
 
     def __getitem__(self, number: int) -> NumberedSample:
         try:
-            image = load_image(self.source.read(number), self.channels, self.background)
+            image = load_image(self.source.read(number), self.channels, self.background, self.pixels)
         except OSError as error:
             return NumberedSample(Sample(None, (str(error),)), number)
         height, width = v2.functional.get_size(image)

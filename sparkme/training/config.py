@@ -410,6 +410,24 @@ def add_source(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="of Parquet: what has the labels (label, labels, cls or class, whichever is there)",
     )
+    add_pixels(group)
+
+
+def add_pixels(group: argparse._ArgumentGroup) -> None:
+    """How the numbers of images are read."""
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="which numbers of the images are black and white, such as 0 4095 for 12 bits; others are cut (0 255 for 8 bits; "
+        "for more, what the run found that is taken up, else what some of the images let one estimate)",
+    )
+    group.add_argument(
+        "--upright",
+        action=argparse.BooleanOptionalAction,
+        help="turn images as their EXIF or TIFF says (as the run that is taken up, else on)",
+    )
 
 
 def add_reduced_jpeg(group: argparse._ArgumentGroup) -> None:
@@ -563,6 +581,7 @@ def resolve_config(
         if config[name] is not None and config[name] < least:
             raise UserError(f"{flag_of(name)} {config[name]} must be at least {least}")
     check_workers(args.workers)
+    check_value_range(args.value_range)
     if args.channels > MAX_CHANNELS:
         raise UserError(f"--channels {args.channels} must be at most {MAX_CHANNELS}")
     if max(args.input_size) > MAX_SIDE:
@@ -632,6 +651,15 @@ def resolve_config(
             f"least {batch}"
         )
     return config
+
+
+def check_value_range(values: list[float] | None) -> None:
+    """Raises UserError for what is no range; whole numbers become integers, for people."""
+    if values is None:
+        return
+    if not (all(math.isfinite(v) and abs(v) <= LARGEST for v in values) and values[0] < values[1]):
+        raise UserError(f"--value-range {as_text(values)}: takes two finite numbers, the lower one first")
+    values[:] = [int(v) if v % 1 == 0 else v for v in values]
 
 
 def check_workers(workers: int | None) -> None:

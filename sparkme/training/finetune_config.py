@@ -213,7 +213,7 @@ def resolve_config(
     Args:
         args: the command line.
         known: `model`, `num_train_images`, `num_val_images`, `num_classes`, `several_labels`, and what the weights expect:
-            `channels`, `mean`, `std`, `background`, `input_size` or None.
+            `channels`, `mean`, `std`, `background`, `value_range`, `input_size` or None.
         norm: the network's kind, `bn` or `ln`.
         process: this process.
         saved: the configuration of the run to continue.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LINES, STEPS = 3, 20  # log lines in a row, and steps, that have to say the same
 FIRST_STEPS = 50  # whose numbers say little: of a start, and of the warm-up's end
 FIRST_IMAGES, LEAST_IMAGES = 256, 32  # that are looked at
+MOST_OUTSIDE = 0.01  # share of the pixels outside of the range of values that hurts nobody
 
 
 class Health:
@@ -33,13 +34,15 @@ class Health:
         self.lasting: dict[str, tuple[int, int]] = {}  # how many lines have said it, and the step of the first
         self.rates: list[float] = []
         self.first_step: int | None = None
-        self.seen = self.enlarged = self.plain = 0
+        self.seen = self.enlarged = self.plain = self.ranged = 0
+        self.outside = 0.0
         self.first: Tensor | None = None  # image
         self.differ = False
 
     def of_batch(self, batch: Batch) -> Iterator[str]:
-        """What is odd about a batch of the first ones."""
+        """What is odd about a batch, mostly about the first ones."""
         images = batch.images
+        yield from self._of_range(batch)
         if images is None or self.seen >= FIRST_IMAGES:
             return
         values = images.float() / (255 if images.dtype == torch.uint8 else 1)
@@ -63,6 +66,17 @@ class Health:
                     "plain",
                     f"{100 * self.plain // self.seen} % of the crops are of one colour: see --data, --background",
                 )
+
+    def _of_range(self, batch: Batch) -> Iterator[str]:
+        """In the whole run: an image that is unlike those that were looked at may come late."""
+        self.outside += batch.outside
+        self.ranged += len(batch.images) if batch.images is not None else 0
+        if self.ranged >= LEAST_IMAGES and self.outside > MOST_OUTSIDE * self.ranged:
+            yield from self._once(
+                "outside",
+                f"{100 * self.outside / self.ranged:.1f} % of the pixels lie outside of the range of values and are cut to it; "
+                "--value-range LOW HIGH takes another",
+            )
 
     def of_numbers(self, step: int, numbers: dict[str, float]) -> Iterator[str]:
         """What the numbers of a log line, and of those before it, say."""
