@@ -193,7 +193,7 @@ def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
         )
         assert load_rgb(tmp_path / f"{mode}.{suffix}").mode == "RGB"
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(OSError, match=r"float.tiff: floating-point pixels have no known range"):
+    with pytest.raises(OSError, match=r"float.tiff: its values are not all from 0 to 1, so their range is not known"):
         load_rgb(tmp_path / "float.tiff")
     held = Image.new("RGB", (20, 10))
     exif = held.getexif()

@@ -189,9 +189,10 @@ def planes_of_array(array: np.ndarray, channels: int) -> Planes:
         raise OSError(f"an array of {array.ndim} axes is no image")
     if array.shape[2] != channels and array.shape[0] == channels:
         array = array.transpose(1, 2, 0)
-    if array.shape[2] != channels:
+    is_grey = array.shape[2] == 1 and channels == 3
+    if array.shape[2] != channels and not is_grey:
         raise OSError(f"an array {array.shape} has not {channels} channels, first or last; see --channels")
-    return Planes(array.astype(np.uint8) * 255 if array.dtype == bool else array, channels)
+    return Planes(array.astype(np.uint8) * 255 if array.dtype == bool else array, array.shape[2])
 
 
 def read_deep_png(file: BinaryIO, orientation: int, upright: bool) -> Planes:
