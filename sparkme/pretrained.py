@@ -138,7 +138,7 @@ def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choic
 
 def _pixels(notes: dict[str, str]) -> Pixels | None:
     """What sparkme.export or sparkme.finetune wrote; earlier, they wrote other things only."""
-    kept = {name: json.loads(notes[name]) for name in ("value_range", "upright") if name in notes}
+    kept: dict[str, Any] = {name: json.loads(notes[name]) for name in ("value_range", "upright") if name in notes}
     return pixels_of(kept) if "background" in notes else None
 
 

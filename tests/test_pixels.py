@@ -16,6 +16,9 @@ from PIL import Image
 from test_pretrain import SMALL, fails
 from torch import Tensor
 
+import sparkme.data.dataset
+import sparkme.data.images
+import sparkme.data.labelled
 from sparkme import export, finetune, pretrain, probe, visualize
 from sparkme.data.dataset import Batch, CropDataset, collate, pixels_of
 from sparkme.data.images import Stored, load_image, open_image
@@ -25,6 +28,7 @@ from sparkme.data.survey import find_pixels, find_pixels_together
 from sparkme.errors import UserError
 from sparkme.pretrained import read_pretrained
 from sparkme.training.checkpoint import load_checkpoint
+from sparkme.training.config import check_value_range
 from sparkme.training.distributed import Process
 from sparkme.training.health import Health
 
@@ -428,65 +432,91 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, folder / "run" / "checkpoints" / "last.pt"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_range_and_goes_on_with_it(
-    deep: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    deep: tuple[Path, Path], used: list[Pixels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, checkpoint = deep
     kept = {"integers": [0, 2047]}
     assert load_checkpoint(checkpoint)["config"]["value_range"] == kept
     assert json.loads((checkpoint.parents[1] / "config.json").read_text())["value_range"] == kept
     brighter = make_deep(tmp_path / "brighter", 60000)
-    run = [*WORDS, "--output", str(checkpoint.parents[1])]
+    run = [*WORDS, "--output", str(checkpoint.parents[1]), "--panel-epochs", "1", "--probe-data", str(data)]
     assert pretrain.main([*run, "--data", str(brighter), "--epochs", "2"]) == 0
     shown = capsys.readouterr()
     assert "of which 0 to 2047 become 0 to 1, as before" in shown.out and "lie outside and are cut" in shown.out
     assert load_checkpoint(checkpoint)["config"]["value_range"] == kept
+    assert used and set(map(repr, used)) == {repr(Pixels(kept))}
     assert pretrain.main([*run, "--data", str(data), "--epochs", "3", "--value-range", "0", "4095"]) == 0
     assert "0 to 4095 become 0 to 1, as given" in capsys.readouterr().out
     assert load_checkpoint(checkpoint)["config"]["value_range"]["integers"] == [0, 4095]
 
 
-@pytest.mark.parametrize("words", [("5", "5"), ("9", "1"), ("nan", "1"), ("0", "1e300")])
-def test_what_is_no_range_is_refused_by_every_command(
-    words: tuple[str, str], deep: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("values", [[5.0, 5.0], [9.0, 1.0], [float("nan"), 1.0], [0.0, float("inf")], [0.0, 1e300]])
+def test_what_is_no_range_is_refused(values: list[float]) -> None:
+    with pytest.raises(UserError, match=r"--value-range .*: takes two finite numbers, the lower one first"):
+        check_value_range(values)
+
+
+def test_every_command_looks_at_the_flag(deep: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, checkpoint = map(str, deep)
-    flags = ["--value-range", *words]
-    assert "--value-range" in fails(capsys, *WORDS, "--data", data, "--output", tmp_path / "run", *flags)
-    commands = [
-        (finetune.main, ["--data", data, "--output", str(tmp_path / "f")]),
-        (probe.main, ["--data", data]),
-        (visualize.main, [data]),
-    ]
-    for command, rest in commands:
+    flags = ["--value-range", "9", "1"]
+    assert "--value-range 9.0 1.0" in fails(capsys, *WORDS, "--data", data, "--output", tmp_path / "run", *flags)
+    folder = ["--output", str(tmp_path / "tuned")]
+    for command, rest in ((finetune.main, ["--data", data, *folder]), (probe.main, ["--data", data]), (visualize.main, [data])):
         assert command([checkpoint, *rest, *flags]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith("error: --value-range") and "two finite numbers" in line
+        assert line.startswith("error: --value-range 9.0 1.0: takes two finite numbers")
 
 
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Pixels]:
+    """How images were read."""
+    told: list[Pixels] = []
+
+    def spied(stored: Any, channels: int, background: str, pixels: Pixels = Pixels()) -> Any:  # noqa: B008
+        told.append(pixels)
+        return load_image(stored, channels, background, pixels)
+
+    def opened(stored: Any, channels: int, background: str, pixels: Pixels = Pixels()) -> Any:  # noqa: B008
+        told.append(pixels)
+        return open_image(stored, channels, background, pixels)
+
+    for module in (sparkme.data.images, sparkme.data.dataset, sparkme.data.labelled):
+        monkeypatch.setattr(module, "load_image", spied)
+    monkeypatch.setattr(sparkme.data.dataset, "open_image", opened)
+    return told
+
+
+@pytest.mark.slow
 def test_later_commands_read_images_as_the_run_did(
-    deep: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    deep: tuple[Path, Path], used: list[Pixels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, checkpoint = deep
-    kept = load_checkpoint(checkpoint)["config"]["value_range"]
-    high = kept["integers"][1]
-    said = f"of which 0 to {high} become 0 to 1, as before"
+    kept = pixels_of(load_checkpoint(checkpoint)["config"])
+    assert kept.ranges is not None
+
+    def reads_as(pixels: Pixels, words: str) -> None:
+        assert used and set(map(repr, used)) == {repr(pixels)} and words in capsys.readouterr().out
+        used.clear()
+
+    said = f"of which 0 to {kept.ranges['integers'][1]} become 0 to 1, as before"
     common = ["--data", str(data), "--workers", "0", "--device", "cpu", "--input-size", "64"]
     assert probe.main([str(checkpoint), *common, "--no-linear"]) == 0
-    assert said in capsys.readouterr().out
+    reads_as(kept, said)
     assert visualize.main([str(checkpoint), str(data), "--output", str(tmp_path / "a.png"), "--max-images", "1"]) == 0
-    assert said in capsys.readouterr().out
-    words = [*common, "--output", str(tmp_path / "tuned"), "--epochs", "1", "--batch-size", "2", "--head-init", "random"]
-    assert finetune.main([str(checkpoint), *words]) == 0
-    assert said in capsys.readouterr().out
-    best = tmp_path / "tuned" / "best.safetensors"
+    reads_as(kept, said)
+    words = [*common, "--output", str(tmp_path / "tuned"), "--epochs", "1", "--batch-size", "2"]
+    assert finetune.main([str(checkpoint), *words, "--recipe", "small"]) == 0
+    reads_as(kept, said)
     exported = tmp_path / "weights.safetensors"
-    assert export.main([str(checkpoint), "--to", "torchvision", "--output", str(exported), "--no-verify"]) == 0
-    for path in (checkpoint, best, exported, tmp_path / "tuned" / "checkpoints" / "last.pt"):
-        assert read_pretrained(path).pixels == Pixels(kept)
-    capsys.readouterr()
-    assert probe.main([str(exported), *common, "--no-linear", "--value-range", "0", "9999"]) == 0
-    assert "0 to 9999 become 0 to 1, as given" in capsys.readouterr().out
+    flags = ["--no-verify", "--recalibrate-bn", str(data)]
+    assert export.main([str(checkpoint), "--to", "torchvision", "--output", str(exported), *flags]) == 0
+    reads_as(kept, "recalibrated")
+    for path in (checkpoint, exported, tmp_path / "tuned" / "best.safetensors", tmp_path / "tuned" / "checkpoints" / "last.pt"):
+        assert read_pretrained(path).pixels == kept
+    assert probe.main([str(exported), *common, "--no-linear", "--value-range", "0", "9999", "--no-upright"]) == 0
+    reads_as(Pixels({"integers": [0, 9999], "floats": [0, 9999]}, False), "0 to 9999 become 0 to 1, as given")
 
 
 def test_runs_that_did_not_ask_go_on_as_they_were(tmp_path: Path) -> None:

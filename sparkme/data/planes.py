@@ -101,7 +101,7 @@ def check_channels(planes: Planes, channels: int) -> None:
 def scaled(values: np.ndarray, pixels: Pixels) -> np.ndarray:
     """Float32; see `Pixels`."""
     low, high = range_of(values, pixels)
-    numbers = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    numbers: Any = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
     return ((numbers - low) / (high - low)).astype(np.float32)
 
 
@@ -227,10 +227,19 @@ def read_tiff(file: BinaryIO, channels: int, upright: bool) -> Planes:
         if first.axes not in ("YX", "YXS", "SYX"):
             raise OSError(f"a TIFF with axes {first.axes} is no image")
         is_stack = samples == 1 and pages == channels
-        planes = [page.asarray() for page in (tiff.pages if is_stack else (first,))]
+        planes = [_page(page) for page in (tiff.pages if is_stack else (first,))]
         values = np.stack(planes, 2) if is_stack else planes[0][..., None] if samples == 1 else planes[0]
         values = values.transpose(1, 2, 0) if first.axes == "SYX" else values
         orientation = int(first.tags[_ORIENTATION].value) if _ORIENTATION in first.tags else 1
         has_alpha = bool(first.extrasamples) and first.extrasamples[-1] in _ALPHA
         colours = 3 if first.photometric == _RGB else values.shape[2] - has_alpha
     return Planes(turned(values, orientation if upright else 1), colours, has_alpha, pages, orientation)
+
+
+def _page(page: Any) -> np.ndarray:
+    try:
+        values: np.ndarray = page.asarray()
+    except ValueError as error:
+        missing = "; pip install 'sparkme[tiff]'" if "imagecodecs" in str(error) else ""
+        raise OSError(f"{first_line(error)}{missing}") from error
+    return values
