@@ -98,12 +98,12 @@ class Pretraining(Training):
         process.check_same(len(images), "number of images")
         self.config = config = resolve_config(args, len(images), process, folder.saved_config)
         self.recipe_reason = config.pop("recipe_reason")
-        self.pixels, self.seen = self._find_pixels(images, args)
-        self.statistics = self._find_statistics(images)
         if folder.saved_config is not None:
             check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
             for name in ("init", "weights_key", "adapt_stem"):  # it has started so, whatever the command says now
                 config[name] = folder.saved_config.get(name)
+        self.pixels, self.seen = self._find_pixels(images, args)
+        self.statistics = self._find_statistics(images)
         self.probe_split = self._find_probe_data(args)
         self.probe_pixels, self.probe_seen = self._find_probe_pixels(args)
 
