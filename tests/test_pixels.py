@@ -170,6 +170,9 @@ def test_deep_and_other_images_of_one_folder_have_their_own_ranges(tmp_path: Pat
     assert pixels.ranges == {"integers": [0, 4095], "floats": [0.0, 1.0]}
     assert "1 channel of uint16 in 1" in text and "L of 8 bits in 1" in text
     assert all(load_image(path, 1, "white", pixels).max() > 0.9 for path in paths)
+    paths.append(save(tmp_path / "two.npy", np.zeros((4, 4, 2))))
+    assert found(paths)[0] == pixels
+    assert "(4 of 4 looked at)" in found(paths)[1] and "1 cannot be read, such as" in found(paths)[1]
     pixels, text = found([paths[0], paths[2]], given=[0, 8191])
     assert "bytes: 0 to 255 become 0 to 1, since others have more than 8 bits" in text
     assert load_image(paths[0], 1, "white", pixels).max() < 0.51 and load_image(paths[2], 1, "white", pixels).max() > 0.9

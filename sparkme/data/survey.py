@@ -78,7 +78,8 @@ def find_pixels(
     if upright is None:
         upright = known is None or known.upright
     is_strict = known is not None and known.ranges is None and given is None
-    for number in _chosen(source):
+    chosen = _chosen(source)
+    for number in chosen:
         try:
             looks.append(_look_at(source, number, channels, background, upright, is_strict))
         except OSError as error:
@@ -89,13 +90,16 @@ def find_pixels(
     for look in looks:
         if look.spread is not None:
             spreads.setdefault(look.spread.kind, []).append(look.spread)
-    pixels = Pixels(_ranges(spreads, known, given, is_part=len(looks) < len(source)), upright)
+    pixels = Pixels(_ranges(spreads, known, given, is_part=len(chosen) < len(source)), upright)
     texts = [_range_text(kind, found, pixels, _origin(kind, known, given)) for kind, found in sorted(spreads.items())]
     if pixels.ranges is not None and pixels.stretches_bytes() and BYTES not in spreads:
         texts.append(f"{BYTES}: {_words(pixels.ranges[BYTES])} become 0 to 1, {_origin(BYTES, known, given)}")
     elif given is not None and any(look.spread is None or look.spread.kind == BYTES for look in looks):
         texts.append(f"{BYTES}: 0 to 255 become 0 to 1, since others have more than 8 bits")
-    return pixels, "; ".join([_names_text(looks, len(source)), *_remarks(looks), *filter(None, texts)])
+    if len(looks) < len(chosen):
+        texts.append(f"{len(chosen) - len(looks)} cannot be read, such as {problem}")
+    names = f"{_names_text(looks)} ({len(chosen)} of {len(source):,} looked at)"
+    return pixels, "; ".join([names, *_remarks(looks), *filter(None, texts)])
 
 
 def _ranges(
@@ -282,10 +286,9 @@ def _words(numbers: list[float]) -> str:
     return " to ".join(f"{number:.6g}" if isinstance(number, float) and number % 1 else f"{int(number)}" for number in numbers)
 
 
-def _names_text(looks: list[Look], total: int) -> str:
+def _names_text(looks: list[Look]) -> str:
     names = Counter(look.name for look in looks).most_common()
-    kinds = names[0][0] if len(names) == 1 else ", ".join(f"{name} in {count}" for name, count in names)
-    return f"{kinds} ({len(looks)} of {total:,} looked at)"
+    return names[0][0] if len(names) == 1 else ", ".join(f"{name} in {count}" for name, count in names)
 
 
 def _remarks(looks: list[Look]) -> list[str]:
