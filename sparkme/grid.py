@@ -18,6 +18,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def in_inference_mode() -> bool:
+    """Not where code is compiled: torch.compile cannot trace the question."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 class Grid:
     """The visible sites of one batch.
 
@@ -105,7 +110,7 @@ class Grid:
         """What `build` makes, once for the batch: its readers may be in other modes than the first one, so that it is never an
         inference tensor."""
         if key not in self._cache:
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            with torch.inference_mode(False) if in_inference_mode() else nullcontext():
                 self._cache[key] = build()
         found: T = self._cache[key]
         return found

@@ -22,7 +22,7 @@ joins only what is called under the same ones. Engines say with `Engine.fuses` a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
+from sparkme.grid import in_inference_mode
 from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalise, processes_of, statistics_of_batch
 from sparkme.sparse.engines.base import Features
 
@@ -47,12 +48,13 @@ class Modes(NamedTuple):
     def now(device: torch.device) -> Modes:
         kind = device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Modes(kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+        return Modes(kind, torch.is_grad_enabled(), in_inference_mode(), autocast)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
+        inference = torch.inference_mode(self.inference) if self.inference != in_inference_mode() else nullcontext()
         autocast = torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
-        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
+        with inference, torch.set_grad_enabled(self.grad), autocast:
             yield
 
 
