@@ -180,23 +180,20 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
     if any(call.is_window and call.unaligned for call in calls):
         leaves = [c for c in calls if c.unaligned and not any(o.unaligned and c in o.parents for o in calls)]
         bad, (h, w) = leaves[0], (_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
-        steps = getattr(model.get_submodule(bad.module), "stride", 1)
-        if not isinstance(steps, int) and len({*steps}) > 1:
-            raise ValueError(
-                f"{name} cannot be aligned to a grid of patches: its layer {bad.module!r} has the stride {tuple(steps)}, and "
-                "height and width have to shrink alike; give it one stride for both"
-            )
+        module = model.get_submodule(bad.module)
         raise ValueError(
             f"{name} cannot be aligned to a grid of patches: of an image of {h}x{w} pixels its layer {bad.module!r} makes "
-            f"{'x'.join(map(str, bad.unaligned))}; pad what is not padded, so that a layer of stride s, a power of two, makes "
-            "n pixels of n * s"
+            f"{'x'.join(map(str, bad.unaligned))}; {_alignment_remedy(module)}"
         )
     if len(strides) < 2:
-        at = f"at stride {strides[0]} only" if strides else "of no stride"
-        raise ValueError(f"{name} has feature maps {at}: it is not hierarchical, as ResNets and ConvNeXts are")
+        found = f"feature maps at stride {strides[0]} only" if strides else "no feature map smaller than its images"
+        raise ValueError(f"{name} has {found}: it is not hierarchical, as ResNets and ConvNeXts are")
     for call in calls:
         if call.is_window and call.takes(_PROBE_STRIDE) and call.steps:
-            raise ValueError(f"layer {call.module!r} of {name} makes maps of a stride above {_PROBE_STRIDE}, the largest")
+            raise ValueError(
+                f"layer {call.module!r} of {name} makes maps of a stride above {_PROBE_STRIDE}, the largest; name the layers "
+                "that give the maps up to there with taps=[...]"
+            )
     strides = strides[-num_scales:]
     chosen = []
     end = _decoder(calls, strides[-1], predicted)
@@ -212,6 +209,19 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
             found = next(f for f in reversed(producer.outputs) if f.stride == stride)
             chosen.append(Tap(stride, found.channels, producer.module, False, producer.number, found.path))
     return chosen
+
+
+def _alignment_remedy(module: nn.Module) -> str:
+    """What to change in the layer whose map lies on no grid of patches."""
+    steps = getattr(module, "stride", 1)
+    stride = steps[0] if isinstance(steps, tuple | list) and len({*steps}) == 1 else steps
+    if not isinstance(stride, int):
+        return f"it has the stride {tuple(stride)}, and height and width have to shrink alike; give it one stride for both"
+    if stride & (stride - 1):
+        return f"it has the stride {stride}, and only powers of two fit; give it another one"
+    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and not list(module.children()):
+        return "let it change the size of its input by a power of two, or leave it out"
+    return "pad what is not padded, so that a layer of stride s, a power of two, makes n pixels of n * s"
 
 
 def _before(calls: list[_Call], end: _Call) -> list[_Call]:
@@ -508,14 +518,17 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
         try:
             with torch.enable_grad():
                 run(training)
-        except RuntimeError:  # operations in place of which autograd keeps the inputs: it runs, but what is needed stays open
+        except Exception:  # operations in place of which autograd keeps the inputs: it runs, but what is needed stays open
             needed.update(parameters)
             try:
                 with torch.no_grad():
                     run(training)
             except Exception as error:
                 mode = "training" if training else "eval"
-                raise ValueError(f"{type(model).__name__} cannot be run in {mode} mode: {first_line(error)}") from error
+                raise ValueError(
+                    f"{type(model).__name__} cannot be run as model(images) in {mode} mode, as it is on two images: "
+                    f"{first_line(error)}"
+                ) from error
     return called, called - on_vectors, needed
 
 

@@ -194,7 +194,7 @@ class SparseMap:
     def unpadded(self) -> Storage:
         """Raises NotImplementedError after `F.pad`."""
         if self.padding is not None:
-            raise NotImplementedError("only a convolution or a pooling can follow F.pad of a sparse map")
+            raise NotImplementedError("only a convolution or a pooling can follow F.pad of a map; pad right before it")
         return self.storage
 
     @property
@@ -244,7 +244,9 @@ class SparseMap:
         """
         dim = self.axis(dim)
         if self.dims[dim] != "C":
-            raise NotImplementedError(f"axis {dim} ({self.dims[dim]}) of a map {self.dims}: only channels can be taken apart")
+            raise NotImplementedError(
+                f"axis {dim} ({self.dims[dim]}) of a map {self.dims}: this can be done along channels only, pixels stay apart"
+            )
         return self.dims[:dim].count("C")
 
     def axis(self, dim: int) -> int:
@@ -392,10 +394,10 @@ class SparseMap:
         return self.shape[0]
 
     def __bool__(self) -> bool:
-        raise NotImplementedError("the truth value of a sparse map is not defined")
+        raise NotImplementedError("the truth value of a map depends on hidden pixels; write `x is None` for `x == None`")
 
     def __iter__(self) -> Iterator[Any]:
-        raise NotImplementedError("a sparse map cannot be taken apart by sample")
+        raise NotImplementedError("a map cannot be taken apart by sample; let the code take the whole batch")
 
     def __repr__(self) -> str:
         rows = self.grid.num_rows(self.stride)
@@ -405,7 +407,9 @@ class SparseMap:
         return SparseMap.__torch_function__(torch.Tensor.__getitem__, (), (self, index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise NotImplementedError("assigning to a part of a sparse map has no sparse form; build it with torch.cat")
+        raise NotImplementedError(
+            "assigning to a part of a map has no sparse form; put channels together with torch.cat, choose with torch.where"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

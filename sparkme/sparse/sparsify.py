@@ -17,10 +17,10 @@ from torch import nn
 
 from sparkme.errors import UnsupportedLayerError, first_line
 from sparkme.sparse.encoder import SparseEncoder
-from sparkme.sparse.forms import SPARSE_FORMS, SparseLayer, sparse_form
+from sparkme.sparse.forms import SparseLayer, sparse_form
 from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.hierarchy import Hierarchy, find_hierarchy
-from sparkme.sparse.trial import DifferenceError, expose_branches, try_out
+from sparkme.sparse.trial import DifferenceError, TooSmallError, expose_branches, try_out
 
 
 def sparsify(
@@ -49,6 +49,8 @@ def sparsify(
         raise ValueError(f"sparsify takes a torch.nn.Module, not {type(model).__name__}")
     if num_scales < 1:
         raise ValueError(f"num_scales {num_scales} must be at least 1")
+    if isinstance(taps, str):
+        raise ValueError(f"taps must be a list of names of modules, such as [{taps!r}], not a string")
     _check_hooks(model)
     with _undisturbed():
         hierarchy = find_hierarchy(_copy(model), num_scales, taps=taps, in_channels=in_channels)
@@ -72,7 +74,7 @@ def _check_hooks(model: nn.Module) -> None:
                 f"{where} is compiled and cannot be run on sparse maps; pass it as it was before torch.jit or torch.compile"
             )
         if module._backward_hooks or module._backward_pre_hooks:
-            raise UnsupportedLayerError(f"{where} has backward hooks, which nothing calls in a sparse network")
+            raise UnsupportedLayerError(f"{where} has backward hooks, which nothing calls in a sparse network; remove them")
         for own, parameter in module.named_parameters(recurse=False):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise UnsupportedLayerError(
@@ -84,10 +86,13 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:  # whatever its modules make of it
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}; look for tensors that a forward pass left there, "
-            "pruned layers (torch.nn.utils.prune.remove) or weights of torch.nn.utils.weight_norm (remove_weight_norm)"
-        ) from error
+        remedy = (
+            "look for tensors that a forward pass left there, pruned layers (torch.nn.utils.prune.remove) or weights of "
+            "torch.nn.utils.weight_norm (remove_weight_norm)"
+            if isinstance(error, RuntimeError)  # torch's, of a tensor that has a graph
+            else "take it out of the network's attributes"
+        )
+        raise ValueError(f"{type(model).__name__} cannot be copied: {first_line(error)}; {remedy}") from error
 
 
 def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:
@@ -101,7 +106,7 @@ def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:
     """
     without_branches = replace(hierarchy, left_out=hierarchy.left_out | hierarchy.branches)
     variants = [hierarchy, without_branches] if hierarchy.branches else [hierarchy]
-    problems = []
+    problems: list[UnsupportedLayerError] = []
     for factor, variant in product((1, 2), variants):
         attempt = replace(variant, patch=factor * variant.patch)
         try:
@@ -109,7 +114,9 @@ def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:
             return attempt
         except UnsupportedLayerError as error:
             problems.append(error)
-    in_branch = any(f"{problems[0].layer}.".startswith(f"{branch}.") for branch in hierarchy.branches)
+    if ran := [problem for problem in problems if not isinstance(problem, TooSmallError)]:
+        problems = ran  # the others say of a size what it takes to run on a larger one
+    in_branch = len(problems) > 1 and any(f"{problems[0].layer}.".startswith(f"{branch}.") for branch in hierarchy.branches)
     raise problems[1 if in_branch else 0] from None
 
 
@@ -144,8 +151,6 @@ def _sparse_network(network: nn.Module, hierarchy: Hierarchy) -> nn.Module:
         names.setdefault(id(module), []).append(name)
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if not name:
-            if type(module) in SPARSE_FORMS:
-                raise UnsupportedLayerError(f"{type(module).__name__} is a single layer, not a network")
             continue
         if name.startswith(tuple(replaced)):
             continue

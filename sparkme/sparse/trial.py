@@ -16,6 +16,7 @@ from sparkme.errors import UnsupportedLayerError, first_line
 from sparkme.grid import Grid
 from sparkme.sparse.encoder import SparseEncoder, walk
 from sparkme.sparse.engines import ENGINES, why_not
+from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.hierarchy import dense_features
 
 # What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays
@@ -35,6 +36,10 @@ _BLIND = (
 
 class DifferenceError(UnsupportedLayerError):
     """The sparse network computes something else; which may be rounding, in a network that amplifies it."""
+
+
+class TooSmallError(UnsupportedLayerError):
+    """The dense network itself does not run on images of so few pixels."""
 
 
 @torch.no_grad()
@@ -74,7 +79,9 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     with _named_errors(encoder.network), torch.enable_grad():
         total = torch.stack([x.rows.float().square().mean() for x in encoder.set_engine("auto")(images.clone(), some)]).sum()
         if not total.requires_grad:
-            raise UnsupportedLayerError(f"no gradient reaches the parameters of the sparse network; {_BLIND}")
+            raise UnsupportedLayerError(
+                "no gradient reaches any parameter of the network; look for torch.no_grad() or detach() in it, and take it out"
+            )
         total.backward()
 
 
@@ -83,7 +90,11 @@ def _dense_maps(dense: nn.Module, encoder: SparseEncoder, images: Tensor, *, tra
         return dense_features(dense, encoder.hierarchy.taps, images.clone(), training=training)
     except Exception as error:
         sides = " x ".join(map(str, images.shape[2:]))
-        raise UnsupportedLayerError(f"the network cannot be run on images of {sides} pixels: {first_line(error)}") from error
+        raise TooSmallError(
+            f"the network cannot be run on images of {sides} pixels, patches of {encoder.patch} x {encoder.patch}: "
+            f"{first_line(error)}; patches are as large as the coarsest map of a module needs them, so where a function makes "
+            "a coarser one, let a module do it, such as nn.PixelUnshuffle"
+        ) from error
 
 
 def _compare_maps(
@@ -106,7 +117,10 @@ def _compare_maps(
 
 def _compare(value: Tensor, expected: Tensor, where: str) -> None:
     if value.shape != expected.shape:
-        raise DifferenceError(f"the sparse network gives {tuple(value.shape)} {where}, the dense one {tuple(expected.shape)}")
+        raise DifferenceError(
+            f"the sparse network gives {tuple(value.shape)} {where}, the dense one {tuple(expected.shape)}; look for code that "
+            "asks for a tensor's class, or for sizes that are hard-coded"
+        )
     error = (value - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     if not error <= TOLERANCE.get(value.dtype, 0.1) and (value - expected).abs().max() != 0:
         raise DifferenceError(
@@ -269,7 +283,7 @@ def _named_errors(network: nn.Module) -> Iterator[None]:
     modules: dict[nn.Module, str] = {}
     for prefix, module in walk(network):
         modules.setdefault(module, prefix.removesuffix("."))
-    names = {name: type(module).__name__ for module, name in modules.items()}
+    names = {name: type(module).__name__.removeprefix("Sparse") for module, name in modules.items()}
 
     def enter(name: str) -> Any:
         return lambda module, args: open_modules.append(name)
@@ -285,12 +299,16 @@ def _named_errors(network: nn.Module) -> Iterator[None]:
     except Exception as error:
         path = next((name for name in reversed(open_modules)), "")
         where = f"layer {path!r} ({names[path]})" if path else f"the network ({names['']})"
+        has_form = any(name == path and isinstance(module, SparseLayer) for module, name in modules.items())
+        remedy = (
+            "replace it in the dense model, or give its class a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
+            if path and not has_form
+            else "change that layer in the dense model"
+            if path
+            else "change that in its forward, or move it into a module with a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
+        )
         kind = "" if isinstance(error, NotImplementedError | ValueError) else f"{type(error).__name__}: "
-        raise UnsupportedLayerError(
-            f"{where} has no sparse form: {kind}{first_line(error)}; replace it in the dense model, or give its "
-            "class a sparse form in sparkme.sparse.forms.SPARSE_FORMS",
-            layer=path,
-        ) from error
+        raise UnsupportedLayerError(f"{where} has no sparse form: {kind}{first_line(error)}; {remedy}", layer=path) from error
     finally:
         for handle in handles:
             handle.remove()

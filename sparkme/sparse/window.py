@@ -55,7 +55,8 @@ class Window:
         """
         size, steps, spread = pair(kernel_size), pair(stride), pair(dilation)
         if steps[0] != steps[1] or spread[0] != spread[1]:
-            raise ValueError(f"stride {steps} and dilation {spread} must be the same down and across")
+            which, value = ("stride", steps) if steps[0] != steps[1] else ("dilation", spread)
+            raise ValueError(f"the {which} {value} is not the same down and across, as patches need it")
         s, d = steps[0], spread[0]
         if padding == "valid":
             padding = 0
@@ -69,10 +70,11 @@ class Window:
             sides = (down, down, across, across)
         for k, before, after in zip(size, sides[::2], sides[1::2], strict=True):
             if _outputs(64 * s, k, s, before, after, d, ceil_mode) != 64:
+                least, most = max(0, d * (k - 1) + 1 - s), d * (k - 1)
                 raise ValueError(
                     f"kernel {k}, stride {s}, padding {before if before == after else (before, after)}, dilation {d} cannot be "
                     f"aligned to the grid of patches: of n * {s} pixels it makes more or fewer than n; pad by "
-                    f"{max(0, d * (k - 1) + 1 - s)} to {d * (k - 1)} pixels in all"
+                    f"{most if least == most else f'{least} to {most}'} pixels in all"
                 )
         return Window(size, s, (sides[0], sides[2]), d, border)
 

@@ -270,8 +270,12 @@ def conv2d(
 @sparse_function("linear")
 def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     """Along the channels, the last axis."""
-    if not is_map(x) or not x.dims.endswith("C"):
-        raise NotImplementedError("a linear layer along the width of a map mixes visible and hidden pixels")
+    if not is_map(x):
+        raise NotImplementedError("a linear layer with a map as its weight has no sparse form")
+    if not x.dims.endswith("C"):
+        raise NotImplementedError(
+            f"a linear layer along the last axis of a map {x.dims} mixes visible and hidden pixels; permute it to channels-last"
+        )
     if not x.engine.fuses_all(x.dtype, x.device):
         return x.replace(x.engine.linear(x.flat, weight, bias))
     if x.unwritten is not None and (longer := x.unwritten.linear(weight, bias)) is not None:
@@ -285,13 +289,15 @@ def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = No
     """Waits for the window that reads it; zeros for more channels are there at once."""
     sides: list[int] = [*pad, *[0] * (4 - len(pad))]
     (left, right, top, bottom), rest = sides[:4], sides[4:]
-    if x.dims != "BCHW" or len(pad) % 2 or any(side < 0 for side in pad):
-        raise NotImplementedError(f"pad{tuple(pad)} of a map {x.dims} has no sparse form; only BCHW, and nothing cut off")
+    if any(side < 0 for side in pad):
+        raise NotImplementedError(f"pad{tuple(pad)} has no sparse form: nothing can be cut off")
+    if x.dims != "BCHW":
+        raise NotImplementedError(f"pad{tuple(pad)} of a map {x.dims} has no sparse form, only of BCHW")
     if mode not in ("constant", "reflect", "replicate"):
-        raise NotImplementedError(f"pad with mode={mode!r} has no sparse form")
+        raise NotImplementedError(f"padding with mode={mode!r} has no sparse form; take constant, reflect or replicate")
     if any(rest):
         if any((left, right, top, bottom)) or mode != "constant" or any(rest[2:]):
-            raise NotImplementedError(f"pad{tuple(pad)} of pixels and channels at once has no sparse form")
+            raise NotImplementedError(f"pad{tuple(pad)} has no sparse form: pad pixels, and channels with constants, apart")
         before, after = (x.values.new_full((1, n, 1, 1), value or 0.0) for n in rest[:2])
         joined: Any = [before, x, after]
         return torch.cat(joined, 1)  # type: ignore[return-value]
@@ -300,7 +306,7 @@ def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = No
     new = Padding(top, bottom, left, right, mode, value or 0.0)
     if (old := x.padding) is not None:
         if (old.mode, old.value) != (new.mode, new.value) or mode != "constant":
-            raise NotImplementedError("several paddings of different kinds, one after the other")
+            raise NotImplementedError("paddings of different kinds, one after the other, have no sparse form; pad once")
         top, bottom, left, right = (a + b for a, b in zip(old[:4], new[:4], strict=True))
         new = Padding(top, bottom, left, right, mode, new.value)
     return x.padded(new)

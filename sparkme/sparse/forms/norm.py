@@ -146,7 +146,9 @@ def layer_norm(
 ) -> SparseMap:
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
-        raise NotImplementedError(f"layer norm over {tuple(normalized_shape)} of a map {x.dims}: only over the channels, last")
+        raise NotImplementedError(
+            f"layer norm over {tuple(normalized_shape)} of a map {x.dims}: only over channels, as last axis"
+        )
     return x.replace(x.engine.layer_norm(x.flat, weight, bias, eps))
 
 
@@ -154,7 +156,9 @@ def layer_norm(
 def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> SparseMap:
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
-        raise NotImplementedError(f"RMS norm over {tuple(normalized_shape)} of a map {x.dims}: only over the channels, last")
+        raise NotImplementedError(
+            f"RMS norm over {tuple(normalized_shape)} of a map {x.dims}: only over channels, as last axis"
+        )
     return x.with_rows(F.rms_norm(x.row_axes, normalized_shape, weight, eps))
 
 

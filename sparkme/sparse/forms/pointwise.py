@@ -120,7 +120,7 @@ class _Pointwise:
         if not (inplace or self.in_place):
             return out
         if not is_map(args[0]):
-            raise NotImplementedError("a tensor that is changed in place by a sparse map has no sparse form")
+            raise NotImplementedError("a tensor changed in place by a map has no sparse form; write x = x + y for x += y")
         if self.name == "detach":
             args[0].storage.write(out.features)
             return args[0]
@@ -193,16 +193,21 @@ def operand(value: Any, like: SparseMap) -> Any:
     """
     if is_map(value):
         if value.grid is not like.grid or value.stride != like.stride:
-            raise ValueError(f"{value!r} and {like!r} do not lie on the same sites")
+            raise ValueError(
+                f"maps of shape {tuple(value.shape)} and {tuple(like.shape)} do not lie on the same sites: one has another "
+                "stride, or was kept from an earlier call; keep no maps between calls"
+            )
         if value.dims != like.dims:
-            raise NotImplementedError(f"maps with axes {value.dims} and {like.dims} cannot be combined; permute one of them")
+            raise NotImplementedError(
+                f"maps with axes {value.dims} and {like.dims} cannot be combined; give both the same axes"
+            )
         return value.values
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.dtype == torch.float32 and like.dtype == torch.bfloat16 and torch.is_autocast_enabled(like.device.type):
         value = value.to(like.dtype)
     if value.ndim > like.ndim:
-        raise NotImplementedError(f"operand of shape {tuple(value.shape)} has more axes than {like!r}")
+        raise NotImplementedError(f"a tensor of shape {tuple(value.shape)} has more axes than the map {like.dims} it meets")
     value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
     channels = [i for i, label in enumerate(like.dims) if label == "C"]
     pixels = [i for i, label in enumerate(like.dims) if label in "HWP"]

@@ -56,14 +56,14 @@ def _minkowski_pooling(kind: Any, layer: Any, pool: nn.MaxPool2d | nn.AvgPool2d)
     kind.__init__(layer, kernel_size=list(pair(pool.kernel_size)), stride=stride, dilation=dilation, dimension=2)
 
 
-@sparse_function("max_pool2d")
+@sparse_function("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(
     x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> SparseMap:  # fmt: skip
     """Maximum over the visible pixels of the window."""
     if return_indices:
-        raise NotImplementedError("max_pool2d with return_indices has no sparse form")
+        raise NotImplementedError("max_pool2d with return_indices has no sparse form, only without")
     if _is_global(x, kernel_size, padding) and dilation in (1, (1, 1)):
         return amax(x, (2, 3), keepdim=True)
     bare, window = padded_window(x, kernel_size, stride or kernel_size, padding, dilation, ceil_mode=ceil_mode)
@@ -83,7 +83,7 @@ def _is_global(x: SparseMap, kernel_size: Any, padding: Any) -> bool:
 
 def _bounded(x: SparseMap, window: Window) -> Window:
     if window.border != "zeros":
-        raise NotImplementedError(f"pooling after padding by {window.border!r} has no sparse form")
+        raise NotImplementedError(f"pooling after padding with mode={window.border!r} has no sparse form, only with 'constant'")
     return window
 
 
@@ -133,11 +133,11 @@ def adaptive_avg_pool2d(x: SparseMap, output_size: Any) -> Any:
     return _adaptive(x, output_size, mean)
 
 
-@sparse_function("adaptive_max_pool2d")
+@sparse_function("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
 def adaptive_max_pool2d(x: SparseMap, output_size: Any, return_indices: bool = False) -> Any:
     """As `adaptive_avg_pool2d`, the maximum."""
     if return_indices:
-        raise NotImplementedError("adaptive_max_pool2d with return_indices has no sparse form")
+        raise NotImplementedError("adaptive_max_pool2d with return_indices has no sparse form, only without")
     return _adaptive(x, output_size, amax)
 
 
@@ -163,10 +163,11 @@ def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, 
     labels = {x.dims[a] for a in axes}
     if "P" in labels:
         labels |= {"H", "W"}
-    if "B" in labels and "H" not in labels:
-        raise NotImplementedError("a reduction over the batch alone mixes visible and hidden pixels")
-    if len(labels & {"H", "W"}) == 1:
-        raise NotImplementedError(f"a reduction over {' and '.join(labels)} alone mixes visible and hidden pixels")
+    if len(labels & {"H", "W"}) == 1 or ("B" in labels and "H" not in labels):
+        raise NotImplementedError(
+            f"a reduction over {' and '.join(label for label in 'BCHW' if label in labels)} alone mixes visible and hidden "
+            "pixels; only channels, or H and W together, have a sparse form"
+        )
     channels = [x.channel(a) for a in axes if x.dims[a] == "C"]
     rows = x.row_axes
     if "H" not in labels:
@@ -243,7 +244,8 @@ def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., A
     if is_map(dim) or isinstance(dim, Tensor):
         return of_two(x, dim)
     if not isinstance(dim, int) or x.dims[x.axis(dim)] != "C":
-        raise NotImplementedError(f"{name} of a sparse map over axis {dim}: use amax or amin over H and W")
+        of_all = "all axes" if dim is None else f"axis {dim}"
+        raise NotImplementedError(f"{name} of a map over {of_all}: only of channels; over H and W together take a{name}")
     values, indices = getattr(x.row_axes, name)(2 + x.channel(dim), keepdim=keepdim)
     dims = x.dims if keepdim else x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :]
     return Extreme(x.with_rows(values, dims), x.with_rows(indices, dims))
@@ -262,7 +264,10 @@ def norm(
 def softmax(x: SparseMap, dim: int | None = None, *args: Any, **kwargs: Any) -> SparseMap:
     """Over an axis of channels, as between the branches of selective kernels, or over all visible pixels of a sample."""
     if dim is None or x.dims[x.axis(dim)] not in "CP":
-        raise NotImplementedError(f"softmax over axis {dim} of a map {x.dims} mixes visible and hidden pixels")
+        raise NotImplementedError(
+            f"softmax over axis {dim} of a map {x.dims} mixes visible and hidden pixels; only over channels, or over H and W "
+            "flattened into one axis, has it a sparse form"
+        )
     return x.with_rows(torch.softmax(x.row_axes, 1 if x.dims[x.axis(dim)] == "P" else 2 + x.channel(dim)))
 
 
@@ -273,7 +278,12 @@ def matmul(x: Any, other: Any) -> Any:
         return linear(x, other.t())
     if is_map(x) and is_map(other) and x.dims.endswith("CP") and other.dims == x.dims[:-2] + "PC" and other.shape[-1] == 1:
         return (x.row_axes * other.row_axes).sum(1).unsqueeze(-1)
-    raise NotImplementedError("matmul of maps, as in attention, mixes visible and hidden pixels")
+    if is_map(x) and is_map(other):
+        raise NotImplementedError("matmul of maps, as in attention, mixes visible and hidden pixels")
+    raise NotImplementedError(
+        f"matmul of shapes {tuple(x.shape)} and {tuple(other.shape)} has no sparse form; only a map with the channels last "
+        "times a (C_in, C_out) matrix, or a convolution of kernel 1"
+    )
 
 
 @sparse_function("interpolate", "upsample")

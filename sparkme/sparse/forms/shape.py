@@ -139,9 +139,12 @@ def getitem(x: SparseMap, index: Any) -> SparseMap:
             out = select(out, dim, part)
             continue
         else:
-            numbers = torch.as_tensor(part, device=out.device)
+            numbers = torch.empty(()) if is_map(part) else torch.as_tensor(part, device=out.device)
             if numbers.ndim != 1 or numbers.dtype == torch.bool or sum(not isinstance(p, slice | None) for p in parts) != 1:
-                raise NotImplementedError(f"a sparse map indexed by {type(part).__name__}: {_REMEDY}")
+                raise NotImplementedError(
+                    f"a map indexed by {'a map' if is_map(part) else type(part).__name__}: only a slice or a list of numbers "
+                    "of channels has a sparse form; torch.where chooses pixel by pixel"
+                )
             out = index_select(out, dim, numbers)
         dim += 1
     return out
@@ -200,7 +203,10 @@ def expand(x: SparseMap, *sizes: Any) -> SparseMap:
     own = list(x.shape)
     if len(wanted) != len(own) or any(w not in (-1, n) and (n != 1 or x.dims[d] != "C")
                                       for d, (w, n) in enumerate(zip(wanted, own))):  # fmt: skip
-        raise NotImplementedError(f"expand of a map {x.dims} of shape {tuple(own)} to {tuple(wanted)}: {_REMEDY}")
+        raise NotImplementedError(
+            f"expand of a map {x.dims} of shape {tuple(own)} to {tuple(wanted)}: only channels can be repeated; unsqueeze "
+            "makes a new axis"
+        )
     channels = [max(w, n) for w, n, label in zip(wanted, own, x.dims) if label == "C"]
     data, first = x.values, x.channel_axis
     return x.view_of(data.expand(*data.shape[:first], *channels, *data.shape[first + len(channels) :]))
@@ -213,14 +219,17 @@ def expand_as(x: Any, other: Any) -> Any:
         return expand(x, other.shape)
     if x.ndim == other.ndim and all(n in (1, m) for n, m in zip(x.shape, other.shape)):
         return x
-    raise NotImplementedError(f"a tensor of shape {tuple(x.shape)} as {other!r}")
+    raise NotImplementedError(
+        f"a tensor of shape {tuple(x.shape)} expanded to a map {other.dims} of shape {tuple(other.shape)}; leave the expansion "
+        "out, since products do it by themselves"
+    )
 
 
 @sparse_function("repeat")
 def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
     times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     if len(times) != x.ndim or any(n != 1 and label != "C" for n, label in zip(times, x.dims)):
-        raise NotImplementedError(f"repeat{tuple(times)} of a map {x.dims}: {_REMEDY}")
+        raise NotImplementedError(f"repeat{tuple(times)} of a map {x.dims}: only channels can be repeated")
     out = x
     for dim, n in enumerate(times):
         out = cat([out] * n, dim) if n != 1 else out
@@ -261,9 +270,9 @@ def pixel_unshuffle(x: SparseMap, downscale_factor: int) -> SparseMap:
 @sparse_function("view", "reshape")
 def view(x: SparseMap, *shape: Any) -> SparseMap:
     """Splits and joins channels; splits H and W together into smaller ones and the pixels of a block."""
-    sizes = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)
     if not all(isinstance(size, int) for size in sizes):
-        raise NotImplementedError(f"view as {shape} of a sparse map")
+        raise NotImplementedError(f"view of a map as {shape[0]} has no sparse form, only as a shape; x.to(dtype) converts")
     if -1 in sizes:
         known = torch.Size(size for size in sizes if size != -1).numel()
         sizes[sizes.index(-1)] = x.numel() // max(1, known)
@@ -345,7 +354,10 @@ def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
     if not blocks:
         return out
     if len(blocks) != 2 or blocks[0] != blocks[1]:
-        raise NotImplementedError(f"blocks of {blocks} pixels: only square ones, within a patch, have a sparse form")
+        raise NotImplementedError(
+            f"blocks of {' x '.join(map(str, blocks))} pixels{' along one axis' if len(blocks) == 1 else ''}: only square ones "
+            "have a sparse form"
+        )
     return _blocks(out, blocks[0])
 
 
@@ -353,7 +365,9 @@ def _blocks(x: SparseMap, r: int) -> SparseMap:
     """(.., H, .., W, ..) as (.., H / r, r, .., W / r, r, ..): the pixels of a block are new axes of channels."""
     p, stride = x.grid.pixels(x.stride), x.stride * r
     if p % r:
-        raise NotImplementedError(f"blocks of {r} x {r} pixels do not tile a patch of {p} x {p}")
+        raise NotImplementedError(
+            f"blocks of {r} x {r} pixels do not tile a patch, which has {p} x {p} at this layer; take smaller ones"
+        )
     count, data = len(x.channel_shape), x.values
     if x.engine.dense:
         b, (h, w) = data.shape[0], data.shape[-2:]
