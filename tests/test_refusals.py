@@ -1,6 +1,6 @@
 """Every refusal of `sparkme.sparsify` beside a network that causes it, as a user reads it: one line, the layer, the remedy.
 
-A new refusal needs a row here; `...` in a message stands for anything.
+A new refusal needs a row here; `<>` in a message stands for anything.
 """
 
 import ast
@@ -35,7 +35,7 @@ PAD = "pad what is not padded, so that a layer of stride s, a power of two, make
 
 def changes_a_view(m: Block, x: Tensor) -> Tensor:
     x.chunk(2, 1)[0].relu_()
-    return m.norm(x)
+    return x + 1
 
 
 def assigns(m: Block, x: Tensor) -> Tensor:
@@ -166,9 +166,8 @@ BODIES: dict[str, tuple[Body, str]] = {
         "a convolution of a map with axes BCCP has no sparse form, only of BCHW"),
     "a map as a filter": (lambda m, x: x + F.conv2d(torch.ones(1, *x.shape[1:], dtype=x.dtype), x).sum(),
         "conv2d with a map as its weight has no sparse form"),
-    "a map as a matrix": (lambda m, x: x * F.linear(torch.ones(1, x.shape[3], dtype=x.dtype), x.flatten(0, 2))
-        if type(x) is Tensor and False else x + F.linear(x.new_ones(1, x.shape[1]), x.mean((2, 3), True).expand(x.shape)
-        .permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if type(x) is Tensor else x).mean(),
+    "a map as a matrix": (
+        lambda m, x: x + F.linear(x.new_ones(1, x.shape[2] * x.shape[3]), x.mean(1).flatten(1)).mean(),
         "a linear layer with a map as its weight has no sparse form"),
     "a linear layer along W": (lambda m, x: F.linear(x, torch.ones(x.shape[3], x.shape[3], dtype=x.dtype)),
         "a linear layer along the last axis of a map BCHW mixes visible and hidden pixels; permute it to channels-last"),
@@ -240,6 +239,12 @@ def sharing() -> nn.Module:
     return network
 
 
+def summed() -> nn.Module:
+    network = Root(lambda m, x: (m.second(y := m.first(x)) + m.third(y)).mean((2, 3)))
+    network.third = nn.Conv2d(4, 6, 1, 2)
+    return network
+
+
 def counts(m: Any, x: Tensor) -> Tensor:
     m.calls = getattr(m, "calls", 0) + 1
     return x * m.calls
@@ -271,9 +276,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "taps must go from shallow to deep, one for each stride; their strides are [4, 2]"),
     "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 4)), {},
         "Sequential has no nn.Conv2d: it is not a convolutional network"),
-    "a sum without a name": (lambda: Root(lambda m, x: (m.second(y := m.first(x)) + m.third(y)).mean((2, 3))), {},
-        "the map of stride 4 is put together by a function behind the layers 'third' and 'second', where it has no name; make "
-        "that a module, or let an nn.Identity take the result"),
+    "a sum without a name": (summed, {}, "the map of stride 4 is put together by a function behind the layers 'third' and "
+        "'second', where it has no name; make that a module, or let an nn.Identity take the result"),
     "a stride along one axis": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, (2, 1), 1), down(4, 6)), {}, UNALIGNED + "'0' makes "
         "64x192; it has the stride (2, 1), and height and width have to shrink alike; give it one stride for both"),
     "a stride of three": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 3), down(4, 6)), {},
@@ -293,17 +297,17 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "features: call sparsify with taps=[...], the modules whose outputs are the maps, shallow to deep, or pass the network "
         "without its head"),
     "a broken forward": (lambda: Root(lambda m, x: m.second(m.first(x).flatten(1))), {}, "Root cannot be run as model(images) "
-        "on images of 3 channels and 128x192 pixels: RuntimeError: Expected 3D (unbatched) or 4D (batched) input to conv2d, ..."),
+        "on images of 3 channels and 128x192 pixels: RuntimeError: Expected 3D (unbatched) or 4D (batched) input to conv2d, <>"),
     "a detector": (lambda: Root(wants_targets), {}, "Root cannot be run as model(images) in training mode, as it is on two "
         "images: targets should not be none in training mode"),
-    "a compiled layer": (lambda: nn.Sequential(down(3, 4), torch.jit.script(down(4, 6))), {}, "layer '1' (...) is compiled and "
+    "a compiled layer": (lambda: nn.Sequential(down(3, 4), torch.jit.script(down(4, 6))), {}, "layer '1' (<>) is compiled and "
         "cannot be run on sparse maps; pass it as it was before torch.jit or torch.compile"),
     "a backward hook": (lambda: plain(lambda n: n[0].register_full_backward_hook(lambda *a: None)), {},
         "layer '0' (Conv2d) has backward hooks, which nothing calls in a sparse network; remove them"),
     "a hook of a parameter": (lambda: plain(lambda n: n[0].weight.register_hook(lambda g: g)), {}, "the parameter 'weight' of "
         "layer '0' (Conv2d) has hooks, which nothing calls in a sparse network; remove them"),
     "a pruned layer": (lambda: plain(lambda n: prune.l1_unstructured(n[0], "weight", 0.5)), {}, "Sequential cannot be copied: "
-        "Only Tensors ...; look for tensors that a forward pass left there, pruned layers (torch.nn.utils.prune.remove) or "
+        "Only Tensors <>; look for tensors that a forward pass left there, pruned layers (torch.nn.utils.prune.remove) or "
         "weights of torch.nn.utils.weight_norm (remove_weight_norm)"),
     "a generator": (lambda: plain(lambda n: setattr(n, "batches", iter(x for x in "ab"))), {},
         "Sequential cannot be copied: cannot pickle 'generator' object; take it out of the network's attributes"),
@@ -314,27 +318,27 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a function that shrinks the map further": (
         lambda: make(lambda m, x: F.interpolate(F.pixel_unshuffle(x, 4)[:, : x.shape[1]], scale_factor=4), 2), {},
         "the network cannot be run on images of 8 x 12 pixels, patches of 4 x 4: pixel_unshuffle expects width to be divisible "
-        "by downscale_factor, ...; patches are as large as the coarsest map of a module needs them, so where a function makes a "
+        "by downscale_factor, <>; patches are as large as the coarsest map of a module needs them, so where a function makes a "
         "coarser one, let a module do it, such as nn.PixelUnshuffle"),
     "another shape": (
         lambda: make(lambda m, x: x if type(x) is Tensor or x.shape[1] != 6 else torch.cat([x, x], 1), 2), {},
         "the sparse network gives (2, 12, 2, 3) on a whole image, at stride 4, engine cuda_ext, the dense one (2, 6, 2, 3); look "
         "for code that asks for a tensor's class, or for sizes that are hard-coded"),
     "a counter": (lambda: make(counts, 2), {}, "the sparse network does not compute what the dense one does: on a whole image, "
-        "at stride 2, engine minkowski they differ by ... of the largest value; look for operations in place, state that changes "
-        "from call to call, or sizes that are hard-coded"),
+        "at stride 2, engine minkowski they differ by <> of the largest value; look for operations in place, state that "
+        "changes from call to call, or sizes that are hard-coded"),
     "something else in training": (lambda: make(lambda m, x: x * 5 if m.training and type(x) is not Tensor else x, 2), {},
-        "in training mode, engine cuda_ext, the sparse network does not compute what the dense one does: at stride 2 they differ "
-        "by ... of the map; look for code that asks for a layer's class or changes its attributes"),
+        "in training mode, engine cuda_ext, the sparse network does not compute what the dense one does: at stride 2 they "
+        "differ by <> of the map; look for code that asks for a layer's class or changes its attributes"),
     "a function with its own gradient": (lambda: make(lambda m, x: Own.apply(m.conv(x)), 2), {}, "in eval mode, engine "
         "cuda_ext, the gradient does not reach the parameter 'blocks.0.down.weight' of the sparse network" + BLIND),
     "a gradient that torch does not have": (
         lambda: make(lambda m, x: m.norm(m.conv(x).detach() if type(x) is Tensor else m.conv(x)), 2), {},
-        "in eval mode, engine cuda_ext, a gradient comes to the parameter 'blocks....' of the sparse network alone" + BLIND),
+        "in eval mode, engine cuda_ext, a gradient comes to the parameter 'blocks.<>' of the sparse network alone" + BLIND),
     "a gradient three times as large": (
         lambda: make(on_maps_only(lambda m, x: 3 * (y := m.conv(x)) - 2 * y.detach()), 2), {},
-        "in eval mode, engine cuda_ext, the gradient of the parameter 'blocks.0....' of the sparse network differs from the "
-        "dense one's by ..., and that is ... large" + BLIND),
+        "in eval mode, engine cuda_ext, the gradient of the parameter 'blocks.0.<>' of the sparse network differs from the "
+        "dense one's by <>, and that is <> large" + BLIND),
     "a function in the network's own forward": (
         lambda: Root(lambda m, x: m.second(m.first(x).cumsum(3)).mean((2, 3))), {}, "the network (Root) has no sparse form: "
         "torch function 'cumsum' has no sparse form: it may mix visible and hidden pixels, as attention does; change that in "
@@ -346,36 +350,37 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a layer whose sparse form does not have it": (
         lambda: with_layer(lambda c: nn.Conv2d(c, c, 3, 1, (1, 2), dilation=(1, 2)), lambda m, x: m.layer(x)), {},
         "layer 'blocks.0.layer' (Conv2d) has no sparse form: the dilation (1, 2) is not the same down and across, as patches "
-        "need it; change that layer in the dense model"),
+        "need it; change it, or what enters it, in the dense model"),
     "a batch norm of groups": (
         lambda: with_layer(lambda c: nn.BatchNorm2d(2), lambda m, x: m.layer(grouped_pixels(m, x)).view(x.shape)), {},
         "layer 'blocks.0.layer' (BatchNorm2d) has no sparse form: batch norm of a map with axes BCCP has no sparse form, only "
-        "of BCHW; change that layer in the dense model"),
+        "of BCHW; change it, or what enters it, in the dense model"),
 }  # fmt: skip
 
 
 # What no network can reach, as the text stands in the code, and why.
 UNREACHED = {
-    "a map ... has no axis ...": "torch says the same when the dense network is probed",
-    "a map ... cannot be an output of the encoder": "a tap is a tensor (B, C, H, W) or (B, H, W, C) when the network is probed",
-    "a window with border ... has no plain form": "engines ask for it after they have treated borders",
-    "torch has no function ...": "a mistake in the table of functions, found at import",
-    "expected ..., got ...": "raised by load_state_dict, not by sparsify",
-    "layer ... (...): ...": "for forms that users add: those of the project refuse when they are called",
+    "a map <> has no axis <>": "torch says the same when the dense network is probed",
+    "a map <> cannot be an output of the encoder": "a tap is a tensor (B, C, H, W) or (B, H, W, C) when the network is probed",
+    "a window with border <> has no plain form": "engines ask for it after they have treated borders",
+    "torch has no function <>": "a mistake in the table of functions, found at import",
+    "expected <>, got <>": "raised by load_state_dict, not by sparsify",
+    "layer <> (<>): <>": "for forms that users add: those of the project refuse when they are called",
 }
 
 _RUNS = ("encoder.py", "batch_norm.py", "recompute.py", "unwritten.py")  # of an encoder that is there, no refusals of a network
 
 
 def matching(message: str) -> str:
-    return ".*".join(re.escape(part) for part in message.split("..."))
+    return ".*".join(re.escape(part) for part in message.split("<>"))
 
 
 def refused(network: Any, **options: Any) -> str:
     with pytest.raises(ValueError) as caught:
         sparkme.sparsify(network, **options)
     message = str(caught.value)
-    assert "\n" not in message and type(caught.value) is not UnicodeError
+    assert "\n" not in message
+    assert type(caught.value) is ValueError or isinstance(caught.value, sparkme.UnsupportedLayerError)
     if isinstance(network, nn.Module):
         named = [name for name in re.findall(r"'([^']+)'", message) if name in dict(network.named_modules())]
         assert len(named) == len({*named}), f"a layer is named twice: {message}"
@@ -393,15 +398,12 @@ def test_what_code_between_layers_is_refused_for(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_a_network_is_refused_for(name: str) -> None:
     network, options, text = NETWORKS[name]
-    network = network()
-    if name == "a sum without a name":
-        network.third = nn.Conv2d(4, 6, 1, 2)
-    message = refused(network, **options)
+    message = refused(network(), **options)
     assert re.fullmatch(matching(text), message), message
 
 
 def texts_in(path: Path) -> Iterator[str]:
-    """Of the errors in a file, with `...` for what is put in."""
+    """Of the errors in a file, with `<>` for what is put in."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error")):
             continue
@@ -409,7 +411,7 @@ def texts_in(path: Path) -> Iterator[str]:
         if isinstance(text, ast.Constant):
             yield text.value
         elif isinstance(text, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in text.values)
+            yield "".join(part.value if isinstance(part, ast.Constant) else "<>" for part in text.values)
 
 
 def test_every_refusal_has_a_row() -> None:
@@ -418,7 +420,7 @@ def test_every_refusal_has_a_row() -> None:
     rows = [LAYER + text + REPLACE for _, text in BODIES.values()] + [text for *_, text in NETWORKS.values()]
     assert len(found) > 70
     without = {text for text in found if not any(re.search(matching(text), row) for row in rows)}
-    assert without == UNREACHED.keys()
+    assert without <= UNREACHED.keys() <= found
 
 
 def test_the_remedy_for_a_function_that_shrinks_the_map_helps() -> None:

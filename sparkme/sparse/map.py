@@ -9,8 +9,11 @@ is refused by name.
 
 from __future__ import annotations
 
+import dis
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -330,7 +333,7 @@ class SparseMap:
             return SparseMap
         asking = sys._getframe(1)
         is_torch = asking.f_globals.get("__name__", "").startswith("torch.")  # torch.is_tensor itself is in `torch`
-        return Tensor if "isinstance" in asking.f_code.co_names and not is_torch else SparseMap
+        return Tensor if not is_torch and _calls_isinstance(asking.f_code, asking.f_lasti) else SparseMap
 
     @property
     def shape(self) -> torch.Size:
@@ -440,6 +443,17 @@ class SparseMap:
         if "dims" in named:
             args = (*args, named.pop("dims"))
         return FUNCTIONS[func](*args, **named)
+
+
+@lru_cache(maxsize=1024)
+def _calls_isinstance(code: CodeType, at: int) -> bool:
+    """Whether it is `isinstance` that is called at this instruction: a call begins where the name of what it calls does.
+
+    Others ask, too, such as torch.as_tensor, which would take a map for the memory of a tensor.
+    """
+    starts = [(line, column) for line, _, column, _ in code.co_positions()]
+    loads = (i for i in dis.get_instructions(code) if i.argval == "isinstance")
+    return any(starts[i.offset // 2] == starts[at // 2] for i in loads)
 
 
 def _operator(name: str) -> Callable[..., Any]:

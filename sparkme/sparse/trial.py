@@ -300,13 +300,13 @@ def _named_errors(network: nn.Module) -> Iterator[None]:
         path = next((name for name in reversed(open_modules)), "")
         where = f"layer {path!r} ({names[path]})" if path else f"the network ({names['']})"
         has_form = any(name == path and isinstance(module, SparseLayer) for module, name in modules.items())
-        remedy = (
-            "replace it in the dense model, or give its class a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
-            if path and not has_form
-            else "change that layer in the dense model"
-            if path
-            else "change that in its forward, or move it into a module with a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
-        )
+        remedy = "replace it in the dense model, or give its class a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
+        if has_form:
+            remedy = "change it, or what enters it, in the dense model"
+        elif not path:
+            remedy = (
+                "change that in its forward, or move it into a module with a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
+            )
         kind = "" if isinstance(error, NotImplementedError | ValueError) else f"{type(error).__name__}: "
         raise UnsupportedLayerError(f"{where} has no sparse form: {kind}{first_line(error)}; {remedy}", layer=path) from error
     finally:

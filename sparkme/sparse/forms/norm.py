@@ -147,7 +147,7 @@ def layer_norm(
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
         raise NotImplementedError(
-            f"layer norm over {tuple(normalized_shape)} of a map {x.dims}: only over channels, as last axis"
+            f"layer norm over {tuple(normalized_shape)} of a map {x.dims} has no sparse form, only over channels as the last axis"
         )
     return x.replace(x.engine.layer_norm(x.flat, weight, bias, eps))
 
@@ -157,7 +157,7 @@ def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, 
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
         raise NotImplementedError(
-            f"RMS norm over {tuple(normalized_shape)} of a map {x.dims}: only over channels, as last axis"
+            f"RMS norm over {tuple(normalized_shape)} of a map {x.dims} has no sparse form, only over channels as the last axis"
         )
     return x.with_rows(F.rms_norm(x.row_axes, normalized_shape, weight, eps))
 
