@@ -44,6 +44,10 @@ def assigns(m: Block, x: Tensor) -> Tensor:
     return x
 
 
+def copies(m: Block, x: Tensor) -> Tensor:
+    return m.norm(torch.as_tensor(x) if isinstance(x, Tensor) else x)
+
+
 def keeps(m: Any, x: Tensor) -> Tensor:
     y = x if getattr(m, "kept", None) is None else x + 0 * m.kept
     m.kept = x.detach()
@@ -77,6 +81,7 @@ BODIES: dict[str, tuple[Body, str]] = {
         "with torch.where"),
     "a tensor's class": (lambda m, x: x if type(x) is Tensor else x.flatten3(),
         "AttributeError: a tensor has no attribute 'flatten3'"),
+    "a copy by torch.as_tensor": (copies, "could not determine the shape of object type 'SparseMap'"),
     "a property": (lambda m, x: x.mT.mT, "torch.Tensor.mT has no sparse form"),
     "a function": (lambda m, x: x.cumsum(3),
         "torch function 'cumsum' has no sparse form: it may mix visible and hidden pixels, as attention does"),
@@ -296,8 +301,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "the maps of stride 4 of Sequential narrow from 32 channels, of '1', to 8, of '4', and either may be its deepest "
         "features: call sparsify with taps=[...], the modules whose outputs are the maps, shallow to deep, or pass the network "
         "without its head"),
-    "a broken forward": (lambda: Root(lambda m, x: m.second(m.first(x).flatten(1))), {}, "Root cannot be run as model(images) "
-        "on images of 3 channels and 128x192 pixels: RuntimeError: Expected 3D (unbatched) or 4D (batched) input to conv2d, <>"),
+    "a broken forward": (lambda: Root(lambda m, x: m.second(m.first(x).flatten(1))), {}, "Root cannot be run as "
+        "model(images) on images of 3 channels and 128x192 pixels: RuntimeError: Expected 3D <>"),
     "a detector": (lambda: Root(wants_targets), {}, "Root cannot be run as model(images) in training mode, as it is on two "
         "images: targets should not be none in training mode"),
     "a compiled layer": (lambda: nn.Sequential(down(3, 4), torch.jit.script(down(4, 6))), {}, "layer '1' (<>) is compiled and "
@@ -322,8 +327,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "coarser one, let a module do it, such as nn.PixelUnshuffle"),
     "another shape": (
         lambda: make(lambda m, x: x if type(x) is Tensor or x.shape[1] != 6 else torch.cat([x, x], 1), 2), {},
-        "the sparse network gives (2, 12, 2, 3) on a whole image, at stride 4, engine cuda_ext, the dense one (2, 6, 2, 3); look "
-        "for code that asks for a tensor's class, or for sizes that are hard-coded"),
+        "the sparse network gives (2, 12, 2, 3) on a whole image, at stride 4, engine cuda_ext, the dense one (2, 6, 2, 3); "
+        "look for code that asks for a tensor's class, or for sizes that are hard-coded"),
     "a counter": (lambda: make(counts, 2), {}, "the sparse network does not compute what the dense one does: on a whole image, "
         "at stride 2, engine minkowski they differ by <> of the largest value; look for operations in place, state that "
         "changes from call to call, or sizes that are hard-coded"),

@@ -147,7 +147,8 @@ def layer_norm(
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
         raise NotImplementedError(
-            f"layer norm over {tuple(normalized_shape)} of a map {x.dims} has no sparse form, only over channels as the last axis"
+            f"layer norm over {tuple(normalized_shape)} of a map {x.dims} has no sparse form, only over channels as the "
+            "last axis"
         )
     return x.replace(x.engine.layer_norm(x.flat, weight, bias, eps))
 
