@@ -303,7 +303,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "without its head"),
     "a broken forward": (lambda: Root(lambda m, x: m.second(m.first(x).flatten(1))), {}, "Root cannot be run as "
         "model(images) on images of 3 channels and 128x192 pixels: RuntimeError: Expected 3D <>"),
-    "a detector": (lambda: Root(wants_targets), {}, "Root cannot be run as model(images) in training mode, as it is on two "
+    "a detector": (lambda: Root(wants_targets), {}, "Root cannot be run in training mode, as model(images) with two "
         "images: targets should not be none in training mode"),
     "a compiled layer": (lambda: nn.Sequential(down(3, 4), torch.jit.script(down(4, 6))), {}, "layer '1' (<>) is compiled and "
         "cannot be run on sparse maps; pass it as it was before torch.jit or torch.compile"),

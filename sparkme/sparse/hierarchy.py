@@ -186,8 +186,8 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
             f"{'x'.join(map(str, bad.unaligned))}; {_alignment_remedy(module)}"
         )
     if len(strides) < 2:
-        found = f"feature maps at stride {strides[0]} only" if strides else "no feature map smaller than its images"
-        raise ValueError(f"{name} has {found}: it is not hierarchical, as ResNets and ConvNeXts are")
+        maps = f"feature maps at stride {strides[0]} only" if strides else "no feature map smaller than its images"
+        raise ValueError(f"{name} has {maps}: it is not hierarchical, as ResNets and ConvNeXts are")
     for call in calls:
         if call.is_window and call.takes(_PROBE_STRIDE) and call.steps:
             raise ValueError(
@@ -526,7 +526,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
             except Exception as error:
                 mode = "training" if training else "eval"
                 raise ValueError(
-                    f"{type(model).__name__} cannot be run as model(images) in {mode} mode, as it is on two images: "
+                    f"{type(model).__name__} cannot be run in {mode} mode, as model(images) with two images: "
                     f"{first_line(error)}"
                 ) from error
     return called, called - on_vectors, needed
