@@ -80,7 +80,7 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
         total = torch.stack([x.rows.float().square().mean() for x in encoder.set_engine("auto")(images.clone(), some)]).sum()
         if not total.requires_grad:
             raise UnsupportedLayerError(
-                "no gradient reaches any parameter of the network; look for torch.no_grad() or detach() in it, and take it out"
+                f"no gradient reaches any parameter of the network; take out a torch.no_grad() or detach() around it, or {_BLIND}"
             )
         total.backward()
 
