@@ -319,7 +319,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a weight in two layouts": (sharing, {}, "layers 'blocks.0.conv' and 'blocks.0.layer' share a weight, of which sparse "
         "networks have different layouts; give each a weight of its own, or use one layer twice"),
     "no gradient at all": (lambda: Root(without_gradients), {}, "no gradient reaches any parameter of the network; take out a "
-        "torch.no_grad() or detach() around it, or " + BLIND.removeprefix("; ")),
+        "torch.no_grad() or detach(), or " + BLIND.removeprefix("; ")),
     "a function that shrinks the map further": (
         lambda: make(lambda m, x: F.interpolate(F.pixel_unshuffle(x, 4)[:, : x.shape[1]], scale_factor=4), 2), {},
         "the network cannot be run on images of 8 x 12 pixels, patches of 4 x 4: pixel_unshuffle expects width to be divisible "

@@ -80,7 +80,7 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
         total = torch.stack([x.rows.float().square().mean() for x in encoder.set_engine("auto")(images.clone(), some)]).sum()
         if not total.requires_grad:
             raise UnsupportedLayerError(
-                f"no gradient reaches any parameter of the network; take out a torch.no_grad() or detach() around it, or {_BLIND}"
+                f"no gradient reaches any parameter of the network; take out a torch.no_grad() or detach(), or {_BLIND}"
             )
         total.backward()
 
