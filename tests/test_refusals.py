@@ -192,6 +192,10 @@ BODIES: dict[str, tuple[Body, str]] = {
     "a window that makes more": (lambda m, x: x * F.max_pool2d(x, 2, 2, 1).mean((2, 3), keepdim=True), "kernel 2, stride 2, "
         "padding 1, dilation 1 cannot be aligned to the grid of patches: of n * 2 pixels it makes more or fewer than n; pad by "
         "0 to 1 pixels in all"),
+    "a window that makes more with ceil_mode": (
+        lambda m, x: x * F.max_pool2d(x, 3, 2, 1, ceil_mode=True).mean((2, 3), keepdim=True), "kernel 3, stride 2, padding 1, "
+        "dilation 1 cannot be aligned to the grid of patches: of n * 2 pixels it makes more or fewer than n; pad by 0 to 1 "
+        "pixels in all"),
 }  # fmt: skip
 
 

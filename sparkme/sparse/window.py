@@ -70,11 +70,12 @@ class Window:
             sides = (down, down, across, across)
         for k, before, after in zip(size, sides[::2], sides[1::2], strict=True):
             if _outputs(64 * s, k, s, before, after, d, ceil_mode) != 64:
-                least, most = max(0, d * (k - 1) + 1 - s), d * (k - 1)
+                totals = range(d * (k - 1) + 1)
+                fits = [p for p in totals if _outputs(64 * s, k, s, p // 2, p - p // 2, d, ceil_mode) == 64]
                 raise ValueError(
                     f"kernel {k}, stride {s}, padding {before if before == after else (before, after)}, dilation {d} cannot be "
                     f"aligned to the grid of patches: of n * {s} pixels it makes more or fewer than n; pad by "
-                    f"{most if least == most else f'{least} to {most}'} pixels in all"
+                    f"{f'{fits[0]} to {fits[-1]}' if len(fits) > 1 else fits[0]} pixels in all"
                 )
         return Window(size, s, (sides[0], sides[2]), d, border)
 
