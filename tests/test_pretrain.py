@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -295,9 +294,8 @@ def test_a_run_on_the_gpu(model: str, tmp_path: Path) -> None:
     assert done.returncode == 0 and "resumed after step 2" in done.stdout, done.stderr
 
 
-def test_help_is_grouped_and_quick() -> None:
-    start = time.monotonic()
+def test_help_is_grouped() -> None:
     done = run("--help")
-    assert done.returncode == 0 and time.monotonic() - start < 30
+    assert done.returncode == 0
     for group in ("data:", "network:", "optimisation:", "machine:", "output:"):
         assert f"\n{group}" in done.stdout
