@@ -60,7 +60,11 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         before = multiprocessing.active_children()
         try:
-            return _ending_loaders(super().__iter__()) if self.num_workers else super().__iter__()
+            batches: Any = super().__iter__()
+            if self.num_workers and not self.pin_memory:
+                # Only those that load write here. One that is killed in mid-batch leaves an end of file, and no wait for ever.
+                batches._worker_result_queue._writer.close()
+            return _ending_loaders(batches) if self.num_workers else batches
         except OSError as error:
             _clear_away(error, _since(before))
             _say_once(
