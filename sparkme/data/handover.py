@@ -103,6 +103,9 @@ def _ending_loaders(batches: Iterator[Any]) -> Iterator[Any]:
         yield from batches
     except GeneratorExit:
         raise
+    except EOFError as error:  # before torch has seen that a process is gone
+        end_loaders()
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except BaseException:
         end_loaders()
         raise
