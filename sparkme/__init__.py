@@ -16,10 +16,14 @@ _PUBLIC = {
     "SparseEncoder": "sparkme.sparse.encoder",
     "SparseMap": "sparkme.sparse.map",
     "UnsupportedLayerError": "sparkme.sparse.sparsify",
+    "load_encoder": "sparkme.pretrained",
     "random_active": "sparkme.masking",
     "sparsify": "sparkme.sparse.sparsify",
 }
-__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "random_active", "sparsify"]
+__all__ = [
+    "FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "load_encoder", "random_active",
+    "sparsify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

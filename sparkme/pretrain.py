@@ -82,7 +82,7 @@ class Pretraining(Training):
         from sparkme.data.limits import limit_pixels
         from sparkme.data.sources import Columns, Files, find_source
         from sparkme.data.sources.files import demo_photographs
-        from sparkme.training.build import build_network
+        from sparkme.training.build import build_network, print_trial
         from sparkme.training.device import prepare_device
         from sparkme.training.optimizer import create_optimizer
 
@@ -108,7 +108,9 @@ class Pretraining(Training):
         self.probe_pixels, self.probe_seen = self._find_probe_pixels(args)
 
         torch.manual_seed(config["seed"])
-        self.network = build_network(config)
+        self.network = build_network(config, folder.saved.get("proof") if folder.saved is not None else None)
+        if process.is_main:
+            print_trial(self.network.encoder, folder.newest)
         self._check_batch_norm()
         self.init_report = ""
         self.graphed: GraphedLoss | None = None
@@ -303,6 +305,9 @@ class Pretraining(Training):
             self.process, self.probe_split.train.images, self.config["channels"], self.config["background"], known=self.pixels,
             given=args.value_range, upright=args.upright, flag="--probe-data",
         )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "proof": self.network.encoder.proof}
 
     def load(self, saved: dict[str, Any]) -> None:
         from sparkme.training.build import load_weights

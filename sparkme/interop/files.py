@@ -162,7 +162,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if path.suffix == ".safetensors" or not path.is_file():
         return read_tensors(path), None
     try:
-        return {}, load_checkpoint(path)
+        return {}, load_checkpoint(path, mmap=True)
     except UserError as error:
         try:
             return read_tensors(path), None
