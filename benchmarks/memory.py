@@ -37,6 +37,7 @@ from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
+from sparkme.training.build import build_network
 from sparkme.training.config import RECIPES
 from sparkme.training.memory import keep_freed_memory
 
@@ -98,8 +99,6 @@ def memory(args: argparse.Namespace, words: list[str]) -> int:
 
 def create_network(name: str, args: argparse.Namespace) -> MaskedAutoencoder:
     """The network of the recipe, as sparkme.pretrain makes it, without drop path."""
-    from sparkme.training.build import build_network
-
     size = args.input_size, args.input_size
     options = {
         "recipe": args.recipe,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from sparkme.machine import end_loaders, hear_sigterm, problem_of
-from sparkme.training.watchdog import IDLE_S, Watchdog
+from sparkme.watchdog import IDLE_S, Watchdog
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +96,7 @@ def run_command(command: Callable[[], int], *, watch: bool = False) -> int:
     """
     hear_sigterm()
     try:
-        with Watchdog(None, IDLE_S if watch else 0).watch():
+        with Watchdog(IDLE_S if watch else 0).watch():
             return _run_command(command)
     finally:
         end_loaders()

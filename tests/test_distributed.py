@@ -18,14 +18,14 @@ from torch import nn
 
 import sparkme
 from sparkme.data.dataset import Batch
-from sparkme.finetune import Finetuning
 from sparkme.models import add_drop_path, create_encoder
-from sparkme.pretrain import Pretraining
 from sparkme.training.batch_norm import SharedBatchNorm, share_batch_norms
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import distribute, start_process, stop_process, store_of_this_start
 from sparkme.training.finetune_config import create_parser as finetune_parser
+from sparkme.training.finetuning import Finetuning
 from sparkme.training.loop import Loop
+from sparkme.training.pretraining import Pretraining
 
 
 def free_port() -> int:

@@ -11,8 +11,9 @@ from PIL import Image
 from test_finetune import losses, records
 from torch import Tensor, nn
 
-from sparkme.data.dataset import CropDataset, EpochSampler, Statistics, collate, normalise
+from sparkme.data.dataset import CropDataset, EpochSampler, collate, normalise
 from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
+from sparkme.data.statistics import Statistics
 from sparkme.features import best_decay, fit_linear
 from sparkme.finetune import main
 from sparkme.pretrained import read_pretrained

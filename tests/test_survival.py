@@ -33,14 +33,14 @@ from test_pretrain import SMALL, fails, losses
 
 from sparkme.data.dataset import Batch
 from sparkme.errors import CannotWrite, UserError
-from sparkme.finetune import Finetuning
 from sparkme.finetune import main as finetune
-from sparkme.pretrain import Pretraining, main
+from sparkme.pretrain import main
 from sparkme.training import loop
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
-from sparkme.training.distributed import Process
+from sparkme.training.finetuning import Finetuning
 from sparkme.training.log import Lines, drop_after
-from sparkme.training.watchdog import Watchdog
+from sparkme.training.pretraining import Pretraining
+from sparkme.watchdog import Watchdog
 
 # Six steps, a checkpoint of 5 MB after every second one.
 TINY = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--base-lr", "2", "--checkpoint-minutes", "0"]
@@ -591,7 +591,8 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
     script = tmp_path / "train.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from sparkme.pretrain import Pretraining, main\n"
+        "from sparkme.pretrain import main\n"
+        "from sparkme.training.pretraining import Pretraining\n"
         "right = Pretraining.train_step\n"
         "def step(self, batch):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], self.step) == ('1', '0', 3):\n"
@@ -612,7 +613,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
 def test_the_watchdog_looks_at_how_long_one_thing_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are counted from what was said last; a limit that is longer than the one for all counts."""
     said: list[tuple[str, int]] = []
-    dog = Watchdog(Process(0, 1, torch.device("cpu")), 3, lambda: "")
+    dog = Watchdog(3, lambda: "")
     monkeypatch.setattr(dog, "_end", lambda doing, seconds: (said.append((doing, seconds)), dog._ended.set()))
     doings = iter([("a", 0), None, None, ("b", 5), None, None, None, None, ("c", 1), None, None, None, None])
 
@@ -642,10 +643,10 @@ def test_steps_that_always_take_longer_than_the_limit_are_no_hang(tmp_path: Path
 
 def test_the_watchdog_leaves_though_the_disk_hangs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     left: list[int] = []
-    monkeypatch.setattr("sparkme.training.watchdog.os._exit", left.append)
-    monkeypatch.setattr("sparkme.training.watchdog.ANSWER_S", 0.2)
-    monkeypatch.setattr("sparkme.training.watchdog.end_loaders", lambda: None)
-    Watchdog(Process(0, 1, torch.device("cpu")), 3, lambda: time.sleep(1) or "advice")._end("saving", 4)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("sparkme.watchdog.os._exit", left.append)
+    monkeypatch.setattr("sparkme.watchdog.ANSWER_S", 0.2)
+    monkeypatch.setattr("sparkme.watchdog.end_loaders", lambda: None)
+    Watchdog(3, lambda: time.sleep(1) or "advice")._end("saving", 4)  # type: ignore[func-returns-value]
     assert left == [1] and "no progress for 4 s while saving" in capfd.readouterr().err
     time.sleep(1)
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
 from sparkme.pictures.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
 
 if TYPE_CHECKING:
-    from sparkme.visualize import Result
+    from sparkme.pictures.visualize import Result
 
 # System colours follow the reader's choice of light or dark. The policy in the head has the browser hold the promise, too.
 PAGE = """<!DOCTYPE html>
