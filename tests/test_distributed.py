@@ -210,7 +210,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
         run.optimizer.step = lambda run=run: gradients.append([p.grad.clone() for p in run.network.parameters()])
         images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         monkey = pytest.MonkeyPatch()
-        monkey.setattr("sparkme.data.dataset.normalise", lambda x, *_: x.double() / 100)
+        monkey.setattr("sparkme.training.pretraining.normalise", lambda x, *_: x.double() / 100)
         run.train_step(Batch(images, ()))
         monkey.undo()
     for whole, accumulated in zip(*gradients, strict=True):

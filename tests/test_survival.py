@@ -358,7 +358,7 @@ def test_a_read_only_output_is_refused_before_the_network_is_built(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    monkeypatch.setattr("sparkme.training.build.build_network", lambda *_: pytest.fail("the network is built"))
+    monkeypatch.setattr("sparkme.training.pretraining.build_network", lambda *_: pytest.fail("the network is built"))
     assert "cannot write to --output" in fails(capsys, *TINY, "--output", small_disk / "run")
 
 
@@ -812,7 +812,7 @@ def test_wandb_that_is_not_installed_is_refused_at_the_start(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr("sparkme.training.build.build_network", lambda *_: pytest.fail("the network is built"))
+    monkeypatch.setattr("sparkme.training.pretraining.build_network", lambda *_: pytest.fail("the network is built"))
     assert "--wandb needs the package wandb: pip install wandb" in fails(capsys, *TINY, "--output", tmp_path / "r", "--wandb")
     assert not (tmp_path / "r").exists()
 
