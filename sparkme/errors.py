@@ -111,7 +111,7 @@ def _run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("sparkme", "torch"):
+        if error.name is None or error.name.startswith(("sparkme", "torch.")):
             raise
         message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
     except (MemoryError, RuntimeError, OSError) as error:

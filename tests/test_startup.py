@@ -86,6 +86,13 @@ def test_public_names_are_listed_at_once_and_imported_when_asked_for() -> None:
         _ = sparkme.sparsity
 
 
+def test_where_torch_is_missing_one_line_says_so() -> None:
+    code = "import sys; sys.modules['torch'] = None; from sparkme.export import main; sys.exit(main(['last.pt']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: the package torch is not installed; `python -m sparkme.doctor` says how to get it\n"
+
+
 def test_a_report_is_made_without_torch() -> None:
     assert "torch" not in python("import sys, sparkme.pictures.report; print(*sys.modules)").split()
 
