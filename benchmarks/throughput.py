@@ -76,7 +76,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,7 @@ from benchmarks.flops import provenance
 from benchmarks.official import create_official
 from benchmarks.rows_dense import RowsDenseEngine
 from sparkme.errors import Parser, UserError, first_line, run_command, user_errors
+from sparkme.masked import MaskedAutoencoder
 from sparkme.masking import random_active
 from sparkme.network_names import library_of
 from sparkme.sparse.engines import why_not
@@ -96,10 +97,6 @@ from sparkme.training.config import RECIPES
 from sparkme.training.graph import GraphedLoss
 from sparkme.training.memory import keep_freed_memory
 from sparkme.training.optimizer import create_optimizer, update_schedule
-
-if TYPE_CHECKING:
-    from sparkme.masked import MaskedAutoencoder
-    from sparkme.training.graph import GraphedLoss
 
 METHODS = ("spark", "fcmae")  # of sparkme.pretrain's recipes those that differ in what is computed
 WHAT = ("encoder-forward", "encoder", "step")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sparkme.errors import Parser, run_command
+from sparkme.errors import Parser, UserError, run_command
 from sparkme.training.config import (
     add_device,
     add_engine,
@@ -19,6 +19,9 @@ from sparkme.training.config import (
     add_seed,
     add_weights,
     add_workers,
+    check_seed,
+    check_value_range,
+    check_workers,
     path_argument,
 )
 
@@ -78,7 +81,27 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: run(args), watch=True)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be meant, before anything is read."""
+    check_seed(args.seed)
+    check_workers(args.workers)
+    check_value_range(args.value_range)
+    for name in ("shots", "draws", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
+        raise UserError("--input-size takes a side, or height and width, in pixels")
+    for stage in args.stage:
+        if stage not in ("all", "last") and not stage.isdecimal():
+            raise UserError(f"--stage {stage} is neither all, nor last, nor the stride of a map in pixels, such as 32")
+    if args.output is not None and args.output.suffix != ".json":
+        raise UserError(f"--output {args.output}: the suffix must be .json")
+    if args.output is not None and args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output} exists; choose another --output, or pass --overwrite")
+
+
 def run(args: argparse.Namespace) -> int:
+    check(args)
     from sparkme.probing import probe  # noqa: PLC0415  (torch, which --help does not need)
 
     return probe(args)

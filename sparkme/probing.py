@@ -22,13 +22,12 @@ from sparkme.features import Features, knn_accuracy, linear_accuracy, pooled_fea
 from sparkme.files import replaced_when_whole
 from sparkme.interop.prefixes import Choice
 from sparkme.pretrained import Pretrained, read_pretrained
-from sparkme.training.config import check_seed, check_value_range, check_workers, default_workers
+from sparkme.training.config import default_workers
 from sparkme.training.distributed import start_process, stop_process
 
 
 def probe(args: argparse.Namespace) -> int:
     """Measures, prints a table and writes the numbers. Returns the exit code."""
-    check(args)
     limit_pixels(args.max_pixels)
     process = start_process(args.device)
     if process.world > 1:
@@ -78,25 +77,6 @@ def probe(args: argparse.Namespace) -> int:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         print(f"wrote {args.output}")
     return 0
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises UserError for what cannot be meant, before anything is read."""
-    check_seed(args.seed)
-    check_workers(args.workers)
-    check_value_range(args.value_range)
-    for name in ("shots", "draws", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
-        raise UserError("--input-size takes a side, or height and width, in pixels")
-    for stage in args.stage:
-        if stage not in ("all", "last") and not stage.isdecimal():
-            raise UserError(f"--stage {stage} is neither all, nor last, nor the stride of a map in pixels, such as 32")
-    if args.output is not None and args.output.suffix != ".json":
-        raise UserError(f"--output {args.output}: the suffix must be .json")
-    if args.output is not None and args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output} exists; choose another --output, or pass --overwrite")
 
 
 def _read_other(path: Path, like: Pretrained) -> Pretrained:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sparkme.files import replaced_when_whole
 from sparkme.interop.export import run_folder
 from sparkme.loss import hidden_patch_loss
 from sparkme.masked import MaskedAutoencoder
-from sparkme.pictures.page import write_page
+from sparkme.pictures.page import Result, write_page
 from sparkme.pictures.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_panel, error_pictures, masked_pictures
 from sparkme.text import ended, printable
 from sparkme.training.build import network_of
@@ -34,26 +34,6 @@ from sparkme.training.config import MAX_SIDE, check_value_range
 from sparkme.training.distributed import start_process
 
 MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
-
-
-class Result(NamedTuple):
-    """One image under one mask.
-
-    `loss` is the run's own, of this image; `visible` is how many patches of `patches` are; `pictures` is (4, 3, H, W) in the
-    order of `panel.COLUMNS`, float32 in [0, 1].
-    """
-
-    name: str
-    mask_ratio: float
-    seed: int
-    visible: int
-    patches: int
-    loss: float
-    pictures: Tensor
-
-    @property
-    def setting(self) -> str:
-        return f"mask ratio {self.mask_ratio:g} ({self.visible} of {self.patches} patches visible), seed {self.seed}"
 
 
 def visualize(args: argparse.Namespace) -> int:
