@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sparkme.fcmae import FCMAE
     from sparkme.grid import Grid
     from sparkme.masking import random_active
+    from sparkme.pretrained import load_encoder
     from sparkme.spark import SparK
     from sparkme.sparse.encoder import SparseEncoder
     from sparkme.sparse.map import SparseMap
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "random_active", "sparsify"]
+__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "load_encoder",
+           "random_active", "sparsify"]  # fmt: skip
 
 _MODULES = {
     "FCMAE": "sparkme.fcmae",
@@ -28,6 +30,7 @@ _MODULES = {
     "SparseEncoder": "sparkme.sparse.encoder",
     "SparseMap": "sparkme.sparse.map",
     "UnsupportedLayerError": "sparkme.errors",
+    "load_encoder": "sparkme.pretrained",
     "random_active": "sparkme.masking",
     "sparsify": "sparkme.sparse.sparsify",
 }

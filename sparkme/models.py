@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -49,13 +50,16 @@ def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0, num
     return _own_model(kind, rest, in_channels, drop_path, num_classes)
 
 
-def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None = None) -> SparseEncoder:
+def create_encoder(
+    name: str, *, in_channels: int = 3, drop_path: float | None = None, proof: Mapping[str, Any] | None = None
+) -> SparseEncoder:
     """A sparse encoder with random weights.
 
     Args:
         name: see `create_dense`.
         in_channels: of the images.
         drop_path: see `create_dense`; the paper's for this network if None.
+        proof: see `sparkme.sparsify`.
 
     Raises:
         ValueError: no such network, a probability outside [0, 1), or a network that cannot be sparse.
@@ -63,7 +67,7 @@ def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None =
     rate = paper_drop_path(name) if drop_path is None else drop_path
     if not 0 <= rate < 1:
         raise ValueError(f"drop path {rate} is outside [0, 1)")
-    encoder = sparsify(create_dense(name, in_channels=in_channels, drop_path=rate), in_channels=in_channels)
+    encoder = sparsify(create_dense(name, in_channels=in_channels, drop_path=rate), in_channels=in_channels, proof=proof)
     if ":" not in name:
         add_drop_path(encoder.network, rate)
     return encoder

@@ -41,7 +41,7 @@ TOLERANCE = 1e-8
 
 
 def export(args: argparse.Namespace) -> int:
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint, mmap=True)
     config = checkpoint["config"]
     if not isinstance(config.get("model"), str):
         raise UserError(f"{args.checkpoint} does not say of which network it is")
@@ -84,7 +84,7 @@ def export(args: argparse.Namespace) -> int:
                   "nothing was written", file=sys.stderr)  # fmt: skip
             return 1
 
-    metadata = describe(config, checkpoint["step"], args, target)
+    metadata = describe(config, checkpoint["step"], args, target, encoder.proof)
     if target == "spark":
         translated = official_state(network, translated)
     if args.hub_folder:
@@ -239,8 +239,10 @@ def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> di
     return join_official_state(encoder, rest)
 
 
-def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target: str) -> dict[str, str]:
-    """Where the weights come from, for the file's metadata."""
+def describe(
+    config: dict[str, Any], step: int, args: argparse.Namespace, target: str, proof: dict[str, Any] | None
+) -> dict[str, str]:
+    """Where the weights come from, and the proof of their network, for the file's metadata."""
     settings = (
         "input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"
     )  # fmt: skip
@@ -262,7 +264,10 @@ def describe(config: dict[str, Any], step: int, args: argparse.Namespace, target
         "upright": json.dumps(config.get("upright", True)),
         "input_size": json.dumps(config["input_size"]),
         "made_by": f"sparkme {sparkme.__version__}",
+        "drop_path": str(config["drop_path"]),
     }
+    if proof is not None:
+        notes["proof"] = json.dumps(proof)
     if target == "detectron2":
         mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(config))
         images = "RGB: INPUT.FORMAT RGB" if config.get("channels", 3) == 3 else f"images of {config['channels']} channels"
@@ -324,7 +329,11 @@ def write_hub_folder(
     }
     try:
         save_for_hf(model, str(args.hub_folder), data_config=preprocessing, safe_serialization=True)
-        rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items() if key not in ("format", "method"))
+        if config["model"] == f"timm:{plain}":
+            file = args.hub_folder / "config.json"
+            kept = {name: metadata[name] for name in ("drop_path", "proof") if name in metadata}
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"sparkme": kept}, indent=2) + "\n")
+        rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items() if key not in ("format", "method", "proof"))
         load = f"hf-hub:{args.push_to_hub}" if args.push_to_hub else f"local-dir:{args.hub_folder}"
         card = CARD.format(name=plain, method=metadata["method"], rows=rows, load=load)
         (args.hub_folder / "README.md").write_text(card)

@@ -50,7 +50,7 @@ def visualize(args: argparse.Namespace) -> int:
     output = check_output(args, default, (".png", ".html"))
     named, found = chosen_images(args.images, output)
     device = start_process(args.device).device
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint, mmap=True)
     config = checkpoint["config"]
     limit_pixels(config.get("max_pixels"))
     network = network_of(checkpoint, args.checkpoint)

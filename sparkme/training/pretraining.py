@@ -41,7 +41,7 @@ from sparkme.masked import MaskedAutoencoder
 from sparkme.network_names import library_of
 from sparkme.pretrained import read_weights, weights_in
 from sparkme.state_dict import state_dict_of
-from sparkme.training.build import build_network, load_weights
+from sparkme.training.build import build_network, load_weights, print_trial
 from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, output_folder, resolve_config
 from sparkme.training.device import prepare_device
 from sparkme.training.distributed import Process, distribute, start_process
@@ -98,7 +98,9 @@ class Pretraining(Training):
         self.probe_pixels, self.probe_seen = self._find_probe_pixels(args)
 
         torch.manual_seed(config["seed"])
-        self.network = build_network(config)
+        self.network = build_network(config, folder.saved.get("proof") if folder.saved is not None else None)
+        if process.is_main:
+            print_trial(self.network.encoder, folder.newest)
         self._check_batch_norm()
         self.init_report = ""
         self.graphed: GraphedLoss | None = None
@@ -270,6 +272,9 @@ class Pretraining(Training):
             self.process, self.probe_split.train.images, self.config["channels"], self.config["background"], known=self.pixels,
             given=args.value_range, upright=args.upright, flag="--probe-data",
         )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "proof": self.network.encoder.proof}
 
     def load(self, saved: dict[str, Any]) -> None:
         load_weights(self.network, saved["model"])
