@@ -18,7 +18,7 @@ from sparkme.export import main as export
 from sparkme.models import create_dense
 from sparkme.pretrain import main as pretrain
 from sparkme.sparse import sparsify as sparsify_module
-from sparkme.sparse.proof import _seal, describe
+from sparkme.sparse.proof import describe, seal
 
 HELPERS = """
 import torch
@@ -174,7 +174,7 @@ def test_an_edited_proof_does_not_count(code: Code) -> None:
     # by somebody who also makes the seal anew: the short look finds what is wrong
     wrong = json.loads(json.dumps(sparkme.sparsify(network).proof))
     wrong["hierarchy"]["taps"][-1]["module"] = "1"
-    wrong["seal"] = _seal({key: value for key, value in wrong.items() if key != "seal"})
+    wrong["seal"] = seal({key: value for key, value in wrong.items() if key != "seal"})
     again = sparkme.sparsify(network, proof=wrong)
     assert again.tried_because.startswith("it no longer computes what it did")
     assert again.hierarchy == right

@@ -79,7 +79,7 @@ def make_proof(hierarchy: Hierarchy, description: dict[str, Any]) -> dict[str, A
     """The proof that a network of this description passed its trial with this hierarchy; plain values, which JSON can keep."""
     found = {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(hierarchy).items()}
     proof: dict[str, Any] = json.loads(json.dumps({"hierarchy": found, **description}))
-    return {**proof, "seal": _seal(proof)}
+    return {**proof, "seal": seal(proof)}
 
 
 def proved_hierarchy(proof: Any, description: dict[str, Any], model: nn.Module) -> Hierarchy:
@@ -92,7 +92,7 @@ def proved_hierarchy(proof: Any, description: dict[str, Any], model: nn.Module) 
         raise NotProved("no trial of it was kept")
     try:
         kept = {key: value for key, value in proof.items() if key != "seal"}
-        if proof["seal"] != _seal(kept):
+        if proof["seal"] != seal(kept):
             raise NotProved("the kept trial has been changed")
         for key, now in json.loads(json.dumps(description)).items():
             if kept[key] != now:
@@ -118,7 +118,8 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"{what} has changed since it was tried"
 
 
-def _seal(proof: Mapping[str, Any]) -> str:
+def seal(proof: Mapping[str, Any]) -> str:
+    """A digest of plain values."""
     return hashlib.sha256(json.dumps(proof, sort_keys=True).encode()).hexdigest()
 
 
