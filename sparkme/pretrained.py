@@ -12,15 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sparkme.data.dataset import Statistics, pixels_of, statistics_of
+from sparkme.data.dataset import pixels_of
 from sparkme.data.planes import Pixels
+from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.errors import UserError, first_line
-from sparkme.interop.files import read_weights, tensors_in
+from sparkme.interop.files import archive_damage, read_tensors, tensors_in
 from sparkme.interop.prefixes import COUNTER, Choice, Found, Wanted, find_weights
-from sparkme.models import Classifier, add_drop_path, create_dense, create_encoder, find_classifier, library_of
+from sparkme.models import Classifier, add_drop_path, create_dense, create_encoder, find_classifier
+from sparkme.network_names import library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.state_dict import state_dict_of
 from sparkme.training.build import encoder_of, print_trial
+from sparkme.training.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,28 @@ def load_encoder(path: Path | str, model: str | None = None) -> SparseEncoder:
         return _pretrained(path, tensors, checkpoint, model, Choice()).encoder()[0].eval()
     _check_model(model, checkpoint["config"].get("model"), path)
     return encoder_of(checkpoint, path).eval()
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Reads what a file has of tensors or, if it is a checkpoint of this project, the whole of that.
+
+    Returns:
+        The tensors, see `read_tensors`, and None; or none, and the checkpoint.
+
+    Raises:
+        UserError: no such file, or nothing of that kind in it.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return read_tensors(path), None
+    try:
+        return {}, load_checkpoint(path, mmap=True)
+    except UserError as error:
+        try:
+            return read_tensors(path), None
+        except UserError:
+            if path.parent.name == "checkpoints" and archive_damage(path):  # it says which others there are
+                raise error from None
+            raise
 
 
 def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choice()) -> Pretrained:  # noqa: B008

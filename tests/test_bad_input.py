@@ -228,7 +228,7 @@ def test_no_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def allocate(config: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate\nmore")
 
-    monkeypatch.setattr("sparkme.training.build.build_network", allocate)
+    monkeypatch.setattr("sparkme.training.pretraining.build_network", allocate)
     assert "take a smaller batch" in fails(capsys, *SMALL, "--output", tmp_path / "run")
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from test_pretrain import SMALL, fails
 from torch import Tensor
 
-from sparkme.data.dataset import CropDataset, Statistics, collate, denormalise, estimate_statistics, normalise, preview_images
+from sparkme.data.dataset import CropDataset, collate, denormalise, estimate_statistics, normalise, preview_images
 from sparkme.data.images import load_image
+from sparkme.data.statistics import Statistics
 from sparkme.pretrain import main
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import load_checkpoint

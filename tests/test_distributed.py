@@ -18,14 +18,14 @@ from torch import nn
 
 import sparkme
 from sparkme.data.dataset import Batch
-from sparkme.finetune import Finetuning
 from sparkme.models import add_drop_path, create_encoder
-from sparkme.pretrain import Pretraining
 from sparkme.training.batch_norm import SharedBatchNorm, share_batch_norms
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import distribute, start_process, stop_process, store_of_this_start
 from sparkme.training.finetune_config import create_parser as finetune_parser
+from sparkme.training.finetuning import Finetuning
 from sparkme.training.loop import Loop
+from sparkme.training.pretraining import Pretraining
 
 
 def free_port() -> int:
@@ -210,7 +210,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
         run.optimizer.step = lambda run=run: gradients.append([p.grad.clone() for p in run.network.parameters()])
         images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         monkey = pytest.MonkeyPatch()
-        monkey.setattr("sparkme.data.dataset.normalise", lambda x, *_: x.double() / 100)
+        monkey.setattr("sparkme.training.pretraining.normalise", lambda x, *_: x.double() / 100)
         run.train_step(Batch(images, ()))
         monkey.undo()
     for whole, accumulated in zip(*gradients, strict=True):

@@ -17,7 +17,8 @@ import torchvision
 from torch import Tensor, nn
 
 import sparkme
-from sparkme.models import add_drop_path, create_encoder, model_names
+from sparkme.models import add_drop_path, create_encoder
+from sparkme.network_names import model_names
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.sparse.engines.minkowski import MinkowskiEngine
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy

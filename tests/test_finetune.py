@@ -18,11 +18,13 @@ from test_pretrain import SMALL
 from torch import nn
 
 from sparkme import export, pretrain, probe
-from sparkme.data.dataset import CropDataset, EpochSampler, Statistics, collate, normalise
+from sparkme.data.dataset import CropDataset, EpochSampler, collate, normalise
 from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
-from sparkme.finetune import freeze_auxiliary_heads, main, scores_of
+from sparkme.data.statistics import Statistics
+from sparkme.finetune import main
 from sparkme.models import create_dense, find_classifier
 from sparkme.pretrained import read_pretrained
+from sparkme.training.finetuning import freeze_auxiliary_heads, scores_of
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
 
 QUICK = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1",

@@ -27,7 +27,7 @@ from sparkme.data.handover import Loader, hand_over
 from sparkme.errors import run_command
 from sparkme.machine import LOADER, problem_of
 from sparkme.pretrain import main
-from sparkme.training.watchdog import Watchdog
+from sparkme.watchdog import Watchdog
 
 TINY = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--panel-epochs", "0"]
 LIMIT_S = 60  # within which a run that cannot go on has to end
@@ -278,9 +278,9 @@ def test_every_command_is_watched(name: str, tmp_path: Path, monkeypatch: pytest
     module = importlib.import_module(f"sparkme.{name}")
     ended: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (ended.append(doing), self._ended.set()))
-    for place in ("sparkme.errors", "sparkme.training.watchdog"):
+    for place in ("sparkme.errors", "sparkme.watchdog"):
         monkeypatch.setattr(f"{place}.IDLE_S", 0.5)
-    monkeypatch.setattr(module, "examine" if name == "doctor" else name, lambda *_: time.sleep(2.5) or 0)
+    monkeypatch.setattr(module, "examine" if name == "doctor" else "run", lambda *_: time.sleep(2.5) or 0)
     words = {"probe": ["weights.pt", "--data", str(tmp_path)], "doctor": [], "report": [str(tmp_path)]}
     assert module.main(words.get(name, ["weights.pt"])) == 0
     assert ended == ["starting"]
@@ -293,13 +293,14 @@ def test_the_start_of_a_training_is_watched(name: str, tmp_path: Path, monkeypat
     module = importlib.import_module(f"sparkme.{name}")
     ended: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (ended.append(doing), self._ended.set()))
-    monkeypatch.setattr("sparkme.training.watchdog.IDLE_S", 0.5)
+    monkeypatch.setattr("sparkme.watchdog.IDLE_S", 0.5)
 
     def hang(*_: object) -> None:
         time.sleep(2.5)
         raise ValueError("the end")
 
-    monkeypatch.setattr(module, "Pretraining" if name == "pretrain" else "Finetuning", hang)
+    work = "pretraining.Pretraining" if name == "pretrain" else "finetuning.Finetuning"
+    monkeypatch.setattr(f"sparkme.training.{work}", hang)
     words = ["--device", "cpu", *([] if name == "pretrain" else ["--from-scratch", "--data", str(tmp_path)])]
     assert module.main([*words, "--hang-seconds", "0.1"]) == 2 and ended == ["starting"]
     ended.clear()
@@ -315,7 +316,7 @@ def test_a_start_that_computes_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> No
 
     ended: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (ended.append(doing), self._ended.set()))
-    for place in ("sparkme.errors", "sparkme.training.watchdog"):
+    for place in ("sparkme.errors", "sparkme.watchdog"):
         monkeypatch.setattr(f"{place}.IDLE_S", 1.5)
     assert run_command(compute, watch=True) == 0 and not ended
 

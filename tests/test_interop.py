@@ -19,6 +19,7 @@ from sparkme.errors import UserError
 from sparkme.interop.libraries import TABLES, Origin, origin_of, translate
 from sparkme.interop.spark import join_official_state, split_official_state
 from sparkme.pretrained import read_pretrained
+from sparkme.training.pretraining import load_initial_weights
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -265,7 +266,7 @@ def test_names_of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> None:
     state = {f"{prefix}{n}": v for n, v in model.state_dict().items() if not n.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "wrapped.pth")
     fresh = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
-    pretrain.load_initial_weights(fresh, tmp_path / "wrapped.pth", "resnet18")
+    load_initial_weights(fresh, tmp_path / "wrapped.pth", "resnet18")
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in fresh.encoder.dense_state_dict().items())
 
 
@@ -310,7 +311,7 @@ def test_init_takes_weights_of_every_kind_and_reports(
         rest = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
         torch.save(join_official_state(expected, rest if kind == "official" else {}), path)
     fresh = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
-    report = pretrain.load_initial_weights(fresh, path, "resnet18")
+    report = load_initial_weights(fresh, path, "resnet18")
     assert all(torch.equal(value, expected[name]) for name, value in fresh.encoder.dense_state_dict().items())
     assert ("random: " in report) == (kind not in ("official", "checkpoint"))
     assert ("not used: fc.weight" in report) == (kind == "torchvision")
@@ -325,7 +326,7 @@ def test_a_wrapped_official_file_brings_its_decoder(tmp_path: Path) -> None:
     extra = {"imn_m": torch.zeros(1, 3, 1, 1), "dense_decoder.more": torch.zeros(3)}
     torch.save({"module": {f"module.{n}": v for n, v in (official | extra).items()}, "epoch": 1}, tmp_path / "official.pth")
     fresh = sparkme.SparK(sparkme.sparsify(torchvision.models.resnet18()), input_size=64, decoder_width=32)
-    report = pretrain.load_initial_weights(fresh, tmp_path / "official.pth", "resnet18")
+    report = load_initial_weights(fresh, tmp_path / "official.pth", "resnet18")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
     assert "names of the official SparK code" in report and f"{len(rest)} of the decoder" in report
     assert "2 not used: module.module.imn_m, module.module.dense_decoder.more" in report and "random" not in report

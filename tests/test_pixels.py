@@ -19,6 +19,7 @@ from torch import Tensor
 import sparkme.data.dataset
 import sparkme.data.images
 import sparkme.data.labelled
+import sparkme.pictures.visualize
 from sparkme import export, finetune, pretrain, probe, visualize
 from sparkme.data.dataset import Batch, CropDataset, collate, pixels_of
 from sparkme.data.images import Stored, load_image, open_image
@@ -485,7 +486,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Pixels]:
         told.append(pixels)
         return open_image(stored, channels, background, pixels)
 
-    for module in (sparkme.data.images, sparkme.data.dataset, sparkme.data.labelled):
+    for module in (sparkme.data.images, sparkme.data.dataset, sparkme.data.labelled, sparkme.pictures.visualize):
         monkeypatch.setattr(module, "load_image", spied)
     monkeypatch.setattr(sparkme.data.dataset, "open_image", opened)
     return told

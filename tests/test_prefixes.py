@@ -25,7 +25,7 @@ from sparkme.errors import UserError
 from sparkme.interop.files import read_tensors
 from sparkme.interop.libraries import origin_of, translate
 from sparkme.interop.prefixes import Choice, Found, Wanted, adapted_stem, find_weights
-from sparkme.models import library_of
+from sparkme.network_names import library_of
 from sparkme.pretrained import read_pretrained
 
 State = dict[str, Any]

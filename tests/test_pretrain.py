@@ -15,7 +15,8 @@ from PIL import Image
 from test_training import make_images
 
 from sparkme.data.dataset import Batch
-from sparkme.pretrain import Pretraining, main
+from sparkme.pretrain import main
+from sparkme.training.pretraining import Pretraining
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
 SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sparkme import export, pretrain
-from sparkme.data.dataset import Statistics
 from sparkme.data.labelled import WholeBatch, WholeImages, find_labelled, whole_batches
+from sparkme.data.statistics import Statistics
 from sparkme.features import best_decay, fit_linear, knn_accuracy, linear_accuracy, pooled_features
 from sparkme.models import create_encoder
 from sparkme.pretrained import read_pretrained

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from sparkme import report as command
+from sparkme.pictures.report import find_runs
 from sparkme.pictures.report_page import MARK
+from sparkme.pictures.report_runs import read_run
 from sparkme.report import main
 from sparkme.training import config as pretraining
 from sparkme.training import finetune_config as finetuning
-from sparkme.training.distributed import Process
+from sparkme.training.config import Machine
 
-CPU = Process(0, 1, torch.device("cpu"))
+CPU = Machine()
 NOW = 1_700_000_000.0
 STEPS, EPOCHS = 40, 10  # in an epoch, and in a run
 
@@ -124,7 +124,7 @@ def example(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def at_a_fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparkme.report.time.time", lambda: NOW)
+    monkeypatch.setattr("sparkme.pictures.report.time.time", lambda: NOW)
 
 
 class Page(HTMLParser):
@@ -284,7 +284,7 @@ def test_what_differs_from_the_defaults_and_the_command_that_continues(
 ) -> None:
     """What follows from a setting is no difference; and the command line that is built means the same run."""
     config = config_of_pretraining(*flags, "--output", str(tmp_path / "run"))
-    run = command.read_run(save(tmp_path / "run", config), "run")
+    run = read_run(save(tmp_path / "run", config), "run")
     assert sorted(difference.name for difference in run.differences) == sorted(expected)
     words = shlex.split(run.continuing)
     assert words[1:3] == ["-m", "sparkme.pretrain"]
@@ -306,7 +306,7 @@ def test_what_differs_from_the_defaults_and_the_command_that_continues(
 )
 def test_the_command_that_continues_a_finetuning(flags: list[str], tmp_path: Path) -> None:
     config = config_of_finetuning(*flags, "--output", str(tmp_path / "run"))
-    run = command.read_run(save(tmp_path / "run", config), "run")
+    run = read_run(save(tmp_path / "run", config), "run")
     words = shlex.split(run.continuing)
     assert words[1:3] == ["-m", "sparkme.finetune"]
     assert config_of_finetuning(*words[3:]) | {"model": ""} == config | {"model": ""}
@@ -610,10 +610,10 @@ def test_only_reports_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_runs_are_found_in_folders_of_runs(tmp_path: Path) -> None:
     for name in ("x/a", "x/b", "y/c"):
         save(tmp_path / "all" / name, {})
-    names = [path.name for path in command.find_runs([tmp_path / "all"])]
+    names = [path.name for path in find_runs([tmp_path / "all"])]
     assert names == ["a", "b", "c"]
     save(tmp_path / "all" / "x", None, metrics())  # now a run itself, and those in it are its own affair
-    assert [path.name for path in command.find_runs([tmp_path / "all"])] == ["x"]
+    assert [path.name for path in find_runs([tmp_path / "all"])] == ["x"]
 
 
 def test_watching_writes_again_and_ends_in_peace(
@@ -635,7 +635,7 @@ def test_watching_writes_again_and_ends_in_peace(
             shutil.move(tmp_path / "away.jsonl", run / "metrics.jsonl")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparkme.report.time.sleep", sleep)
+    monkeypatch.setattr("sparkme.pictures.report.time.sleep", sleep)
     assert main([str(run), "--watch", "5"]) == 0
     assert "step 100" in seen[0] and "step 200" in seen[1] and "no config.json and no metrics.jsonl any more" in seen[2]
     for page in seen:

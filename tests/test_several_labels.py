@@ -11,8 +11,9 @@ from PIL import Image
 from test_finetune import losses, records
 from torch import Tensor, nn
 
-from sparkme.data.dataset import CropDataset, EpochSampler, Statistics, collate, normalise
+from sparkme.data.dataset import CropDataset, EpochSampler, collate, normalise
 from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
+from sparkme.data.statistics import Statistics
 from sparkme.features import best_decay, fit_linear
 from sparkme.finetune import main
 from sparkme.pretrained import read_pretrained
@@ -90,7 +91,7 @@ def test_the_loss_is_binary_cross_entropy(table: Path, tmp_path: Path) -> None:
     assert main([*words(table, tmp_path, epochs=1), *rate]) == 0
     split = find_labelled(table, "red,green,blue")
     torch.manual_seed(0)
-    network, _ = read_pretrained(tmp_path / "best.safetensors").random().dense(3)
+    network, *_ = read_pretrained(tmp_path / "best.safetensors").random().dense(3)
     dataset = CropDataset(split.train.paths, (64, 64), min_scale=0.35, seed=0, labels=split.train.labels)
     network.train()
     values = []
@@ -110,7 +111,7 @@ def test_a_run_says_and_keeps_mean_average_precision(straight: Path, table: Path
     assert results["last"]["val_map_average"] == pytest.approx(sum(results["average_precision"].values()) / 3)
     assert not (straight / "confusion.png").exists()
     # What is kept is what was measured.
-    network, _ = read_pretrained(straight / "best.safetensors").dense(3)
+    network, *_ = read_pretrained(straight / "best.safetensors").dense(3)
     with safetensors.safe_open(straight / "best.safetensors", "pt") as file:
         notes = file.metadata()
     assert json.loads(notes["several_labels"]) is True and json.loads(notes["classes"]) == ["red", "green", "blue"]

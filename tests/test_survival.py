@@ -33,14 +33,14 @@ from test_pretrain import SMALL, fails, losses
 
 from sparkme.data.dataset import Batch
 from sparkme.errors import CannotWrite, UserError
-from sparkme.finetune import Finetuning
 from sparkme.finetune import main as finetune
-from sparkme.pretrain import Pretraining, main
+from sparkme.pretrain import main
 from sparkme.training import loop
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
-from sparkme.training.distributed import Process
+from sparkme.training.finetuning import Finetuning
 from sparkme.training.log import Lines, drop_after
-from sparkme.training.watchdog import Watchdog
+from sparkme.training.pretraining import Pretraining
+from sparkme.watchdog import Watchdog
 
 # Six steps, a checkpoint of 5 MB after every second one.
 TINY = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--base-lr", "2", "--checkpoint-minutes", "0"]
@@ -358,7 +358,7 @@ def test_a_read_only_output_is_refused_before_the_network_is_built(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    monkeypatch.setattr("sparkme.training.build.build_network", lambda *_: pytest.fail("the network is built"))
+    monkeypatch.setattr("sparkme.training.pretraining.build_network", lambda *_: pytest.fail("the network is built"))
     assert "cannot write to --output" in fails(capsys, *TINY, "--output", small_disk / "run")
 
 
@@ -591,7 +591,8 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
     script = tmp_path / "train.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from sparkme.pretrain import Pretraining, main\n"
+        "from sparkme.pretrain import main\n"
+        "from sparkme.training.pretraining import Pretraining\n"
         "right = Pretraining.train_step\n"
         "def step(self, batch):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], self.step) == ('1', '0', 3):\n"
@@ -612,7 +613,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, 
 def test_the_watchdog_looks_at_how_long_one_thing_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are counted from what was said last; a limit that is longer than the one for all counts."""
     said: list[tuple[str, int]] = []
-    dog = Watchdog(Process(0, 1, torch.device("cpu")), 3, lambda: "")
+    dog = Watchdog(3, lambda: "")
     monkeypatch.setattr(dog, "_end", lambda doing, seconds: (said.append((doing, seconds)), dog._ended.set()))
     doings = iter([("a", 0), None, None, ("b", 5), None, None, None, None, ("c", 1), None, None, None, None])
 
@@ -642,10 +643,10 @@ def test_steps_that_always_take_longer_than_the_limit_are_no_hang(tmp_path: Path
 
 def test_the_watchdog_leaves_though_the_disk_hangs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     left: list[int] = []
-    monkeypatch.setattr("sparkme.training.watchdog.os._exit", left.append)
-    monkeypatch.setattr("sparkme.training.watchdog.ANSWER_S", 0.2)
-    monkeypatch.setattr("sparkme.training.watchdog.end_loaders", lambda: None)
-    Watchdog(Process(0, 1, torch.device("cpu")), 3, lambda: time.sleep(1) or "advice")._end("saving", 4)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("sparkme.watchdog.os._exit", left.append)
+    monkeypatch.setattr("sparkme.watchdog.ANSWER_S", 0.2)
+    monkeypatch.setattr("sparkme.watchdog.end_loaders", lambda: None)
+    Watchdog(3, lambda: time.sleep(1) or "advice")._end("saving", 4)  # type: ignore[func-returns-value]
     assert left == [1] and "no progress for 4 s while saving" in capfd.readouterr().err
     time.sleep(1)
 
@@ -811,7 +812,7 @@ def test_wandb_that_is_not_installed_is_refused_at_the_start(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr("sparkme.training.build.build_network", lambda *_: pytest.fail("the network is built"))
+    monkeypatch.setattr("sparkme.training.pretraining.build_network", lambda *_: pytest.fail("the network is built"))
     assert "--wandb needs the package wandb: pip install wandb" in fails(capsys, *TINY, "--output", tmp_path / "r", "--wandb")
     assert not (tmp_path / "r").exists()
 

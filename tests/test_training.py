@@ -21,11 +21,11 @@ from sparkme.data.sources.files import demo_photographs, find_images
 from sparkme.errors import UserError
 from sparkme.models import create_encoder
 from sparkme.ops import triton_conv
+from sparkme.text import duration
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
-from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, choose_recipe, create_parser, resolve_config
+from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, Machine, choose_recipe, create_parser, resolve_config
 from sparkme.training.device import prepare_device
-from sparkme.training.distributed import Process
-from sparkme.training.log import duration, earlier_runs
+from sparkme.training.log import earlier_runs
 from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
 from sparkme.training.random import derived_seed, seed_step
 
@@ -309,7 +309,7 @@ def test_a_small_set_gets_its_own_rate_and_as_many_epochs_as_it_needs(tmp_path: 
 
     def config(*words: str) -> dict[str, Any]:
         args = create_parser().parse_args(["--data", str(data), *words])
-        return resolve_config(args, 6 if "--recipe" not in words else 10**6, Process(0, 1, torch.device("cpu")))
+        return resolve_config(args, 6 if "--recipe" not in words else 10**6, Machine())
 
     small = config()
     assert small["recipe"] == "small" and small["base_lr"] == RECIPES["small"].defaults["base_lr"]

@@ -19,9 +19,10 @@ from sparkme.data.dataset import centre_crop, denormalise, normalise
 from sparkme.data.images import load_image
 from sparkme.pictures import panel
 from sparkme.pictures.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
+from sparkme.pictures.visualize import reconstruct
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
-from sparkme.visualize import create_parser, main, reconstruct
+from sparkme.visualize import create_parser, main
 
 CONFIG = {"recipe": "spark", "model": "resnet18", "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 32, "patch": None,
           "input_size": [64, 96], "densify_norm": "auto", "norm_pix_loss": True, "channels": 3, "mean": [0.4, 0.5, 0.6],

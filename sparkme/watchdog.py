@@ -7,15 +7,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sparkme.machine import end_loaders
-
-if TYPE_CHECKING:
-    from sparkme.training.distributed import Process
+from sparkme.machine import end_loaders, whereabouts
 
 IDLE_S = 600.0  # that a start, of which nobody knows how long it takes, may do nothing
 BUSY_S = 0.003  # that a process computes in a second in which it does something; one that waits looks up now and then
@@ -31,13 +27,13 @@ class Watchdog:
     process does nothing.
 
     Args:
-        process: this process, where others train with it.
         limit_s: how long a step, an exchange with other processes, or waiting for images may take; 0: for ever.
         advice: what to do next, asked for when it is needed.
+        peers: `whereabouts` and process number of each that trains with this one, by rank.
     """
 
-    def __init__(self, process: Process | None, limit_s: float, advice: Callable[[], str] = str) -> None:
-        self.process, self.limit_s, self.advice = process, limit_s, advice
+    def __init__(self, limit_s: float, advice: Callable[[], str] = str, peers: Sequence[tuple[str, int]] = ()) -> None:
+        self.limit_s, self.advice, self.peers = limit_s, advice, peers
         self._now = self._start = ("starting", max(limit_s, IDLE_S))
         self._ended = threading.Event()
         self._main = threading.get_ident()
@@ -91,10 +87,8 @@ class Watchdog:
 
     def _stopped(self) -> str:
         """Names processes of this machine that are gone or stopped; the latter would be left behind, so they are killed."""
-        from sparkme.training.distributed import whereabouts
-
         found = ""
-        for rank, (where, number) in enumerate(self.process.peers if self.process else ()):
+        for rank, (where, number) in enumerate(self.peers):
             if where != whereabouts() or number == os.getpid():
                 continue
             try:
