@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of pictures that their colour tells apart: 12 red, 12 blue, 10 green."""
-    from test_labelled import make_labelled
+    from pictures import make_labelled
 
     return make_labelled(tmp_path_factory.mktemp("labelled"), {"red": 12, "blue": 12, "green": 10})
 
@@ -21,7 +21,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a ResNet-18 after two steps."""
-    from test_pretrain import SMALL
+    from commands import SMALL
 
     from sparkme.pretrain import main
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import SMALL, fails
 from PIL import Image
-from test_pretrain import SMALL, fails
 
 import sparkme.export
 from sparkme.data.dataset import EpochSampler

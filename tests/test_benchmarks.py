@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_official import V2
+from official_networks import V2
 
 from benchmarks import plot, profiling, throughput
 from sparkme.sparse import sparsify

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import SMALL, fails, losses
+from commands import SMALL, fails, losses
 
 from sparkme.models import create_encoder
 from sparkme.pretrain import main

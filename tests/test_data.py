@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import SMALL, fails
 from PIL import Image
-from test_pretrain import SMALL, fails
 from torch import Tensor
 
 from sparkme.data.dataset import CropDataset, collate, denormalise, estimate_statistics, normalise, preview_images

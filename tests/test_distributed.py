@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchvision
-from test_pretrain import SMALL, losses
-from test_unwritten import Count
+from commands import SMALL, losses
+from networks import Count
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
@@ -290,7 +290,7 @@ def train_on_shards(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_processes_read_every_image_of_shards_once_and_share_gradients(tmp_path: Path) -> None:
-    from test_sources import write_shard
+    from pictures import write_shard
 
     for i in range(4):
         write_shard(tmp_path / f"part-{i}.tar", range(6 * i, 6 * i + 6))

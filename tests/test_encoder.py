@@ -7,13 +7,13 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 
 import oracle
 import pytest
 import timm
 import torch
 import torchvision
+from random_models import images_and_mask, random_model
 from torch import Tensor, nn
 
 import sparkme
@@ -24,27 +24,6 @@ from sparkme.sparse.engines.minkowski import MinkowskiEngine
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
-
-
-def random_model(name: str, seed: int = 0) -> nn.Module:
-    """A torchvision model whose norms and layer scales are not the identity, in float64."""
-    torch.manual_seed(seed)
-    drop = {"stochastic_depth_prob": 0.0} if name.startswith("convnext") else {}
-    model = torchvision.models.get_model(name, weights=None, **drop).double()
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if key.endswith("running_var"):
-                value.uniform_(0.5, 2)
-            elif key.endswith(("running_mean", "bias")):
-                value.normal_(std=0.1)
-            elif "layer_scale" in key or value.ndim == 1:
-                value.uniform_(0.5, 1.5)
-    return model
-
-
-def images_and_mask(batch: int = 2, size: tuple[int, int] = (64, 96), visible: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return images, oracle.random_active(batch, (size[0] // 32, size[1] // 32), visible, seed=seed)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -248,10 +227,10 @@ def test_nan_comes_out_as_something_not_finite(engine: str) -> None:
 
 
 REPEAT = """
-import torch, sparkme, test_encoder
+import torch, sparkme, random_models
 torch.set_num_threads(2)
-encoder = sparkme.sparsify(test_encoder.random_model("{name}")).float().set_engine("{engine}")
-images, active = test_encoder.images_and_mask(batch=8, size=(128, 128), visible=6)
+encoder = sparkme.sparsify(random_models.random_model("{name}")).float().set_engine("{engine}")
+images, active = random_models.images_and_mask(batch=8, size=(128, 128), visible=6)
 results = []
 for _ in range(4):
     encoder.zero_grad()
@@ -266,7 +245,7 @@ assert all(torch.equal(a, b) for others in results[1:] for a, b in zip(results[0
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
 def test_gradients_repeat_bit_for_bit_with_several_threads(name: str, engine: str) -> None:
     """In a process of its own: MinkowskiEngine reads the number of threads when it is imported."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = REPEAT.format(name=name, engine=engine)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from commands import SMALL
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_pretrain import SMALL
 
 import sparkme.export
 import sparkme.pretrain

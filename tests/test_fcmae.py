@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_pretrain import fails
+from commands import fails
 from timm.models.convnext import ConvNeXt
 from torch import Tensor
 

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from commands import SMALL, losses, records
+from pictures import make_labelled
 from PIL import Image
-from test_labelled import make_labelled
-from test_pretrain import SMALL
 from torch import nn
 
 from sparkme import export, pretrain, probe
@@ -36,14 +36,6 @@ def exported(trained: Path) -> Path:
     path = trained.parent / "resnet18.safetensors"
     assert export.main([str(trained), "--to", "torchvision", "--output", str(path), "--no-verify"]) == 0
     return path
-
-
-def records(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in records(folder) if "loss" in record]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

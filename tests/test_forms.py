@@ -12,7 +12,7 @@ import pytest
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
-from test_own_networks import ENGINES, Masked, check, images, make
+from networks import ENGINES, Masked, check, images, make
 from timm.layers.blur_pool import BlurPool2d
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct

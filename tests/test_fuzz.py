@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz
 import pytest
-from test_pretrain import SMALL, losses
+from commands import SMALL, losses
 
 import sparkme.report
 from sparkme.pretrain import main
@@ -20,8 +21,8 @@ SEED, COUNT = 9, 500
 
 @pytest.mark.slow
 def test_made_up_command_lines_end_well(trained: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(Path(__file__).with_name("fuzz.py")), str(SEED), str(COUNT), str(trained), str(tmp_path / "f")]
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+    words = [sys.executable, fuzz.__file__, str(SEED), str(COUNT), str(trained), str(tmp_path / "f")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=800, env=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pretrain import SMALL, losses
+from commands import SMALL, losses
 from torch.utils.data import Dataset
 
 from sparkme import doctor, machine

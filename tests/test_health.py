@@ -111,8 +111,8 @@ def test_images_smaller_than_the_crops_are_told_once_with_the_flag() -> None:
 def test_a_warning_of_the_run_is_shown_and_kept(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
+    from commands import SMALL
     from PIL import Image
-    from test_pretrain import SMALL
 
     from sparkme.pretrain import main
 

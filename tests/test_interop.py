@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from commands import SMALL, fails
 from safetensors.torch import load_file, save_file
-from test_pretrain import SMALL, fails
 from torch import Tensor, nn
 
 import sparkme
@@ -271,7 +271,7 @@ def test_names_of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> None:
 
 
 def test_batch_norm_is_recalibrated_on_whole_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_training import make_images
+    from pictures import make_images
 
     from sparkme.data.dataset import normalise, preview_images
 

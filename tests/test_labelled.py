@@ -8,27 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import make_images, make_labelled
 from PIL import Image
-from test_training import make_images
 
 from sparkme.data.dataset import CropDataset, EpochSampler
 from sparkme.data.labelled import Labelled, WholeImages, find_labelled, split_digest, whole_batches
 from sparkme.data.sources import find_source
 from sparkme.errors import UserError
-
-COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (255, 0, 0)}
-
-
-def make_labelled(folder: Path, counts: dict[str, int], size: int = 48) -> Path:
-    """A folder for each class: pictures of its colour, with a box that is elsewhere in each."""
-    for name, count in counts.items():
-        (folder / name / "deeper").mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            picture = Image.new("RGB", (size, size), COLOURS.get(name, (90, 90, 90)))
-            picture.paste((255, 255, 255), (i % 5 * 8, i // 5 % 5 * 8, i % 5 * 8 + 9, i // 5 % 5 * 8 + 11))
-            picture.putpixel((size - 1, size - 1), (i, sum(name.encode()) % 256, 0))  # no two are the same
-            picture.save(folder / name / ("deeper" if i % 2 else "") / f"{i:03d}.png")
-    return folder
 
 
 def test_a_folder_is_a_class_and_the_split_takes_a_share_of_each(tmp_path: Path) -> None:

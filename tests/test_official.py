@@ -1,15 +1,12 @@
 """The official algorithms of the benchmarks compute what SparK and FCMAE compute."""
 
-from itertools import pairwise
 from typing import Any
 
 import oracle
 import pytest
 import torch
-import torchvision
-from timm.models.convnext import ConvNeXt
+from official_networks import V1, V2
 from torch import Tensor
-from torchvision.models.convnext import CNBlockConfig
 
 from benchmarks.official import OfficialSparK, create_official
 from sparkme.fcmae import FCMAE
@@ -18,17 +15,6 @@ from sparkme.models import create_encoder
 from sparkme.spark import SparK
 
 ATTO = "timm:convnextv2_atto"  # whose linear layers are convolutions, other than those of the larger ones
-V1, V2 = "test_official:convnext", "test_official:convnextv2"
-
-
-def convnext() -> torchvision.models.ConvNeXt:
-    widths = (8, 12, 16, 24, None)
-    return torchvision.models.ConvNeXt([CNBlockConfig(a, b, 1) for a, b in pairwise(widths)], layer_scale=0.5)
-
-
-def convnextv2(drop_path: float = 0.0) -> ConvNeXt:
-    dims = (8, 12, 16, 24)
-    return ConvNeXt(depths=(1, 1, 2, 1), dims=dims, use_grn=True, ls_init_value=None, drop_path_rate=drop_path, num_classes=0)
 
 
 def small(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import SMALL, fails
 from PIL import Image
-from test_pretrain import SMALL, fails
 from torch import Tensor
 
 import sparkme.data.dataset

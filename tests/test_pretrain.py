@@ -11,17 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import SMALL, fails, losses, weights
+from pictures import make_images
 from PIL import Image
-from test_training import make_images
 
 from sparkme.data.dataset import Batch
 from sparkme.pretrain import main
 from sparkme.training.pretraining import Pretraining
-
-# As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
-SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
-         "--epochs", "3", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01",
-         "--drop-path", "0.2"]  # fmt: skip
 
 
 def run(*arguments: object, processes: int = 1, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -30,22 +26,6 @@ def run(*arguments: object, processes: int = 1, **kwargs: object) -> subprocess.
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [*launcher, "sparkme.pretrain", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)  # type: ignore[call-overload]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must end with exit code 2 and one line; returns that line."""
-    assert main([*map(str, arguments)]) == 2
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: "), errors
-    return errors[0]
-
-
-def weights(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / name, weights_only=True)["model"]
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from test_labelled import make_labelled
-from test_pretrain import SMALL
+from commands import SMALL
+from pictures import make_labelled
 from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_pretrain import SMALL
+from commands import SMALL
 from torch import nn
 
 import sparkme

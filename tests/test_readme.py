@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import SMALL
+from commands import SMALL
 
 from sparkme import export
 from sparkme.pretrain import main

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import SMALL, fails, losses
-from test_unwritten import images_and_mask
+from commands import SMALL, fails, losses
+from networks import images_and_mask
 from torch import Tensor
 
 from benchmarks.profiling import peak_memory

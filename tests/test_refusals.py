@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_own_networks import Block, make
+from networks import Block, make
 from torch import Tensor, nn
 from torch.nn.utils import prune
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from commands import losses, records
 from PIL import Image
-from test_finetune import losses, records
 from torch import Tensor, nn
 
 from sparkme.data.dataset import CropDataset, EpochSampler, collate, normalise

@@ -25,8 +25,9 @@ import numpy as np
 import PIL.features
 import pytest
 import torch
+from commands import SMALL, fails, losses, weights
+from pictures import add, encoded, write_shard
 from PIL import Image
-from test_pretrain import SMALL, fails, losses, weights
 from torchvision.transforms import v2
 
 import sparkme.finetune
@@ -46,32 +47,6 @@ from sparkme.training.random import derived_seed
 
 TINY = ["--model", "timm:test_resnet", "--drop-path", "0"]  # of a second less for each start
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-
-
-def encoded(number: int, colour: tuple[int, int, int], kind: str = "PNG", size: tuple[int, int] = (48, 40)) -> bytes:
-    noise = np.random.default_rng(number).integers(0, 30, (size[1], size[0], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise + np.array(colour, dtype=np.uint8) // 2).save(file, kind)
-    return file.getvalue()
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
-
-
-def write_shard(path: Path, numbers: range, label: str = ".cls") -> list[bytes]:
-    """Images of alternating classes, with their labels beside them. Returns the images."""
-    images = []
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
-        for number in numbers:
-            name = list(COLOURS)[number % 2]
-            images.append(encoded(number, COLOURS[name]))
-            add(archive, f"{number:05d}.png", images[-1])
-            content = name if label == ".cls" else json.dumps({"label": name})
-            add(archive, f"{number:05d}{label}", content.encode())
-    return images
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import SMALL
+from pictures import make_labelled
 from safetensors.torch import load_file
-from test_labelled import make_labelled
-from test_pretrain import SMALL
 from torch import nn
 
 import sparkme.export

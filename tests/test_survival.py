@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 import torch.distributed as dist
-from test_pretrain import SMALL, fails, losses
+from commands import SMALL, fails, losses
 
 from sparkme.data.dataset import Batch
 from sparkme.errors import CannotWrite, UserError

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from pictures import make_images
 from PIL import Image
 
 import sparkme
@@ -105,16 +106,6 @@ def test_more_samples_than_images_repeat_them_evenly() -> None:
     sampler = EpochSampler(3, 12, 4, 0, range(3))
     drawn = [draw for batch in sampler for _, draw in batch]
     assert sorted(drawn) == list(range(12))  # draw modulo 3 is the image
-
-
-def make_images(folder: Path, count: int = 6) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        pixels = rng.integers(0, 255, (40 + i, 50, 3), dtype=np.uint8)
-        (folder / f"sub{i % 2}").mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"sub{i % 2}" / f"{i}.png")
-    return folder
 
 
 def test_images_are_found_in_any_structure(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from test_labelled import make_labelled
+from pictures import make_labelled
 
 from benchmarks import small_data, transfer
 

@@ -10,8 +10,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from networks import Count, images_and_mask
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
 
 import sparkme
@@ -20,24 +20,6 @@ from benchmarks.profiling import peak_memory
 from sparkme.decoder import Decoder
 from sparkme.models import create_encoder
 from sparkme.sparse.engines.cuda_ext import CudaExtEngine
-
-
-class Count(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func).removeprefix("sparkme.").removesuffix(".default")] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def images_and_mask(patches: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    side = 32 * patches
-    return torch.randn(2, 3, side, side, generator=generator), oracle.random_active(2, (patches, patches), patches**2 // 2)
 
 
 def counted(name: str, patches: int = 2, **options: Any) -> Counter[str]:

@@ -1,6 +1,6 @@
 """Random small networks against themselves: the sparse one on whole images has the dense one's maps, gradients and buffers.
 
-    python tests/random_networks.py FIRST COUNT     # seeds FIRST to FIRST + COUNT - 1, on every engine, in both modes
+    python tests/support/random_networks.py FIRST COUNT     # seeds FIRST to FIRST + COUNT - 1, on every engine, in both modes
 
 What the blocks do is drawn by a seed, with what cuts graphs among it: regions without gradients, detached readers, hooks,
 running means, frozen layers, operations in place, layers that are used twice.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PATH = Path(__file__).parent / "data" / "spark_official.json"
+PATH = Path(__file__).parents[1] / "data" / "spark_official.json"
 PATCH = 32
 
 

@@ -1,6 +1,6 @@
 """Runs many command lines that a generator makes up, each of which must end well: run by test_fuzz.py in a process of its own.
 
-    python tests/fuzz.py SEED COUNT CHECKPOINT FOLDER
+    python tests/support/fuzz.py SEED COUNT CHECKPOINT FOLDER
 
 Ends well: exit code 0, or 2 with one line on the error stream that begins with "error: ". Memory is limited, and so is the time
 of each command. Training itself is left out: what is tried is everything before its first step.

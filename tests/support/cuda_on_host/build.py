@@ -3,7 +3,7 @@
 The operators arrive in a library of their own, `torch.ops.sparkme_on_host`, under the schemas of `torch.ops.sparkme`, and take
 tensors on the CPU. By hand, with the address sanitizer:
 
-    python tests/cuda_on_host/build.py /tmp/on_host -fsanitize=address -g
+    python tests/support/cuda_on_host/build.py /tmp/on_host -fsanitize=address -g
     export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
     SPARKME_ON_HOST_LIBRARY=/tmp/on_host/on_host.so ASAN_OPTIONS=detect_leaks=0 \\
         python -m pytest tests/test_cuda_on_host.py
@@ -22,7 +22,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "cuda_ext" / "csrc" / "cuda"
+SOURCES = HERE.parents[2] / "cuda_ext" / "csrc" / "cuda"
 # Outside of an array, not aligned for a vector: the process ends there.
 CHECKS = ("-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
