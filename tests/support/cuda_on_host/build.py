@@ -6,7 +6,7 @@ tensors on the CPU. By hand, with the address sanitizer:
     python tests/support/cuda_on_host/build.py /tmp/on_host -fsanitize=address -g
     export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
     SPARKME_ON_HOST_LIBRARY=/tmp/on_host/on_host.so ASAN_OPTIONS=detect_leaks=0 \\
-        python -m pytest tests/test_cuda_on_host.py
+        python -m pytest tests/whole/test_cuda_on_host.py
 """
 
 from __future__ import annotations

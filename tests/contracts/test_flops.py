@@ -16,7 +16,7 @@ from sparkme.decoder import Decoder
 from sparkme.grid import Grid
 from sparkme.sparse.forms import SparseConv2d
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "flops.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "flops.json"
 
 
 def count(name: str, size: tuple[int, int] = (64, 96), **kwargs) -> list[flops.Count]:  # type: ignore[no-untyped-def]

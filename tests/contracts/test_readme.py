@@ -13,7 +13,7 @@ from sparkme.pretrain import main
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import load_checkpoint
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_snippet_runs() -> None:

@@ -14,7 +14,7 @@ from sparkme import export
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 pytestmark = pytest.mark.slow
 

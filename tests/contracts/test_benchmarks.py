@@ -16,7 +16,7 @@ from sparkme.sparse import sparsify
 from sparkme.sparse.engines import ENGINES
 from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 TINY = ["--model", "resnet18", "--input-size", "64", "--batch-size", "2", "--decoder-width", "32", "--device", "cpu",
         "--mask-ratio", "0.5", "--rounds", "3", "--warmup", "1"]  # fmt: skip

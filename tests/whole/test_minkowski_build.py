@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "cuda_ext" / "minkowski"
+FOLDER = Path(__file__).resolve().parents[2] / "cuda_ext" / "minkowski"
 
 
 @pytest.fixture(scope="module")
