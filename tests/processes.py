@@ -1,4 +1,4 @@
-"""Processes that tests start: each is a fork of one that has imported torch and the package, which saves five seconds a start."""
+"""Processes that tests start, each a fork of one that has imported torch and the package: a start takes no five seconds."""
 
 import multiprocessing
 import os
