@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 TINY = ["--model", "resnet18", "--input-size", "64", "--batch-size", "2", "--decoder-width", "32", "--device", "cpu",
         "--mask-ratio", "0.5", "--rounds", "3", "--warmup", "1"]  # fmt: skip
+SMALLER = ["--model", "timm:test_resnet"]  # where it does not matter which network it is
 CPU = torch.device("cpu")
 
 
@@ -31,13 +32,13 @@ def run(tmp_path: Path, *words: str, code: int = 0) -> dict[str, Any]:
 
 def test_the_file_has_what_the_head_of_the_module_says(tmp_path: Path) -> None:
     names = ("cuda_ext", "minkowski", "masked-dense")
-    record = run(tmp_path, "--contenders", *names)
+    record = run(tmp_path, *SMALLER, "--contenders", *names)
     assert record.keys() >= {"date", "commit", "versions", "command", "hardware", "settings", "cases"}
     assert record["versions"].keys() >= {"python", "torch", "MinkowskiEngine", "cuda"}
     assert record["hardware"].keys() == {"device", "gpu", "cpu", "cores", "threads"}
     assert [case["what"] for case in record["cases"]] == list(throughput.WHAT)
     for case in record["cases"]:
-        assert (case["model"], case["input_size"], case["batch_size"], case["mask_ratio"]) == ("resnet18", 64, 2, 0.5)
+        assert (case["model"], case["input_size"], case["batch_size"], case["mask_ratio"]) == ("timm:test_resnet", 64, 2, 0.5)
         assert (case["recipe"], case["decoder_width"]) == ("spark", 32)
         assert (case["patch"], case["num_patches"], case["visible_patches"]) == (32, 4, 2)
         assert (case["precision"], case["compile"], case["left_out"]) == ("float32", False, {})
@@ -65,7 +66,9 @@ def test_the_tuned_masked_dense_is_the_faster_of_the_two() -> None:
 
 
 def test_everything_visible_is_timed_for_the_encoder(tmp_path: Path) -> None:
-    record = run(tmp_path, "--mask-ratio", "0", "--what", "encoder", "--contenders", "cuda_ext", "--precision", "bf16")
+    record = run(
+        tmp_path, *SMALLER, "--mask-ratio", "0", "--what", "encoder", "--contenders", "cuda_ext", "--precision", "bf16"
+    )
     (case,) = record["cases"]
     assert case["visible_patches"] == 4 and case["contenders"]["cuda_ext"]["precision"] == "bf16"
 
@@ -164,12 +167,13 @@ class WrongInBf16(CudaExtEngine):
 
 def test_a_contender_that_is_wrong_in_bf16_only_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--what", "encoder-forward", "--contenders", "cuda_ext", "minkowski", "rows-dense", "--precision", "bf16"]
-    (case,) = run(tmp_path, *words, "--model", "convnext_tiny")["cases"]
+    words += ["--model", "timm:convnext_atto"]
+    (case,) = run(tmp_path, *words)["cases"]
     assert set(case["contenders"]) == {"cuda_ext", "minkowski", "rows-dense"}
     assert case["agreement"]["minkowski"]["bf16"]["maps"] < 0.1 < case["agreement"]["cuda_ext"]["bf16"]["maps"] < 1.5
     monkeypatch.setattr(sparsify, "try_out", lambda *_: None)  # which would refuse to build on such an engine
     monkeypatch.setitem(ENGINES, "cuda_ext", WrongInBf16)
-    (case,) = run(tmp_path, *words, "--model", "convnext_tiny", code=1)["cases"]
+    (case,) = run(tmp_path, *words, code=1)["cases"]
     assert set(case["contenders"]) == {"minkowski", "rows-dense"}
     assert case["left_out"]["cuda_ext"].startswith("disagrees with masked-dense in bf16: ")
 
@@ -210,9 +214,8 @@ def test_of_a_large_batch_a_part_is_compared(tmp_path: Path, monkeypatch: pytest
     answer = throughput.answer
     monkeypatch.setattr(throughput, "AGREEING_IMAGES", 3)
     monkeypatch.setattr(throughput, "answer", lambda c, with_loss: sizes.append(len(c.setting.images)) or answer(c, with_loss))
-    (case,) = run(tmp_path, "--what", "encoder", "--contenders", "cuda_ext", "--batch-size", "4", "--precision", "bf16")[
-        "cases"
-    ]
+    words = ["--what", "encoder", "--contenders", "cuda_ext", "--batch-size", "4", "--precision", "bf16"]
+    (case,) = run(tmp_path, *SMALLER, *words)["cases"]
     assert set(sizes) == {2, 3} and list(case["contenders"]) == ["cuda_ext"]
     assert set(case["agreement"]["cuda_ext"]) == {"float64", "float32", "bf16"}
 

@@ -23,9 +23,8 @@ DTYPES = tuple(TOLERANCE)
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    ready = os.environ.get("SPARKME_ON_HOST_LIBRARY")
-    path = ready or build.compile_library(tmp_path_factory.mktemp("cuda_on_host"))
+def ops() -> Any:
+    path = os.environ.get("SPARKME_ON_HOST_LIBRARY") or build.kept_library()
     global _LIBRARY  # a library lives as long as its schemas
     _LIBRARY = torch.library.Library("sparkme_on_host", "DEF")
     for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel",
@@ -192,7 +191,7 @@ FOLLOWS: dict[str, dict[str, Any]] = {  # a batch norm
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("follows", FOLLOWS)
-@pytest.mark.parametrize(("count", "channels"), [(6, 3), (2, 8), (96, 72), (2600, 40), (1400, 17), (130, 1032)])
+@pytest.mark.parametrize(("count", "channels"), [(6, 3), (2, 8), (96, 72), (2600, 40), (1400, 17), (130, 264)])
 def test_batch_norm(ops: Any, count: int, channels: int, follows: str, dtype: torch.dtype) -> None:
     """In float64 by its formula, whose gradient goes through the statistics."""
     options = FOLLOWS[follows]

@@ -1,7 +1,5 @@
 """Two processes on the CPU give the gradients of one process that has both halves of the batch."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,10 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchvision
 from commands import SMALL, losses
 from networks import Count
+from processes import free_port, join, run_two
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
@@ -26,18 +24,6 @@ from sparkme.training.finetune_config import create_parser as finetune_parser
 from sparkme.training.finetuning import Finetuning
 from sparkme.training.loop import Loop
 from sparkme.training.pretraining import Pretraining
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def join(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def test_a_restart_does_not_find_the_addresses_of_the_start_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +83,9 @@ def half(rank: int, folder: str, port: int, name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
 def test_two_halves_make_a_whole(name: str, tmp_path: Path) -> None:
     """Loss, gradients and running statistics, of encoder, densified maps and decoder."""
-    mp.spawn(half, (str(tmp_path), free_port(), name), nprocs=2)
-    images, active = batch()
     model = network(name)
+    run_two(half, str(tmp_path), free_port(), name)
+    images, active = batch()
     loss = model(images, active)
     loss.backward()
     (loss_0, grads_0, buffers_0, counts), (loss_1, grads_1, buffers_1, _) = (
@@ -162,7 +148,7 @@ def norm_and_input(
 
 @pytest.mark.parametrize("operators", [True, False])
 def test_shared_batch_norms_equal_torchs_of_the_whole_batch(operators: bool, tmp_path: Path) -> None:
-    mp.spawn(share_norms, (str(tmp_path), free_port(), operators), nprocs=2)
+    run_two(share_norms, str(tmp_path), free_port(), operators)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (name, dtype), (parts, sums) in first.items():
         norm, x, grad = norm_and_input(*SHARED[name], dtype)
@@ -192,7 +178,7 @@ def train(rank: int, folder: str, port: int) -> None:
 
 
 def test_processes_that_train_together_keep_the_same_weights(tmp_path: Path) -> None:
-    mp.spawn(train, (str(tmp_path), free_port()), nprocs=2)
+    run_two(train, str(tmp_path), free_port())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -262,7 +248,7 @@ def measure(rank: int, data: str, folder: str, port: int) -> None:
 
 
 def test_processes_measure_the_first_ones_batch_norms(labelled: Path, tmp_path: Path) -> None:
-    mp.spawn(measure, (str(labelled), str(tmp_path), free_port()), nprocs=2)
+    run_two(measure, str(labelled), str(tmp_path), free_port())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first and all(torch.equal(value, second[name]) for name, value in first.items())
     assert all((value == 0).all() for name, value in first.items() if name.endswith("running_mean"))
@@ -294,7 +280,7 @@ def test_two_processes_read_every_image_of_shards_once_and_share_gradients(tmp_p
 
     for i in range(4):
         write_shard(tmp_path / f"part-{i}.tar", range(6 * i, 6 * i + 6))
-    mp.spawn(train_on_shards, (str(tmp_path), free_port()), nprocs=2)
+    run_two(train_on_shards, str(tmp_path), free_port())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert sorted(first["read"] + second["read"]) == list(range(24))
     shards = [{number // 6 for number in part["read"]} for part in (first, second)]
@@ -302,8 +288,8 @@ def test_two_processes_read_every_image_of_shards_once_and_share_gradients(tmp_p
     assert all(torch.equal(a, b) for a, b in zip(first["gradients"], second["gradients"], strict=True))
 
 
-def train_compiled(rank: int, folder: str, port: int, compiled: bool) -> None:
-    join(rank, port)
+def train_compiled(rank: int, folder: str, ports: list[int]) -> None:
+    """The same training twice, the second time compiled."""
 
     def compile_parts(self: sparkme.SparK) -> sparkme.SparK:  # as the command does, but without minutes of code generation
         self.encoder.compile_stages(backend="aot_eager")
@@ -311,15 +297,16 @@ def train_compiled(rank: int, folder: str, port: int, compiled: bool) -> None:
         return self
 
     sparkme.SparK.compile_parts = compile_parts  # type: ignore[assignment]
-    words = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--epochs", "2", "--output", f"{folder}/{compiled}"]
-    words += ["--compile"] if compiled else []
-    run = Pretraining(create_parser().parse_args(words), start_process("cpu"))
-    assert Loop(run).run() == 0
+    for name, port in zip(("eager", "compiled"), ports, strict=True):
+        join(rank, port)
+        words = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--epochs", "2", "--panel-epochs", "0"]
+        words += ["--output", f"{folder}/{name}", *(["--compile"] if name == "compiled" else [])]
+        assert Loop(Pretraining(create_parser().parse_args(words), start_process("cpu"))).run() == 0
+        stop_process()
 
 
 @pytest.mark.slow
 def test_compiled_parts_train_in_several_processes(tmp_path: Path) -> None:
-    for compiled in (False, True):
-        mp.spawn(train_compiled, (str(tmp_path), free_port(), compiled), nprocs=2)
-    eager, compiled_losses = losses(tmp_path / "False"), losses(tmp_path / "True")
+    run_two(train_compiled, str(tmp_path), [free_port(), free_port()])
+    eager, compiled_losses = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert len(eager) == 4 and compiled_losses == pytest.approx(eager, rel=1e-5)

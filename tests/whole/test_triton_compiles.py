@@ -1,5 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: tensor cores are used and registers suffice."""
 
+import gzip
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import cache_folder, digest, write_whole
 
 from sparkme.ops import triton_conv
 
@@ -67,12 +69,20 @@ def machine_code(launch: Launch, architecture: int, folder: Path) -> str:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = folder / "kernel.cubin"
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler)
-    binary.write_bytes(compiled.asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler)  # Triton keeps it itself
     assert compiled.metadata.shared <= SHARED_BYTES, f"{name}: {compiled.metadata.shared} bytes of shared memory"
-    tool = CUOBJDUMP if CUOBJDUMP.exists() else "cuobjdump"
-    return subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
+    return disassembled(compiled.asm["cubin"], folder)
+
+
+def disassembled(binary: bytes, folder: Path) -> str:
+    """What cuobjdump makes of it, from the cache where this cuobjdump has done so before."""
+    tool = str(CUOBJDUMP) if CUOBJDUMP.exists() else str(shutil.which("cuobjdump"))
+    kept = cache_folder() / f"sass-{digest(binary, Path(tool).read_bytes())}.gz"
+    if not kept.exists():
+        (folder / "kernel.cubin").write_bytes(binary)
+        done = subprocess.run([tool, "-sass", folder / "kernel.cubin"], capture_output=True, check=True)
+        write_whole(kept, gzip.compress(done.stdout))
+    return gzip.decompress(kept.read_bytes()).decode()
 
 
 def launches(

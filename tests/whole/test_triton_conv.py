@@ -4,6 +4,7 @@ The interpreter is chosen when Triton is imported, so the tests run in a process
 """
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -17,18 +18,16 @@ from sparkme.ops import reference, triton_conv
 
 pytest.importorskip("triton", reason="this torch has no Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_under_the_interpreter")
 
 # TF32 is not rounded to by the interpreter.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is itself")
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{__file__}::TestInterpreted"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert re.search(rf"^{2 * len(GEOMETRIES) + 2} passed", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -93,26 +92,24 @@ GEOMETRIES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_triton(geometry: dict[str, Any], dtype: torch.dtype) -> None:
-    assert triton_conv._kernels() is not None
-    compare(dtype, **geometry)
+if INTERPRETED:
 
+    class TestInterpreted:
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+        def test_values_and_gradients(self, geometry: dict[str, Any], dtype: torch.dtype) -> None:
+            assert triton_conv._kernels() is not None
+            compare(dtype, **geometry)
 
-@interpreted
-def test_triton_with_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_conv, "_wide", lambda *_: True)
-    for geometry in (GEOMETRIES[0], GEOMETRIES[3], GEOMETRIES[6]):
-        compare(torch.float32, **geometry)
+        def test_wide_offsets(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            monkeypatch.setattr(triton_conv, "_wide", lambda *_: True)
+            for geometry in (GEOMETRIES[0], GEOMETRIES[3], GEOMETRIES[6]):
+                compare(torch.float32, **geometry)
 
-
-@interpreted
-def test_triton_keeps_rows_apart_and_finds_every_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With small blocks, so that few rows make all the 64 residues."""
-    monkeypatch.setattr(triton_conv, "convolution_blocks", lambda *_: triton_conv.Blocks(16, 16, 16, warps=4))
-    compare(torch.float32, pixels=16, kernel_size=(3, 3), stride=2, channels=(16, 16), keep=5)
+        def test_rows_are_kept_apart_and_every_one_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            """With small blocks, so that few rows make all the 64 residues."""
+            monkeypatch.setattr(triton_conv, "convolution_blocks", lambda *_: triton_conv.Blocks(16, 16, 16, warps=4))
+            compare(torch.float32, pixels=16, kernel_size=(3, 3), stride=2, channels=(16, 16), keep=5)
 
 
 def test_rows_that_lie_apart_have_the_same_taps() -> None:
