@@ -29,7 +29,6 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "minkowski"))
 
 import build  # noqa: E402
-from sdist import BuildError  # noqa: E402
 
 LIST = "wheels.json"
 OPERATORS = "sparkme/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
@@ -50,10 +49,10 @@ def sha256(path: Path) -> str:
 def write(folder: Path) -> None:
     """Writes both wheels and their list. The operators are those that lie compiled in sparkme/."""
     if not (ROOT / OPERATORS).is_file():
-        raise BuildError(f"there is no {OPERATORS}: run make setup first.")
+        raise build.BuildError(f"there is no {OPERATORS}: run make setup first.")
     target = build.choose_target()
     if (b"cudaLaunchKernel" in (ROOT / OPERATORS).read_bytes()) != bool(target.cuda):
-        raise BuildError(
+        raise build.BuildError(
             f"wheels for {target.kind} ({target.reason}) were asked for, and {OPERATORS} was compiled for another kind: run"
             " make setup and make wheels with the same FORCE_CUDA, in a fresh checkout."
         )
@@ -66,7 +65,7 @@ def write(folder: Path) -> None:
         shutil.rmtree(stale)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     if subprocess.run([*command, str(ROOT)], env={**os.environ, "SPARKME_OPERATORS": "compiled"}, check=False).returncode != 0:
-        raise BuildError("the wheel of sparkme could not be made, see above.")
+        raise build.BuildError("the wheel of sparkme could not be made, see above.")
     made_for = build.ingredients(target) | {"operators": sources_hash()}
     files = {path.name: sha256(path) for path in sorted(folder.glob("*.whl"))}
     (folder / LIST).write_text(json.dumps({"made_for": made_for, "files": files}, indent=2) + "\n")
@@ -108,7 +107,7 @@ def misfits(folder: Path) -> Iterator[str]:
         yield "they are of other sources than this checkout's cuda_ext/csrc"
     try:
         torch = build.import_torch()
-    except BuildError:
+    except build.BuildError:
         pinned = pinned_torch()
         if str(made_for["torch"]).partition("+")[0] != pinned:
             yield f"they are for torch {made_for['torch']}, constraints.txt has {pinned}"
@@ -127,7 +126,7 @@ def misfits(folder: Path) -> Iterator[str]:
 def check(folder: Path) -> None:
     found = list(misfits(folder))
     if found:
-        raise BuildError(
+        raise build.BuildError(
             f"the wheels do not fit: {'; '.join(found)}. Make them with `make wheels` on a machine like this one from this"
             " checkout, or run make setup without WHEELS, which compiles."
         )
@@ -143,7 +142,7 @@ def install(folder: Path) -> None:
     load = f"import torch, MinkowskiEngine; torch.ops.load_library({str(ROOT / OPERATORS)!r})"
     loaded = subprocess.run([sys.executable, "-P", "-c", load], capture_output=True, text=True, check=False)
     if loaded.returncode != 0:
-        raise BuildError(f"the wheels were installed but do not load here: {loaded.stderr.strip().splitlines()[-1]}")
+        raise build.BuildError(f"the wheels were installed but do not load here: {loaded.stderr.strip().splitlines()[-1]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         {"write": write, "check": check, "install": install}[arguments.action](arguments.folder)
-    except BuildError as error:
+    except build.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,7 @@
 """`make wheels` on one machine, `make setup WHEELS=DIR` on another: what fits is installed without a compiler, what does not
 is told in one line."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ def test_before_torch_is_installed_its_pinned_version_counts(
     wheels: ModuleType, fitting: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_torch() -> None:
-        raise wheels.BuildError("no torch")
+        raise wheels.build.BuildError("no torch")
 
     monkeypatch.setattr(wheels.build, "import_torch", no_torch)
     change(fitting, torch=wheels.pinned_torch() + "+cu130")
@@ -150,10 +151,15 @@ def written(wheels: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def setup(tmp_path: Path) -> Callable[[Path], subprocess.CompletedProcess[str]]:
     """`make setup WHEELS=...` in a copy of the checkout, without a compiler and an index, in an environment of its own. Only
     what this project does not compile is taken from the environment of the tests."""
+    installed = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    pinned = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    if missing := [name for name in pinned if name not in installed]:
+        pytest.skip(f"needs what make setup installs, here without {', '.join(missing)}")
     checkout = copy_checkout(tmp_path / "checkout")
-    subprocess.run([sys.executable, "-m", "venv", str(checkout / ".venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / ".venv")], check=True)
     site = next((checkout / ".venv" / "lib").glob("python*")) / "site-packages"
     (site / "of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (checkout / ".venv" / ".venv-done").touch()
     path = hide_compilers(tmp_path / "programs")
     left_out = ("PYTHONPATH", "CC", "CXX", "CUDA_HOME", "FORCE_CUDA", "MAKEFLAGS", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
@@ -195,6 +201,7 @@ def test_set_up_from_wheels_that_do_not_fit_says_so_at_once(
     setup: Callable[[Path], subprocess.CompletedProcess[str]], fitting: Path, tmp_path: Path
 ) -> None:
     change(fitting, python="cpython-39-x86_64-linux-gnu")
+    shutil.rmtree(tmp_path / "checkout" / ".venv")
     made = setup(fitting)
     assert made.returncode == 2
     assert "error: the wheels do not fit: they are for Python cpython-39-x86_64-linux-gnu" in made.stderr
