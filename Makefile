@@ -25,8 +25,11 @@ TEST_PROCESSES ?= 2
 NEEDED_GIB := 12
 # In a variable, since a comma in the call of `step` would end an argument.
 PROJECT := .[demo,dev]
-BUILDER := $(wildcard cuda_ext/minkowski/*.py cuda_ext/minkowski/compat/*)
+BUILDER := $(shell find cuda_ext/minkowski -name "*.py" -o -path "*/compat/*" -type f)
 OPERATORS := $(wildcard cuda_ext/csrc/*.* cuda_ext/csrc/cpu/*.* cuda_ext/csrc/cuda/*.*)
+# The folder that `make wheels` writes, and that any other target then sets up from, without a compiler.
+WHEELS_TO := $(abspath $(or $(WHEELS),dist/wheels))
+WHEELS_FROM := $(if $(filter wheels,$(MAKECMDGOALS)),,$(if $(WHEELS),$(abspath $(WHEELS))))
 
 # step NUMBER, NAME, COMMAND, ADVICE: runs a quiet command and prints its name and time; when it fails, also the end of its output and the advice.
 define step
@@ -40,12 +43,14 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 INDEX_ADVICE := see the lines above. If the package index could not be reached, check the network and `pip config list`; if the disk is full, \
 make room (about $(NEEDED_GIB) GB are needed; TMPDIR and PIP_CACHE_DIR may point to another disk). Then run make again, it goes on from here.
 
-.PHONY: help setup demo test lint format cuda-compile clean distclean
+.PHONY: help setup demo test wheels lint format cuda-compile clean distclean
 
 help:
 	@echo 'make demo     set up, pretrain on photographs, export: the result is in $(DEMO_DIR)'
 	@echo 'make test     set up, run the tests (make test TEST_FLAGS="-m '"'not slow'"'" for the fast ones)'
 	@echo 'make setup    only set up: $(VENV) with torch, MinkowskiEngine and sparkme'
+	@echo 'make wheels   write wheels of what was compiled to dist/wheels (or WHEELS=DIR), for machines of the same kind;'
+	@echo '              there `make setup WHEELS=DIR` installs from them, without a compiler'
 	@echo 'make lint     ruff, mypy, clang-format      make format   rewrite the sources with ruff and clang-format'
 	@echo 'make cuda-compile   compile the CUDA sources, with nvcc and without a GPU'
 	@echo 'make clean    remove what builds and tests left; make distclean also removes $(VENV)'
@@ -58,6 +63,9 @@ demo: setup
 	$(RUN) -m sparkme.pretrain --output $(DEMO_DIR) $(DEMO_FLAGS)
 	$(RUN) -m sparkme.export $(DEMO_DIR)/checkpoints/last.pt --to torchvision --output $(DEMO_DIR)/resnet18.safetensors --overwrite
 	$(RUN) -m sparkme.report $(DEMO_DIR)
+
+wheels: setup
+	$(RUN) cuda_ext/wheels.py write '$(WHEELS_TO)'
 
 test: setup
 	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
@@ -94,7 +102,8 @@ $(VENV)/.venv-done:
 	  { echo '$(PYTHON) does not run or is not Python 3.11 to 3.14: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo '$(PYTHON) cannot make virtual environments: install its venv module (apt-get install python3-venv)'; exit 1; }
-	@command -v $${CXX:-g++} >/dev/null || \
+	@$(if $(WHEELS_FROM),'$(PYTHON)' cuda_ext/wheels.py check '$(WHEELS_FROM)',true)
+	@$(if $(WHEELS_FROM),true,command -v $${CXX:-g++} >/dev/null) || \
 	  { echo 'A C++ compiler is missing: install g++ (apt-get install g++, dnf install gcc-c++) or set CXX'; exit 1; }
 	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$$free" -ge $(NEEDED_GIB) ] || [ -d $(VENV)/lib ] || \
 	  { echo "This disk has $$free GB free, and torch with its CUDA libraries needs $(NEEDED_GIB): make room, or clone to another disk"; exit 1; }
@@ -106,13 +115,18 @@ $(VENV)/.torch-done: $(VENV)/.venv-done constraints.txt
 	  $(PIP) torch torchvision setuptools wheel ninja,$(INDEX_ADVICE))
 	@touch $@
 
+# Tools are downloaded while the compilers run. setup.py finds MinkowskiEngine installed, so the requirement is met.
 $(VENV)/.minkowski-done: $(VENV)/.torch-done $(BUILDER)
-	@echo '[3/4] MinkowskiEngine'
-	@start=$$SECONDS; $(RUN) cuda_ext/minkowski/build.py --install --install-nvcc || \
-	  { printf '\nWhat to do: see the line above, then run make again; it goes on from here.\n'; exit 1; }; \
-	printf '[3/4] MinkowskiEngine ... %d s\n' $$((SECONDS - start))
+	@echo '[3/4] MinkowskiEngine; meanwhile the tools for demo and tests from the package index'
+	@start=$$SECONDS; log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(PIP) --requirement constraints.txt >"$$log" 2>&1 & tools=$$!; status=0; \
+	$(if $(WHEELS_FROM),$(RUN) cuda_ext/wheels.py install '$(WHEELS_FROM)',$(RUN) cuda_ext/minkowski/build.py --install --install-nvcc) || status=1; \
+	wait $$tools || { tail -n 15 "$$log"; printf '\nWhat to do: %s\n' '$(INDEX_ADVICE)'; exit 1; }; \
+	[ $$status = 0 ] || { printf '\nWhat to do: see the line above, then run make again; it goes on from here.\n'; exit 1; }; \
+	printf '[3/4] MinkowskiEngine and the tools ... %d s\n' $$((SECONDS - start))
 	@touch $@
 
 $(VENV)/.sparkme-done: $(VENV)/.minkowski-done pyproject.toml setup.py constraints.txt $(OPERATORS)
-	$(call step,4,sparkme with its operators; the tools for demo and tests,$(PIP) --no-build-isolation --editable '$(PROJECT)',$(INDEX_ADVICE))
+	$(call step,4,sparkme with its operators,$(if $(WHEELS_FROM),SPARKME_OPERATORS=compiled) \
+	  $(PIP) --no-build-isolation --editable '$(PROJECT)',$(INDEX_ADVICE))
 	@touch $@

@@ -2,6 +2,7 @@
 
 The extension is compiled from cuda_ext/csrc, for CUDA as well where torch sees a GPU. FORCE_CUDA=1 with
 TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the CUDA sources on a machine without one; MAX_JOBS says how many compilers run.
+SPARKME_OPERATORS=compiled takes the extension that lies in sparkme/ and compiles nothing.
 
 No index has a MinkowskiEngine that builds as it is. So where the environment has none, the builder in
 cuda_ext/minkowski makes a wheel (once per machine, then it comes from a cache), and the requirement points at it.
@@ -10,6 +11,7 @@ cuda_ext/minkowski makes a wheel (once per machine, then it comes from a cache),
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 INSTALLS = {"build", "bdist_wheel", "editable_wheel", "install", "develop"}
@@ -66,10 +69,27 @@ def minkowski_requirement() -> str:
         raise SystemExit(f"sparkme: {error}") from None
 
 
+class TakeCompiled(build_ext):
+    """Copies the extension that lies in sparkme/ to where setuptools expects a new one."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        compiled = ROOT / "sparkme" / target.name
+        if not compiled.is_file():
+            raise SystemExit(
+                f"sparkme: SPARKME_OPERATORS=compiled, but there is no {compiled}. Leave the variable out to compile."
+            )
+        if target.resolve() != compiled:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(compiled, target)
+
+
 def extension() -> dict[str, Any]:
     """What setuptools needs to know to build `sparkme._C`."""
     if not {"build_ext", *INSTALLS}.intersection(sys.argv):
         return {}
+    if os.environ.get("SPARKME_OPERATORS") == "compiled":
+        return {"ext_modules": [Extension("sparkme._C", sources=[])], "cmdclass": {"build_ext": TakeCompiled}}
     require_torch()
     builder = load_builder()
     try:
@@ -83,11 +103,13 @@ def extension() -> dict[str, Any]:
         os.environ.update(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=target.architectures)  # read at the import below
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = ["cuda_ext/csrc/*.cpp", "cuda_ext/csrc/cpu/*.cpp", *(["cuda_ext/csrc/cuda/*.cu"] if home else [])]
+    # cpu/operators.cpp includes its neighbours, but not the inner loops: these have a file for each instruction set.
+    sources = ["cuda_ext/csrc/*.cpp", "cuda_ext/csrc/cpu/operators.cpp", "cuda_ext/csrc/cpu/kernels*.cpp"]
+    sources += ["cuda_ext/csrc/cuda/*.cu"] if home else []
     options: dict[str, Any] = {
         "name": "sparkme._C",
         "sources": sorted(str(path.relative_to(ROOT)) for pattern in sources for path in ROOT.glob(pattern)),
-        "extra_compile_args": {"cxx": ["-O3", "-fopenmp"], "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
+        "extra_compile_args": {"cxx": ["-O3", "-g0", "-fopenmp"], "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
     }
     options["extra_link_args"] = ["-fopenmp"]  # at::parallel_for runs its body in the calling thread without it
     if not home:

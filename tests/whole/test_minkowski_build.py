@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -144,7 +145,7 @@ def test_cache_key_depends_on_the_target(build: ModuleType) -> None:
     assert len({build.cache_key(build.ingredients(target)) for target in targets}) == len(targets)
 
 
-def test_recipe_depends_on_edits_and_headers_of_its_target_only(build: ModuleType, tmp_path: Path) -> None:
+def test_recipe_depends_on_the_edits_and_files_of_its_target_only(build: ModuleType, tmp_path: Path) -> None:
     cpu, cuda = build.Target(), build.Target("13.0", "9.0")
 
     def hashes(edits: tuple = build.EDITS, compat: Path = build.COMPAT) -> tuple[str, str]:
@@ -155,21 +156,28 @@ def test_recipe_depends_on_edits_and_headers_of_its_target_only(build: ModuleTyp
         edits[index] = dataclasses.replace(edits[index], new="something else")
         return tuple(edits)
 
-    def headers(name: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for header in build.HOST_HEADERS + build.CUDA_HEADERS:
-            text = (build.COMPAT / header).read_text()
-            (folder / header).write_text(text + ("// more\n" if header == name else ""))
+    def compat_with_another(name: str) -> Path:
+        folder = tmp_path / name.replace("/", "_")
+        shutil.copytree(build.COMPAT, folder)
+        with (folder / name).open("a") as stream:
+            stream.write("// more\n")
         return folder
 
-    for_all = next(i for i, edit in enumerate(build.EDITS) if not edit.cuda_only)
-    for_cuda = next(i for i, edit in enumerate(build.EDITS) if edit.cuda_only)
+    def changes(after: tuple[str, str]) -> tuple[bool, bool]:
+        return after[0] != before[0], after[1] != before[1]
+
     before = hashes()
-    for cpu_after, cuda_after in (hashes(changed(for_all)), hashes(compat=headers(build.HOST_HEADERS[0]))):
-        assert cpu_after != before[0] and cuda_after != before[1]
-    for cpu_after, cuda_after in (hashes(changed(for_cuda)), hashes(compat=headers(build.CUDA_HEADERS[0]))):
-        assert cpu_after == before[0] and cuda_after != before[1]
+    concerned = {None: (True, True), "cpu": (True, False), "cuda": (False, True)}
+    for index, edit in enumerate(build.EDITS):
+        assert changes(hashes(changed(index))) == concerned[edit.only], edit.name
+    for file in {file for files in build.COMPAT_FILES.values() for file in files}:
+        expected = tuple(file in build.COMPAT_FILES[kind] for kind in ("cpu", "cuda"))
+        assert changes(hashes(compat=compat_with_another(file))) == expected, file
+
+
+def test_a_build_takes_every_file_of_the_compatibility_folder(build: ModuleType) -> None:
+    files = {str(path.relative_to(build.COMPAT)) for path in build.COMPAT.rglob("*") if path.is_file()}
+    assert files == {file for taken in build.COMPAT_FILES.values() for file in taken}
 
 
 def test_forced_cuda_without_a_device_asks_for_the_architectures(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ at::Tensor packed(const at::Tensor &matrix) {
   return matrix.is_contiguous() || matrix.t().is_contiguous() ? matrix : matrix.contiguous();
 }
 
-constexpr int64_t kStrip = 16;  // rows that one thread transposes at least
+constexpr int64_t kLines = 16;  // rows that one thread transposes at least
 
 }  // namespace
 
@@ -49,11 +49,11 @@ at::Tensor transposed(const at::Tensor &matrices) {
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, matrices_.scalar_type(), "transposed", [&] {
     const scalar_t *source = matrices_.const_data_ptr<scalar_t>();
     scalar_t *target = out.mutable_data_ptr<scalar_t>();
-    const int64_t strips = (height + kStrip - 1) / kStrip, count = area == 0 ? 0 : matrices_.numel() / area;
-    at::parallel_for(0, count * strips, std::max<int64_t>(1, 32768 / (kStrip * width + 1)), [&](int64_t begin, int64_t end) {
+    const int64_t strips = (height + kLines - 1) / kLines, count = area == 0 ? 0 : matrices_.numel() / area;
+    at::parallel_for(0, count * strips, std::max<int64_t>(1, 32768 / (kLines * width + 1)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t matrix = i / strips * area, first = i % strips * kStrip;
-        kernels_of<scalar_t>().transpose(source + matrix + first * width, width, std::min(kStrip, height - first), width,
+        const int64_t matrix = i / strips * area, first = i % strips * kLines;
+        kernels_of<scalar_t>().transpose(source + matrix + first * width, width, std::min(kLines, height - first), width,
                                          target + matrix + first, height);
       }
     });

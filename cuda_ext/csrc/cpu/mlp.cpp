@@ -13,8 +13,8 @@
 namespace sparkme {
 namespace {
 
-constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of the wide layer
-constexpr int64_t kFewestRows = 512;               // of a block: fewer would read the weights too often
+constexpr int64_t kMlpBlockBytes = int64_t{2} << 20;  // of the wide layer
+constexpr int64_t kFewestRows = 512;                  // of a block: fewer would read the weights too often
 
 // The rows are cut into blocks of the same size.
 struct Blocks {
@@ -22,7 +22,7 @@ struct Blocks {
 
   explicit Blocks(const at::Tensor &hidden) : rows(hidden.size(0)) {
     const int64_t bytes = rows * hidden.size(1) * hidden.element_size();
-    count = std::clamp<int64_t>((bytes + kBlockBytes - 1) / kBlockBytes, 1, std::max<int64_t>(1, rows / kFewestRows));
+    count = std::clamp<int64_t>((bytes + kMlpBlockBytes - 1) / kMlpBlockBytes, 1, std::max<int64_t>(1, rows / kFewestRows));
   }
 
   // body(first, count of rows) of each.

@@ -14,7 +14,7 @@
 namespace sparkme {
 namespace {
 
-constexpr int64_t kBlockBytes = int64_t{512} << 10;  // of rows and results that a thread works on: they stay in its cache
+constexpr int64_t kCacheBytes = int64_t{512} << 10;  // of rows and results that a thread works on: they stay in its cache
 constexpr int64_t kPairsAtOnce = 256;                // of an outer product
 constexpr int64_t kStrip = 12;                       // rows of an outer product that are one thread's least task
 
@@ -51,7 +51,7 @@ struct Cut {
     const int64_t row_bytes = (kernel.depth + kernel.columns) * kernel.groups * number_bytes;
     const bool large = kernel.taps * kernel.depth * kernel.columns * number_bytes * kernel.groups > num_rows * row_bytes;
     const int64_t column_blocks = large ? std::min(panels, threads) : 1;
-    const int64_t least = divide_up(num_rows * row_bytes, kBlockBytes * column_blocks);
+    const int64_t least = divide_up(num_rows * row_bytes, kCacheBytes * column_blocks);
     const int64_t row_blocks = divide_up(std::max<int64_t>(1, least), threads) * threads;  // as many for each
     columns = divide_up(panels, column_blocks) * panel_columns;
     rows = std::max<int64_t>(6, divide_up(num_rows, row_blocks));
