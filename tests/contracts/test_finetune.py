@@ -128,7 +128,6 @@ def test_resuming_equals_a_straight_run_bit_for_bit(straight: Path, exported: Pa
     assert again.returncode == 0 and "nothing left to do" in again.stdout
 
 
-@pytest.mark.slow
 def test_processes_share_the_batch_and_the_measurement(exported: Path, labelled: Path, tmp_path: Path) -> None:
     words = [str(exported), "--data", str(labelled), *QUICK, "--epochs", "1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

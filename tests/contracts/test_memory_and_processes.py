@@ -36,7 +36,6 @@ def test_memory_counts_what_a_step_keeps() -> None:
     assert peak > gradients and all(p.grad is not None for p in network.parameters())
 
 
-@pytest.mark.slow
 def test_two_processes_are_compared_with_one(tmp_path: Path) -> None:
     path = tmp_path / "processes.json"
     words = ["--recipe", "spark", "--model", "resnet18", "--batch-size", "1", "--steps", "3", "--turns", "1"]

@@ -436,7 +436,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, folder / "run" / "checkpoints" / "last.pt"
 
 
-@pytest.mark.slow
 def test_a_run_keeps_the_range_and_goes_on_with_it(
     deep: tuple[Path, Path], used: list[Pixels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -492,7 +491,6 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Pixels]:
     return told
 
 
-@pytest.mark.slow
 def test_later_commands_read_images_as_the_run_did(
     deep: tuple[Path, Path], used: list[Pixels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

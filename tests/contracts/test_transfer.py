@@ -32,7 +32,6 @@ def value_of(command: list[str], flag: str) -> str:
     return command[command.index(flag) + 1]
 
 
-@pytest.mark.slow
 def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
     words = ["--data", str(data), "--work", str(tmp_path / "work"), *TINY]

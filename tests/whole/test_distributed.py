@@ -305,7 +305,6 @@ def train_compiled(rank: int, folder: str, ports: list[int]) -> None:
         stop_process()
 
 
-@pytest.mark.slow
 def test_compiled_parts_train_in_several_processes(tmp_path: Path) -> None:
     run_two(train_compiled, str(tmp_path), [free_port(), free_port()])
     eager, compiled_losses = losses(tmp_path / "eager"), losses(tmp_path / "compiled")

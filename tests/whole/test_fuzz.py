@@ -19,7 +19,6 @@ from sparkme.training.log import RunLog, read_records
 SEED, COUNT = 9, 500
 
 
-@pytest.mark.slow
 def test_made_up_command_lines_end_well(trained: Path, tmp_path: Path) -> None:
     words = [sys.executable, fuzz.__file__, str(SEED), str(COUNT), str(trained), str(tmp_path / "f")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

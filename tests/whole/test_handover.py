@@ -194,7 +194,6 @@ def may_mount() -> bool:
     return bool(tried) and tried.returncode == 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="this user may not mount a small /dev/shm")
 def test_pretraining_goes_on_with_one_mb_of_shared_memory(tmp_path: Path) -> None:
     """A batch has 1.5 MB."""

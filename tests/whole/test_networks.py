@@ -49,7 +49,6 @@ def test_what_the_table_says_is_so(name: str) -> None:
     assert {key: json.loads(json.dumps(result[key])) for key in kept} == {key: TABLE[name][key] for key in kept}
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name, r in SUPPORTED.items() if r["parameters"] < 30e6 and name not in SAMPLE])
 def test_the_other_small_networks_too(name: str) -> None:

@@ -453,7 +453,6 @@ def test_a_killed_loader_costs_no_step(
     assert same(state(tmp_path / "run")["model"], state(tmp_path / "other")["model"])
 
 
-@pytest.mark.slow
 def test_waiting_for_ever_ends_a_run_and_being_stopped_does_not(tmp_path: Path) -> None:
     """Ctrl-Z for longer than the limit, and then images that never come."""
     said = tmp_path / "said"
@@ -478,7 +477,6 @@ def test_waiting_for_ever_ends_a_run_and_being_stopped_does_not(tmp_path: Path) 
     assert not left
 
 
-@pytest.mark.slow
 def test_a_process_that_stops_is_named_and_ended_by_the_other(tmp_path: Path) -> None:
     said, port = [tmp_path / f"said{rank}" for rank in range(2)], free_port()
     words = [*TINY, "--output", str(tmp_path / "run"), "--hang-seconds", "5", "--checkpoint-minutes", "10"]
@@ -562,7 +560,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_two_processes_outlive_damaged_checkpoints_and_steps_that_are_not_finite(two: Path) -> None:
     first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in range(2))
     assert [found[0] for found in first.values()] == [found[0] for found in second.values()] == [0, 0, 2, 0]
@@ -578,7 +575,6 @@ def test_two_processes_outlive_damaged_checkpoints_and_steps_that_are_not_finite
     assert statistics.median([r["save_ms"] for r in records if "save_ms" in r]) < 100
 
 
-@pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again_and_it_comes_to_the_same(two: Path, tmp_path: Path) -> None:
     """The second process is killed in its third step, the first time."""
     script = tmp_path / "train.py"
@@ -720,7 +716,6 @@ def test_fine_tuning_leaves_out_what_is_not_finite(
 # What is shown, and where
 
 
-@pytest.mark.slow
 def test_a_terminal_shows_two_bars_follows_its_width_and_may_be_closed(tmp_path: Path) -> None:
     """Of two runs, each on a terminal that closes, one is to end and the other, under nohup, to go on."""
     runs = []
@@ -810,7 +805,6 @@ def test_wandb_that_is_not_installed_is_refused_at_the_start(
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_twice_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once after a step, once while a checkpoint is written."""
     from benchmarks import survive

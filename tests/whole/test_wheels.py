@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = ("gcc", "g++", "cc", "c++", "c89", "c99", "cpp", "clang", "nvcc", "ninja", "ld", "as", "x86_64-linux-gnu-")
 
 
@@ -172,7 +172,6 @@ def setup(tmp_path: Path) -> Callable[[Path], subprocess.CompletedProcess[str]]:
     return make
 
 
-@pytest.mark.slow
 def test_second_environment_is_set_up_without_a_compiler(
     setup: Callable[[Path], subprocess.CompletedProcess[str]], written: Path, tmp_path: Path
 ) -> None:
@@ -196,7 +195,6 @@ torch.testing.assert_close(maps["minkowski"], maps["cuda_ext"], rtol=1e-3, atol=
     assert setup(written).returncode == 0  # again: nothing is left to do
 
 
-@pytest.mark.slow
 def test_set_up_from_wheels_that_do_not_fit_says_so_at_once(
     setup: Callable[[Path], subprocess.CompletedProcess[str]], fitting: Path, tmp_path: Path
 ) -> None:
