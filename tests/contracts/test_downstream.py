@@ -16,8 +16,6 @@ from sparkme.training.checkpoint import Checkpoints
 
 README = Path(__file__).parents[2] / "README.md"
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_vectors_are_not_decayed() -> None:
     assert {"projection.weight", "prediction.weight", "decoder.conv_dw.weight", "decoder.mlp.fc1.weight"} <= decayed
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", pytest.param("convnextv2_nano", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_nano"])
 def test_the_papers_networks_pretrain(name: str) -> None:
     torch.manual_seed(0)
     model = sparkme.FCMAE(sparkme.sparsify(timm.create_model(name, num_classes=0)), input_size=64, mask_ratio=0.5)

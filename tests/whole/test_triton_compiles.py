@@ -17,7 +17,6 @@ from sparkme.ops import triton_conv
 triton = pytest.importorskip("triton", reason="this torch has no Triton")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         not CUOBJDUMP.exists() and not shutil.which("cuobjdump"), reason="no cuobjdump to read machine code with"
     ),
