@@ -58,7 +58,7 @@ class Watchdog:
 
     def _count(self) -> None:
         seen, seconds, computed_s = self._now, 0, time.process_time()
-        while not self._ended.wait(1):  # not by the clock, which goes on while the process is stopped
+        while not self._second():
             before_s, computed_s = computed_s, time.process_time()
             is_busy = seen is self._start and computed_s - before_s > BUSY_S
             if self._now is not seen or is_busy:
@@ -66,6 +66,10 @@ class Watchdog:
             seconds += 1
             if seconds > seen[1]:
                 self._end(seen[0], seconds)
+
+    def _second(self) -> bool:
+        """Waits a second, not by the clock, which goes on while the process is stopped. Returns whether watching has ended."""
+        return self._ended.wait(1)
 
     def _end(self, doing: str, seconds: int) -> None:
         """Says why, and leaves at once: the main thread may never answer."""

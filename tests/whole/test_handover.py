@@ -27,7 +27,7 @@ from sparkme.data.handover import Loader, hand_over
 from sparkme.errors import run_command
 from sparkme.machine import LOADER, problem_of
 from sparkme.pretrain import main
-from sparkme.watchdog import Watchdog
+from sparkme.watchdog import BUSY_S, Watchdog
 
 TINY = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--panel-epochs", "0"]
 LIMIT_S = 60  # within which a run that cannot go on has to end
@@ -269,54 +269,79 @@ def test_the_first_process_of_a_container_hears_sigterm() -> None:
     assert outer.wait(10) == 128 + signal.SIGTERM
 
 
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What watchdogs would end this process for: doing the same for more than three of their seconds, which are short here."""
+    found: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (found.append(doing), self._ended.set()))
+    monkeypatch.setattr(Watchdog, "_second", lambda self: self._ended.wait(0.01))
+    for place in ("sparkme.errors", "sparkme.watchdog"):
+        monkeypatch.setattr(f"{place}.IDLE_S", 3.0)
+    return found
+
+
+def watchdogs() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+def do_nothing() -> None:
+    """Until no watchdog is left that would end it."""
+    for thread in watchdogs():
+        thread.join(LIMIT_S)
+
+
 @pytest.mark.parametrize("name", ["probe", "export", "visualize", "report", "doctor"])
-def test_every_command_is_watched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_watched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: list[str]) -> None:
     """One that does nothing for longer than it may is ended."""
     import importlib
 
     module = importlib.import_module(f"sparkme.{name}")
-    ended: list[str] = []
-    monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (ended.append(doing), self._ended.set()))
-    for place in ("sparkme.errors", "sparkme.watchdog"):
-        monkeypatch.setattr(f"{place}.IDLE_S", 0.5)
-    monkeypatch.setattr(module, "examine" if name == "doctor" else "run", lambda *_: time.sleep(2.5) or 0)
+    monkeypatch.setattr(module, "examine" if name == "doctor" else "run", lambda *_: do_nothing() or 0)  # type: ignore[func-returns-value]
     words = {"probe": ["weights.pt", "--data", str(tmp_path)], "doctor": [], "report": [str(tmp_path)]}
     assert module.main(words.get(name, ["weights.pt"])) == 0
     assert ended == ["starting"]
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_the_start_of_a_training_is_watched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_of_a_training_is_watched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: list[str]
+) -> None:
     import importlib
 
     module = importlib.import_module(f"sparkme.{name}")
-    ended: list[str] = []
-    monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (ended.append(doing), self._ended.set()))
-    monkeypatch.setattr("sparkme.watchdog.IDLE_S", 0.5)
+    watching: list[int] = []
 
     def hang(*_: object) -> None:
-        time.sleep(2.5)
+        watching.append(len(watchdogs()))
+        do_nothing()
         raise ValueError("the end")
 
     work = "pretraining.Pretraining" if name == "pretrain" else "finetuning.Finetuning"
     monkeypatch.setattr(f"sparkme.training.{work}", hang)
     words = ["--device", "cpu", *([] if name == "pretrain" else ["--from-scratch", "--data", str(tmp_path)])]
     assert module.main([*words, "--hang-seconds", "0.1"]) == 2 and ended == ["starting"]
-    ended.clear()
-    assert module.main([*words, "--hang-seconds", "0"]) == 2 and ended == []
+    assert module.main([*words, "--hang-seconds", "0"]) == 2 and ended == ["starting"]
+    assert watching == [1, 0]
 
 
-def test_a_start_that_computes_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_computes_is_no_hang(monkeypatch: pytest.MonkeyPatch, ended: list[str]) -> None:
+    """However little of the processor it gets: a second of the watchdog's takes until it has computed for some milliseconds."""
+    seconds = 0
+
+    def second(self: Watchdog) -> bool:
+        nonlocal seconds
+        began = time.process_time()
+        while time.process_time() - began < 2 * BUSY_S and not self._ended.wait(0.001):
+            pass
+        seconds += 1
+        return self._ended.is_set()
+
     def compute() -> int:
-        ends = time.monotonic() + 2.5
-        while time.monotonic() < ends:
+        while seconds < 10 and not ended:
             pass
         return 0
 
-    ended: list[str] = []
-    monkeypatch.setattr(Watchdog, "_end", lambda self, doing, seconds: (ended.append(doing), self._ended.set()))
-    for place in ("sparkme.errors", "sparkme.watchdog"):
-        monkeypatch.setattr(f"{place}.IDLE_S", 1.5)
+    monkeypatch.setattr(Watchdog, "_second", second)
     assert run_command(compute, watch=True) == 0 and not ended
 
 
