@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,39 @@ def ops() -> Any:
         _LIBRARY.define(schema.removeprefix("sparkme::"))
     ctypes.CDLL(str(path))
     return torch.ops.sparkme_on_host
+
+
+def test_the_library_is_compiled_again_whatever_changes_of_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header of the system, the project's own files, one that is new, the flags, where headers are looked for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = Path(shutil.copytree(build.SOURCES.parent, tmp_path / "csrc"))
+    monkeypatch.setattr(build, "SOURCES", own / "cuda")
+    header = tmp_path / "header.h"
+    header.write_text("1")
+    compiled: list[Path] = []
+
+    def compile_library(folder: Path) -> Path:
+        compiled.append(folder)
+        (folder / "table.d").write_text(f"table.o: {own / 'cuda' / 'table.cu'} \\\n {header}\n")
+        (folder / "on_host.so").write_bytes(header.read_bytes())
+        return folder / "on_host.so"
+
+    monkeypatch.setattr(build, "compile_library", compile_library)
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: header.write_text("2"),
+        lambda: (own / "geometry.h").write_text("// other"),
+        lambda: (own / "cuda" / "new.h").write_text(""),
+        lambda: monkeypatch.setenv("CPATH", str(tmp_path)),
+        lambda: monkeypatch.setattr(build, "CHECKS", ()),
+    ]
+    for number, change in enumerate(changes, 1):
+        change()
+        for _ in range(2):
+            assert build.kept_library().read_bytes() == header.read_bytes()
+            assert len(compiled) == number
 
 
 @pytest.fixture(autouse=True)
