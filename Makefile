@@ -21,6 +21,7 @@ DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size
 TEST_FLAGS ?=
 # Each process needs a core and about 5 GB; tests that share a run stay together.
 TEST_PROCESSES ?= 2
+PYTEST = $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 NEEDED_GIB := 12
 # In a variable, since a comma in the call of `step` would end an argument.
@@ -43,11 +44,13 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 INDEX_ADVICE := see the lines above. If the package index could not be reached, check the network and `pip config list`; if the disk is full, \
 make room (about $(NEEDED_GIB) GB are needed; TMPDIR and PIP_CACHE_DIR may point to another disk). Then run make again, it goes on from here.
 
-.PHONY: help setup demo test wheels lint format cuda-compile clean distclean
+.PHONY: help setup demo check test test-all wheels lint format cuda-compile clean distclean
 
 help:
 	@echo 'make demo     set up, pretrain on photographs, export: the result is in $(DEMO_DIR)'
-	@echo 'make test     set up, run the tests (make test TEST_FLAGS="-m '"'not slow'"'" for the fast ones)'
+	@echo 'make check    set up; linters, types and the fastest tests, within a minute'
+	@echo 'make test     set up; the tests of everything that runs in one process (tests/units, tests/contracts)'
+	@echo 'make test-all all tests: with processes that are killed, compilers and many networks (tests/whole), most of an hour'
 	@echo 'make setup    only set up: $(VENV) with torch, MinkowskiEngine and sparkme'
 	@echo 'make wheels   write wheels of what was compiled to dist/wheels (or WHEELS=DIR), for machines of the same kind;'
 	@echo '              there `make setup WHEELS=DIR` installs from them, without a compiler'
@@ -67,8 +70,15 @@ demo: setup
 wheels: setup
 	$(RUN) cuda_ext/wheels.py write '$(WHEELS_TO)'
 
+# Three doors: what a change is checked with all day, what it is judged by, and everything.
+check: lint
+	$(PYTEST) tests/units $(TEST_FLAGS)
+
 test: setup
-	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
+	$(PYTEST) tests/units tests/contracts $(TEST_FLAGS)
+
+test-all: setup
+	$(PYTEST) tests -m 'exhaustive or not exhaustive' $(TEST_FLAGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -29,21 +29,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import sparkme
 from sparkme.errors import UserError, first_line, run_command, user_errors
+from sparkme.grid import Grid
+from sparkme.models import create_encoder
+from sparkme.spark import SparK
+from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.engines.base import Features
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.sparse.map import Recorder
 from sparkme.sparse.window import Window
-
-if TYPE_CHECKING:
-    from sparkme.grid import Grid
-    from sparkme.spark import SparK
-    from sparkme.sparse.encoder import SparseEncoder
-    from sparkme.sparse.map import Recorder
 
 PARTS = ("encoder", "densify", "decoder")
 LEGEND = """\
@@ -156,9 +156,6 @@ def build(name: str, input_size: list[int], mask_ratio: float, decoder_width: in
     Raises:
         ValueError: an unknown name, or sizes, ratio or width that do not fit together.
     """
-    from sparkme.models import create_encoder
-    from sparkme.spark import SparK
-
     with torch.device("meta"):
         encoder = create_encoder(name, drop_path=0.0)
         size = input_size[0], input_size[-1]
@@ -394,8 +391,6 @@ def summary(counts: list[Count]) -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Date, commit and versions."""
-    import sparkme
-
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),

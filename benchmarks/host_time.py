@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from benchmarks.flops import provenance
@@ -48,15 +50,11 @@ class AsOnCuda(CudaExtEngine):
 
 
 def slim_resnet50() -> nn.Module:
-    from timm.models.resnet import Bottleneck, ResNet
-
     network: nn.Module = ResNet(Bottleneck, (3, 4, 6, 3), channels=CHANNELS, num_classes=0)  # type: ignore[arg-type]
     return network
 
 
 def slim_convnext_base() -> nn.Module:
-    from timm.models.convnext import ConvNeXt
-
     return ConvNeXt(depths=(3, 3, 27, 3), dims=CHANNELS, num_classes=0)
 
 

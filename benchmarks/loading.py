@@ -33,7 +33,7 @@ from benchmarks.flops import build, count_network, provenance, total
 from benchmarks.throughput import write_json
 from sparkme.data.dataset import CropDataset, EpochSampler, create_loader
 from sparkme.data.images import load_rgb
-from sparkme.data.sources.files import Files, demo_photographs, find_images, list_folder
+from sparkme.data.sources.files import Files, Names, demo_photographs, find_images, list_folder
 from sparkme.errors import UserError, run_command
 from sparkme.training.config import RECIPES, default_workers
 
@@ -93,7 +93,7 @@ def loading(args: argparse.Namespace, words: list[str]) -> int:
 
 def make_photographs(folder: Path) -> dict[str, list[Path]]:
     """Photographs of 1,000 pixels and more, and the same at about ImageNet's usual size."""
-    from skimage import data
+    from skimage import data  # noqa: PLC0415  (optional)
 
     small = [load_rgb(path).resize((640, 427), Image.Resampling.LANCZOS) for path in demo_photographs()]
     large = [Image.fromarray(data.retina()), Image.fromarray(data.hubble_deep_field())]  # 1411 x 1411, 1000 x 872
@@ -169,7 +169,7 @@ def crop(dataset: CropDataset, number: int) -> torch.Tensor:
 
 def measure_batches(paths: list[Path], args: argparse.Namespace) -> dict[str, Any]:
     """Whole batches, with as many workers as there are cores."""
-    size, workers, batch = (args.input_size, args.input_size), default_workers(), 32
+    size, workers, batch = (args.input_size, args.input_size), default_workers(on_gpu=torch.cuda.is_available()), 32
     dataset = CropDataset(Files.of(paths), size, min_scale=args.crop_scale[0], seed=0)
     steps = 4 + max(4, args.rounds * args.crops // batch)
     sampler = EpochSampler(len(paths), steps * batch, batch, 0, range(steps))
@@ -202,8 +202,6 @@ def measure_sharing(count: int = 1_000_000) -> dict[str, Any]:
 
 
 def _packed(names: Any) -> Any:
-    from sparkme.data.sources.files import Names
-
     return Names.pack(names)
 
 

@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -37,11 +37,10 @@ from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
+from sparkme.masked import MaskedAutoencoder
+from sparkme.training.build import build_network
 from sparkme.training.config import RECIPES
 from sparkme.training.memory import keep_freed_memory
-
-if TYPE_CHECKING:
-    from sparkme.masked import MaskedAutoencoder
 
 WAYS = ("cuda_ext", "twice", "masked-dense")
 GB, GIB = 10**9, 2**30
@@ -98,8 +97,6 @@ def memory(args: argparse.Namespace, words: list[str]) -> int:
 
 def create_network(name: str, args: argparse.Namespace) -> MaskedAutoencoder:
     """The network of the recipe, as sparkme.pretrain makes it, without drop path."""
-    from sparkme.training.build import build_network
-
     size = args.input_size, args.input_size
     options = {
         "recipe": args.recipe,

@@ -29,15 +29,21 @@ import json
 import shlex
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 
+import sparkme
 from benchmarks.flops import count_encoder, provenance, total
 from sparkme.errors import UserError, first_line, run_command
+from sparkme.grid import Grid
+from sparkme.models import create_dense
+from sparkme.sparse.hierarchy import dense_features
 
 RESULTS = Path(__file__).parent / "results" / "networks.json"
 README = Path(__file__).parents[1] / "README.md"
@@ -95,8 +101,6 @@ def names() -> list[str]:
 def family(name: str) -> str:
     """The library and its file of models that a network is in: `timm resnetv2`."""
     if name.startswith("timm:"):
-        import timm
-
         return "timm " + timm.model_entrypoint(name[5:]).__module__.rpartition(".")[2]
     return "torchvision " + torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
 
@@ -148,8 +152,6 @@ def run(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def _provenance() -> dict[str, Any]:
-    from importlib import metadata
-
     found = provenance()
     found["versions"]["timm"] = metadata.version("timm")
     return found
@@ -179,10 +181,6 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def _examine(name: str) -> dict[str, Any]:
-    import sparkme
-    from sparkme.models import create_dense
-    from sparkme.sparse.hierarchy import dense_features
-
     torch.manual_seed(0)
     model = create_dense(name)
     size = sum(p.numel() for p in model.parameters())
@@ -312,8 +310,6 @@ def compare_feature_info(model: nn.Module, encoder: Any) -> str | dict[str, str]
 
 def count(encoder: Any) -> dict[str, float]:
     """GFLOP of the encoder, dense and sparse, per image."""
-    from sparkme.grid import Grid
-
     patch = encoder.patch
     side = max(1, 224 // patch)
     active = torch.zeros(1, 1, side, side, dtype=torch.bool)

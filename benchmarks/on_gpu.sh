@@ -125,8 +125,8 @@ END
 }
 
 run_tests() {
-  local files=(tests/test_ops_gpu.py tests/test_golden.py tests/test_cuda_graph.py tests/test_grid.py) processes=${PROCESSES:-$(nproc)}
-  [ -z "$DRY_RUN" ] || files=(tests/test_grid.py)
+  local files=(tests/whole/test_ops_gpu.py tests/contracts/test_golden.py tests/contracts/test_cuda_graph.py tests/units/test_grid.py) processes=${PROCESSES:-$(nproc)}
+  [ -z "$DRY_RUN" ] || files=(tests/units/test_grid.py)
   "$PYTHON" -m pytest -q -p no:cacheprovider --numprocesses $((processes > 15 ? 15 : processes)) "${files[@]}"
 }
 

@@ -255,7 +255,7 @@ def flops_table(name: str, record: dict[str, Any]) -> str:
 
 def draw(stem: str, record: dict[str, Any], folder: Path) -> list[Path]:
     """Draws what a file of times has. Returns the pictures."""
-    import matplotlib
+    import matplotlib  # noqa: PLC0415  (once something is drawn)
 
     matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
@@ -287,7 +287,7 @@ def describe_picture(path: Path) -> str:
 
 
 def figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # noqa: PLC0415
 
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False, layout="constrained")
 
@@ -373,7 +373,7 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
 
 
 def save(fig: Any, text: str, path: Path) -> None:
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # noqa: PLC0415
 
     fig.suptitle(text, fontsize=9, x=0.01, ha="left", color="#555555")
     try:

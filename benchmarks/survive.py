@@ -46,8 +46,12 @@ from torch import Tensor
 from benchmarks.flops import provenance
 from benchmarks.throughput import hardware, write_json
 from sparkme.errors import UserError, first_line, run_command
+from sparkme.models import create_encoder
+from sparkme.pictures.report_runs import read_run
+from sparkme.spark import SparK
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.training.distributed import start_process
+from sparkme.training.optimizer import create_optimizer
 
 EPOCH = 25  # steps
 # A checkpoint of 0.1 GiB is begun every 0.3 s, if the one before is written.
@@ -219,8 +223,6 @@ class Session:
 
 def check(folder: Path) -> tuple[list[str], int]:
     """What cannot be read of a run after a kill, and the step of its newest checkpoint."""
-    from sparkme.report import read_run
-
     problems, step = list[str](), 0
     try:
         newest = Checkpoints(folder / "checkpoints", keep=1).newest()
@@ -270,10 +272,6 @@ def same(a: Any, b: Any) -> bool:
 
 def time_saves(folder: Path, device: torch.device, rounds: int = 3) -> dict[str, Any]:
     """How long the loop stops to save a ResNet-50 at 224 pixels, with SparK's decoder and LAMB's state."""
-    from sparkme.models import create_encoder
-    from sparkme.spark import SparK
-    from sparkme.training.optimizer import create_optimizer
-
     network = SparK(create_encoder("resnet50"), input_size=224, decoder_width=768).to(device)
     optimizer = create_optimizer("lamb", network, beta2=0.95, clip_grad=5.0)
     for parameter in network.parameters():

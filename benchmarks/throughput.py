@@ -76,7 +76,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +84,19 @@ from torch import Tensor
 
 from benchmarks import profiling
 from benchmarks.flops import provenance
+from benchmarks.official import create_official
+from benchmarks.rows_dense import RowsDenseEngine
 from sparkme.errors import Parser, UserError, first_line, run_command, user_errors
-from sparkme.models import library_of
+from sparkme.masked import MaskedAutoencoder
+from sparkme.masking import random_active
+from sparkme.network_names import library_of
+from sparkme.sparse.engines import why_not
+from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.training.build import build_network
 from sparkme.training.config import RECIPES
+from sparkme.training.graph import GraphedLoss
 from sparkme.training.memory import keep_freed_memory
-
-if TYPE_CHECKING:
-    from sparkme.masked import MaskedAutoencoder
-    from sparkme.training.graph import GraphedLoss
+from sparkme.training.optimizer import create_optimizer, update_schedule
 
 METHODS = ("spark", "fcmae")  # of sparkme.pretrain's recipes those that differ in what is computed
 WHAT = ("encoder-forward", "encoder", "step")
@@ -313,8 +318,6 @@ def create_model(name: str, width: int, ratio: float, args: argparse.Namespace) 
     Raises:
         ValueError: an unknown name, or sizes, ratio or width that do not fit together.
     """
-    from sparkme.training.build import build_network
-
     return build_network({
         **RECIPES[args.recipe].defaults, "recipe": args.recipe, "model": name, "drop_path": 0.0, "patch": None,
         "input_size": (args.input_size, args.input_size), "mask_ratio": ratio_of_model(ratio, args), "decoder_width": width,
@@ -326,8 +329,6 @@ def create_setting(
     name: str, width: int, batch_size: int, ratio: float, precision: str, device: torch.device, args: argparse.Namespace
 ) -> Setting:
     """Makes weights, images and mask from fixed seeds."""
-    from sparkme.masking import random_active
-
     torch.manual_seed(0)
     model = create_model(name, width, ratio, args).to(device).train()
     randomise_scales(model)
@@ -364,9 +365,6 @@ class Contender:
         self._prepare()
 
     def _prepare(self) -> None:
-        from benchmarks.rows_dense import RowsDenseEngine
-        from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
-
         self.model = copy.deepcopy(self.setting.shared)
         encoder = self.model.encoder.set_engine(ENGINE_OF[self.name])
         if self.name == "masked-dense-nchw":
@@ -413,8 +411,6 @@ class Contender:
 
     def graph_loss(self) -> None:
         """Has `step` take the loss and its gradients from a CUDA graph."""
-        from sparkme.training.graph import GraphedLoss
-
         precision = torch.bfloat16 if self.setting.autocast else None
         self._graphed = GraphedLoss(self.model, self.setting.images, precision)
 
@@ -443,8 +439,6 @@ class Contender:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The recipe's as in pretraining, with a rate that changes the weights little; made when first asked for."""
-        from sparkme.training.optimizer import create_optimizer, update_schedule
-
         if self._optimizer is None:
             defaults = RECIPES[self.setting.recipe].defaults
             beta2 = defaults.get("beta2", 0.95 if self.setting.shared.encoder.norm == "bn" else 0.999)
@@ -460,8 +454,6 @@ class Official(Contender):
     precision = "float32"
 
     def _prepare(self) -> None:
-        from benchmarks.official import create_official
-
         self.official = create_official(self.setting.name, self.setting.shared)
         self.model = cast("MaskedAutoencoder", self.official)  # for what both have: parameters and gradients
 
@@ -496,8 +488,6 @@ def random_gradient(x: Tensor, active: Tensor) -> Tensor:
 
 def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str, str]]:
     """The contenders that can run on the setting's device, and why the others cannot."""
-    from sparkme.sparse.engines import why_not
-
     contenders, left_out = [], {}
     for name in names:
         reason = why_not(ENGINE_OF[name], setting.device) if name in ENGINE_OF else ""

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.flops import provenance
+from benchmarks.memory import create_network
 from benchmarks.throughput import METHODS, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
 from sparkme.training.config import RECIPES
@@ -109,8 +110,6 @@ def count(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def run_pass(name: str, args: argparse.Namespace, seen: Traffic) -> None:
     """A forward and a backward pass as in training, without the optimiser; counted from the images on."""
-    from benchmarks.memory import create_network
-
     network = create_network(name, args).train()
     network.encoder.set_engine(args.engine)
     network.encoder._engine_choice = args.engine, "cuda"  # without asking whether it can run there

@@ -35,10 +35,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
 from benchmarks.flops import provenance
 from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
+from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
 from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.finetune_config import SMALL
@@ -120,8 +122,6 @@ def transfer(args: argparse.Namespace) -> int:
 
 def half_resnet18(in_channels: int = 3, num_classes: int = 1000) -> nn.Module:
     """timm's ResNet-18 with stages of half the width, a third of the arithmetic: what two cores can train in minutes."""
-    import timm
-
     network: nn.Module = timm.create_model(
         "resnet18", in_chans=in_channels, num_classes=num_classes, channels=(32, 64, 128, 256)
     )
@@ -233,8 +233,6 @@ def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Na
         link.unlink()
     sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
     if getattr(args, "unlabelled", None):
-        from sparkme.data.sources.files import find_images
-
         sources += find_images(args.unlabelled, flag="--unlabelled")
     for number, source in enumerate(sources):
         (images / f"{number:06d}{source.suffix}").symlink_to(source.resolve())
@@ -395,8 +393,8 @@ def write(args: argparse.Namespace) -> int:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy over the number of labels: both sides with standard errors, and linear classifiers on frozen features."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (once something is drawn)
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)

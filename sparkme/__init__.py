@@ -1,31 +1,47 @@
 """SparK pretraining of convolutional networks on genuine MinkowskiEngine sparse convolutions.
 
-The public names below are imported on first use, so that `python -m sparkme.doctor` and every `--help` work, and say
-what is missing, on a machine where MinkowskiEngine is not installed yet.
+The public names below are imported on first use, so that every `--help` is there at once, and `python -m sparkme.doctor` says
+what is missing on a machine where MinkowskiEngine is not installed yet.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparkme.errors import UnsupportedLayerError
+    from sparkme.fcmae import FCMAE
+    from sparkme.grid import Grid
+    from sparkme.masking import random_active
+    from sparkme.pretrained import load_encoder
+    from sparkme.spark import SparK
+    from sparkme.sparse.encoder import SparseEncoder
+    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.sparsify import sparsify
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "load_encoder",
+           "random_active", "sparsify"]  # fmt: skip
+
+_MODULES = {
     "FCMAE": "sparkme.fcmae",
     "Grid": "sparkme.grid",
     "SparK": "sparkme.spark",
     "SparseEncoder": "sparkme.sparse.encoder",
     "SparseMap": "sparkme.sparse.map",
-    "UnsupportedLayerError": "sparkme.sparse.sparsify",
+    "UnsupportedLayerError": "sparkme.errors",
+    "load_encoder": "sparkme.pretrained",
     "random_active": "sparkme.masking",
     "sparsify": "sparkme.sparse.sparsify",
 }
-__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "random_active", "sparsify"]
 
+if not TYPE_CHECKING:  # it would make any name a public one
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'sparkme' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'sparkme' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

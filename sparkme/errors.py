@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from sparkme.machine import end_loaders, hear_sigterm, problem_of
-from sparkme.training.watchdog import IDLE_S, Watchdog
+from sparkme.watchdog import IDLE_S, Watchdog
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +96,7 @@ def run_command(command: Callable[[], int], *, watch: bool = False) -> int:
     """
     hear_sigterm()
     try:
-        with Watchdog(None, IDLE_S if watch else 0).watch():
+        with Watchdog(IDLE_S if watch else 0).watch():
             return _run_command(command)
     finally:
         end_loaders()
@@ -111,7 +111,7 @@ def _run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("sparkme", "torch"):
+        if error.name is None or error.name.startswith(("sparkme", "torch.")):
             raise
         message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
     except (MemoryError, RuntimeError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from sparkme.decoder import MAX_WIDTH
@@ -43,6 +42,8 @@ class FCMAE(MaskedAutoencoder):
         patch: int | None = None,
         normalise_patches: bool = True,
     ) -> None:
+        from timm.models.convnext import ConvNeXtBlock  # noqa: PLC0415  (half a second, for FCMAE alone)
+
         super().__init__(encoder, input_size, mask_ratio, patch, normalise_patches=normalise_patches)
         if not 1 <= decoder_width <= MAX_WIDTH:
             raise ValueError(f"decoder width {decoder_width} is outside 1 to {MAX_WIDTH}")

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.data.dataset import Statistics, normalise
+from sparkme.data.dataset import normalise
 from sparkme.data.labelled import WholeBatch
+from sparkme.data.statistics import Statistics
 from sparkme.sparse.encoder import SparseEncoder
 
 # Of the weighted vote: Wu et al., CVPR 2018, section 3.4, with the values of DINO (Caron et al., ICCV 2021, section 4.1).

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 from types import FrameType
 
@@ -27,6 +28,14 @@ def hear_sigterm() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
+
+
+def whereabouts() -> str:
+    """Where a process number means the same process: the host and, of containers on it, the process namespace."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def shared_memory() -> str:

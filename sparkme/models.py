@@ -1,7 +1,6 @@
 """The networks that can be pretrained: torchvision's by NAME, timm's by timm:NAME, a user's own by package.module:factory.
 
-Any convolutional network is taken that `sparkme.sparsify` takes; what it cannot take it refuses by the name of a layer. The
-names that were tried and work stand in networks.txt, which `python -m benchmarks.networks` writes.
+Any convolutional network is taken that `sparkme.sparsify` takes; what it cannot take it refuses by the name of a layer.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
-from fnmatch import fnmatch
-from importlib import resources
 from typing import Any
 
 import torch
@@ -23,34 +21,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
 from sparkme.errors import first_line
+from sparkme.network_names import paper_drop_path
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.map import SparseMap
 from sparkme.sparse.sparsify import sparsify
 from sparkme.state_dict import state_dict_of
-
-# Drop path of the paper (models/__init__.py:34 of the official code), for torchvision's and timm's networks of these names;
-# other networks train without.
-PAPER_DROP_PATH = {
-    "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10, "resnet200": 0.15,
-    "convnext_small": 0.2, "convnext_base": 0.3, "convnext_large": 0.4,
-}  # fmt: skip
-
-
-def paper_drop_path(name: str) -> float:
-    """The paper's drop path for a network of this name, whoever's it is; 0 if it has none."""
-    return PAPER_DROP_PATH.get(name.removeprefix("timm:").partition(".")[0], 0.0)
-
-
-def model_names(pattern: str = "*") -> list[str]:
-    """The names that were tried and work, those that match a shell pattern."""
-    lines = resources.files("sparkme").joinpath("networks.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#") and fnmatch(line, pattern)]
-
-
-def library_of(name: str) -> str:
-    """Whose network a name stands for: torchvision, timm or own."""
-    kind, colon, _ = name.rpartition(":")
-    return "torchvision" if not colon else "timm" if kind == "timm" else "own"
 
 
 def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0, num_classes: int | None = None) -> nn.Module:
@@ -75,13 +50,16 @@ def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0, num
     return _own_model(kind, rest, in_channels, drop_path, num_classes)
 
 
-def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None = None) -> SparseEncoder:
+def create_encoder(
+    name: str, *, in_channels: int = 3, drop_path: float | None = None, proof: Mapping[str, Any] | None = None
+) -> SparseEncoder:
     """A sparse encoder with random weights.
 
     Args:
         name: see `create_dense`.
         in_channels: of the images.
         drop_path: see `create_dense`; the paper's for this network if None.
+        proof: see `sparkme.sparsify`.
 
     Raises:
         ValueError: no such network, a probability outside [0, 1), or a network that cannot be sparse.
@@ -89,7 +67,7 @@ def create_encoder(name: str, *, in_channels: int = 3, drop_path: float | None =
     rate = paper_drop_path(name) if drop_path is None else drop_path
     if not 0 <= rate < 1:
         raise ValueError(f"drop path {rate} is outside [0, 1)")
-    encoder = sparsify(create_dense(name, in_channels=in_channels, drop_path=rate), in_channels=in_channels)
+    encoder = sparsify(create_dense(name, in_channels=in_channels, drop_path=rate), in_channels=in_channels, proof=proof)
     if ":" not in name:
         add_drop_path(encoder.network, rate)
     return encoder
@@ -139,7 +117,7 @@ def _torchvision_model(name: str, in_channels: int, drop_path: float, num_classe
 
 
 def _timm_model(name: str, in_channels: int, drop_path: float, num_classes: int | None) -> nn.Module:
-    import timm
+    import timm  # noqa: PLC0415  (half a second, for its networks alone)
 
     if not timm.is_model(name):
         raise ValueError(f"unknown model 'timm:{name}'; {_suggestion(name, timm.list_models(), 'timm', 'timm:')}")

@@ -12,15 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sparkme.data.dataset import Statistics, pixels_of, statistics_of
+from sparkme.data.dataset import pixels_of
 from sparkme.data.planes import Pixels
+from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.errors import UserError, first_line
-from sparkme.interop.files import read_weights, tensors_in
+from sparkme.interop.files import archive_damage, read_tensors, tensors_in
 from sparkme.interop.prefixes import COUNTER, Choice, Found, Wanted, find_weights
-from sparkme.models import Classifier, add_drop_path, create_dense, create_encoder, find_classifier, library_of
+from sparkme.models import Classifier, add_drop_path, create_dense, create_encoder, find_classifier
+from sparkme.network_names import library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.state_dict import state_dict_of
-from sparkme.training.build import network_of
+from sparkme.training.build import encoder_of, print_trial
+from sparkme.training.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Pretrained:
         input_size: height and width; None where it is not known.
         choice: what the user says of how the weights are found in the file.
         pixels: how the numbers of the images became values; None where it is not known.
+        drop_path: that the network was trained with.
+        proof: what is kept of its trial, see `sparkme.sparsify`.
     """
 
     model: str
@@ -49,6 +54,8 @@ class Pretrained:
     input_size: tuple[int, int] | None = None
     choice: Choice = Choice()  # noqa: RUF009
     pixels: Pixels | None = None
+    drop_path: float = 0.0
+    proof: dict[str, Any] | None = None
 
     def encoder(self, seed: int = 0) -> tuple[SparseEncoder, str]:
         """The sparse encoder, and for people what was taken; `seed` draws random weights.
@@ -58,7 +65,9 @@ class Pretrained:
             ValueError: there is no such network, or it cannot be sparse.
         """
         torch.manual_seed(seed)
-        encoder = create_encoder(self.model, in_channels=self.channels, drop_path=0.0)
+        encoder = create_encoder(self.model, in_channels=self.channels, drop_path=self.drop_path, proof=self.proof)
+        if self.proof is not None:
+            print_trial(encoder, self.origin)
         if self.state is None:
             return encoder, ""
         found = self._find(encoder.dense_state_dict())
@@ -104,6 +113,53 @@ class Pretrained:
         return replace(self, state=None, origin="random weights")
 
 
+def load_encoder(path: Path | str, model: str | None = None) -> SparseEncoder:
+    """The sparse encoder of a file, with its weights; features of images with hidden patches, or with none, are one call away.
+
+    A network whose trial is kept in the file is not tried again, if its code and the libraries are what they were; one line on
+    stderr says so where they are not.
+
+    Args:
+        path: what `read_pretrained` reads: a checkpoint, exported weights, a hub folder, or weights of another source.
+        model: the network's name, where the file does not say it.
+
+    Returns:
+        A `SparseEncoder` on the CPU, in float32 and eval mode.
+
+    Raises:
+        UserError: no such file, or nothing in it that fits the network.
+        ValueError: there is no such network, or it cannot be sparse.
+    """
+    path = Path(path)
+    tensors, checkpoint = _read(path)
+    if checkpoint is None or checkpoint["config"].get("command") == "finetune":
+        return _pretrained(path, tensors, checkpoint, model, Choice()).encoder()[0].eval()
+    _check_model(model, checkpoint["config"].get("model"), path)
+    return encoder_of(checkpoint, path).eval()
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Reads what a file has of tensors or, if it is a checkpoint of this project, the whole of that.
+
+    Returns:
+        The tensors, see `read_tensors`, and None; or none, and the checkpoint.
+
+    Raises:
+        UserError: no such file, or nothing of that kind in it.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return read_tensors(path), None
+    try:
+        return {}, load_checkpoint(path, mmap=True)
+    except UserError as error:
+        try:
+            return read_tensors(path), None
+        except UserError:
+            if path.parent.name == "checkpoints" and archive_damage(path):  # it says which others there are
+                raise error from None
+            raise
+
+
 def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choice()) -> Pretrained:  # noqa: B008
     """Reads what an encoder's weights are kept in.
 
@@ -117,13 +173,26 @@ def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choic
     Raises:
         UserError: no such file, or it does not say of which network it is, and nobody else does.
     """
+    return _pretrained(path, *_read(path), model, choice)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if not path.exists():
         raise UserError(f"no file {path}")
-    tensors, checkpoint = read_weights(path)
+    return read_weights(path)
+
+
+def _check_model(given: str | None, own: str, path: Path) -> None:
+    if given not in (None, own):
+        raise UserError(f"--model {given}, but {path} is of {own}; leave out --model")
+
+
+def _pretrained(
+    path: Path, tensors: dict[str, Tensor], checkpoint: dict[str, Any] | None, model: str | None, choice: Choice
+) -> Pretrained:
     if checkpoint is not None:
         found = _from_checkpoint(checkpoint, path, choice)
-        if model is not None and model != found.model:
-            raise UserError(f"--model {model}, but {path} is of {found.model}; leave out --model")
+        _check_model(model, found.model, path)
         return found
     notes = _notes(path)
     if model is None and "network" not in notes:
@@ -133,6 +202,7 @@ def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choic
     return Pretrained(
         model or notes["network"], tensors, str(path), int(notes.get("channels", 3)), statistics,
         notes.get("background", "white"), (size[0], size[1]) if size else None, choice, _pixels(notes),
+        float(notes.get("drop_path", 0.0)), json.loads(notes["proof"]) if "proof" in notes else None,
     )  # fmt: skip
 
 
@@ -150,16 +220,22 @@ def weights_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """
     if checkpoint["config"].get("command") == "finetune":
         return tensors_in({name: checkpoint[name] for name in ("model", "average") if name in checkpoint})
-    return network_of(checkpoint, path).encoder.dense_state_dict()
+    return encoder_of(checkpoint, path).dense_state_dict()
 
 
 def _from_checkpoint(checkpoint: dict[str, Any], path: Path, choice: Choice) -> Pretrained:
     config = checkpoint["config"]
+    proof, drop_path = None, 0.0
+    if config.get("command") == "finetune":
+        state = weights_in(checkpoint, path)
+    else:
+        encoder = encoder_of(checkpoint, path)
+        state, proof, drop_path = encoder.dense_state_dict(), encoder.proof, config["drop_path"]
     try:
         size = config["input_size"]
         return Pretrained(
-            config["model"], weights_in(checkpoint, path), f"{path} (step {checkpoint['step']})", config.get("channels", 3),
-            statistics_of(config), config.get("background", "white"), (size[0], size[1]), choice, pixels_of(config),
+            config["model"], state, f"{path} (step {checkpoint['step']})", config.get("channels", 3), statistics_of(config),
+            config.get("background", "white"), (size[0], size[1]), choice, pixels_of(config), drop_path, proof,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
@@ -172,8 +248,9 @@ def _notes(path: Path) -> dict[str, str]:
             config = json.loads((path / "config.json").read_text())
             settings = config["pretrained_cfg"]
             size = settings["input_size"]
-            return {"network": f"timm:{config['architecture']}", "channels": str(size[0]), "input_size": json.dumps(size[1:]),
-                    "mean": json.dumps(settings["mean"]), "std": json.dumps(settings["std"])}  # fmt: skip
+            notes = {"network": f"timm:{config['architecture']}", "channels": str(size[0]), "input_size": json.dumps(size[1:]),
+                     "mean": json.dumps(settings["mean"]), "std": json.dumps(settings["std"])}  # fmt: skip
+            return notes | config.get("sparkme", {})
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return dict(file.metadata() or {})

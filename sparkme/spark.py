@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparkme.decoder import Decoder
 from sparkme.grid import Grid
+from sparkme.interop.spark import split_official_state
 from sparkme.masked import MaskedAutoencoder
 from sparkme.masking import num_visible
 from sparkme.sparse.encoder import SparseEncoder
@@ -98,8 +99,6 @@ class SparK(MaskedAutoencoder):
         Raises:
             ValueError: names are missing, unknown, or have another shape.
         """
-        from sparkme.interop.spark import split_official_state
-
         encoder, rest = split_official_state(state)
         self.encoder.load_dense_state_dict(encoder)
         if rest:

@@ -8,12 +8,15 @@ import pytest
 # Set before torch starts its threads, for the tests and for the commands they run. Many small operations on few cores run
 # several times slower with threads that wait for each other; pytest-xdist runs one process per core instead.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # of the tests that have more: threads that wait leave their cores to others
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of pictures that their colour tells apart: 12 red, 12 blue, 10 green."""
-    from test_labelled import make_labelled
+    from pictures import make_labelled
 
     return make_labelled(tmp_path_factory.mktemp("labelled"), {"red": 12, "blue": 12, "green": 10})
 
@@ -21,7 +24,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a ResNet-18 after two steps."""
-    from test_pretrain import SMALL
+    from commands import SMALL
 
     from sparkme.pretrain import main
 

@@ -23,23 +23,9 @@ from sparkme.data.handover import Loader
 from sparkme.data.images import REDUCTIONS, Decoded, OpenImage, load_image, open_image
 from sparkme.data.planes import Pixels
 from sparkme.data.sources import Files, ImageSource
+from sparkme.data.statistics import Statistics
 from sparkme.errors import UserError
 from sparkme.training.random import derived_seed
-
-# ImageNet's channel means and deviations, of values in [0, 1].
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class Statistics(NamedTuple):
-    """Mean and deviation of each channel, of values in [0, 1]."""
-
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-
-
-def statistics_of(config: dict[str, Any]) -> Statistics:
-    """What a run normalises its images by; older ones had ImageNet's and do not say so."""
-    return Statistics(tuple(config["mean"]), tuple(config["std"])) if config.get("mean") else Statistics()
 
 
 def pixels_of(config: dict[str, Any]) -> Pixels:

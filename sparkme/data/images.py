@@ -12,13 +12,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from sparkme.data import planes
 from sparkme.data.planes import Pixels, Planes
-from sparkme.errors import first_line
+from sparkme.errors import UserError, first_line
+from sparkme.text import printable
 
 Decoded = Image.Image | Tensor
 REDUCTIONS = (8, 4, 2)  # by which a JPEG decoder can leave pixels out
@@ -121,9 +122,12 @@ def _file(content: Path | bytes | Decoded) -> Path | io.BytesIO:
     return content if isinstance(content, Path) else io.BytesIO(content)
 
 
-def printable(path: Path | str) -> str:
-    """A path in one line, whatever characters its name has."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+def check_background(colour: str) -> None:
+    """Raises UserError for what is no colour."""
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError:
+        raise UserError(f"--background {colour} is no colour; use a name, such as black, or #rrggbb") from None
 
 
 def load_rgb(path: Path, background: str = "white") -> Image.Image:

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from sparkme.data.copies import first_copies, first_links
 from sparkme.data.dataset import Sample, as_source, collate
 from sparkme.data.handover import Loader
-from sparkme.data.images import load_image, printable
+from sparkme.data.images import load_image
 from sparkme.data.label_columns import TRAIN, VAL, read_label_columns
 from sparkme.data.planes import Pixels
 from sparkme.data.sources import LISTS, Columns, Files, ImageSource, find_source
@@ -28,6 +28,7 @@ from sparkme.data.sources.files import Names, is_image, look_through
 from sparkme.data.sources.left_out import LeftOut, is_passed_over
 from sparkme.data.sources.table import open_table
 from sparkme.errors import UserError
+from sparkme.text import printable
 from sparkme.training.random import derived_seed
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_png
 
 from sparkme.errors import first_line
 
@@ -197,8 +198,6 @@ def planes_of_array(array: np.ndarray, channels: int) -> Planes:
 
 def read_deep_png(file: BinaryIO, orientation: int, upright: bool) -> Planes:
     """A PNG file with 16 bits of more than one channel, of which Pillow reads 8."""
-    from torchvision.io import ImageReadMode, decode_png
-
     file.seek(0)
     decoded = decode_png(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     values = turned(decoded.permute(1, 2, 0).numpy(), orientation if upright else 1)
@@ -213,7 +212,7 @@ def read_tiff(file: BinaryIO, channels: int, upright: bool) -> Planes:
         OSError: tifffile is not installed, or cannot read it.
     """
     try:
-        import tifffile
+        import tifffile  # noqa: PLC0415  (optional)
     except ModuleNotFoundError:
         raise OSError("Pillow cannot read this kind of TIFF with all its bands and bits; pip install 'sparkme[tiff]'") from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is raised

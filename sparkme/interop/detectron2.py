@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
 from sparkme.interop.names import Table, resnet_rules
 
 RESNET = Table(

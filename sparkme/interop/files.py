@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
+from sparkme.errors import UserError, first_line, unreadable_reason
+from sparkme.files import replaced_when_whole
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
@@ -148,30 +145,6 @@ def archive_damage(path: Path) -> str | None:
     return None if part is None else f"the checksum of {part} differs"
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Reads what a file has of tensors or, if it is a checkpoint of this project, the whole of that.
-
-    Returns:
-        The tensors, see `read_tensors`, and None; or none, and the checkpoint.
-
-    Raises:
-        UserError: no such file, or nothing of that kind in it.
-    """
-    from sparkme.training.checkpoint import load_checkpoint
-
-    if path.suffix == ".safetensors" or not path.is_file():
-        return read_tensors(path), None
-    try:
-        return {}, load_checkpoint(path)
-    except UserError as error:
-        try:
-            return read_tensors(path), None
-        except UserError:
-            if path.parent.name == "checkpoints" and archive_damage(path):  # it says which others there are
-                raise error from None
-            raise
-
-
 def check_suffix(path: Path) -> None:
     """Raises UserError for a suffix that stands for no format."""
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
@@ -194,21 +167,3 @@ def write_state_dict(path: Path, state: dict[str, Tensor], metadata: dict[str, s
             save_file(state, temporary, metadata)
         else:
             torch.save(state, temporary)
-
-
-@contextmanager
-def replaced_when_whole(path: Path) -> Iterator[Path]:
-    """A file to write beside another, which it replaces once it is written.
-
-    Raises:
-        CannotWrite: what was there is as before.
-    """
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise CannotWrite(f"cannot write {path}: {first_line(error)}") from error

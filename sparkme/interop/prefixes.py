@@ -34,7 +34,7 @@ class Wanted:
 
     Attributes:
         model: the network's name, for people.
-        library: whose it is, see `sparkme.models.library_of`.
+        library: whose it is, see `sparkme.network_names.library_of`.
         own: its tensors by name, in the order of its layers.
         channels: of its images.
         head: names of `own` that are never taken.

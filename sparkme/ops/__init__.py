@@ -26,7 +26,7 @@ import sparkme.ops.library
 import sparkme.ops.triton_conv  # noqa: F401  (registers CUDA's convolution)
 
 try:
-    from sparkme import _C  # noqa: F401  (registers their kernels)
+    from sparkme import _C  # type: ignore[attr-defined]  # noqa: F401  (registers their kernels)
 
     _LOAD_ERROR = ""
 except ImportError as _error:

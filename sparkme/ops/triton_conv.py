@@ -84,7 +84,7 @@ def _check(rows: Tensor, kernel: Tensor, table: Tensor, groups: int, *, channels
 def _kernels() -> Any:
     """The Triton kernels, or None without Triton. Imported at the first use, since that takes a while."""
     try:
-        import sparkme.ops.triton_kernels as kernels
+        import sparkme.ops.triton_kernels as kernels  # noqa: PLC0415  (Triton, which may not load)
     except ImportError as error:
         warnings.warn(
             f"Triton does not load ({error}): sparse convolutions on CUDA gather their neighbours in memory instead, which is"

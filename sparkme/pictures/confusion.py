@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
 from sparkme.training.log import unformatted
 
 MOST_NAMED = 40  # classes; of more the names cannot be read
@@ -21,9 +23,6 @@ def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
         classes: their names.
         path: of the .png.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shares = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
     count = len(classes)
     side = min(12.0, 3.5 + 0.4 * count)

@@ -7,19 +7,60 @@ are not zero.
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from sparkme.data.dataset import normalise
+from sparkme.data.dataset import centre_crop, normalise
+from sparkme.data.images import load_image
+from sparkme.errors import UserError, user_errors
+from sparkme.files import replaced_when_whole
 from sparkme.grid import Grid
 from sparkme.masking import random_active
+from sparkme.pictures.visualize import check_output, chosen_images, chosen_seeds, chosen_size, make_folder
 from sparkme.sparse.sparsify import sparsify
+from sparkme.training.distributed import start_process
 
 CHANNELS = 8
+MAX_LAYERS = 64
 VISIBLE, LEAKED, EMPTY = "#2b5c8a", "#e8963a", "#eceff1"  # the first two also tell apart without colour
 INK = "#222222"
+
+
+def draw_pattern(args: argparse.Namespace) -> int:
+    """Draws what becomes of a mask in dense and in sparse convolutions. Returns the exit code."""
+    alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images,
+             "--value-range": args.value_range, "--upright": args.upright}  # fmt: skip
+    if given := [name for name, value in alone.items() if value is not None]:
+        raise UserError(f"--mask-pattern draws no reconstructions; leave out {', '.join(given)}")
+    seeds, ratios, layers = chosen_seeds(args) or [0], args.mask_ratio or [0.6], 16 if args.layers is None else args.layers
+    if len(seeds) > 1 or len(ratios) > 1:
+        raise UserError("--mask-pattern draws one mask; give one of --mask-ratio and of --seeds")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise UserError(f"--layers {layers} must be from 1 to {MAX_LAYERS}")
+    output = check_output(args, Path("mask_pattern.png"), (".png",))
+    photograph = chosen_images([], output)[1][:2][-1]  # the second: of hardly a colour that many pixels share
+    image = centre_crop(load_image(photograph, 3), chosen_size(args) or (224, 224))
+    device = start_process(args.device).device
+    with user_errors():
+        pattern = trace_mask(image, layers=layers, mask_ratio=ratios[0], patch=32, seed=seeds[0],
+                             engine=args.engine, device=device)  # fmt: skip
+    make_folder(output)
+    figure = draw_mask_pattern(pattern)
+    with replaced_when_whole(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    print("3x3 convolutions  " + "  ".join(f"{depth:5}" for depth in pattern.shown))
+    for name, maps in (("dense", pattern.dense), ("sparse", pattern.sparse)):
+        print(f"{name:<6} not zero, %  " + "  ".join(f"{float(share(maps[depth])):5.1f}" for depth in pattern.shown))
+    print(f"wrote {output}")
+    return 0
 
 
 class MaskPattern(NamedTuple):
@@ -106,10 +147,6 @@ def share(pattern: Tensor) -> Tensor:
 
 def draw_mask_pattern(pattern: MaskPattern) -> Any:
     """The figure, of matplotlib: patterns by depth, their shares, and the pixels' distribution."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     shown = pattern.shown
     columns = len(shown)
     width = max(10, 1.9 * columns + 1.2)
@@ -141,8 +178,6 @@ def draw_mask_pattern(pattern: MaskPattern) -> Any:
 
 def _coloured(pattern: Tensor, visible: Tensor) -> Tensor:
     """(H, W, 3) in [0, 1]: what is not zero in a visible patch, what is not zero in a hidden one, the rest."""
-    from matplotlib.colors import to_rgb
-
     colours = torch.tensor([to_rgb(EMPTY), to_rgb(LEAKED), to_rgb(VISIBLE)])
     return colours[pattern.long() * (1 + visible.long())]
 

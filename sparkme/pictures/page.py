@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
 from sparkme.pictures.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
-
-if TYPE_CHECKING:
-    from sparkme.visualize import Result
 
 # System colours follow the reader's choice of light or dark. The policy in the head has the browser hold the promise, too.
 PAGE = """<!DOCTYPE html>
@@ -63,6 +61,26 @@ details {{ margin: 1rem 0; }}
 </body>
 </html>
 """
+
+
+class Result(NamedTuple):
+    """One image under one mask.
+
+    `loss` is the run's own, of this image; `visible` is how many patches of `patches` are; `pictures` is (4, 3, H, W) in the
+    order of `panel.COLUMNS`, float32 in [0, 1].
+    """
+
+    name: str
+    mask_ratio: float
+    seed: int
+    visible: int
+    patches: int
+    loss: float
+    pictures: Tensor
+
+    @property
+    def setting(self) -> str:
+        return f"mask ratio {self.mask_ratio:g} ({self.visible} of {self.patches} patches visible), seed {self.seed}"
 
 
 def write_page(output: Path, title: str, results: list[Result], text: str, settings: Mapping[str, Any]) -> None:

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from sparkme.data.dataset import Statistics, denormalise
+from sparkme.data.dataset import denormalise
+from sparkme.data.statistics import Statistics
 from sparkme.masked import MaskedAutoencoder
 
 GREY = 0.5  # hidden patches of a masked picture

@@ -5,25 +5,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from sparkme.pictures.report_curves import COLOURS, DASHES, Chart, Curve, draw_chart, nice, number, swatch, thin
-from sparkme.training.log import LEAST_POINTS, duration
-
-if TYPE_CHECKING:
-    from sparkme.report import Run, Series
+from sparkme.pictures.report_runs import Run, Series
+from sparkme.text import duration, shown
+from sparkme.training.log import LEAST_POINTS
 
 MARK = '<meta name="generator" content="sparkme.report">'  # of pages that may be replaced; stands in their first bytes
-LONGEST_TEXT = 300  # characters of a text from a run
 MOST_POINTS, ALL_POINTS = 1000, 100_000  # of a curve, and of all curves of a page together
 MOST_MORE = 24  # curves that nobody knows
 MOST_PICTURES, ALL_PICTURES = 24, 96  # of a run, and of all runs together
@@ -458,16 +455,6 @@ def _size(size: float) -> str:
     return (
         f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 1024:.0f} KiB"
     )
-
-
-def shown(value: Any, length: int = LONGEST_TEXT) -> str:
-    """What a run's file says, in one line of characters that can be printed, cut where it is long."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except (ValueError, TypeError, RecursionError):
-        text = f"a {type(value).__name__}"
-    line = "".join(c if c.isprintable() else " " for c in text[: length + 1])
-    return line if len(text) <= length else line[: length - 1] + "…"
 
 
 def is_share(name: str) -> bool:

@@ -27,7 +27,15 @@ class SparseEncoder(nn.Module):
         network: the module tree with sparse layers.
         hierarchy: where the maps come out.
         versions: of the weights of each module of the dense network, by its path, as torch keeps them in state dicts.
+
+    Attributes:
+        proof: that the network passed its trial, as plain values for a later `sparkme.sparsify`; None where the network's code
+            cannot be compared with what it was.
+        tried_because: why it was tried this time; empty where a proof made that unnecessary.
     """
+
+    proof: dict[str, Any] | None = None
+    tried_because: str = ""
 
     def __init__(self, network: nn.Module, hierarchy: Hierarchy, versions: dict[str, int | None] | None = None) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparkme.grid import Grid
 from sparkme.sparse.engines.base import Engine, Features
+from sparkme.sparse.engines.minkowski import to_minkowski
 from sparkme.sparse.unwritten import Unwritten
 
 if TYPE_CHECKING:
@@ -186,8 +187,6 @@ class SparseMap:
 
     def minkowski(self) -> ME.SparseTensor:
         """The same features as a MinkowskiEngine sparse tensor, with coordinates (sample, y, x) in input pixels."""
-        from sparkme.sparse.engines.minkowski import to_minkowski
-
         rows = self.rows.view(self.grid.batch, -1, self.channels)
         return to_minkowski(Features(rows, self.grid, self.stride))
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +20,20 @@ from sparkme.errors import UnsupportedLayerError, first_line
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.forms import SparseLayer, sparse_form
 from sparkme.sparse.forms.convolution import SparseConvolution
-from sparkme.sparse.hierarchy import Hierarchy, find_hierarchy
-from sparkme.sparse.trial import DifferenceError, TooSmallError, expose_branches, try_out
+from sparkme.sparse.hierarchy import Hierarchy, dense_features, find_hierarchy
+from sparkme.sparse.proof import NotProved, describe, make_proof, proved_hierarchy, seal
+from sparkme.sparse.trial import DifferenceError, TooSmallError, compare_once, expose_branches, small_images, try_out
+
+_tried: dict[str, dict[str, Any]] = {}  # the proofs of this process, by the seals of what they are of
 
 
 def sparsify(
-    model: nn.Module, *, taps: Sequence[str] | None = None, in_channels: int | None = None, num_scales: int = 4
+    model: nn.Module,
+    *,
+    taps: Sequence[str] | None = None,
+    in_channels: int | None = None,
+    num_scales: int = 4,
+    proof: Mapping[str, Any] | None = None,
 ) -> SparseEncoder:
     """Makes a sparse encoder with the weights of a dense convolutional network.
 
@@ -37,6 +46,8 @@ def sparsify(
         taps: the modules whose outputs are the maps, shallow to deep, instead of those that are found.
         in_channels: of the images; found if None.
         num_scales: how many maps at most, the deepest ones.
+        proof: `SparseEncoder.proof` of an earlier call, of this process if None. Where it is of the same network, code and
+            versions, the trial is left out; else `SparseEncoder.tried_because` says why not.
 
     Returns:
         A `SparseEncoder`, on the model's device and in its dtype, with the engine that `auto` stands for there.
@@ -52,13 +63,50 @@ def sparsify(
     if isinstance(taps, str):
         raise ValueError(f"taps must be a list of names of modules, such as [{taps!r}], not a string")
     _check_hooks(model)
+    request = {"taps": None if taps is None else [*taps], "in_channels": in_channels, "num_scales": num_scales}
     with _undisturbed():
-        hierarchy = find_hierarchy(_copy(model), num_scales, taps=taps, in_channels=in_channels)
-        if next(model.parameters()).device.type != "meta":  # without values there is nothing to try
-            hierarchy = _working(model, hierarchy)
+        hierarchy, kept, reason = _known(model, request, proof)
+        if hierarchy is None:
+            hierarchy = find_hierarchy(_copy(model), num_scales, taps=taps, in_channels=in_channels)
+            if next(model.parameters()).device.type != "meta":  # without values there is nothing to try
+                hierarchy = _working(model, hierarchy)
+                with suppress(NotProved):
+                    kept = make_proof(hierarchy, description := describe(model, request))
+                    _tried[seal(description)] = kept
         dense = _copy(model)
         versions = {name: module._version for name, module in dense.named_modules()}
-        return SparseEncoder(_sparse_network(dense, hierarchy), hierarchy, versions)
+        encoder = SparseEncoder(_sparse_network(dense, hierarchy), hierarchy, versions)
+        encoder.proof, encoder.tried_because = kept, reason
+        return encoder
+
+
+def _known(
+    model: nn.Module, request: dict[str, Any], proof: Mapping[str, Any] | None
+) -> tuple[Hierarchy | None, dict[str, Any] | None, str]:
+    """The hierarchy that was found before, with its proof, or None and why the network has to be tried."""
+    try:
+        description = describe(model, request)
+        proof = _tried.get(seal(description)) if proof is None else proof
+        hierarchy = proved_hierarchy(proof, description, model)
+        _check_again(model, hierarchy)
+        return hierarchy, make_proof(hierarchy, description), ""
+    except NotProved as error:
+        return None, None, str(error)
+
+
+def _check_again(model: nn.Module, hierarchy: Hierarchy) -> None:
+    """A short look in place of the trial: one image, in eval mode, on one engine.
+
+    Raises:
+        NotProved: the sparse network does not compute what the dense one does.
+    """
+    network = expose_branches(_copy(model))
+    try:
+        images = small_images(hierarchy, next(model.parameters()))
+        maps = dense_features(network, hierarchy.taps, images)
+        compare_once(SparseEncoder(_sparse_network(network, hierarchy), hierarchy), images, maps)
+    except Exception as error:  # a wrong hierarchy may fail anywhere
+        raise NotProved(f"it no longer computes what it did when it was tried: {first_line(error)}") from error
 
 
 def _check_hooks(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from sparkme.grid import Grid
 from sparkme.sparse.encoder import SparseEncoder, walk
 from sparkme.sparse.engines import ENGINES, why_not
 from sparkme.sparse.forms.layer import SparseLayer
-from sparkme.sparse.hierarchy import dense_features
+from sparkme.sparse.hierarchy import Hierarchy, dense_features
 
 # What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays
 # a hundred times below, a wrong layer is off by a hundred times more.
@@ -67,8 +67,7 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     for parameter in (*encoder.parameters(), *dense.parameters()):
         parameter.requires_grad_(parameter.is_floating_point())
     like, patch = next(encoder.parameters()), encoder.patch
-    images = torch.randn(2, encoder.in_channels, 2 * patch, 3 * patch, generator=torch.Generator().manual_seed(1))
-    images = images.to(like.device, like.dtype)
+    images = small_images(encoder.hierarchy, like, batch=2)
     whole = torch.ones(2, 1, 2, 3, dtype=torch.bool, device=like.device)
     some = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool, device=like.device).view(2, 1, 2, 3)
     hidden = Grid(some, patch).mask(1, torch.bool).logical_not()
@@ -83,6 +82,25 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
                 f"no gradient reaches any parameter of the network; take out a torch.no_grad() or detach(), or {_BLIND}"
             )
         total.backward()
+
+
+def small_images(hierarchy: Hierarchy, like: Tensor, batch: int = 1) -> Tensor:
+    """Noise of 2 x 3 patches, (B, C, H, W), on the device and in the dtype of `like`."""
+    shape = batch, hierarchy.in_channels, 2 * hierarchy.patch, 3 * hierarchy.patch
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def compare_once(encoder: SparseEncoder, images: Tensor, expected: list[Tensor]) -> None:
+    """The shortest part of a trial: whole images, in eval mode, on the engine that `auto` stands for.
+
+    Raises:
+        UnsupportedLayerError: the encoder does not compute what the dense network does, or does not run.
+    """
+    whole = torch.ones(len(images), 1, 2, 3, dtype=torch.bool, device=images.device)
+    with _named_errors(encoder.network):
+        for x, y in zip(encoder.eval()(images.clone(), whole), expected, strict=True):
+            _compare(x.dense(), y, f"on a whole image, at stride {x.stride}")
 
 
 def _dense_maps(dense: nn.Module, encoder: SparseEncoder, images: Tensor, *, training: bool = False) -> list[Tensor]:

@@ -28,6 +28,8 @@ class SharedBatchNorm(BATCH_NORM):
     def __init__(self, num_features: int, processes: int) -> None:
         super().__init__(num_features)
         self.processes = processes
+        # Asked here, since compiled code cannot; whether they run on the CPU, and on a GPU.
+        self.has_operators = (not ops.unavailable(on_gpu=False), not ops.unavailable(on_gpu=True))
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -35,7 +37,7 @@ class SharedBatchNorm(BATCH_NORM):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        if not _has_operators(input.is_cuda):
+        if not self.has_operators[input.is_cuda]:
             return self._by_torch(input)
         rows = input.movedim(1, -1).flatten(0, -2)
         out = normalise(self, rows, *statistics_of_batch(self, rows), training=True)
@@ -53,11 +55,6 @@ class SharedBatchNorm(BATCH_NORM):
         out = out if self.weight is None else out * self.weight.view(by_channel)
         out = out if self.bias is None else out + self.bias.view(by_channel)
         return out.to(input.dtype)
-
-
-@torch.compiler.assume_constant_result
-def _has_operators(on_gpu: bool) -> bool:
-    return not ops.unavailable(on_gpu=on_gpu)
 
 
 class _AddUp(torch.autograd.Function):

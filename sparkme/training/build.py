@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from sparkme.errors import UserError, first_line
 from sparkme.fcmae import FCMAE, initialise_encoder
 from sparkme.masked import MaskedAutoencoder
 from sparkme.models import create_encoder
 from sparkme.spark import SparK
+from sparkme.sparse.encoder import SparseEncoder
 from sparkme.training.config import RECIPES
 
 
-def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
+def build_network(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> MaskedAutoencoder:
     """The network that `config` (of config.json, or of a checkpoint) describes, with random weights.
+
+    Args:
+        config: see above.
+        proof: what the checkpoint keeps of the encoder's trial, see `sparkme.sparsify`.
 
     Raises:
         ValueError: a value of the configuration is not possible.
@@ -22,7 +32,7 @@ def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
     recipe = config.get("recipe", "spark")  # older checkpoints do not say
     if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe!r}")
-    encoder = create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"])
+    encoder = build_encoder(config, proof)
     options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}
     options["input_size"] = tuple(config["input_size"])
     if recipe == "fcmae":
@@ -31,25 +41,57 @@ def build_network(config: dict[str, Any]) -> MaskedAutoencoder:
     return SparK(encoder, densify_norm=config["densify_norm"], **options)
 
 
+def build_encoder(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> SparseEncoder:
+    """The encoder of `build_network`."""
+    return create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"], proof=proof)
+
+
 def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     """The network of a checkpoint, with its weights.
 
     Raises:
         UserError: its configuration does not describe a network, or not the one whose weights it holds.
     """
+    with _described(checkpoint, path):
+        network = build_network(checkpoint["config"], checkpoint.get("proof"))
+        load_weights(network, checkpoint["model"])
+    print_trial(network.encoder, path)
+    return network
+
+
+def encoder_of(checkpoint: dict[str, Any], path: Path) -> SparseEncoder:
+    """The encoder of a checkpoint alone, with its weights.
+
+    Raises:
+        UserError: as `network_of`.
+    """
+    with _described(checkpoint, path):
+        encoder = build_encoder(checkpoint["config"], checkpoint.get("proof"))
+        weights = {n.removeprefix("encoder."): v for n, v in checkpoint["model"].items() if n.startswith("encoder.")}
+        load_weights(encoder, weights)
+    print_trial(encoder, path)
+    return encoder
+
+
+def print_trial(encoder: SparseEncoder, origin: Path | str | None) -> None:
+    """Says why the network of a file was tried again, if it was, which takes some seconds."""
+    if origin is not None and encoder.tried_because:
+        print(f"{origin}: the network was tried again: {encoder.tried_because}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _described(checkpoint: dict[str, Any], path: Path) -> Iterator[None]:
     if checkpoint["config"].get("command") == "finetune":
         raise UserError(f"{path} is a checkpoint of sparkme.finetune, whose network is dense and paints nothing")
     try:
-        network = build_network(checkpoint["config"])
-        load_weights(network, checkpoint["model"])
+        yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
     except ValueError as error:
         raise UserError(f"{path}: {first_line(error)}") from error
-    return network
 
 
-def load_weights(network: MaskedAutoencoder, state: dict[str, Any]) -> None:
+def load_weights(network: nn.Module, state: dict[str, Any]) -> None:
     """Takes the weights of a checkpoint.
 
     Raises:

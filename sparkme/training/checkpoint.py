@@ -235,12 +235,13 @@ def _names_to_disk(folder: Path) -> None:
         os.close(number)
 
 
-def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, verify: bool = True, mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint that `Checkpoints.save` wrote, on the CPU, with `weights_only=True`.
 
     Args:
         path: the file.
         verify: whether to compare its sums.
+        mmap: whether tensors are read from the file when they are used, so that what an optimizer keeps is not read at all.
 
     Raises:
         DamagedCheckpoint: it cannot be read, or its sums differ.
@@ -253,7 +254,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are refused here
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a torn file can fail anywhere in the unpickler
         raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){_others(path)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:

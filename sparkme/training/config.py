@@ -8,17 +8,23 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from sparkme.errors import Parser, UserError
-from sparkme.training.distributed import Process
+from sparkme.network_names import paper_drop_path
 
 PAPER_BATCH, PAPER_WARMUP = 4096, 40
 # With --on-nan: of the last so many steps, at most so many may be left out. More are no accident.
 MOST_WORKERS = 32  # by default
 RECENT_STEPS, MOST_NOT_FINITE = 100, 10
+
+
+class Machine(NamedTuple):
+    """What defaults follow from: how many processes train together, whether on GPUs, and whether these compute in bf16."""
+
+    processes: int = 1
+    on_gpu: bool = False
+    has_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -533,7 +539,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def resolve_config(
-    args: argparse.Namespace, num_images: int, process: Process, saved: dict[str, Any] | None = None
+    args: argparse.Namespace, num_images: int, machine: Machine, saved: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The configuration with every default filled in, as config.json and the checkpoints keep it; and, for people, as
     `recipe_reason` why it is that recipe.
@@ -541,22 +547,23 @@ def resolve_config(
     Args:
         args: the command line.
         num_images: found in the data.
-        process: this process.
+        machine: where it runs.
         saved: the configuration of the run to continue; what follows from the number of images stays as it was there.
 
     Raises:
         UserError: values that are out of range or do not fit together; names the flag.
     """
-    from PIL import ImageColor
-
-    from sparkme.models import paper_drop_path
-
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "list_models")}
     config |= {
         name: str(value) if (value := getattr(args, name)) else None for name in ("root", "shard_cache", "init", "probe_data")
     }
     config["data"] = args.data[0] if isinstance(args.data, list) and len(args.data) == 1 else args.data
-    config |= {"command": "pretrain", "output": str(output_folder(args)), "num_images": num_images, "processes": process.world}
+    config |= {
+        "command": "pretrain",
+        "output": str(output_folder(args)),
+        "num_images": num_images,
+        "processes": machine.processes,
+    }
     if (args.weights_key or args.adapt_stem) and not args.init:
         raise UserError("--weights-key and --adapt-stem say how --init is read, which is missing")
     if args.probe_epochs is not None and not args.probe_data:
@@ -597,10 +604,6 @@ def resolve_config(
     if len(args.input_size) > 2:
         raise UserError(f"--input-size takes a side, or height and width; got {len(args.input_size)} numbers")
     config["input_size"] = [args.input_size[0], args.input_size[-1]]
-    try:
-        ImageColor.getrgb(args.background)
-    except ValueError:
-        raise UserError(f"--background {args.background} is no colour; use a name, such as black, or #rrggbb") from None
 
     kept = saved if saved and saved.get("channels", 3) == args.channels else {}
     for name in ("mean", "std"):
@@ -614,35 +617,33 @@ def resolve_config(
     if (config["mean"] is None) != (config["std"] is None):
         raise UserError("--mean and --std go together; give both or none")
 
-    on_gpu = process.device.type == "cuda"
-    bf16 = on_gpu and torch.cuda.is_bf16_supported()
     fill_in(config, {
         "crop_scale": recipe.crop_scale if args.data else 0.1,
         "batch_size": saved.get("batch_size") if saved else None,
         "warmup_epochs": min(PAPER_WARMUP, epochs / 10),
         "drop_path": paper_drop_path(config["model"]),
         "beta2": 0.999 if config["model"].removeprefix("timm:").startswith("convnext") else 0.95,
-        "workers": default_workers(),
+        "workers": default_workers(on_gpu=machine.on_gpu),
         "max_unreadable": max(10, num_images // 100),
         "panel_epochs": max(1, epochs // 10),
         "probe_epochs": max(1, epochs // 10) if args.probe_data else 0,
     })  # fmt: skip
     if config["precision"] == "auto":
-        config["precision"] = "bf16" if bf16 else "float32"
+        config["precision"] = "bf16" if machine.has_bf16 else "float32"
     if not 0 < config["crop_scale"] <= 1:
         raise UserError(f"--crop-scale {config['crop_scale']} is outside (0, 1]")
     if config["warmup_epochs"] >= epochs:
         raise UserError(f"--warmup-epochs {config['warmup_epochs']} must be less than --epochs {epochs}")
 
     samples = config["samples_per_epoch"]
-    share = process.world * args.accumulate  # the global batch is a multiple of it
+    share = machine.processes * args.accumulate  # the global batch is a multiple of it
     if config["batch_size"] is None:
-        wanted = min(recipe.largest_batch, (128 if on_gpu else 32) * process.world, samples)
+        wanted = min(recipe.largest_batch, (128 if machine.on_gpu else 32) * machine.processes, samples)
         config["batch_size"] = max(wanted // share, 1) * share
     batch = config["batch_size"]
     if batch % share:
         raise UserError(
-            f"--batch-size {batch} is not a multiple of {process.world} processes x --accumulate {args.accumulate}; use "
+            f"--batch-size {batch} is not a multiple of {machine.processes} processes x --accumulate {args.accumulate}; use "
             f"{max(1, round(batch / share)) * share}"
         )
     if batch > samples:
@@ -671,12 +672,12 @@ def check_workers(workers: int | None) -> None:
         raise UserError(f"--workers {workers} is more than {most}, four for each of {cores} cores or 16; lower it")
 
 
-def default_workers() -> int:
+def default_workers(*, on_gpu: bool) -> int:
     """Processes that load images: the cores, shared among the training processes of this machine.
 
     On a CPU they take cores from training. A GPU that takes thousands of images a second wants dozens of them.
     """
-    most = MOST_WORKERS if torch.cuda.is_available() else 8
+    most = MOST_WORKERS if on_gpu else 8
     return min(most, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
+from sparkme.machine import whereabouts
 from sparkme.training.batch_norm import share_batch_norms
+from sparkme.training.config import Machine
 
 LEAVING_S = 60  # that a process takes to end after an error, at most
 MEETING_S = 300.0  # that the processes take to meet, at most
@@ -42,6 +43,12 @@ class Process:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def machine(self) -> Machine:
+        """What defaults follow from."""
+        on_gpu = self.device.type == "cuda"
+        return Machine(self.world, on_gpu, has_bf16=on_gpu and torch.cuda.is_bf16_supported())
 
     def agree(self, *flags: bool) -> list[bool]:
         """Which flags are set in any process. The processes wait for each other, but not for their devices."""
@@ -176,14 +183,6 @@ def stop_process(*, in_order: bool = True) -> None:
         dist.destroy_process_group()
     else:
         signal.alarm(LEAVING_S)
-
-
-def whereabouts() -> str:
-    """Where a process number means the same process: the host and, of containers on it, the process namespace."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
 
 
 def is_of_others(error: Exception) -> bool:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparkme.errors import Parser, UserError
 from sparkme.training.config import (
     LARGEST,
     MAX_SIDE,
+    Machine,
     add_device,
     add_labelled_data,
     add_precision,
@@ -30,8 +29,6 @@ from sparkme.training.config import (
     flag_of,
     path_argument,
 )
-from sparkme.training.distributed import Process
-from sparkme.training.target import SEVERAL_LABELS
 
 SMALL_SET = 10_000  # images to learn from, below which the recipe `small` is the default
 
@@ -81,6 +78,9 @@ SMALL: dict[str, Any] = {
     "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.1, "loss": "ce", "auto_augment": "none", "random_erasing": 0.0,
     "crop_scale": 0.35, "repeats": 1, "drop_path": 0.0, "ema_decay": 0.0, "ema_warmup": True, "head_init": "linear",
 }  # fmt: skip
+# Of images with several labels: what mixes or blurs classes has no meaning there.
+SEVERAL_LABELS = {"loss": "bce", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
+
 SMALL_STEPS, SMALL_EPOCHS = 200, 20  # the least of a run with few images, where --epochs does not say
 
 
@@ -206,7 +206,7 @@ def output_folder(args: argparse.Namespace, model: str) -> Path:
 
 
 def resolve_config(
-    args: argparse.Namespace, known: dict[str, Any], norm: str, process: Process, saved: dict[str, Any] | None = None
+    args: argparse.Namespace, known: dict[str, Any], norm: str, machine: Machine, saved: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], str]:
     """The configuration with every default filled in, as config.json and the checkpoints keep it.
 
@@ -215,7 +215,7 @@ def resolve_config(
         known: `model`, `num_train_images`, `num_val_images`, `num_classes`, `several_labels`, and what the weights expect:
             `channels`, `mean`, `std`, `background`, `value_range`, `input_size` or None.
         norm: the network's kind, `bn` or `ln`.
-        process: this process.
+        machine: where it runs.
         saved: the configuration of the run to continue.
 
     Returns:
@@ -229,7 +229,12 @@ def resolve_config(
         name: str(value) if (value := getattr(args, name)) else None
         for name in ("weights", "data", "labels", "root", "shard_cache")
     }
-    config |= {"command": "finetune", "output": str(output_folder(args, known["model"])), "processes": process.world, **known}
+    config |= {
+        "command": "finetune",
+        "output": str(output_folder(args, known["model"])),
+        "processes": machine.processes,
+        **known,
+    }
     num_train = known["num_train_images"]
     small = args.recipe == "small" or (args.recipe == "auto" and num_train < SMALL_SET)
     config["recipe"] = "small" if small else "paper"
@@ -240,7 +245,7 @@ def resolve_config(
     check_seed(args.seed)
     check_workers(args.workers)
     _choose_size(config, args, known)
-    _choose_batch(config, args, recipe, process, saved)
+    _choose_batch(config, args, recipe, machine, saved)
     steps = num_train // config["batch_size"]
     if small:
         fill_in(config, {"epochs": max(SMALL_EPOCHS, math.ceil(SMALL_STEPS / steps))})
@@ -251,13 +256,12 @@ def resolve_config(
         why += "; of several labels an image: binary cross entropy, without mixup, cutmix and label smoothing"
     config["ema_warmup"] = defaults["ema_warmup"]
     fill_in(config, defaults)
-    fill_in(config, {"workers": default_workers(), "max_unreadable": max(10, num_train // 100)})
+    fill_in(config, {"workers": default_workers(on_gpu=machine.on_gpu), "max_unreadable": max(10, num_train // 100)})
     if args.warmup_epochs is None:
         config["warmup_epochs"] = min(config["warmup_epochs"], config["epochs"] / 10)
     if config["precision"] == "auto":
-        on_gpu = process.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        config["precision"] = "bf16" if on_gpu else "float32"
-    _check(config, process.world)
+        config["precision"] = "bf16" if machine.has_bf16 else "float32"
+    _check(config, machine.processes)
     if known["several_labels"]:
         _check_several(config)
     return config, recipe.source + why
@@ -281,20 +285,20 @@ def _choose_size(config: dict[str, Any], args: argparse.Namespace, known: dict[s
 
 
 def _choose_batch(
-    config: dict[str, Any], args: argparse.Namespace, recipe: FinetuneRecipe, process: Process, saved: dict[str, Any] | None
+    config: dict[str, Any], args: argparse.Namespace, recipe: FinetuneRecipe, machine: Machine, saved: dict[str, Any] | None
 ) -> None:
     """The recipe's batch, as far as the machine and the number of images go."""
-    share = process.world * max(1, args.accumulate)
+    share = machine.processes * max(1, args.accumulate)
     if config["batch_size"] is None and saved is not None:
         config["batch_size"] = saved.get("batch_size")
     if config["batch_size"] is None:
-        per_device = 128 if process.device.type == "cuda" else 32
-        wanted = min(recipe.defaults["batch_size"], per_device * process.world, config["num_train_images"])
+        per_device = 128 if machine.on_gpu else 32
+        wanted = min(recipe.defaults["batch_size"], per_device * machine.processes, config["num_train_images"])
         config["batch_size"] = max(wanted // (2 * share), 1) * 2 * share if wanted >= 2 * share else share
     batch = config["batch_size"]
     if batch < 1 or batch % share:
         raise UserError(
-            f"--batch-size {batch} is not a multiple of {process.world} processes x --accumulate {args.accumulate}; use "
+            f"--batch-size {batch} is not a multiple of {machine.processes} processes x --accumulate {args.accumulate}; use "
             f"{max(1, round(batch / share)) * share}"
         )
     if batch > config["num_train_images"]:

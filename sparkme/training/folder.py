@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkme.errors import CannotWrite, UserError, first_line
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
 from sparkme.training.checkpoint import Checkpoints, DamagedCheckpoint, load_checkpoint
 from sparkme.training.config import as_text, flag_of
 from sparkme.training.distributed import Process

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from sparkme.errors import UserError, first_line
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
+from sparkme.text import duration, ended
 
 LEAST_POINTS = 10  # of percent that the axis of what was measured spans, so that an image more or less is no fall
 EARLIER_RUNS = 4  # of the same folder, shown in loss.png
@@ -117,7 +118,7 @@ class RunLog:
     def events(self) -> Any:
         """TensorBoard's writer; a new one where the last could not write, since it never tries again."""
         if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (torch, and in the first process alone)
 
             self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge)
             self._purge = None
@@ -214,8 +215,8 @@ class RunLog:
 
     def plot(self) -> None:
         """Draws loss.png: the loss and the learning rate over epochs and, below, what was measured."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (likewise, and after an epoch)
+        from matplotlib.figure import Figure  # noqa: PLC0415
 
         records = read_records(self.lines.path)
         trained = [record for record in records if "loss" in record]
@@ -340,11 +341,6 @@ def unformatted(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def ended(text: str, length: int) -> str:
-    """At most so many characters: what is longer loses its start."""
-    return text if len(text) <= length else f"…{text[1 - length :]}"
-
-
 def _label(name: str) -> str:
     return "kNN" if name == "knn" else name.replace("_", " ")
 
@@ -376,18 +372,6 @@ class Throughput:
             "loader_wait": waited,
             "seconds_left": per_step * (self.total_steps - step),
         }
-
-
-def duration(seconds: float) -> str:
-    """2 d 3 h, 4 h 05 min, 6 min 07 s or 8 s."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h} h"
-    if h:
-        return f"{h} h {m:02d} min"
-    return f"{m} min {s:02d} s" if m else f"{s} s"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -35,7 +36,7 @@ from sparkme.training.health import Health
 from sparkme.training.log import Notes, RunLog, Throughput, settle, show
 from sparkme.training.optimizer import update_schedule
 from sparkme.training.random import seed_step
-from sparkme.training.watchdog import SAVING_S, STARTING_S, Watchdog
+from sparkme.watchdog import SAVING_S, STARTING_S, Watchdog
 
 if TYPE_CHECKING:
     from sparkme.data.dataset import Batch
@@ -274,7 +275,7 @@ class Loop:
         self.checkpoints = self.folder.checkpoints
         self.checkpoints.keep_every = self.config["keep_every"] * training.steps_per_epoch
         self.stop = StopRequest(announce=self.process.is_main)
-        self.watchdog = Watchdog(self.process, self.config["hang_seconds"], self._how_to_continue)
+        self.watchdog = Watchdog(self.config["hang_seconds"], self._how_to_continue, self.process.peers)
         self.notes = Notes(self.folder.path)
         self.health = Health(training)
         self.unreadable: set[str] = set()
@@ -600,8 +601,6 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory that was in use: of a GPU by torch, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -619,7 +618,7 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
     Raises:
         UserError: it refuses.
     """
-    import wandb
+    import wandb  # noqa: PLC0415  (optional)
 
     path = folder / "wandb-run-id"
     try:
@@ -634,7 +633,7 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
 def run_training(create: Callable[[], Training], hang_seconds: float) -> int:
     """Sets a training up and runs it, and ends this process's part among others. Returns the exit code."""
     try:
-        with user_errors(), Watchdog(None, hang_seconds).watch():
+        with user_errors(), Watchdog(hang_seconds).watch():
             training = create()
         code = Loop(training).run()
     except BaseException:

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-from timm.optim.lamb import Lamb
 from torch import nn
 
 OPTIMIZERS = ("lamb", "adamw")
@@ -38,6 +37,8 @@ def create_optimizer(name: str, model: nn.Module, *, beta2: float, clip_grad: fl
     """
     groups = parameter_groups(model)
     if name == "lamb":
+        from timm.optim.lamb import Lamb  # noqa: PLC0415  (half a second, for LAMB alone)
+
         optimizer: torch.optim.Optimizer = Lamb(groups, betas=(0.9, beta2), eps=1e-6, max_grad_norm=clip_grad)
         return optimizer
     if name == "adamw":
@@ -114,6 +115,8 @@ def create_finetuning_optimizer(
             start = {"params": [], "lr_scale": scale, "decay": not is_vector, "weight_decay": 0.0}
             groups.setdefault((layers[key], is_vector), start)["params"].append(parameter)
     if name == "lamb":
+        from timm.optim.lamb import Lamb  # noqa: PLC0415
+
         optimizer: torch.optim.Optimizer = Lamb(
             [*groups.values()], betas=(0.9, 0.999), eps=1e-6, max_grad_norm=None, always_adapt=True, bias_correction=False
         )

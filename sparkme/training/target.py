@@ -9,12 +9,11 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from sparkme.errors import UserError
-
-# Of images with several labels: what mixes or blurs classes has no meaning there.
-SEVERAL_LABELS = {"loss": "bce", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
 
 
 class LabelLoss(nn.Module):
@@ -26,9 +25,6 @@ class LabelLoss(nn.Module):
 
 def create_loss(config: dict[str, Any]) -> tuple[Any, nn.Module]:
     """timm's mixup and cutmix, or None; and the loss of scores and labels."""
-    from timm.data import Mixup
-    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-
     if config["several_labels"]:
         return None, LabelLoss()
     mixed = config["mixup"] or config["cutmix"]
@@ -120,7 +116,7 @@ class Accuracy(Measure):
         return f"top-1 {100 * values['top1']:.1f} %" + (f", top-5 {100 * values['top5']:.1f} %" if "top5" in values else "")
 
     def write(self, folder: Path) -> dict[str, Any]:
-        from sparkme.pictures.confusion import draw_confusion
+        from sparkme.pictures.confusion import draw_confusion  # noqa: PLC0415  (matplotlib, in the first process alone)
 
         draw_confusion(self.confusion, self.classes, folder / "confusion.png")
         each = (self.confusion.diag() / self.confusion.sum(1).clamp_min(1)).tolist()

@@ -1,7 +1,7 @@
 // What every CUDA kernel here needs: launches, shared memory, vectors of channels.
 //
 // The kernels use CUDA's words only as far as the tests can give them a meaning on the host: there the very same sources
-// are compiled by the host's compiler against an emulation of blocks and threads (tests/cuda_on_host, SPARKME_ON_HOST).
+// are compiled by the host's compiler against an emulation of blocks and threads (tests/support/cuda_on_host, SPARKME_ON_HOST).
 #pragma once
 
 #include <c10/util/BFloat16.h>

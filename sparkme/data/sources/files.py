@@ -18,7 +18,7 @@ from typing import overload
 import numpy as np
 from tqdm import tqdm
 
-from sparkme.data.images import Stored, printable
+from sparkme.data.images import Stored
 from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
 from sparkme.data.sources.left_out import (
     EXTENSIONS,
@@ -30,7 +30,8 @@ from sparkme.data.sources.left_out import (
     suffix_of,
 )
 from sparkme.errors import UserError, first_line
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
+from sparkme.text import printable
 
 # The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",

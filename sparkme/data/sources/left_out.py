@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from importlib.util import find_spec
 
-from sparkme.data.images import printable
+from sparkme.text import printable
 
 # Where network storage, Windows, macOS and file systems keep thumbnails, snapshots and what was deleted.
 _OF_SYSTEMS = re.compile(

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparkme.data.images import Stored, printable
+from sparkme.data.images import Stored
 from sparkme.data.sources.base import ImageSource
 from sparkme.errors import UserError, first_line
+from sparkme.text import printable
 
 CACHED_BYTES = 2**29  # of row groups, in each process that loads images
 MOST_GROUP_BYTES = 2**31  # one that has more is not read: two are in memory, in each process

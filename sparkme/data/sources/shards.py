@@ -36,12 +36,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparkme.data.images import Stored, printable
+from sparkme.data.images import Stored
 from sparkme.data.limits import scaled
 from sparkme.data.sources.base import GLIMPSE, ImageSource, digest
 from sparkme.data.sources.left_out import EXTENSIONS, LeftOut, passed_over_in, suffix_of
 from sparkme.errors import CannotWrite, UserError, first_line
-from sparkme.interop.files import replaced_when_whole
+from sparkme.files import replaced_when_whole
+from sparkme.text import printable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 WINDOW = 16_384  # images that are shuffled among each other, of as many shards as they fill
@@ -177,7 +178,7 @@ def _opened(location: str) -> Any:
     if location.startswith(("http://", "https://")):
         return urllib.request.urlopen(location, timeout=TIMEOUT_S)
     if is_remote(location):  # s3, gs and others, as far as their packages are installed
-        import fsspec
+        import fsspec  # noqa: PLC0415  (optional)
 
         return fsspec.open(location, "rb").open()
     return open(location, "rb")

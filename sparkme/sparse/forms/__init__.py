@@ -32,8 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 
 from sparkme.sparse.forms import pointwise, pooling, shape  # noqa: F401  (register what functions do)
@@ -42,14 +40,15 @@ from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.forms.norm import SparseBatchNorm2d, SparseBatchNormAct2d, SparseGlobalResponseNorm
 from sparkme.sparse.forms.pooling import SparseAvgPool2d, SparseMaxPool2d
 
-SPARSE_FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+# By class; timm's by its name, as importing timm takes half a second, and a network with its layers has done so.
+SPARSE_FORMS: dict[type[nn.Module] | str, Callable[..., nn.Module]] = {
     nn.Conv2d: convolution_form,
     nn.Linear: SparseLinear,
     nn.BatchNorm2d: SparseBatchNorm2d,
     nn.SyncBatchNorm: SparseBatchNorm2d,
-    BatchNormAct2d: SparseBatchNormAct2d,
-    SyncBatchNormAct: SparseBatchNormAct2d,
-    GlobalResponseNorm: SparseGlobalResponseNorm,
+    "timm.layers.norm_act.BatchNormAct2d": SparseBatchNormAct2d,
+    "timm.layers.norm_act.SyncBatchNormAct": SparseBatchNormAct2d,
+    "timm.layers.grn.GlobalResponseNorm": SparseGlobalResponseNorm,
     nn.MaxPool2d: SparseMaxPool2d,
     nn.AvgPool2d: SparseAvgPool2d,
 }
@@ -78,8 +77,9 @@ def sparse_form(layer: nn.Module) -> nn.Module | None:
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations") or "forward" in vars(layer):
         return None
     for base in type(layer).__mro__:
-        if base in SPARSE_FORMS:
-            form = SPARSE_FORMS[base](layer)
+        create = SPARSE_FORMS.get(base) or SPARSE_FORMS.get(f"{base.__module__}.{base.__qualname__}")
+        if create is not None:
+            form = create(layer)
             return None if form is layer else form
         if set(vars(base)) - _HARMLESS:
             return None

@@ -42,6 +42,9 @@ class SparseConvolution(SparseLayer):
     padding: tuple[int, int]
     groups: int
 
+    def reset_parameters(self, is_transpose: bool = False) -> None:
+        """Nothing, in place of MinkowskiEngine's random numbers: the dense layer's weights come next."""
+
     def _take(self, conv: nn.Conv2d) -> None:
         self.dense_geometry: Any = conv.stride, conv.padding, conv.dilation
         self.groups = conv.groups

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import MinkowskiEngine as ME
 import torch
 import torch.nn.functional as F
-from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from sparkme.sparse.batch_norm import BATCH_NORM, processes_of
@@ -16,6 +15,10 @@ from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.map import SparseMap, sparse_function
 from sparkme.sparse.unwritten import UnwrittenNorm, UnwrittenProduct
 from sparkme.state_dict import state_dict_of
+
+if TYPE_CHECKING:
+    from timm.layers.grn import GlobalResponseNorm
+    from timm.layers.norm_act import BatchNormAct2d
 
 
 class RowNorm(nn.BatchNorm2d):
@@ -82,11 +85,12 @@ def _without_children(norm: nn.BatchNorm2d) -> nn.Module:
     return bare
 
 
-class SparseGlobalResponseNorm(SparseLayer, GlobalResponseNorm):
+class SparseGlobalResponseNorm(SparseLayer, nn.Module):
     """Global response norm (GRN), with each sample's norms over its visible pixels."""
 
     def __init__(self, norm: GlobalResponseNorm) -> None:
         nn.Module.__init__(self)
+        self._dense: Callable[..., Tensor] = type(norm).forward
         self.eps, self.spatial_dim, self.channel_dim, self.wb_shape = (
             norm.eps,
             norm.spatial_dim,
@@ -99,7 +103,7 @@ class SparseGlobalResponseNorm(SparseLayer, GlobalResponseNorm):
     def forward(self, x: Any) -> Any:
         in_place = type(x) is SparseMap and x.dims == ("BHWC" if self.channel_dim == -1 else "BCHW")
         if not in_place or x.engine.dense:
-            return GlobalResponseNorm.forward(self, x)
+            return self._dense(self, x)
         return x.with_values(_GlobalResponse.apply(x.values, self.weight, self.bias, self.eps))
 
 

@@ -1,0 +1,554 @@
+"""What is in a run's folder, for `sparkme.report`, and what its settings say beyond the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import stat
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparkme.data.statistics import MEAN, STD
+from sparkme.errors import first_line, python_command
+from sparkme.pictures.report_curves import number
+from sparkme.text import LONGEST_TEXT, duration, shown
+from sparkme.training import config as pretraining
+from sparkme.training import finetune_config as finetuning
+from sparkme.training.config import MOST_WORKERS, Machine
+
+MOST_LOG, MOST_PARSED = 512 * 2**20, 32 * 2**20  # bytes of a metrics file that are looked at, and that are taken in
+MOST_JSON = {"config.json": 2**20, "results.json": 32 * 2**20}  # bytes
+LONGEST_LINE = 2**16  # bytes
+MOST_NUMBERS = 40  # different ones in a metrics file
+MOST_SHOWN = 200  # notes, and unreadable images
+QUIET_S = 120.0  # without a new line, after which a run counts as stopped; longer where its lines are further apart
+
+
+@dataclass
+class Series:
+    """A number over a run, with `steps` and `epochs`; `left_out` is how many were not finite or too large."""
+
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    epochs: array[float] = field(default_factory=lambda: array("d"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+    left_out: int = 0
+
+    def sorted(self) -> Series:
+        """By step; a file that two runs wrote to has them mixed."""
+        steps = self.steps
+        if all(a <= b for a, b in pairwise(steps)):
+            return self
+        order = sorted(range(len(steps)), key=steps.__getitem__)
+        columns = [array("d", (column[i] for i in order)) for column in (steps, self.epochs, self.values)]
+        return Series(columns[0], columns[1], columns[2], self.left_out)
+
+
+class Note(NamedTuple):
+    """A line of notes.jsonl; `time` is in unix seconds, and like `step` None where it does not say."""
+
+    kind: str
+    text: str
+    time: float | None
+    step: float | None
+
+
+class Checkpoint(NamedTuple):
+    """A file of weights: its name, what it is a link to, bytes, and unix seconds of its last change."""
+
+    name: str
+    target: str
+    size: int
+    time: float
+
+
+class State(NamedTuple):
+    """`kind` is done, running, stopped, silent or empty; `text` says more."""
+
+    kind: str
+    text: str
+
+
+@dataclass
+class Run:
+    """What could be read of a run.
+
+    Attributes:
+        path: its folder.
+        name: for people.
+        config: its settings; empty where they could not be read.
+        series: its numbers, by name.
+        last: the newest value of each number.
+        step, epoch: how far it is; None before the first line.
+        changed: when its newest line was written, in unix seconds.
+        notes: the last of them, without images.
+        num_notes: all of them, by kind.
+        unreadable: the first images that could not be read; `num_unreadable` is how many.
+        started, ended: the newest notes of that kind; `ended` is None if the run was started again.
+        results: of fine-tuning.
+        reconstructions: epochs and files.
+        confusion: picture of fine-tuning.
+        problems: what could not be read, and why.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, Series] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    step: float | None = None
+    epoch: float | None = None
+    changed: float | None = None
+    notes: deque[Note] = field(default_factory=lambda: deque(maxlen=MOST_SHOWN))
+    num_notes: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, Note] = field(default_factory=dict)
+    num_unreadable: int = 0
+    started: Note | None = None
+    ended: Note | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+    reconstructions: list[tuple[int, Path]] = field(default_factory=list)
+    confusion: Path | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        """Which command's run it is: pretrain, as old ones are that do not say, or finetune."""
+        return "finetune" if self.config.get("command") == "finetune" else "pretrain"
+
+    @property
+    def epochs(self) -> float | None:
+        """Of the whole run."""
+        epochs = number(self.config.get("epochs"))
+        return epochs if epochs and epochs > 0 else None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Of the whole run: from its settings or, where they do not say, from its last line."""
+        names = ("samples_per_epoch",) if self.command == "pretrain" else ("num_train_images", "num_train")
+        images = next((n for name in names if (n := number(self.config.get(name)))), None)
+        batch = number(self.config.get("batch_size"))
+        if self.epochs and images and batch and images >= batch > 0:
+            return int(self.epochs) * int(images // batch)
+        left, ms = self.last.get("seconds_left"), self.last.get("step_ms")
+        if self.step is not None and left is not None and ms and ms > 0 and 0 <= left / ms < 1e12:
+            return round(self.step + 1e3 * left / ms)
+        return None
+
+    @property
+    def share(self) -> float | None:
+        """Of the run that is done, from 0 to 1."""
+        if self.step is None or not self.total_steps:
+            return None
+        return min(1.0, max(0.0, self.step / self.total_steps))
+
+    @property
+    def num_not_finite(self) -> int:
+        """Steps whose loss was not finite."""
+        counted = self.series.get("not_finite")
+        most = int(max(counted.values, default=0)) if counted else 0
+        return max(most, 0) or self.num_notes["not_finite"]
+
+    def quiet_after_s(self) -> float:
+        """Without a new line, after which the run counts as stopped."""
+        between = (number(self.config.get("log_steps")) or 10.0) * self.last.get("step_ms", 0.0) / 1e3
+        return min(max(QUIET_S, 3 * between), 86400.0)
+
+    def state(self, now: float) -> State:
+        """How the run is, at a time in unix seconds."""
+        since = None if self.changed is None else max(0.0, now - self.changed)
+        ago = "" if since is None else f"{duration(since)} ago"
+        if (self.ended and self.ended.kind == "done") or (self.share == 1.0 and not self.ended):
+            return State("done", f"last change {ago}" if ago else "")
+        if self.ended:
+            return State("stopped", self.ended.text)
+        if since is None:
+            return State("empty", "it has recorded nothing yet")
+        if since < self.quiet_after_s():
+            return State("running", f"last change {ago}")
+        return State(
+            "silent", f"no new line for {duration(since)}, and no note that it ended: it was killed, or its machine was"
+        )
+
+    def seconds_left(self, now: float) -> float | None:
+        """That a running run still needs, or that another would, once continued."""
+        left, kind = self.last.get("seconds_left"), self.state(now).kind
+        if left is None or left < 0 or kind == "done":
+            return None
+        return max(0.0, left - (now - self.changed)) if kind == "running" and self.changed else left
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """What was set."""
+        return differences(self.config)
+
+    @cached_property
+    def continuing(self) -> str:
+        """The command line that continues it; empty where it cannot be known."""
+        return continuing_command(self)
+
+    def say(self, problem: str) -> None:
+        if len(self.problems) < 50:
+            self.problems.append(shown(problem))
+
+
+def is_run(folder: Path) -> bool:
+    return any(os.path.isfile(folder / name) for name in ("config.json", "metrics.jsonl"))
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Reads what is in a run's folder. Nothing of it has to be there or to be whole."""
+    run = Run(folder, name)
+    if not is_run(folder):
+        run.say("the folder has no config.json and no metrics.jsonl any more")
+    run.config = _read_json(run, "config.json")
+    run.results = _read_json(run, "results.json")
+    _read_metrics(run)
+    _read_notes(run)
+    run.checkpoints = _list_checkpoints(run)
+    run.reconstructions = _list_reconstructions(run)
+    run.confusion = path if os.path.isfile(path := folder / "confusion.png") else None
+    times = [_changed(folder / name) for name in ("metrics.jsonl", "notes.jsonl")]
+    times += [checkpoint.time for checkpoint in run.checkpoints] if any(times) else []
+    run.changed = max((t for t in times if t is not None), default=None)
+    return run
+
+
+def _changed(path: Path) -> float | None:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return None
+
+
+def open_regular(path: Path) -> Any:
+    """A regular file, to read bytes of; a pipe or a device would make us wait.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path.name} is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_json(run: Run, name: str) -> dict[str, Any]:
+    """An object of a JSON file; empty, with a word about it, where there is none."""
+    most = MOST_JSON[name]
+    try:
+        with open_regular(run.path / name) as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        run.say(f"{name} cannot be opened: {first_line(error)}")
+        return {}
+    if len(data) > most:
+        run.say(f"{name} has more than {most // 2**20} MiB and was not read")
+        return {}
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        run.say(f"{name} is damaged: {first_line(error)}")
+        return {}
+    if not isinstance(value, dict):
+        run.say(f"{name} holds a {type(value).__name__} where names with values belong")
+        return {}
+    return value
+
+
+def _lines(run: Run, name: str) -> Iterator[bytes]:
+    """Lines of a file, with their ends; only the start of one that is too long, and only the last lines of a huge file."""
+    try:
+        with open_regular(run.path / name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MOST_LOG:
+                run.say(f"{name} has {size // 2**20} MiB, of which the last {MOST_LOG // 2**20} were read")
+                file.seek(size - MOST_LOG)
+                file.readline(LONGEST_LINE)
+            left, goes_on = MOST_LOG, False  # a file may grow faster than it is read
+            while left > 0 and (line := file.readline(LONGEST_LINE)):
+                left -= len(line)
+                if not goes_on:
+                    yield line if len(line) < LONGEST_LINE else line + b"\n"
+                goes_on = not line.endswith(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        run.say(f"{name} cannot be read: {first_line(error)}")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        value = json.loads(line.decode(errors="replace"))
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def _read_metrics(run: Run) -> None:
+    path = run.path / "metrics.jsonl"
+    every = math.ceil(min(os.path.getsize(path), MOST_LOG) / MOST_PARSED) if os.path.isfile(path) else 1
+    damaged = strange = trained = measured = 0
+    waiting = b""  # a line that was passed over, and may turn out to be the last one
+    for line in _lines(run, "metrics.jsonl"):
+        if every > 1:
+            if b'"loss"' in line or measured > 20_000:
+                trained += 1
+                if trained % every:
+                    waiting = line
+                    continue
+            else:
+                measured += 1
+        waiting = b""
+        good, odd = _add_record(run, line)
+        strange += odd
+        damaged += not good and line.endswith(b"\n") and bool(line.strip())
+    if waiting:
+        _add_record(run, waiting)
+    if every > 1:
+        run.say(f"metrics.jsonl is long: every {every}th line of the training was read, so the curves may miss a peak")
+    if damaged:
+        run.say(f"{damaged} lines of metrics.jsonl are damaged or of another kind, and were left out")
+    if strange:
+        run.say(f"{strange} values of metrics.jsonl are no numbers, and were left out")
+    run.series = {name: series.sorted() for name, series in run.series.items()}
+
+
+def _add_record(run: Run, line: bytes) -> tuple[bool, int]:
+    """Takes in a line of metrics. Returns whether it is one, and how many values in it are no numbers."""
+    record = _record(line)
+    if record is None:
+        return False, 0
+    step, epoch = number(record.pop("step", None)), number(record.pop("epoch", None))
+    if step is None or epoch is None or step < 0 or epoch < 0:
+        return False, 0
+    strange = 0
+    for name, value in record.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            strange += 1
+            continue
+        name = name[:60]
+        series = run.series.get(name)
+        if series is None:
+            if len(run.series) >= MOST_NUMBERS:
+                continue
+            series = run.series[name] = Series()
+        if (finite := number(value)) is None:
+            series.left_out += 1
+            continue
+        series.steps.append(step)
+        series.epochs.append(epoch)
+        series.values.append(finite)
+        run.last[name] = finite
+    if run.step is None or step >= run.step:
+        run.step, run.epoch = step, epoch
+    return True, strange
+
+
+def _read_notes(run: Run) -> None:
+    damaged, seen = 0, set[int]()
+    for line in _lines(run, "notes.jsonl"):
+        record = _record(line)
+        if record is None or not isinstance(record.get("kind"), str) or not isinstance(record.get("text"), str):
+            damaged += line.endswith(b"\n") and bool(line.strip())
+            continue
+        kind = shown(record["kind"], 40)
+        text = shown(record["text"], 4000 if kind == "started" else LONGEST_TEXT)
+        note = Note(kind, text, number(record.get("time")), number(record.get("step")))
+        run.num_notes[kind if kind in run.num_notes or len(run.num_notes) < 100 else "others"] += 1
+        if kind == "unreadable":  # a run that goes on names them again
+            if (key := hash(record["text"])) in seen:
+                continue
+            if len(seen) < 200_000:
+                seen.add(key)
+            run.num_unreadable += 1
+            if len(run.unreadable) < MOST_SHOWN:
+                run.unreadable[record["text"][:2000]] = note
+            continue
+        run.notes.append(note)
+        if kind == "started":
+            run.started, run.ended = note, None
+        elif kind in ("stopped", "done"):
+            run.ended = note
+    if damaged:
+        run.say(f"{damaged} lines of notes.jsonl are damaged or of another kind, and were left out")
+
+
+def _list_checkpoints(run: Run) -> list[Checkpoint]:
+    found: list[Checkpoint] = []
+    with suppress(FileNotFoundError):
+        try:
+            with os.scandir(run.path / "checkpoints") as entries:
+                for entry in entries:
+                    if entry.name.endswith(".pt") and len(found) < 10_000:
+                        with suppress(OSError):
+                            target = os.readlink(entry.path) if entry.is_symlink() else ""
+                            status = entry.stat(follow_symlinks=not target or os.path.exists(entry.path))
+                            found.append(Checkpoint(entry.name, target, status.st_size, status.st_mtime))
+        except (NotADirectoryError, PermissionError) as error:
+            run.say(f"checkpoints cannot be listed: {first_line(error)}")
+    return sorted(found, reverse=True)
+
+
+def _list_reconstructions(run: Run) -> list[tuple[int, Path]]:
+    found: list[tuple[int, Path]] = []
+    with suppress(OSError), os.scandir(run.path / "reconstructions") as entries:
+        for entry in entries:
+            if (match := re.fullmatch(r"epoch_([0-9]{1,9})\.png", entry.name)) and len(found) < 100_000:
+                found.append((int(match[1]), Path(entry.path)))
+    return sorted(found)
+
+
+# What the settings say beyond the defaults.
+
+
+class Difference(NamedTuple):
+    """A setting that is not the default."""
+
+    name: str
+    value: Any
+    default: Any
+
+
+def differences(config: dict[str, Any], *, exactly: bool = False) -> list[Difference]:
+    """The settings that differ from the defaults of the command and its recipe, as far as these can be known.
+
+    Args:
+        config: of a run.
+        exactly: also those that follow from the machine, such as the precision, with which a run would go on otherwise
+            on another one.
+    """
+    parser, defaults = _defaults(config)
+    skipped = {"help", "output", "resume", "list_models"} | (set() if config.get("probe_data") else {"probe_epochs"})
+    found = []
+    for name in (action.dest for action in parser._actions):
+        value = config.get(name)
+        if name in skipped or value is None or _same(value, defaults.get(name)):
+            continue
+        if (name == "workers" or not exactly) and _is_of_the_machine(config, name, value):
+            continue
+        found.append(Difference(name, value, defaults.get(name)))
+    return found
+
+
+def _same(value: Any, default: Any) -> bool:
+    if isinstance(value, list) and isinstance(default, list | tuple):
+        return value in ([*default], [*default] * 2)  # a side stands for height and width
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
+
+
+def _is_of_the_machine(config: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether a setting may well be what the machine or the data made of a default."""
+    if name == "precision":
+        return value in ("float32", "bf16")
+    if name == "workers":
+        return isinstance(value, int) and 1 <= value <= MOST_WORKERS
+    return name == "model" and config.get("command") == "finetune" and not config.get("from_scratch")
+
+
+class _Command(NamedTuple):
+    """What is known of a run's command.
+
+    `plain` is what its parser gives for an empty command line, `recipe` the one that it then takes, and `of_recipe` the
+    settings of the run's own. `resolve` fills in a command line. Settings of `named` say what is trained on what; from those
+    of `leading` others follow, as the warm-up from the epochs.
+    """
+
+    parser: argparse.ArgumentParser
+    plain: dict[str, Any]
+    resolve: Callable[[dict[str, Any]], dict[str, Any]]
+    recipe: str
+    of_recipe: dict[str, Any]
+    named: tuple[str, ...]
+    leading: tuple[str, ...]
+
+
+def _pretraining(config: dict[str, Any]) -> _Command:
+    parser = pretraining.create_parser()
+    plain = vars(parser.parse_args([]))
+    images = config.get("num_images")
+
+    def resolve(given: dict[str, Any]) -> dict[str, Any]:
+        return pretraining.resolve_config(argparse.Namespace(**plain | given), int(images or 0), Machine())
+
+    recipe = "small" if isinstance(images, int) and images < pretraining.SMALL_SET else "spark"
+    named = str(config.get("recipe", recipe))
+    of_recipe = dict(pretraining.RECIPES[named].defaults) if named in pretraining.RECIPES else {}
+    if config.get("channels") == 3:  # what is filled in later, where nothing else was asked for
+        of_recipe |= {"mean": [*MEAN], "std": [*STD]}
+    return _Command(parser, plain, resolve, recipe, of_recipe, ("data", "model", "recipe", "channels", "probe_data"),
+                    ("epochs", "samples_per_epoch", "batch_size", "accumulate"))  # fmt: skip
+
+
+def _finetuning(config: dict[str, Any]) -> _Command:
+    parser = finetuning.create_parser()
+    plain = vars(parser.parse_args(["--data", "."])) | {"data": None}
+    images, model = config.get("num_train_images", config.get("num_train")), str(config.get("model"))
+    norm = "ln" if "convnext" in model else "bn"  # the network itself would say, and take long to make
+    known = {name: config.get(name) for name in ("model", "num_classes", "several_labels", "channels")}
+    known |= {"num_train_images": images, "input_size": None}
+
+    def resolve(given: dict[str, Any]) -> dict[str, Any]:
+        return finetuning.resolve_config(argparse.Namespace(**plain | given), known, norm, Machine())[0]
+
+    recipe = "small" if isinstance(images, int) and images < finetuning.SMALL_SET else "paper"
+    of_recipe = finetuning.SMALL if config.get("recipe", recipe) == "small" else finetuning.paper_recipe(model, norm).defaults
+    return _Command(parser, plain, resolve, recipe, dict(of_recipe), ("weights", "data", "from_scratch", "recipe", "model"),
+                    ("epochs", "batch_size", "accumulate", "shots"))  # fmt: skip
+
+
+def _defaults(config: dict[str, Any]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """The parser of the run's command, and what each setting is if the command line does not say it."""
+    command = _finetuning(config) if config.get("command") == "finetune" else _pretraining(config)
+
+    def resolved(names: tuple[str, ...]) -> dict[str, Any] | None:
+        with suppress(Exception):  # settings of a damaged run can fail anywhere
+            return command.resolve({name: config[name] for name in names if config.get(name) is not None})
+        return None
+
+    plain = command.plain | {name: v for name, v in command.of_recipe.items() if command.plain.get(name) is None}
+    base = resolved(command.named) or plain
+    following = resolved(command.named + command.leading) or base
+    defaults = following | {name: base.get(name) for name in command.leading}
+    defaults |= {name: plain.get(name) for name in (*command.named, "mean", "std")} | {"recipe": command.recipe}
+    return command.parser, defaults
+
+
+def continuing_command(run: Run) -> str:
+    """The command line that continues a run: as it was noted, else built from its settings; empty where there are none."""
+    if run.started:
+        return run.started.text
+    if not run.config:
+        return ""
+    parser, _ = _defaults(run.config)
+    actions = {action.dest: action for action in parser._actions}
+    words = [python_command(), "-m", f"sparkme.{run.command}"]
+    changed = {difference.name: difference.value for difference in differences(run.config, exactly=True)}
+    if run.command == "finetune":
+        size = run.config.get("input_size")
+        changed |= {"input_size": size} if size else {}
+    output = run.config.get("output")
+    moved = not isinstance(output, str) or Path(output).name != Path(os.path.abspath(run.path)).name
+    changed["output"] = str(run.path) if moved else output
+    for name, value in changed.items():
+        values = [shown(item, 4000) for item in (value if isinstance(value, list) else [value])]
+        flags = actions[name].option_strings
+        if not flags:
+            words[3:3] = values
+        elif isinstance(value, bool):
+            words.append(flags[0] if value else flags[-1])
+        else:
+            words += [flags[0], *values]
+    return shlex.join(words)

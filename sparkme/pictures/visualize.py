@@ -1,0 +1,253 @@
+"""The work of `sparkme.visualize`: reconstructions of images under masks, and what becomes of a mask, as pictures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparkme.data.dataset import centre_crop, normalise, pixels_of
+from sparkme.data.images import load_image
+from sparkme.data.limits import limit_pixels
+from sparkme.data.planes import Pixels
+from sparkme.data.sources.files import demo_photographs, find_images
+from sparkme.data.statistics import Statistics, statistics_of
+from sparkme.data.survey import find_pixels
+from sparkme.errors import UserError, user_errors
+from sparkme.files import replaced_when_whole
+from sparkme.interop.export import run_folder
+from sparkme.loss import hidden_patch_loss
+from sparkme.masked import MaskedAutoencoder
+from sparkme.pictures.page import Result, write_page
+from sparkme.pictures.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_panel, error_pictures, masked_pictures
+from sparkme.text import ended, printable
+from sparkme.training.build import network_of
+from sparkme.training.checkpoint import load_checkpoint
+from sparkme.training.config import MAX_SIDE, check_value_range
+from sparkme.training.distributed import start_process
+
+MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
+
+
+def visualize(args: argparse.Namespace) -> int:
+    """Draws what a checkpoint's network makes of images. Returns the exit code."""
+    if args.layers is not None:
+        raise UserError("--layers goes with --mask-pattern")
+    if args.checkpoint is None:
+        raise UserError("name a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt, or pass --mask-pattern")
+    seeds = chosen_seeds(args)
+    check_value_range(args.value_range)
+    default = run_folder(args.checkpoint) / "visualize.png"
+    if default.is_relative_to(Path.cwd()):
+        default = default.relative_to(Path.cwd())
+    output = check_output(args, default, (".png", ".html"))
+    named, found = chosen_images(args.images, output)
+    device = start_process(args.device).device
+    checkpoint = load_checkpoint(args.checkpoint, mmap=True)
+    config = checkpoint["config"]
+    limit_pixels(config.get("max_pixels"))
+    network = network_of(checkpoint, args.checkpoint)
+    if not all(value.isfinite().all() for value in network.parameters()):
+        raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
+    statistics_from = args.statistics or "true"
+    if statistics_from == "predicted" and not network.normalise_patches:
+        raise UserError(
+            "--statistics predicted: there is nothing to predict, since this run (--no-norm-pix-loss) paints hidden patches "
+            "with their mean and deviation; leave the flag out"
+        )
+    ratios = [*dict.fromkeys(args.mask_ratio or [network.mask_ratio])]
+    size = chosen_size(args) or network.input_size
+    with user_errors():
+        for ratio in ratios:  # all of them, before the first image
+            network.set_task(size, ratio)
+        network.to(device).eval().encoder.set_engine(args.engine)
+    seeds = seeds or [config.get("seed", 0)]
+
+    try:
+        pixels, seen = find_pixels(
+            named + found, network.encoder.in_channels, config.get("background", "white"), known=pixels_of(config),
+            given=args.value_range, upright=args.upright, flag="IMAGE",
+        )  # fmt: skip
+        print(f"images    {seen}")
+    except UserError:  # which is said image by image
+        pixels = pixels_of(config)
+    images = load_images(named, found, args.max_images or max(8, len(named)), network, config, pixels)
+    rows, most = len(images) * len(ratios) * len(seeds), min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
+    if rows > most:
+        raise UserError(f"{len(images)} images, {len(ratios)} mask ratios and {len(seeds)} seeds are {rows} rows, more than "
+                        f"{most} of {size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size")  # fmt: skip
+    make_folder(output)
+    masks = [(ratio, seed) for ratio in ratios for seed in seeds]
+    cases = [(name, image, ratio, seed) for name, image in images.items() for ratio, seed in masks]
+    results = []
+    for name, image, ratio, seed in tqdm(cases, desc="drawing", disable=not sys.stderr.isatty()):
+        network.set_task(size, ratio)
+        results.append(reconstruct(network, image.to(device), name, seed, statistics_of(config), statistics_from))
+    text = f"{caption(network, network.encoder.in_channels, statistics_from)} {ERROR_CAPTION}"
+    if output.suffix.lower() == ".html":
+        title = f"{config['model']} after {checkpoint['step']} steps: reconstructions"
+        write_page(output, title, results, text, {"checkpoint": args.checkpoint, "step": checkpoint["step"], **config})
+    else:
+        write_picture(output, results, text)
+    print_table(results)
+    print(f"wrote {output}")
+    return 0
+
+
+@torch.no_grad()
+def reconstruct(
+    network: MaskedAutoencoder, image: Tensor, name: str, seed: int, statistics: Statistics, statistics_from: str
+) -> Result:
+    """Hides patches of a (C, H, W) image, bytes or floats in [0, 1], and has the network paint them."""
+    images = normalise(image[None], statistics)
+    active = network.random_active(1, torch.Generator().manual_seed(seed)).to(image.device)
+    grid = network.grid(images, active)
+    prediction = network.predict(images, grid)
+    loss = hidden_patch_loss(prediction, images, grid, normalise=network.normalise_patches)
+    painted = network.paint(prediction, images, grid, statistics=statistics_from)
+    shown = images, painted, grid.mask(1, torch.bool), statistics
+    pictures = torch.cat((masked_pictures(*shown)[0], error_pictures(*shown)))
+    return Result(name, network.mask_ratio, seed, network.keep, math.prod(network.num_patches), float(loss), pictures)
+
+
+def chosen_seeds(args: argparse.Namespace) -> list[int]:
+    """Those that were asked for; none stands for the run's.
+
+    Raises:
+        UserError: they make no sense.
+    """
+    if args.seeds and args.num_seeds is not None:
+        raise UserError("--seeds and --num-seeds say the same in two ways; leave one out")
+    if args.num_seeds is not None and not 1 <= args.num_seeds <= MAX_ROWS:
+        raise UserError(f"--num-seeds {args.num_seeds} must be from 1 to {MAX_ROWS}")
+    if args.max_images is not None and args.max_images < 1:
+        raise UserError(f"--max-images {args.max_images} must be at least 1")
+    for seed in args.seeds or ():
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seeds {seed} must be from 0 to 2^63 - 1")
+    return [*dict.fromkeys(args.seeds or range(args.num_seeds or 0))]
+
+
+def chosen_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    if args.size is None:
+        return None
+    if len(args.size) > 2:
+        raise UserError(f"--size takes a side, or height and width; got {len(args.size)} numbers")
+    if not 1 <= min(args.size) <= max(args.size) <= MAX_SIDE:
+        raise UserError(f"--size {' '.join(map(str, args.size))} must be from 1 to {MAX_SIDE}")
+    return args.size[0], args.size[-1]
+
+
+def check_output(args: argparse.Namespace, default: Path, suffixes: tuple[str, ...]) -> Path:
+    """The file to write.
+
+    Raises:
+        UserError: it has no suffix that stands for a format, or is there already.
+    """
+    output: Path = args.output or default
+    if output.suffix.lower() not in suffixes:
+        raise UserError(f"--output {output}: the suffix must be {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; choose another --output")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists; choose another --output, or pass --overwrite")
+    return output
+
+
+def make_folder(output: Path) -> None:
+    """Makes the folder of the output, before work that would be lost without it.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}") from error
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output} cannot be written: {output.parent} may only be read")
+
+
+def chosen_images(given: list[Path], output: Path) -> tuple[list[Path], list[Path]]:
+    """Image files that the command line names, and those found in its folders, or the photographs; without the picture that is
+    about to be replaced.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not given:
+        try:
+            return [], demo_photographs()
+        except UserError:
+            raise UserError(
+                "without an IMAGE scikit-image's photographs are shown, and scikit-image or its photographs are not installed; "
+                "name images or folders, or pip install 'sparkme[demo]'"
+            ) from None
+    named: list[Path] = []
+    in_folders: list[Path] = []
+    for path in given:
+        if path.is_file():
+            named.append(path)
+        elif path.is_dir():
+            in_folders += [found for found in find_images(path, flag="the folder") if found.absolute() != output.absolute()]
+        else:
+            raise UserError(f"there is no image or folder {path}")
+    if not named and not in_folders:
+        raise UserError(f"{given[0]} holds no image but {output}, which is to be replaced")
+    return [*dict.fromkeys(named)], [*dict.fromkeys(path for path in in_folders if path not in named)]
+
+
+def load_images(
+    named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any], pixels: Pixels
+) -> dict[str, Tensor]:
+    """The middle of `count` images, (C, H, W) each, by name: those that were named, then some spread over the others.
+
+    What cannot be read is said and passed over.
+
+    Raises:
+        UserError: none can be read.
+    """
+    paths = named + found
+    names = [path.name for path in paths]
+    loaded: dict[Path, Tensor] = {}
+    step = math.ceil(len(found) / max(1, count - len(named)))
+    for path in dict.fromkeys([*named, *found[:: max(1, step)], *found]):
+        if len(loaded) == count:
+            break
+        try:
+            image = load_image(path, network.encoder.in_channels, config.get("background", "white"), pixels)
+            loaded[path] = centre_crop(image, network.input_size)
+        except OSError as error:
+            print(f"passed over: {error}", file=sys.stderr, flush=True)
+    if not loaded:
+        raise UserError(f"none of {len(paths)} images can be read")
+    if len(paths) > count:
+        print(f"showing {len(loaded)} of {len(paths)} images; --max-images N shows more")
+    # By its name alone, as long as that is enough.
+    return {
+        printable(Path(path.name) if names.count(path.name) == 1 else path): loaded[path] for path in paths if path in loaded
+    }
+
+
+def write_picture(output: Path, results: list[Result], text: str) -> None:
+    rows = [Row(result.pictures, f"{result.name}: {result.setting}, loss {result.loss:.3f}") for result in results]
+    picture = draw_panel(COLUMNS, rows, text, error_bar=True)
+    with replaced_when_whole(output) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+
+
+def print_table(results: list[Result]) -> None:
+    names = [ended(result.name, 60) for result in results]
+    width = max(len("image"), *map(len, names))
+    print(f"{'image':<{width}}  mask ratio  {'seed':>6}    loss")
+    for name, result in zip(names, results, strict=True):
+        print(f"{name:<{width}}  {result.mask_ratio:>10g}  {result.seed:>6}  {result.loss:6.4f}")
+    if len(results) > 1:
+        print(f"{'mean':<{width}}  {'':>10}  {'':>6}  {sum(result.loss for result in results) / len(results):6.4f}")

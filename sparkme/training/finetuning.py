@@ -1,0 +1,436 @@
+"""One run of `sparkme.finetune`: from its command line to its weights and measurements."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from sparkme.data.dataset import Batch, CropDataset, EpochSampler, create_loader, normalise, pixels_of
+from sparkme.data.labelled import Labelled, Split, WholeImages, class_counts, find_labelled, split_digest, whole_batches
+from sparkme.data.limits import limit_pixels
+from sparkme.data.planes import Pixels
+from sparkme.data.sources import Columns
+from sparkme.data.survey import find_pixels_together
+from sparkme.errors import CannotWrite, UserError
+from sparkme.features import best_decay, fit_linear, scale_of
+from sparkme.files import replaced_when_whole
+from sparkme.interop.files import write_state_dict
+from sparkme.interop.prefixes import Choice, shortened
+from sparkme.pretrained import Pretrained, read_pretrained
+from sparkme.state_dict import state_dict_of, torchs_state_dict
+from sparkme.training.config import check_value_range
+from sparkme.training.device import prepare_device
+from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.finetune_config import FIXED, output_folder, resolve_config
+from sparkme.training.folder import RunFolder, check_same_run
+from sparkme.training.log import RunLog
+from sparkme.training.loop import Training, run_training
+from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, learning_rate
+from sparkme.training.target import Measure, create_loss, create_measure
+
+
+def finetune(args: argparse.Namespace) -> int:
+    """Trains, or continues, the run that the arguments describe. Returns the exit code."""
+    process = start_process(args.device)
+    return run_training(lambda: Finetuning(args, process), args.hang_seconds)
+
+
+class Finetuning(Training):
+    """One fine-tuning run.
+
+    Args:
+        args: the command line.
+        process: this process.
+
+    Raises:
+        UserError, ValueError: what was asked for cannot be done; says what to change.
+    """
+
+    loss_name = "training loss"
+
+    def __init__(self, args: argparse.Namespace, process: Process) -> None:
+        prepare_device(process.device, tf32=args.tf32)
+        limit_pixels(args.max_pixels)
+        self.process = process
+        pretrained = find_weights(args)
+        self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
+        split = find_labelled(
+            args.data, args.labels, label_separator=args.label_separator, val_share=args.val_share, seed=args.seed,
+            root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
+            columns=Columns(args.image_column, args.label_column),
+        )  # fmt: skip
+        self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
+        self.val_set = split.val
+        self.classes = split.train.classes
+        self.statistics = pretrained.statistics
+        check_value_range(args.value_range)
+        self.pixels, self.seen = find_pixels_together(
+            process, self.train_set.images, pretrained.channels, pretrained.background, known=self._known_pixels(pretrained),
+            given=args.value_range, upright=args.upright,
+        )  # fmt: skip
+
+        torch.manual_seed(args.seed)
+        network, self.missing, taken = pretrained.dense(len(self.classes))
+        self.config, reason = resolve_config(
+            args, self._known(pretrained), norm_of(network), process.machine, folder.saved_config
+        )
+        if folder.saved_config is not None:
+            older = {"split_digest": self.config["split_digest"]}
+            check_same_run(folder.saved_config, self.config, folder.newest, FIXED, older)
+        if self.config["drop_path"]:
+            torch.manual_seed(args.seed)
+            try:
+                network, self.missing, taken = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
+            except ValueError:  # the network has none
+                if args.drop_path is not None:
+                    raise
+                self.config["drop_path"], reason = 0.0, f"{reason}; without drop path, which {pretrained.model} does not have"
+        config = self.config
+        self.size = (config["input_size"][0], config["input_size"][1])
+        freeze_auxiliary_heads(network)
+        self.network = network.to(process.device)
+        self.head = pretrained.head_of(self.network)
+        self._check_batch_norm()
+        if config["head_init"] == "linear" and folder.saved is None:
+            self._fit_head()
+        self.optimizer = create_finetuning_optimizer(
+            config["optimizer"], self.network, layer_numbers(self.network, self.head), layer_decay=config["layer_decay"]
+        )
+        self.clip_norm = config["clip_grad"] or None
+        self.average = create_average(self.network, config["ema_decay"], warmup=config["ema_warmup"])
+        self.steps_per_epoch = len(self.train_set) // config["batch_size"]
+        self.total_steps = config["epochs"] * self.steps_per_epoch
+        self.best: dict[str, float] = {}
+        self.unreadable: set[str] = set()  # of those that are measured on
+        self.resume()
+        self.network, self.model = distribute(self.network, process)
+        self.mix, self.criterion, self.erase = create_losses(config, process.device)
+        self.dataset = CropDataset(
+            self.train_set.images, self.size, min_scale=config["crop_scale"], seed=config["seed"],
+            channels=config["channels"], background=config["background"], flip=config["flip"],
+            augment=create_augment(config["auto_augment"]), labels=self.train_set.labels, reduced_jpeg=config["reduced_jpeg"],
+            pixels=self.pixels,
+        )  # fmt: skip
+        if process.is_main:
+            folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
+            self._introduce(pretrained, split, reason, taken)
+
+    def batches(self, steps: range) -> Iterable[Batch]:
+        config, process = self.config, self.process
+        sampler = EpochSampler(
+            len(self.dataset), len(self.dataset), config["batch_size"], config["seed"], steps, process.rank, process.world,
+            config["repeats"], self.dataset.source.blocks, self.dataset.source.window,
+        )  # fmt: skip
+        return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
+        assert batch.images is not None and batch.labels is not None
+        return batch.images, batch.labels
+
+    def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
+        images, labels = tensors  # (B, C, H, W) bytes, or floats in [0, 1]; (B,) int64, or (B, labels) bool
+        x = normalise(images, self.statistics)
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
+        if self.erase is not None:
+            x = self.erase(x)
+        loss: Tensor = self.criterion(scores_of(self.model(x)), labels)
+        return loss
+
+    def rates(self, step: int) -> dict[str, float]:
+        config = self.config
+        peak = config["base_lr"] * config["batch_size"] / 256
+        warmup = round(config["warmup_epochs"] * self.steps_per_epoch)
+        rate = learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=self.total_steps)
+        return {"learning_rate": rate, "weight_decay": config["weight_decay"]}
+
+    def after_step(self) -> None:
+        if self.average is not None:
+            with torchs_state_dict(self.network, self.average.module):  # timm moves the one's values towards the other's
+                self.average.update(self.network, self.step)
+
+    def state(self) -> dict[str, Any]:
+        average = {"average": state_dict_of(self.average.module)} if self.average is not None else {}
+        return {**super().state(), **average, "best": self.best, "classes": self.classes}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        nn.Module.load_state_dict(self.network, saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            nn.Module.load_state_dict(self.average.module, saved.get("average", saved["model"]))
+        if not self.best:  # with `--on-nan rollback` what is in best.safetensors stays
+            self.best = saved["best"]
+
+    def is_due(self, epoch: int) -> bool:
+        return epoch > 0 and (epoch % self.config["eval_epochs"] == 0 or epoch == self.config["epochs"])
+
+    def report(self, epoch: int, log: RunLog | None) -> None:
+        """Measures the weights and, if there is one, their running average; keeps the best, by the latter."""
+        found, measure = self._measure(self.network)
+        values, text = {f"val_{name}": value for name, value in found.items()}, measure.describe(found)
+        kept = self.network
+        if self.average is not None:
+            found, measure = self._measure(self.average.module)
+            values |= {f"val_{name}_average": value for name, value in found.items()}
+            kept = self.average.module
+            text += f"; running average {100 * found[measure.best]:.1f} %"
+        if not log:
+            return
+        log.measured(self.step, epoch, values, text)
+        if not self.best or found[measure.best] > self.best[measure.best]:
+            before, self.best = self.best, {measure.best: found[measure.best], "epoch": epoch}
+            try:
+                self._write_weights(kept)
+            except CannotWrite:  # a full disk: what is there is still that of before
+                self.best = before
+                raise
+        self._write_results(values, epoch, measure)
+
+    @torch.no_grad()
+    def _measure(self, network: nn.Module) -> tuple[dict[str, float], Measure]:
+        """What whole images to measure on say of a network; the processes share the images."""
+        config, process, measure = self.config, self.process, self._new_measure()
+        images = self._whole_images(self.val_set)
+        share = range(process.rank, len(self.val_set), process.world)
+        network.eval()
+        process.share_buffers(network)
+        for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=share):
+            for problem in batch.unreadable:
+                if problem not in self.unreadable:
+                    print(f"not measured on unreadable image {problem}", file=sys.stderr, flush=True)
+            self.unreadable.update(batch.unreadable)
+            if batch.images is None:
+                continue
+            with self.precision():
+                scores = scores_of(network(normalise(batch.images.to(process.device), self.statistics)))
+            measure.add(scores.float().cpu(), self.val_set.labels[batch.numbers])
+        measure, *others = process.gather(measure)
+        for other in others:
+            measure.merge(other)
+        if process.is_main:
+            measure.check()
+        return measure.values(), measure
+
+    def _new_measure(self) -> Measure:
+        return create_measure(self.classes, self.config["several_labels"])
+
+    def _fit_head(self) -> None:
+        """Starts the classifier as the best linear one on the frozen features of the training images.
+
+        A classifier that starts at random first sends gradients of chance through the network, and what was learnt
+        before is lost to them (Kumar et al., ICLR 2022, linear probing then fine-tuning). Batch norm's running statistics are
+        estimated before, since a step's are those of whole images, and pretraining's were of visible patches.
+        """
+        with averaging_batch_norms(self.network):
+            self._run_whole_images()
+        layer: Any = self.network.get_submodule(self.head)
+        is_pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1
+        if type(layer) is not nn.Linear and not is_pointwise:
+            print(f"note: the classifier starts at random, since {type(layer).__name__} is no linear layer", file=sys.stderr)
+            return
+        inputs: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
+        try:
+            labels = self._run_whole_images()
+        finally:
+            handle.remove()
+        x = torch.cat(inputs).flatten(1)
+        mean, std = scale_of(x)
+        x = (x - mean) / std
+        linear = fit_linear(x, labels, best_decay(x, labels), classes=len(self.classes))
+        weight = linear.weight / std
+        with torch.no_grad():
+            layer.weight.copy_(weight.view_as(layer.weight))
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias - weight @ mean)
+
+    @torch.no_grad()
+    def _run_whole_images(self) -> Tensor:
+        """Runs the network, as its modes are, on the whole training images. Returns the labels of those that can be read."""
+        config, labels = self.config, []
+        images = self._whole_images(self.train_set)
+        # Shuffled, since a batch of one class would give batch norms its own statistics.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config["seed"])).tolist()
+        for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=order):
+            if batch.images is not None and len(batch.images) > 1:
+                self.network(normalise(batch.images.to(self.process.device), self.statistics))
+                labels.append(self.train_set.labels[batch.numbers])
+        if not labels:
+            raise UserError(f"--data {config['data']}: too few of its images can be read")
+        return torch.cat(labels)
+
+    def _whole_images(self, part: Labelled) -> WholeImages:
+        config = self.config
+        return WholeImages(
+            part.images, self.size, channels=config["channels"], background=config["background"], pixels=self.pixels
+        )
+
+    def _write_weights(self, network: nn.Module) -> None:
+        config = self.config
+        state = {name: value for name, value in state_dict_of(network).items() if isinstance(value, Tensor)}
+        notes = {
+            "format": "pt", "network": config["model"], "num_classes": str(len(self.classes)),
+            "classes": json.dumps(self.classes), "channels": str(config["channels"]), "mean": json.dumps(config["mean"]),
+            "std": json.dumps(config["std"]), "background": config["background"],
+            "input_size": json.dumps(config["input_size"]), "several_labels": json.dumps(config["several_labels"]),
+            "value_range": json.dumps(config["value_range"]), "upright": json.dumps(config["upright"]),
+        } | {name: str(value) for name, value in self.best.items() if name != "epoch"}  # fmt: skip
+        write_state_dict(self.folder.path / "best.safetensors", state, notes)
+
+    def _write_results(self, values: dict[str, float], epoch: int, measure: Measure) -> None:
+        results = {"epoch": epoch, "last": values, "best": self.best, "num_train": len(self.train_set),
+                   "num_val": measure.num_images, **measure.write(self.folder.path)}  # fmt: skip
+        with replaced_when_whole(self.folder.path / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
+
+    def last_words(self, checkpoint: Path) -> str:
+        folder = self.folder.path
+        if not self.best:
+            return "no weights could be written; make room, then start again with more --epochs"
+        best = f"best of the measured epochs: {self._new_measure().describe(self.best)} after epoch {self.best['epoch']}"
+        pictures = [folder / "loss.png", *([] if self.config["several_labels"] else [folder / "confusion.png"])]
+        return f"{best}, {folder / 'best.safetensors'}\npictures: {', '.join(map(str, pictures))}"
+
+    def _known_pixels(self, pretrained: Pretrained) -> Pixels | None:
+        """Of this run, where it goes on; else of the run that the weights are from."""
+        return pixels_of(self.folder.saved_config) if self.folder.saved_config else pretrained.pixels
+
+    def _known(self, pretrained: Pretrained) -> dict[str, Any]:
+        return {
+            "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
+            "num_classes": len(self.classes), "several_labels": self.train_set.has_several,
+            "channels": pretrained.channels, "mean": [*pretrained.statistics.mean], "std": [*pretrained.statistics.std],
+            "background": pretrained.background, "value_range": self.pixels.ranges, "upright": self.pixels.upright,
+            "input_size": list(pretrained.input_size) if pretrained.input_size else None,
+            "split_digest": split_digest(self.train_set, self.val_set),
+        }  # fmt: skip
+
+    def _check_batch_norm(self) -> None:
+        config = self.config
+        if config["batch_size"] // (self.process.world * config["accumulate"]) < 2 and norm_of(self.network) == "bn":
+            raise UserError(f"--batch-size {config['batch_size']} leaves batch norm a single image; raise it")
+
+    def _introduce(self, pretrained: Pretrained, split: Split, reason: str, taken: str) -> None:
+        """Prints what will be done, and why where something was chosen."""
+        config, process = self.config, self.process
+        rate = config["base_lr"] * config["batch_size"] / 256
+        threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
+        shots = f"; --shots {config['shots']} of each class" if config["shots"] else ""
+        kind = "labels" if config["several_labels"] else "classes"
+        new = f"; {len(self.missing)} new: {shortened(self.missing)}" if self.missing else ""
+        lines = {
+            "data": f"{split.note}{shots}; {class_counts(self.train_set)}",
+            "images": self.seen,
+            "weights": f"{pretrained.origin}{', ' if taken else ''}{taken}{new}",
+            "network": f"{config['model']}, {len(self.classes)} {kind}, {'x'.join(map(str, self.size))} pixels",
+            "recipe": reason,
+            "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, "
+            f"{config['optimizer']}, peak learning rate {rate:.2g}, of a layer {config['layer_decay']:g} of the next one's",
+            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
+            "output": f"{self.folder.path}" + (f", resumed after step {self.step}" if self.folder.saved else ""),
+        }
+        for name, text in lines.items():
+            print(f"{name:9s} {text}")
+        for remark in split.remarks:
+            print(f"{'note':9s} {remark}")
+        self.folder.print_changes(config)
+        sys.stdout.flush()
+
+
+def find_weights(args: argparse.Namespace) -> Pretrained:
+    """What the command line starts from.
+
+    Raises:
+        UserError: it does not say.
+    """
+    if args.from_scratch and (args.weights_key or args.adapt_stem):
+        raise UserError("--weights-key and --adapt-stem say how weights are read, and --from-scratch reads none")
+    if args.weights is not None:
+        found = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
+        return found.random() if args.from_scratch else found
+    if not args.from_scratch:
+        raise UserError("name a checkpoint or weights to start from, or pass --from-scratch --model NAME")
+    if args.model is None:
+        raise UserError("--from-scratch needs --model NAME, or a checkpoint to take the network from")
+    return Pretrained(args.model, None, "random weights")
+
+
+@contextmanager
+def averaging_batch_norms(network: nn.Module) -> Iterator[None]:
+    """Puts a network into eval mode, but for its batch norms, whose running statistics become the mean over what is run; after
+    it the whole network is in eval mode."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        network.eval()
+
+
+def norm_of(network: nn.Module) -> str:
+    return "bn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()) else "ln"
+
+
+def scores_of(out: Any) -> Tensor:
+    """The scores (B, classes) of what a network gives; some give more of them, from earlier layers, in training."""
+    scores: Tensor = out if isinstance(out, Tensor) else out[0]
+    return scores
+
+
+def freeze_auxiliary_heads(network: nn.Module) -> None:
+    """Takes heads on earlier layers (torchvision's GoogLeNet and Inception) out of the training, as the loss has no part for
+    them; of several processes each would wait for their gradients."""
+    for name, child in network.named_children():
+        if name.lower().startswith("aux"):
+            child.requires_grad_(False)
+
+
+def create_average(network: nn.Module, decay: float, *, warmup: bool) -> Any:
+    """timm's running average of the weights, or None; with `warmup` it forgets the first steps faster."""
+    return ModelEmaV3(network, decay=decay, use_warmup=warmup) if decay else None
+
+
+def create_augment(name: str) -> nn.Module | None:
+    kinds = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
+    if name == "none":
+        return None
+    bicubic, bilinear = (
+        kinds[name](interpolation=mode) for mode in (v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR)
+    )
+    return ImagesOrArrays(bicubic, bilinear)
+
+
+class ImagesOrArrays(nn.Module):
+    """Pillow's images go one way, tensors the other: torchvision turns them with other interpolations."""
+
+    def __init__(self, of_images: nn.Module, of_arrays: nn.Module) -> None:
+        super().__init__()
+        self.of_images, self.of_arrays = of_images, of_arrays
+
+    def forward(self, x: Any) -> Any:
+        return self.of_arrays(x) if isinstance(x, Tensor) else self.of_images(x)
+
+
+def create_losses(config: dict[str, Any], device: torch.device) -> tuple[Any, nn.Module, Any]:
+    """timm's mixup and cutmix, or None; the loss; and timm's random erasing, or None."""
+    mix, criterion = create_loss(config)
+    erasing = config["random_erasing"]
+    return mix, criterion, RandomErasing(erasing, mode="pixel", device=str(device)) if erasing else None

@@ -1,0 +1,114 @@
+"""`python -m sparkme.export`: what it writes loads into torchvision, and what does not agree is not written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from commands import SMALL
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import sparkme.export
+import sparkme.pretrain
+from sparkme.sparse import forms, sparsify
+
+
+@pytest.fixture(scope="module", params=["resnet18", "convnext_tiny"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = [*SMALL, "--model", request.param, "--epochs", "1", "--panel-epochs", "0", "--output", str(folder)]
+    assert sparkme.pretrain.main(flags) == 0
+    return request.param, folder / "checkpoints" / "last.pt"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_exported_weights_load_into_torchvision(
+    checkpoint: tuple[str, Path], suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, path = checkpoint
+    output = tmp_path / f"weights{suffix}"
+    assert sparkme.export.main([str(path), "--to", "torchvision", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    state = load_file(output) if suffix == ".safetensors" else torch.load(output, weights_only=True)
+    model = torchvision.models.get_model(name, weights=None)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and missing and all(k.startswith(("fc.", "classifier.")) for k in missing)
+    assert "verified" in printed and f"the classifier: {', '.join(missing)}" in printed
+    assert printed.count("dense and sparse features differ by") == 4
+    if suffix == ".safetensors":
+        with safe_open(output, "pt") as file:
+            metadata = file.metadata()
+    else:
+        metadata = json.loads((output.parent / "weights.pth.json").read_text())
+    assert name in metadata["model"] and "SparK" in metadata["method"] and "last.pt, step 2" in metadata["source"]
+    assert json.loads(metadata["recipe"])["mask_ratio"] == 0.6
+
+    # The trained network itself, with every patch visible, against torchvision's.
+    from sparkme.training.build import build_network
+    from sparkme.training.checkpoint import load_checkpoint
+
+    saved = load_checkpoint(path)
+    network = build_network(saved["config"]).eval()
+    network.load_state_dict(saved["model"])
+    images = torch.randn(2, 3, 64, 64)
+    sparse = network.encoder(images, torch.ones(2, 1, 2, 2, dtype=torch.bool))[-1].dense()
+    model.eval()
+    dense = model.layer4(model.layer3(model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))))) \
+        if name == "resnet18" else model.features(images)  # fmt: skip
+    assert torch.allclose(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transposed_kernel_is_found_and_not_written(
+    checkpoint: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sparsify, "try_out", lambda encoder, dense: None)  # which would find it before
+    for kind in (forms.SparseConv2d, forms.SparseDepthwiseConv2d):
+        right = kind.dense_state
+        monkeypatch.setattr(kind, "dense_state", lambda self, right=right: {
+            k: v.transpose(2, 3).contiguous() if v.ndim == 4 else v for k, v in right(self).items()})  # fmt: skip
+    output = tmp_path / "wrong.safetensors"
+    assert sparkme.export.main([str(checkpoint[1]), "--output", str(output)]) == 1
+    assert "nothing was written" in capsys.readouterr().err and not output.exists()
+
+
+def test_weights_that_are_not_finite_are_not_written(
+    checkpoint: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(checkpoint[1], weights_only=True)
+    name = next(k for k in state["model"] if "layer2" in k or "features.3" in k)
+    state["model"][name].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    output = tmp_path / "nan.safetensors"
+    assert sparkme.export.main([str(tmp_path / "nan.pt"), "--output", str(output)]) == 2
+    assert "weights that are not finite" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_moved_run_is_exported_into_its_own_folder(checkpoint: tuple[str, Path], tmp_path: Path) -> None:
+    name, path = checkpoint
+    moved = tmp_path / "moved" / "checkpoints" / "last.pt"
+    moved.parent.mkdir(parents=True)
+    shutil.copy(path, moved)
+    assert sparkme.export.main([str(moved), "--no-verify"]) == 0
+    assert (tmp_path / "moved" / f"{name}.safetensors").exists()
+
+
+def test_mistakes_get_one_line(checkpoint: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*arguments: object) -> str:
+        assert sparkme.export.main([*map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    path = checkpoint[1]
+    assert "no checkpoint at" in fails(tmp_path / "none.pt")
+    assert "the suffix must be .safetensors or .pth" in fails(path, "--output", tmp_path / "weights.bin")
+    (tmp_path / "taken.pth").write_bytes(b"mine")
+    assert "exists; choose another --output, or pass --overwrite" in fails(path, "--output", tmp_path / "taken.pth")
+    assert (tmp_path / "taken.pth").read_bytes() == b"mine"
+    (tmp_path / "free.pth.json").write_text("mine")
+    assert "free.pth.json exists" in fails(path, "--output", tmp_path / "free.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    assert "is not a checkpoint of sparkme.pretrain" in fails(tmp_path / "other.pt")

@@ -1,0 +1,129 @@
+"""benchmarks.transfer: both sides get the same images and steps, each its best rate; and what it writes is documented."""
+
+import csv
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from pictures import make_labelled
+
+from benchmarks import small_data, transfer
+
+TINY = ["--model", "timm:test_resnet", "--input-size", "64", "--shots", "3", "0", "--seeds", "2", "--rates", "0.5", "1",
+        "--processes", "1", "--finetune-flags", "--epochs 1 --batch-size 4",
+        "--pretrain-flags", "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5"]  # fmt: skip
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that are run: in this process, since each would load torch anew."""
+    seen: list[list[str]] = []
+
+    def run(module: str, *words: object, quiet: bool = False, threads: int | None = None) -> None:
+        seen.append([module, *map(str, words)])
+        assert import_module(module).main(seen[-1][1:]) == 0
+
+    monkeypatch.setattr(transfer, "run", run)
+    return seen
+
+
+def value_of(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
+    words = ["--data", str(data), "--work", str(tmp_path / "work"), *TINY]
+    assert transfer.main(words) == 0
+    record = json.loads((tmp_path / "work" / "transfer.json").read_text())
+    assert record.keys() >= {"commit", "settings", "images", "classes", "pretraining", "probe", "finetuning"}
+    assert record["images"] == {"train": 36, "choose": 6, "test": 18}
+
+    tables = {name: list(csv.reader((tmp_path / "work" / f"{name}.csv").open())) for name in ("choose", "final")}
+    parts = {
+        (name, part): {row[0] for row in rows if row[2] == part} for name, rows in tables.items() for part in ("train", "val")
+    }
+    assert parts["choose", "train"] == parts["final", "train"] and not parts["choose", "val"] & parts["final", "val"]
+    seen_in_pretraining = {p.resolve() for p in (tmp_path / "work" / "unlabelled").iterdir()}
+    assert seen_in_pretraining == {(data / path).resolve() for path in parts["final", "train"]}
+
+    finetuned = [command for command in commands if command[0] == "sparkme.finetune"]
+    assert len(finetuned) == 2 * 2 * (2 + 2)
+    for shots in ("3", None):
+        mine = [c for c in finetuned if ("--shots" in c and value_of(c, "--shots")) == (shots or False)]
+        scratch, pretrained = ([c for c in mine if ("--from-scratch" in c) == side] for side in (True, False))
+        assert len(scratch) == len(pretrained) == 4
+        for ours, theirs in zip(sorted(scratch, key=str), sorted(pretrained, key=str)):
+            drop = {"--from-scratch", value_of(ours, "--output"), value_of(theirs, "--output"), value_of(ours, "--base-lr"),
+                    value_of(theirs, "--base-lr")}  # fmt: skip
+            assert [w for w in ours if w not in drop] == [w for w in theirs if w not in drop]
+    for result in record["finetuning"]:
+        for side in transfer.SIDES:
+            rates = {float(rate): accuracy for rate, accuracy in result[side]["accuracy_of_rates"].items()}
+            chosen = min(rates, key=lambda rate: abs(rate - result[side]["rate"]))
+            assert rates[chosen] == max(rates.values()) and chosen == pytest.approx(result[side]["rate"])
+            assert result[side]["mean"] == pytest.approx(sum(result[side]["accuracies"]) / 2)
+        gains = [a - b for a, b in zip(result["pretrained"]["accuracies"], result["scratch"]["accuracies"])]
+        assert result["gain"]["mean"] == pytest.approx(sum(gains) / 2)
+        assert result["gain"]["standard_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
+    assert "| labels a class |" in capsys.readouterr().out
+    capsys.readouterr()
+    for changed in (["--finetune-flags", "--epochs 2"], ["--test-share", "0.5"]):  # whose results would be mixed with these
+        assert transfer.main([*words, *changed]) == 2
+        assert "choose another --work" in capsys.readouterr().err
+    before = len(commands)
+    assert transfer.main(words) == 0  # what is done is not done again
+    assert {command[0] for command in commands[before:]} <= {"sparkme.pretrain"}
+
+
+def test_the_picture_and_the_table_come_from_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = {"mean": 0.5, "standard_error": 0.01, "accuracies": [0.5], "rate": 1e-3, "accuracy_of_rates": {}}
+    scores = [{"shots": 10, "weights": weights, "stride": 32, "knn": 0.3, "linear": 0.4} for weights in ("x", "random weights")]
+    record = {"settings": {"model": "resnet18", "input_size": 96}, "classes": ["a", "b"], "probe": scores,
+              "finetuning": [{"shots": 10, "pretrained": side, "scratch": {**side, "mean": 0.45},
+                              "gain": {"mean": 0.05, "standard_error": None}}]}  # fmt: skip
+    path, readme = tmp_path / "numbers.json", tmp_path / "README.md"
+    path.write_text(json.dumps(record))
+    readme.write_text(f"before\n{transfer.BEGIN}\n{transfer.END}\nafter\n")
+    monkeypatch.setattr(transfer, "README", readme)
+    assert transfer.main(["--write", "--json", str(path)]) == 0
+    assert "| 10 | 45.0 ± 1.0 | 50.0 ± 1.0 | +5.0 | 30.0, 40.0 | 30.0, 40.0 |" in readme.read_text()
+    assert path.with_suffix(".png").stat().st_size > 1000 and readme.read_text().endswith("after\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shots", "-1"], "--shots -1 must be at least 0"),
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--rates", "0"], "--rates and --base-lr must be above 0"),
+        (["--finetune-flags", "--base-lr 1"], "--base-lr is a flag of its own here"),
+        (["--write", "--json", "none.json"], "none.json does not exist"),
+        (["--data", "none"], "--data none is not a folder, and no file matches it"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert transfer.main(["--work", str(tmp_path), *words]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_settings_of_pretraining_are_compared_once_each(
+    tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
+    output = tmp_path / "numbers.json"
+    words = ["--data", str(data), "--work", str(tmp_path / "work"), "--model", "timm:test_resnet", "--input-size", "64",
+             "--base", "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5", "--draws", "2",
+             "--json", str(output), "--processes", "1"]  # fmt: skip
+    assert small_data.main([*words, "--trial", "", "--trial", "--crop-scale 0.5"]) == 0
+    first, second = json.loads(output.read_text())["trials"]
+    assert (first["flags"], second["flags"]) == ("", "--crop-scale 0.5")
+    assert first["loss"] != second["loss"] and 0 <= first["ten_labels_a_class"]["knn"] <= 1
+    pretrained = [command for command in commands if command[0] == "sparkme.pretrain"]
+    assert "--crop-scale" not in pretrained[0] and value_of(pretrained[1], "--crop-scale") == "0.5"
+    before = len(commands)
+    assert small_data.main([*words, "--trial", "--crop-scale 0.5"]) == 0 and len(commands) == before
+    assert small_data.main([*words, "--processes", "0"]) == 2
+    assert "--processes 0 must be at least 1" in capsys.readouterr().err

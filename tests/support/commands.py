@@ -1,0 +1,34 @@
+"""Commands that tests run, and what they leave behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparkme.pretrain import main
+
+# As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
+SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
+         "--epochs", "3", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01",
+         "--drop-path", "0.2"]  # fmt: skip
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must end with exit code 2 and one line; returns that line."""
+    assert main([*map(str, arguments)]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: "), errors
+    return errors[0]
+
+
+def weights(folder: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / name, weights_only=True)["model"]
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in records(folder) if "loss" in record]

@@ -1,0 +1,19 @@
+"""The smallest ConvNeXt and ConvNeXt V2, by names that `sparkme.models.create_dense` takes."""
+
+from itertools import pairwise
+
+import torchvision
+from timm.models.convnext import ConvNeXt
+from torchvision.models.convnext import CNBlockConfig
+
+V1, V2 = "official_networks:convnext", "official_networks:convnextv2"
+
+
+def convnext() -> torchvision.models.ConvNeXt:
+    widths = (8, 12, 16, 24, None)
+    return torchvision.models.ConvNeXt([CNBlockConfig(a, b, 1) for a, b in pairwise(widths)], layer_scale=0.5)
+
+
+def convnextv2(drop_path: float = 0.0) -> ConvNeXt:
+    dims = (8, 12, 16, 24)
+    return ConvNeXt(depths=(1, 1, 2, 1), dims=dims, use_grn=True, ls_init_value=None, drop_path_rate=drop_path, num_classes=0)

@@ -1,0 +1,27 @@
+"""torchvision's models with weights that hide nothing, and images for them."""
+
+import oracle
+import torch
+import torchvision
+from torch import Tensor, nn
+
+
+def random_model(name: str, seed: int = 0) -> nn.Module:
+    """A torchvision model whose norms and layer scales are not the identity, in float64."""
+    torch.manual_seed(seed)
+    drop = {"stochastic_depth_prob": 0.0} if name.startswith("convnext") else {}
+    model = torchvision.models.get_model(name, weights=None, **drop).double()
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif key.endswith(("running_mean", "bias")):
+                value.normal_(std=0.1)
+            elif "layer_scale" in key or value.ndim == 1:
+                value.uniform_(0.5, 1.5)
+    return model
+
+
+def images_and_mask(batch: int = 2, size: tuple[int, int] = (64, 96), visible: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return images, oracle.random_active(batch, (size[0] // 32, size[1] // 32), visible, seed=seed)

@@ -1,0 +1,64 @@
+"""The table of networks is held to the code: what it calls supported is, what it refuses is refused for that reason."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import networks
+from sparkme.models import create_encoder
+from sparkme.network_names import model_names
+
+TABLE = json.loads(networks.RESULTS.read_text())["networks"]
+SUPPORTED = {name: result for name, result in TABLE.items() if result["supported"]}
+# One for each kind of form; small ones.
+SAMPLE = [
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "timm:convnextv2_atto", "timm:nf_resnet26",
+    "timm:resnet50_gn", "timm:densenetblur121d", "timm:tf_efficientnet_b0", "timm:mambaout_femto", "timm:res2net50_26w_4s",
+    "timm:resnest14d", "timm:skresnet18", "timm:tresnet_m", "timm:hrnet_w18_small", "timm:ghostnetv2_100",
+    "timm:poolformer_s12", "timm:selecsls42b", "timm:gcresnext26ts", "timm:rdnet_tiny",
+]  # fmt: skip
+
+
+def test_the_table_holds_what_was_promised() -> None:
+    assert set(TABLE) == set(networks.names()) and len(TABLE) >= 150
+    of_torchvision = [name for name in SUPPORTED if not name.startswith("timm:")]
+    assert len(of_torchvision) >= 60
+    tried = [name for name in TABLE if name.startswith("timm:") and not networks.is_mixed(name)]
+    families = {TABLE[name]["family"] for name in tried}
+    missing = families - {result["family"] for name, result in SUPPORTED.items()}
+    assert missing == {"timm convmixer", "timm inception_resnet_v2", "timm inception_v3", "timm inception_v4", "timm nasnet",
+                       "timm pnasnet", "timm xception"}  # fmt: skip
+    assert sum(name in SUPPORTED for name in tried) >= 0.9 * len(tried)
+    for result in SUPPORTED.values():
+        limits = networks.LIMITS[getattr(torch, result["dtype"])]
+        assert all(error <= limits[kind] for kind, error in result["errors"].items())
+        assert 0 < result["gflop_sparse"] < 0.6 * result["gflop_dense"]
+
+
+def test_the_packaged_names_and_the_readme_are_the_tables() -> None:
+    assert model_names() == list(SUPPORTED)
+    assert networks.markdown(TABLE) in networks.README.read_text()
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_what_the_table_says_is_so(name: str) -> None:
+    result = networks.examine(name)
+    assert result["supported"], result["reason"]
+    kept = ("strides", "channels", "parameters", "gflop_dense", "gflop_sparse", "feature_info")
+    assert {key: json.loads(json.dumps(result[key])) for key in kept} == {key: TABLE[name][key] for key in kept}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name, r in SUPPORTED.items() if r["parameters"] < 30e6 and name not in SAMPLE])
+def test_the_other_small_networks_too(name: str) -> None:
+    test_what_the_table_says_is_so(name)
+
+
+@pytest.mark.parametrize("name", [n for n, r in TABLE.items() if not r["supported"] and "large" not in n and "base" not in n])
+def test_what_is_refused_is_refused_at_once_by_name(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        create_encoder(name)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(TABLE[name]["reason"][:60])
+    assert "layer '" in str(caught.value) or "cannot be run as model(images)" in str(caught.value)
