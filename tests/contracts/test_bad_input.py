@@ -225,7 +225,7 @@ def test_a_users_own_module_fails_in_one_line(
 
 
 def test_no_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def allocate(config: object) -> None:
+    def allocate(*_: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate\nmore")
 
     monkeypatch.setattr("sparkme.training.pretraining.build_network", allocate)
