@@ -16,8 +16,8 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.1
 DEMO_DIR := runs/demo
 # A quarter of a step less where the processor has such instructions; without them it would take many times as long.
 BF16 := $(if $(shell grep -m 1 -o -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--precision bf16)
-DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 8 --samples-per-epoch 256 --epochs 16 \
-  --base-lr 0.4 --crop-scale 0.9 --log-steps 32 --panel-epochs 4 $(BF16)
+DEMO_FLAGS ?= --model resnet18 --input-size 128 --decoder-width 128 --batch-size 8 --samples-per-epoch 256 --epochs 12 \
+  --base-lr 0.4 --crop-scale 1 --workers 1 --log-steps 32 --panel-epochs 4 $(BF16)
 TEST_FLAGS ?=
 # Each process needs a core and about 5 GB; tests that share a run stay together.
 TEST_PROCESSES ?= 2
