@@ -2,9 +2,6 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -13,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from random_models import images_and_mask, random_model
+from random_models import features_and_gradients, images_and_mask, random_model
 from torch import Tensor, nn
 
 import sparkme
@@ -226,34 +223,6 @@ def test_nan_comes_out_as_something_not_finite(engine: str) -> None:
     assert not rows.isfinite().any()
 
 
-REPEAT = """
-import torch, sparkme, random_models
-torch.set_num_threads(2)
-encoder = sparkme.sparsify(random_models.random_model("{name}")).float()
-images, active = random_models.images_and_mask(batch=8, size=(128, 128), visible=6)
-for engine in {engines}:
-    encoder.set_engine(engine)
-    results = []
-    for _ in range(3):
-        encoder.zero_grad()
-        sum(x.rows.square().mean() for x in encoder(images.float(), active)).backward()
-        results.append([p.grad for p in encoder.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for others in results[1:] for a, b in zip(results[0], others, strict=True)), engine
-assert torch.get_num_threads() == 2
-"""
-
-
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
-def test_gradients_repeat_bit_for_bit_with_several_threads(name: str) -> None:
-    """In a process of its own: MinkowskiEngine reads the number of threads when it is imported."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to others
-    done = subprocess.run(
-        [sys.executable, "-c", REPEAT.format(name=name, engines=ENGINES)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_batch_is_gone_when_nobody_holds_it(engine: str) -> None:
     encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine)
@@ -413,29 +382,6 @@ def test_bf16_rows_are_as_exact_as_plain_torch_in_bf16(name: str) -> None:
                      for values in (ours, plain))  # fmt: skip
     assert (errors[:4] <= 2 * usual[:4] + 1e-6).all()
     assert errors[4:].mean() <= 2 * usual[4:].mean()  # of one parameter it is a matter of chance
-
-
-def features_and_gradients(encoder: sparkme.SparseEncoder, images: Tensor, active: Tensor) -> list[Tensor]:
-    """The rows of all maps and the gradients of the norms' and the deepest layers' parameters, of a fixed sum."""
-    encoder.zero_grad()
-    rows = [x.rows for x in encoder(images, active)]
-    signs = [torch.arange(r.numel(), device=r.device).view_as(r) % 7 - 3 for r in rows]
-    sum((r.double() * s).sum() for r, s in zip(rows, signs, strict=True)).backward()
-    return [r.detach() for r in rows] + [p.grad for p in encoder.parameters() if p.grad is not None and p.grad.norm() > 0]
-
-
-@pytest.mark.parametrize("engine", ["cuda_ext", "masked-dense"])
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
-def test_stages_compile_without_graph_breaks(name: str, engine: str) -> None:
-    encoder = create_encoder(name, drop_path=0.0).set_engine(engine).train()
-    images, active = images_and_mask()
-    images = images.float()
-    expected = features_and_gradients(encoder, images, active)
-    torch._dynamo.reset()
-    for stage in encoder.compile_stages(backend="aot_eager", fullgraph=True):
-        assert stage in ("layer1", "layer2", "layer3", "layer4", *(f"features.{i}" for i in range(8)))
-    for x, y in zip(features_and_gradients(encoder, images, active), expected, strict=True):
-        assert oracle.relative_error(x, y) < 1e-5
 
 
 @pytest.mark.parametrize("engine", ["cuda_ext", "masked-dense"])

@@ -5,6 +5,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import sparkme
+
 
 def random_model(name: str, seed: int = 0) -> nn.Module:
     """A torchvision model whose norms and layer scales are not the identity, in float64."""
@@ -25,3 +27,12 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
 def images_and_mask(batch: int = 2, size: tuple[int, int] = (64, 96), visible: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return images, oracle.random_active(batch, (size[0] // 32, size[1] // 32), visible, seed=seed)
+
+
+def features_and_gradients(encoder: sparkme.SparseEncoder, images: Tensor, active: Tensor) -> list[Tensor]:
+    """The rows of all maps and the gradients of the norms' and the deepest layers' parameters, of a fixed sum."""
+    encoder.zero_grad()
+    rows = [x.rows for x in encoder(images, active)]
+    signs = [torch.arange(r.numel(), device=r.device).view_as(r) % 7 - 3 for r in rows]
+    sum((r.double() * s).sum() for r, s in zip(rows, signs, strict=True)).backward()
+    return [r.detach() for r in rows] + [p.grad for p in encoder.parameters() if p.grad is not None and p.grad.norm() > 0]
