@@ -40,6 +40,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", nargs="+", default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)} (all)")
     parser.add_argument("--model", help=f"of sparkme.pretrain ({of_recipes('model')})")
     parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="of a process (%(default)s)")
+    parser.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
+    parser.add_argument("--decoder-width", type=int, metavar="CHANNELS", help="of the decoder (the recipe's)")
     parser.add_argument("--precision", default="bf16", choices=("float32", "bf16"), help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=7, metavar="N", help="of a run (%(default)s)")
     parser.add_argument("--turns", type=int, default=2, metavar="N", help="of both (%(default)s)")
@@ -99,7 +101,8 @@ def run(recipe: str, model: str, count: int, args: argparse.Namespace) -> list[f
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m", "sparkme.pretrain",
             "--output", f"{folder}/run", "--recipe", recipe, "--model", model, "--batch-size", images,
             "--samples-per-epoch", images * args.steps, "--epochs", 1, "--warmup-epochs", 0, "--log-steps", 1, "--workers", 0,
-            "--precision", args.precision, "--panel-epochs", 0, "--device", "cpu",
+            "--precision", args.precision, "--panel-epochs", 0, "--device", "cpu", "--input-size", args.input_size,
+            *(["--decoder-width", args.decoder_width] if args.decoder_width else []),
         ]  # fmt: skip
         done = subprocess.run([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
