@@ -237,6 +237,7 @@ def test_files_keep_the_trial_and_load_encoder_uses_it(
     saved = torch.load(last, weights_only=True)
     del saved["proof"]  # as earlier versions wrote it
     torch.save(saved, last.resolve())
+    sparsify_module._tried.clear()
     capsys.readouterr()
     sparkme.load_encoder(last)
     assert "the network was tried again: no trial of it was kept" in capsys.readouterr().err

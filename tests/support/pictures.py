@@ -52,8 +52,8 @@ def write_shard(path: Path, numbers: range, label: str = ".cls") -> list[bytes]:
     images = []
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
         for number in numbers:
-            name = list(COLOURS)[number % 2]
-            images.append(encoded(number, COLOURS[name]))
+            name = ("red", "blue")[number % 2]
+            images.append(encoded(number, {"red": (220, 30, 30), "blue": (30, 30, 220)}[name]))
             add(archive, f"{number:05d}.png", images[-1])
             content = name if label == ".cls" else json.dumps({"label": name})
             add(archive, f"{number:05d}{label}", content.encode())

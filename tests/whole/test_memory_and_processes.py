@@ -9,7 +9,7 @@ import torch
 from benchmarks import memory, processes
 from benchmarks.profiling import peak_memory
 
-SMALL = ["--model", "resnet18", "--input-size", "64", "--rounds", "1", "--batch-size", "2", "4"]
+SMALL = ["--model", "timm:test_resnet", "--input-size", "64", "--rounds", "1", "--batch-size", "2", "4"]
 
 
 def test_memory_lies_on_a_line_and_blocks_twice_need_less(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
