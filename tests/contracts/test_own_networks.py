@@ -1,8 +1,12 @@
 """Networks of a user's own, with what real code has: aliases, shared modules, hooks. Right, or refused by name."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -764,3 +768,33 @@ def test_the_dense_model_and_the_random_state_stay_as_they_were() -> None:
     assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == ["network.blocks.2.conv.kernel"]
     assert all(torch.equal(value, before[name]) for name, value in encoder.dense_state_dict().items())
     assert not encoder.network.blocks[1].training and encoder.network.blocks[0].training
+
+
+NARROW = """
+import torch, sparkme
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.short = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, 2)
+        self.out, self.fc = nn.Identity(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.fc(self.out(self.conv(x) + self.short(x)).mean((2, 3)))
+
+encoder = sparkme.sparsify(Network()).set_engine("masked-dense")
+for side in (2, 3, 4) * 100:
+    maps = encoder(torch.randn(2, 3, 4 * side, 16), torch.ones(2, 1, side, 4, dtype=torch.bool))
+    sum(x.rows.square().mean() for x in maps).backward()
+"""
+CHECKED_MEMORY = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
+
+
+@pytest.mark.skipif(not CHECKED_MEMORY.is_file(), reason="this system has no glibc that checks memory")
+def test_gradients_of_narrow_strided_convolutions_stay_in_their_memory() -> None:
+    environment = {**os.environ, "LD_PRELOAD": str(CHECKED_MEMORY), "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", NARROW], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
