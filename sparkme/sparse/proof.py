@@ -11,7 +11,6 @@ import dis
 import enum
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import logging
@@ -312,14 +311,17 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _imports(function: types.FunctionType) -> list[types.ModuleType]:
-    """The modules that a function imports when it runs, of those that are there."""
-    found = []
-    for step in dis.get_instructions(function.__code__):
-        if step.opname == "IMPORT_NAME":
-            try:
-                found.append(importlib.import_module(step.argval or "."))
-            except (ImportError, ValueError, TypeError) as error:
-                raise NotProved(f"{function.__module__}.{function.__qualname__} imports {step.argval!r}") from error
+    """The modules that a function, or one within it, imports when it runs: as Python does it, relative names included."""
+    found, codes = [], [function.__code__]
+    for code in codes:
+        codes += [value for value in code.co_consts if isinstance(value, types.CodeType)]
+        steps = list(dis.get_instructions(code))
+        for level, names, step in zip(steps, steps[1:], steps[2:], strict=False):
+            if step.opname == "IMPORT_NAME":
+                try:
+                    found.append(__import__(step.argval, function.__globals__, None, names.argval or (), level.argval))
+                except (ImportError, ValueError, TypeError) as error:
+                    raise NotProved(f"{function.__module__}.{function.__qualname__} imports {step.argval!r}") from error
     return found
 
 

@@ -241,3 +241,26 @@ def test_files_keep_the_trial_and_load_encoder_uses_it(
     capsys.readouterr()
     sparkme.load_encoder(last)
     assert "the network was tried again: no trial of it was kept" in capsys.readouterr().err
+
+
+def test_a_relative_import_in_a_function_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a module of the same name that is not meant; in a function within the function."""
+    package = f"package_{tmp_path.name}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "meant.py").write_text("def f(x):\n    return x\n")
+    (tmp_path / package / "user.py").write_text(
+        "def g(x):\n    def h():\n        from .meant import f\n        return f(x)\n    return h()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    digests = []
+    for line in ("return x", "return x.detach()"):
+        for name in [name for name in sys.modules if name.startswith(package)]:
+            del sys.modules[name]
+        (tmp_path / package / "meant.py").write_text(f"def f(x):\n    {line}\n")
+        importlib.invalidate_caches()
+        network = nn.Conv2d(3, 4, 3)
+        network.after = importlib.import_module(f"{package}.user").g
+        digests.append(describe(network, {})["network"])
+    assert digests[0] != digests[1]

@@ -3,9 +3,9 @@
 The operators arrive in a library of their own, `torch.ops.sparkme_on_host`, under the schemas of `torch.ops.sparkme`, and take
 tensors on the CPU. By hand, with the address sanitizer:
 
-    python tests/support/cuda_on_host/build.py /tmp/on_host -fsanitize=address -g
+    python tests/support/cuda_on_host/build.py build/on_host -fsanitize=address -g
     export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-    SPARKME_ON_HOST_LIBRARY=/tmp/on_host/on_host.so ASAN_OPTIONS=detect_leaks=0 \\
+    SPARKME_ON_HOST_LIBRARY=build/on_host/on_host.so ASAN_OPTIONS=detect_leaks=0 \\
         python -m pytest tests/whole/test_cuda_on_host.py
 """
 
