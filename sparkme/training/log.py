@@ -223,8 +223,11 @@ class RunLog:
         measured = [record for record in records if "loss" not in record]
         if not trained:
             return
-        figure = Figure(figsize=(7, 6.5 if measured else 4), layout="constrained")
+        height = 6.5 if measured else 4
+        figure = Figure(figsize=(7, height))
         FigureCanvasAgg(figure)
+        # Margins in inches: a layout that is worked out costs as much as all the rest of the picture.
+        figure.subplots_adjust(left=0.8 / 7, right=1 - 0.8 / 7, bottom=0.5 / height, top=1 - 0.35 / height, hspace=0.06)
         rows = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if measured else [1])
         axes = rows[0, 0]
         earlier = earlier_runs(self.folder)

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from random_models import features_and_gradients, images_and_mask, random_model
+from random_models import features_and_gradients, images_and_mask, random_encoder, random_model
 from torch import Tensor, nn
 
 import sparkme
@@ -27,11 +27,11 @@ ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_outputs_and_gradients_equal_the_oracles(name: str, training: bool, engine: str) -> None:
-    dense = random_model(name)
+    dense, encoder = random_model(name), random_encoder(name)
     images, active = images_and_mask()
     state = oracle.trainable({k: v for k, v in dense.state_dict().items() if not k.startswith("fc.")})
     expected = oracle.encoder_features(state, images, active, training=training)
-    encoder = sparkme.sparsify(dense).set_engine(engine).train(training)
+    encoder.set_engine(engine).train(training)
     maps = encoder(images, active)
     assert [x.stride for x in maps] == [4, 8, 16, 32]
     for x, y in zip(maps, expected, strict=True):
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_equal_the_oracles(name: str, training: bool, engi
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "convnext_tiny"])
 def test_engines_agree(name: str) -> None:
     images, active = images_and_mask()
-    encoder = sparkme.sparsify(random_model(name))
+    encoder = random_encoder(name)
     results = []
     for engine in ENGINES:
         encoder.zero_grad()
@@ -65,7 +65,7 @@ def test_engines_agree(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
 def test_masked_dense_gives_the_same_in_both_memory_formats(name: str) -> None:
     images, active = images_and_mask()
-    encoder = sparkme.sparsify(random_model(name)).set_engine("masked-dense")
+    encoder = random_encoder(name).set_engine("masked-dense")
     results = []
     for memory_format in (torch.channels_last, torch.contiguous_format):
         encoder.zero_grad()
@@ -79,7 +79,7 @@ def test_masked_dense_gives_the_same_in_both_memory_formats(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "convnext_tiny"])
 def test_kernels_are_reordered_for_the_engine_and_stay_what_they_are(name: str) -> None:
-    encoder = sparkme.sparsify(random_model(name))
+    encoder = random_encoder(name)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     for engine in ("masked-dense", "minkowski"):
         encoder.set_engine(engine)
@@ -90,7 +90,7 @@ def test_kernels_are_reordered_for_the_engine_and_stay_what_they_are(name: str) 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_float32_is_within_rounding_of_float64(engine: str) -> None:
     images, active = images_and_mask()
-    encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine).eval()
+    encoder = random_encoder("resnet18").set_engine(engine).eval()
     expected = [x.rows for x in encoder(images, active)]
     for x, y in zip(encoder.float()(images.float(), active), expected, strict=True):
         assert x.rows.dtype == torch.float32
@@ -99,21 +99,21 @@ def test_float32_is_within_rounding_of_float64(engine: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "convnext_tiny"])
 def test_fully_visible_images_give_what_torchvisions_model_gives(name: str) -> None:
-    dense = random_model(name).eval()
+    dense, encoder = random_model(name), random_encoder(name)
     images, _ = images_and_mask()
-    encoder = sparkme.sparsify(dense).eval()
-    maps = encoder(images, torch.ones(2, 1, 2, 3, dtype=torch.bool))
-    for x, y in zip(maps, dense_features(dense, encoder.hierarchy.taps, images), strict=True):
+    maps = encoder.eval()(images, torch.ones(2, 1, 2, 3, dtype=torch.bool))
+    for x, y in zip(maps, dense_features(dense.eval(), encoder.hierarchy.taps, images), strict=True):
         assert oracle.relative_error(x.dense(), y) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_timms_model_gives_the_same_as_torchvisions(name: str) -> None:
-    dense = random_model(name)
-    theirs = timm.create_model(name, num_classes=0).double()
+    dense, ours = random_model(name), random_encoder(name)
+    theirs = timm.create_model(name, num_classes=0)
     theirs.load_state_dict({k: v for k, v in dense.state_dict().items() if not k.startswith("fc.")})
+    theirs = sparkme.sparsify(theirs).double()
     images, active = images_and_mask()
-    for x, y in zip(sparkme.sparsify(dense)(images, active), sparkme.sparsify(theirs)(images, active), strict=True):
+    for x, y in zip(ours(images, active), theirs(images, active), strict=True):
         assert torch.equal(x.rows, y.rows)
 
 
@@ -121,7 +121,7 @@ def test_timms_model_gives_the_same_as_torchvisions(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
 def test_hidden_pixels_change_nothing_bit_for_bit(name: str, engine: str) -> None:
     images, active = images_and_mask()
-    encoder = sparkme.sparsify(random_model(name)).set_engine(engine)
+    encoder = random_encoder(name).set_engine(engine)
     pixels = oracle.upsample_mask(active, *images.shape[2:]).bool()
     spoiled = torch.where(pixels, images, torch.full_like(images, float("nan")))
     changed = torch.where(pixels, images, 1e3 * torch.randn_like(images))
@@ -132,10 +132,10 @@ def test_hidden_pixels_change_nothing_bit_for_bit(name: str, engine: str) -> Non
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_black_visible_patches_stay_visible(engine: str) -> None:
-    dense = random_model("resnet18").eval()
+    dense, encoder = random_model("resnet18"), random_encoder("resnet18")
     images, active = images_and_mask()
     state = {k: v for k, v in dense.state_dict().items() if not k.startswith("fc.")}
-    encoder = sparkme.sparsify(dense).set_engine(engine).eval()
+    encoder.set_engine(engine).eval()
     for black in (torch.zeros_like(images), images * (images > 0)):
         maps = encoder(black, active)
         assert len(maps[0].rows) == 2 * 3 * 64
@@ -145,10 +145,10 @@ def test_black_visible_patches_stay_visible(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_visible_patch(engine: str) -> None:
-    dense = random_model("resnet18").eval()
+    dense, encoder = random_model("resnet18"), random_encoder("resnet18")
     images, active = images_and_mask(visible=1)
     state = {k: v for k, v in dense.state_dict().items() if not k.startswith("fc.")}
-    for x, y in zip(sparkme.sparsify(dense).set_engine(engine)(images, active),
+    for x, y in zip(encoder.eval().set_engine(engine)(images, active),
                     oracle.encoder_features(state, images, active), strict=True):  # fmt: skip
         assert oracle.relative_error(x.dense(), y) < 1e-10
 
@@ -156,7 +156,7 @@ def test_one_visible_patch(engine: str) -> None:
 def test_two_models_with_two_masks_alternate_and_run_in_threads() -> None:
     jobs = []
     for seed, engine in enumerate(ENGINES):
-        encoder = sparkme.sparsify(random_model("resnet18", seed)).set_engine(engine).eval()
+        encoder = random_encoder("resnet18", seed).set_engine(engine).eval()
         images, active = images_and_mask(visible=2 + seed, seed=seed)
         jobs.append((encoder, images, active, [x.rows.detach() for x in encoder(images, active)]))
     failures: list[str] = []
@@ -179,7 +179,7 @@ def test_two_models_with_two_masks_alternate_and_run_in_threads() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rows_are_grouped_by_sample_at_every_stride(engine: str) -> None:
     """Each sample alone gives its own part of the batch's rows."""
-    encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine).eval()
+    encoder = random_encoder("resnet18").set_engine(engine).eval()
     images, active = images_and_mask(batch=3)
     maps = encoder(images, active)
     for i in range(3):
@@ -188,7 +188,7 @@ def test_rows_are_grouped_by_sample_at_every_stride(engine: str) -> None:
 
 
 def test_the_minkowski_tensor_lies_on_the_same_sites() -> None:
-    encoder = sparkme.sparsify(random_model("resnet18"))
+    encoder = random_encoder("resnet18")
     images, active = images_and_mask()
     for x in encoder(images, active):
         tensor = x.minkowski()
@@ -201,7 +201,7 @@ def test_the_minkowski_tensor_lies_on_the_same_sites() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
 def test_an_encoder_can_be_copied(name: str) -> None:
     """As weight averaging does it."""
-    encoder = sparkme.sparsify(random_model(name)).eval()
+    encoder = random_encoder(name).eval()
     images, active = images_and_mask()
     twin = copy.deepcopy(encoder)
     for x, y in zip(encoder(images, active), twin(images, active), strict=True):
@@ -214,7 +214,7 @@ def test_an_encoder_can_be_copied(name: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nan_comes_out_as_something_not_finite(engine: str) -> None:
     """MinkowskiEngine's pooling would swallow it, and its backward pass would write out of bounds."""
-    encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine)
+    encoder = random_encoder("resnet18").set_engine(engine)
     with torch.no_grad():
         encoder.network.conv1.kernel.fill_(float("nan"))
     images, active = images_and_mask()
@@ -225,7 +225,7 @@ def test_nan_comes_out_as_something_not_finite(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_batch_is_gone_when_nobody_holds_it(engine: str) -> None:
-    encoder = sparkme.sparsify(random_model("resnet18")).set_engine(engine)
+    encoder = random_encoder("resnet18").set_engine(engine)
     images, active = images_and_mask()
     gc.collect()
     gc.disable()
@@ -349,7 +349,7 @@ def test_a_users_own_network_works() -> None:
 
 
 def test_drop_path_of_a_resnet_grows_with_depth() -> None:
-    encoder = sparkme.sparsify(random_model("resnet18")).train()
+    encoder = random_encoder("resnet18").train()
     add_drop_path(encoder, 0.999)
     images, active = images_and_mask()
     torch.manual_seed(0)
@@ -370,9 +370,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
 def test_bf16_rows_are_as_exact_as_plain_torch_in_bf16(name: str) -> None:
-    dense = random_model(name)
     images, active = images_and_mask()
-    encoder = sparkme.sparsify(dense)
+    encoder = random_encoder(name)
     exact = features_and_gradients(encoder.set_engine("cuda_ext"), images, active)
     encoder, images = encoder.float(), images.float()
     with torch.autocast("cpu", torch.bfloat16):

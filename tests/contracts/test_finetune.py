@@ -1,10 +1,7 @@
 """`python -m sparkme.finetune` as its users run it, against a plain torchvision training loop."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +9,19 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from commands import SMALL, losses, records
+from commands import QUICK, SMALL, losses, records
 from pictures import make_labelled
 from PIL import Image
 from torch import nn
 
 from sparkme import export, pretrain, probe
-from sparkme.data.dataset import CropDataset, EpochSampler, collate, normalise
-from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
-from sparkme.data.statistics import Statistics
+from sparkme.data.dataset import CropDataset, EpochSampler, collate
+from sparkme.data.labelled import find_labelled
 from sparkme.finetune import main
 from sparkme.models import create_dense, find_classifier
 from sparkme.pretrained import read_pretrained
 from sparkme.training.finetuning import freeze_auxiliary_heads, scores_of
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
-
-QUICK = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1",
-         "--eval-epochs", "1", "--epochs", "2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,41 +104,22 @@ def test_a_run_leaves_what_the_readme_promises(straight: Path) -> None:
         assert picture.size[0] > 300
 
 
-def test_resuming_equals_a_straight_run_bit_for_bit(straight: Path, exported: Path, labelled: Path, tmp_path: Path) -> None:
+def test_resuming_equals_a_straight_run_bit_for_bit(
+    straight: Path, exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(straight / "checkpoints" / "step_00000003.pt", tmp_path / "checkpoints")
     shutil.copy(straight / "metrics.jsonl", tmp_path)
     words = [*QUICK, *EVERYTHING, "--output", str(tmp_path), "--workers", "2"]
-    command = [sys.executable, "-m", "sparkme.finetune", str(exported), "--data", str(labelled), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
+    assert main([str(exported), "--data", str(labelled), *words]) == 0
+    assert "resumed after step 3" in capsys.readouterr().out
     assert losses(tmp_path) == losses(straight)
     ours, theirs = (torch.load(f / "checkpoints" / "last.pt", weights_only=True) for f in (tmp_path, straight))
     for part in ("model", "average"):
         assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
     assert records(tmp_path)[-1] == records(straight)[-1]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "nothing left to do" in again.stdout
-
-
-def test_processes_share_the_batch_and_the_measurement(exported: Path, labelled: Path, tmp_path: Path) -> None:
-    words = [str(exported), "--data", str(labelled), *QUICK, "--epochs", "1"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run([*launcher, "sparkme.finetune", *words, "--output", str(tmp_path)], capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["num_val"] == 6 and len(losses(tmp_path)) == 3
-    # What both measured is what the weights that are kept make of all images: the first process's batch norms, too.
-    network, *_ = read_pretrained(tmp_path / "best.safetensors").dense(3)
-    network.load_state_dict(safetensors.torch.load_file(tmp_path / "best.safetensors"))
-    val = find_labelled(labelled).val
-    batch = next(iter(whole_batches(WholeImages(val.paths, (64, 64)), batch_size=6, workers=0)))
-    with torch.no_grad():
-        scores = network.eval()(normalise(batch.images, Statistics()))
-    confusion = torch.zeros(3, 3, dtype=torch.long)
-    confusion.index_put_((val.labels, scores.argmax(1)), torch.ones(6, dtype=torch.long), accumulate=True)
-    assert results["confusion"] == confusion.tolist()
+    assert main([str(exported), "--data", str(labelled), *words]) == 0
+    assert "nothing left to do" in capsys.readouterr().out
 
 
 def test_the_classifier_starts_as_the_best_linear_one(exported: Path, labelled: Path, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The official code's numbers: losses, features and gradients, on every engine, through `load_official_state_dict`."""
 
+import copy
 import re
+from functools import lru_cache
 
 import pytest
 import torch
-from golden import GoldenCase, feature_statistics, golden_cases
+from golden import GoldenCase, feature_statistics, golden_case, golden_cases
 from torchvision.models import get_model
 
 import sparkme
@@ -17,7 +19,10 @@ ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def build(case: GoldenCase, engine: str, device: str) -> sparkme.SparK:
+@lru_cache(maxsize=1)  # the engines of a case follow each other
+def build(name: str) -> sparkme.SparK:
+    """The case's network with its weights; tests change a copy."""
+    case = golden_case(name)
     no_drop = {"stochastic_depth_prob": 0.0} if case.model.startswith("convnext") else {}
     model = sparkme.SparK(
         sparkme.sparsify(get_model(case.model, **no_drop)),
@@ -27,8 +32,7 @@ def build(case: GoldenCase, engine: str, device: str) -> sparkme.SparK:
         densify_norm=case.densify_norm,
     )
     model.load_official_state_dict(case.state())
-    model.to(device, case.dtype).encoder.set_engine(engine)
-    return model
+    return model.to(case.dtype)
 
 
 @pytest.mark.skipif("cuda" in DEVICES, reason="the tests on the GPU are made")
@@ -45,18 +49,19 @@ def test_equals_the_official_code(case: GoldenCase, engine: str, device: str) ->
     torch.backends.cudnn.allow_tf32 = False
     values, images, active = case.values, case.images().to(device), case.active().to(device)
 
-    model = build(case, engine, device).train()
-    maps = model.encoder(images, active)
+    model = copy.deepcopy(build(case.name)).to(device)
+    model.encoder.set_engine(engine)
+    statistics = copy.deepcopy(model.state_dict())  # which a pass in training moves
+    maps = model.train().encoder(images, active)
     for x, expected in zip(maps, values["train_features"], strict=True):
         got = feature_statistics(x.rows.detach())
         assert (x.stride, x.channels, len(x.rows)) == (expected["stride"], expected["channels"], expected["rows"])
         for name in ("mean", "abs_mean", "l2"):
             assert got[name] == pytest.approx(expected[name], rel=tolerance), (x.stride, name)
 
-    model = build(case, engine, device).train()
+    model.load_state_dict(statistics)
     loss = model(images, active)
     assert loss.item() == pytest.approx(values["train_loss"], rel=tolerance)
-
     loss.backward()
     gradients = {official_name(n, case.model): p.grad.norm().item() for n, p in model.named_parameters()}
     # ReLU passes or blocks a gradient whose activation is within rounding of zero, so in float32 the gradient norms of
@@ -66,9 +71,9 @@ def test_equals_the_official_code(case: GoldenCase, engine: str, device: str) ->
     total = sum(g**2 for g in gradients.values()) ** 0.5
     assert total == pytest.approx(values["grad_l2_total"], rel=tolerance if double else 2e-3)
 
-    model = build(case, engine, device).eval()
+    model.load_state_dict(statistics)
     with torch.no_grad():
-        assert model(images, active).item() == pytest.approx(values["eval_loss"], rel=tolerance)
+        assert model.eval()(images, active).item() == pytest.approx(values["eval_loss"], rel=tolerance)
     _, reconstruction = model.reconstruct(images, active)
     got = feature_statistics(reconstruction)
     for name, expected in values["eval_reconstruction"].items():

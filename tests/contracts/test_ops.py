@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -118,24 +115,6 @@ def test_sparse_conv_of_many_channels(window: str, channels: tuple[int, int], gr
         lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
         torch.randn(len(inverse), inside), torch.randn(table.shape[1], inside // groups, outside), dtype=dtype,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_kernels_of_other_processors(capability: str) -> None:
-    """The inner loops are compiled for several, and torch's own variable chooses lesser ones. It chooses greater ones, too, and
-    torch itself dies of them."""
-    has = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
-    if not has[capability]:
-        pytest.skip(f"this processor has no {capability}")
-    chosen = (
-        "many_channels or test_mlp or batch_norm or layer_norm or (test_depthwise_conv and 7x7 and some) "
-        "or (test_pooling and some)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_sparse_conv_in_several_blocks_of_columns() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparkme
 from sparkme.sparse.unwritten import Unwritten
 
-SEEDS, PART = 240, 40
+SEEDS, PART = 80, 40  # more of them: tests/whole/test_fuzz.py
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, PART))

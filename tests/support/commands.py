@@ -12,6 +12,9 @@ from sparkme.pretrain import main
 SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
          "--epochs", "3", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01",
          "--drop-path", "0.2"]  # fmt: skip
+# The same of fine-tuning.
+QUICK = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1",
+         "--eval-epochs", "1", "--epochs", "2"]  # fmt: skip
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -1,4 +1,5 @@
-"""Command lines and files that a generator with a seed has made up: no traceback, no memory that runs away, exit code 2."""
+"""Command lines, files and networks that a generator with a seed has made up: no traceback, no memory that runs away, exit code
+2; and gradients that are the dense network's."""
 
 import json
 import os
@@ -6,10 +7,12 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import fuzz
 import pytest
+import random_networks
 from commands import SMALL, losses
 
 import sparkme.report
@@ -94,3 +97,10 @@ def test_a_run_goes_on_with_damaged_files_beside_it(trained: Path, tmp_path: Pat
             path.write_bytes(damaged(path.read_bytes(), rng))
         assert main([*SMALL, "--epochs", "2", "--panel-epochs", "0", "--output", str(folder)]) == 0
         assert len(losses(folder)) in (2, 3, 4) and json.loads((folder / "config.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize("first", range(80, 240, 40))
+def test_random_networks_have_the_dense_ones_gradients(first: int) -> None:
+    """Those after the first 80, which tests/contracts/test_random_networks.py has."""
+    outcomes = Counter(random_networks.compare(seed).partition(":")[0] for seed in range(first, first + 40))
+    assert outcomes["equal"] >= 32 and not outcomes["refused"], outcomes
