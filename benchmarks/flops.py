@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 import sparkme
 from sparkme.errors import UserError, first_line, run_command, user_errors
-from sparkme.grid import Grid
-from sparkme.models import create_encoder
-from sparkme.spark import SparK
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import create_encoder
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.engines.base import Features
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.map import Recorder
 from sparkme.sparse.window import Window
 

@@ -37,7 +37,7 @@ from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
-from sparkme.masked import MaskedAutoencoder
+from sparkme.methods.base import MaskedAutoencoder
 from sparkme.training.build import build_network
 from sparkme.training.config import RECIPES
 from sparkme.training.memory import keep_freed_memory

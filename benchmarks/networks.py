@@ -41,13 +41,13 @@ from torch import Tensor, nn
 import sparkme
 from benchmarks.flops import count_encoder, provenance, total
 from sparkme.errors import UserError, first_line, run_command
-from sparkme.grid import Grid
-from sparkme.models import create_dense
+from sparkme.networks.create import create_dense
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import dense_features
 
 RESULTS = Path(__file__).parent / "results" / "networks.json"
 README = Path(__file__).parents[1] / "README.md"
-PACKAGED = Path(__file__).parents[1] / "sparkme" / "networks.txt"
+PACKAGED = Path(__file__).parents[1] / "sparkme" / "networks" / "networks.txt"
 LIMITS = {
     torch.float64: {"dense": 1e-10, "engines": 1e-10, "gradients": 1e-10, "training": 1e-6},
     torch.float32: {"dense": 1e-4, "engines": 1e-2, "gradients": 0.1, "training": 0.1},

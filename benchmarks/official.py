@@ -37,11 +37,11 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock, LayerNorm2d
 
-from sparkme.decoder import Decoder
-from sparkme.fcmae import FCMAE
-from sparkme.masked import MaskedAutoencoder
-from sparkme.models import add_drop_path, create_dense
-from sparkme.spark import SparK
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.decoder import Decoder
+from sparkme.methods.fcmae import FCMAE
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import add_drop_path, create_dense
 from sparkme.sparse.hierarchy import ReachedDeepest, attach
 
 
@@ -174,9 +174,9 @@ class Official(nn.Module):
     """What both share: an encoder with the weights of a model of sparkme, as copies in the dense layout and in NCHW memory.
 
     Args:
-        name: of the encoder, see `sparkme.models.create_dense`.
+        name: of the encoder, see `sparkme.networks.create.create_dense`.
         model: whose weights, device and dtype are taken.
-        drop_path: as the encoder was made with, see `sparkme.models.create_encoder`.
+        drop_path: as the encoder was made with, see `sparkme.networks.create.create_encoder`.
 
     Raises:
         ValueError: the model is not that network.

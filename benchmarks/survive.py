@@ -46,9 +46,9 @@ from torch import Tensor
 from benchmarks.flops import provenance
 from benchmarks.throughput import hardware, write_json
 from sparkme.errors import UserError, first_line, run_command
-from sparkme.models import create_encoder
-from sparkme.pictures.report_runs import read_run
-from sparkme.spark import SparK
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import create_encoder
+from sparkme.reporting.runs import read_run
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.training.distributed import start_process
 from sparkme.training.optimizer import create_optimizer

@@ -87,9 +87,9 @@ from benchmarks.flops import provenance
 from benchmarks.official import create_official
 from benchmarks.rows_dense import RowsDenseEngine
 from sparkme.errors import Parser, UserError, first_line, run_command, user_errors
-from sparkme.masked import MaskedAutoencoder
-from sparkme.masking import random_active
-from sparkme.network_names import library_of
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.masking import random_active
+from sparkme.networks.names import library_of
 from sparkme.sparse.engines import why_not
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.training.build import build_network

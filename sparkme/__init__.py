@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparkme.errors import UnsupportedLayerError
-    from sparkme.fcmae import FCMAE
-    from sparkme.grid import Grid
-    from sparkme.masking import random_active
-    from sparkme.pretrained import load_encoder
-    from sparkme.spark import SparK
+    from sparkme.methods.fcmae import FCMAE
+    from sparkme.methods.masking import random_active
+    from sparkme.methods.spark import SparK
     from sparkme.sparse.encoder import SparseEncoder
+    from sparkme.sparse.grid import Grid
     from sparkme.sparse.map import SparseMap
     from sparkme.sparse.sparsify import sparsify
+    from sparkme.weights.pretrained import load_encoder
 
 __version__ = "0.1.0"
 
@@ -24,14 +24,14 @@ __all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedL
            "random_active", "sparsify"]  # fmt: skip
 
 _MODULES = {
-    "FCMAE": "sparkme.fcmae",
-    "Grid": "sparkme.grid",
-    "SparK": "sparkme.spark",
+    "FCMAE": "sparkme.methods.fcmae",
+    "Grid": "sparkme.sparse.grid",
+    "SparK": "sparkme.methods.spark",
     "SparseEncoder": "sparkme.sparse.encoder",
     "SparseMap": "sparkme.sparse.map",
     "UnsupportedLayerError": "sparkme.errors",
-    "load_encoder": "sparkme.pretrained",
-    "random_active": "sparkme.masking",
+    "load_encoder": "sparkme.weights.pretrained",
+    "random_active": "sparkme.methods.masking",
     "sparsify": "sparkme.sparse.sparsify",
 }
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparkme.interop.export import export  # noqa: PLC0415  (torch, which --help does not need)
+    from sparkme.weights.export import export  # noqa: PLC0415  (torch, which --help does not need)
 
     return export(args)
 

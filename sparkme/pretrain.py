@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from sparkme.errors import UserError, run_command
-from sparkme.network_names import model_names
+from sparkme.networks.names import model_names
 from sparkme.training.config import create_parser
 
 

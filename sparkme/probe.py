@@ -102,7 +102,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    from sparkme.probing import probe  # noqa: PLC0415  (torch, which --help does not need)
+    from sparkme.training.probing import probe  # noqa: PLC0415  (torch, which --help does not need)
 
     return probe(args)
 

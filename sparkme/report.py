@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparkme.pictures.report import report  # noqa: PLC0415  (Pillow, which --help does not need)
+    from sparkme.reporting.report import report  # noqa: PLC0415  (Pillow, which --help does not need)
 
     return report(args)
 

@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.mask_pattern:
-        from sparkme.pictures.mask_pattern import draw_pattern  # noqa: PLC0415  (torch, which --help does not need)
+        from sparkme.reporting.mask_pattern import draw_pattern  # noqa: PLC0415  (torch, which --help does not need)
 
         return draw_pattern(args)
-    from sparkme.pictures.visualize import visualize  # noqa: PLC0415
+    from sparkme.reporting.visualize import visualize  # noqa: PLC0415
 
     return visualize(args)
 

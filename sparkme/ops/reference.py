@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.grid import patchify, unpatchify
+from sparkme.sparse.grid import patchify, unpatchify
 
 
 def offsets(size: int, dilation: int) -> list[int]:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparkme.grid import Grid
 from sparkme.sparse.engines import create_engine
 from sparkme.sparse.engines.base import Features
 from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.forms.layer import SparseLayer
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
 from sparkme.sparse.map import Recorder, SparseMap
 from sparkme.sparse.recompute import find_blocks, recompute

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.grid import Grid
 from sparkme.sparse.engines.base import Engine, Features
 from sparkme.sparse.engines.minkowski import to_minkowski
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.unwritten import Unwritten
 
 if TYPE_CHECKING:

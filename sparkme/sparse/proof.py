@@ -67,7 +67,7 @@ def describe(model: nn.Module, request: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "network": reader.digest.hexdigest(),
         "request": dict(request),
-        "sparse forms": _digest_of_files([_PACKAGE / "grid.py", *(_PACKAGE / "sparse").rglob("*.py")]),
+        "sparse forms": _digest_of_files((_PACKAGE / "sparse").rglob("*.py")),
         "engines": sorted(name for name in ENGINES if not why_not(name, device)),
         "device": device.type,
         "libraries": {"python": platform.python_version(), **_versions({"torch", "MinkowskiEngine", *reader.packages})},

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.errors import UnsupportedLayerError, first_line
-from sparkme.grid import Grid
 from sparkme.sparse.encoder import SparseEncoder, walk
 from sparkme.sparse.engines import ENGINES, why_not
 from sparkme.sparse.forms.layer import SparseLayer
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import Hierarchy, dense_features
 
 # What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays

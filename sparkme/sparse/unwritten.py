@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.grid import in_inference_mode
 from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalise, processes_of, statistics_of_batch
 from sparkme.sparse.engines.base import Features
+from sparkme.sparse.grid import in_inference_mode
 
 
 class Modes(NamedTuple):

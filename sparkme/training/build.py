@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from sparkme.errors import UserError, first_line
-from sparkme.fcmae import FCMAE, initialise_encoder
-from sparkme.masked import MaskedAutoencoder
-from sparkme.models import create_encoder
-from sparkme.spark import SparK
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.fcmae import FCMAE, initialise_encoder
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import create_encoder
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.training.config import RECIPES
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
-from sparkme.interop.files import archive_damage
+from sparkme.weights.files import archive_damage
 
 FORMAT = 1
 

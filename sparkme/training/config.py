@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparkme.errors import Parser, UserError
-from sparkme.network_names import paper_drop_path
+from sparkme.networks.names import paper_drop_path
 
 PAPER_BATCH, PAPER_WARMUP = 4096, 40
 # With --on-nan: of the last so many steps, at most so many may be left out. More are no accident.
@@ -356,7 +356,7 @@ def add_engine(group: argparse._ArgumentGroup) -> None:
 
 
 def add_weights(group: argparse._ArgumentGroup) -> None:
-    """How weights are found in a file of another code, see `sparkme.interop.prefixes`."""
+    """How weights are found in a file of another code, see `sparkme.weights.prefixes`."""
     group.add_argument(
         "--weights-key",
         metavar="NAME",

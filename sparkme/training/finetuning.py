@@ -23,21 +23,21 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns
 from sparkme.data.survey import find_pixels_together
 from sparkme.errors import CannotWrite, UserError
-from sparkme.features import best_decay, fit_linear, scale_of
 from sparkme.files import replaced_when_whole
-from sparkme.interop.files import write_state_dict
-from sparkme.interop.prefixes import Choice, shortened
-from sparkme.pretrained import Pretrained, read_pretrained
 from sparkme.state_dict import state_dict_of, torchs_state_dict
 from sparkme.training.config import check_value_range
 from sparkme.training.device import prepare_device
 from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.features import best_decay, fit_linear, scale_of
 from sparkme.training.finetune_config import FIXED, output_folder, resolve_config
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.log import RunLog
 from sparkme.training.loop import Training, run_training
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, learning_rate
 from sparkme.training.target import Measure, create_loss, create_measure
+from sparkme.weights.files import write_state_dict
+from sparkme.weights.prefixes import Choice, shortened
+from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
 def finetune(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparkme.masked import MaskedAutoencoder
+from sparkme.methods.base import MaskedAutoencoder
 
 
 class GraphedLoss(nn.Module):

@@ -33,23 +33,23 @@ from sparkme.data.sources.files import demo_photographs
 from sparkme.data.statistics import Statistics
 from sparkme.data.survey import find_pixels_together
 from sparkme.errors import UserError, python_command
-from sparkme.features import knn_accuracy, pooled_features
 from sparkme.files import replaced_when_whole
-from sparkme.interop.prefixes import Choice, Wanted, find_weights, shortened
-from sparkme.interop.spark import beside_encoder
-from sparkme.masked import MaskedAutoencoder
-from sparkme.network_names import library_of
-from sparkme.pretrained import read_weights, weights_in
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.networks.names import library_of
 from sparkme.state_dict import state_dict_of
 from sparkme.training.build import build_network, load_weights, print_trial
 from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, output_folder, resolve_config
 from sparkme.training.device import prepare_device
 from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.features import knn_accuracy, pooled_features
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.graph import GraphedLoss
 from sparkme.training.log import RunLog
 from sparkme.training.loop import Training, run_training
 from sparkme.training.optimizer import create_optimizer, learning_rate, weight_decay
+from sparkme.weights.prefixes import Choice, Wanted, find_weights, shortened
+from sparkme.weights.pretrained import read_weights, weights_in
+from sparkme.weights.spark import beside_encoder
 
 MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to measure on
 
@@ -210,7 +210,7 @@ class Pretraining(Training):
             log.measured(self.step, epoch, {"knn": accuracy}, text)
 
     def _draw_panel(self, log: RunLog, epoch: int) -> None:
-        from sparkme.pictures.panel import reconstruction_panel  # noqa: PLC0415  (matplotlib, in the first process alone)
+        from sparkme.reporting.panel import reconstruction_panel  # noqa: PLC0415  (matplotlib, in the first process alone)
 
         images = preview_images(
             self.dataset.source, self.network.input_size, 6, self.config["channels"], self.config["background"], self.pixels
@@ -367,7 +367,7 @@ class Pretraining(Training):
 
 
 def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str, choice: Choice = Choice()) -> str:  # noqa: B008
-    """Starts from weights in a file: of torchvision, timm, the ConvNeXt authors or another library of `sparkme.interop`, of the
+    """Starts from weights in a file: of torchvision, timm, the ConvNeXt authors or another library of `sparkme.weights`, of the
     official SparK code (an encoder alone, or the whole network), or a checkpoint of this project; wrapped in whatever way.
 
     Args:

@@ -116,7 +116,7 @@ class Accuracy(Measure):
         return f"top-1 {100 * values['top1']:.1f} %" + (f", top-5 {100 * values['top5']:.1f} %" if "top5" in values else "")
 
     def write(self, folder: Path) -> dict[str, Any]:
-        from sparkme.pictures.confusion import draw_confusion  # noqa: PLC0415  (matplotlib, in the first process alone)
+        from sparkme.reporting.confusion import draw_confusion  # noqa: PLC0415  (matplotlib, in the first process alone)
 
         draw_confusion(self.confusion, self.classes, folder / "confusion.png")
         each = (self.confusion.diag() / self.confusion.sum(1).clamp_min(1)).tolist()

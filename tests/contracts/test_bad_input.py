@@ -20,11 +20,11 @@ import sparkme.export
 from sparkme.data.dataset import EpochSampler
 from sparkme.data.images import load_image, load_rgb
 from sparkme.data.sources.files import find_images
-from sparkme.decoder import Decoder
 from sparkme.errors import UserError
-from sparkme.interop.files import read_tensors
+from sparkme.methods.decoder import Decoder
 from sparkme.pretrain import main
 from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.files import read_tensors
 
 FLOATS = ("--warmup-epochs", "--checkpoint-minutes", "--weight-decay", "--weight-decay-end", "--clip-grad", "--base-lr",
           "--beta2", "--mask-ratio", "--crop-scale", "--drop-path")  # fmt: skip

@@ -8,9 +8,9 @@ import pytest
 import torch
 from commands import SMALL, fails, losses
 
-from sparkme.models import create_encoder
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import create_encoder
 from sparkme.pretrain import main
-from sparkme.spark import SparK
 from sparkme.training.graph import GraphedLoss, unchanged
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")

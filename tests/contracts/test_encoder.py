@@ -14,8 +14,8 @@ from random_models import features_and_gradients, images_and_mask, random_encode
 from torch import Tensor, nn
 
 import sparkme
-from sparkme.models import add_drop_path, create_encoder
-from sparkme.network_names import model_names
+from sparkme.networks.create import add_drop_path, create_encoder
+from sparkme.networks.names import model_names
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.sparse.engines.minkowski import MinkowskiEngine
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy

@@ -17,7 +17,7 @@ from torch import Tensor
 import sparkme
 import sparkme.export
 from sparkme.errors import UserError
-from sparkme.fcmae import FCMAE
+from sparkme.methods.fcmae import FCMAE
 from sparkme.pretrain import main
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import load_checkpoint

@@ -18,10 +18,10 @@ from sparkme import export, pretrain, probe
 from sparkme.data.dataset import CropDataset, EpochSampler, collate
 from sparkme.data.labelled import find_labelled
 from sparkme.finetune import main
-from sparkme.models import create_dense, find_classifier
-from sparkme.pretrained import read_pretrained
+from sparkme.networks.create import create_dense, find_classifier
 from sparkme.training.finetuning import freeze_auxiliary_heads, scores_of
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
+from sparkme.weights.pretrained import read_pretrained
 
 
 @pytest.fixture(scope="module")

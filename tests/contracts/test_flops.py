@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops
-from sparkme.decoder import Decoder
-from sparkme.grid import Grid
+from sparkme.methods.decoder import Decoder
 from sparkme.sparse.forms import SparseConv2d
+from sparkme.sparse.grid import Grid
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "flops.json"
 

@@ -10,8 +10,8 @@ from golden import GoldenCase, feature_statistics, golden_case, golden_cases
 from torchvision.models import get_model
 
 import sparkme
-from sparkme.interop.spark import ENCODER
-from sparkme.interop.torchvision import CONVNEXT
+from sparkme.weights.spark import ENCODER
+from sparkme.weights.torchvision import CONVNEXT
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 

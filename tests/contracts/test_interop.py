@@ -16,10 +16,10 @@ import sparkme
 import sparkme.export
 from sparkme import pretrain
 from sparkme.errors import UserError
-from sparkme.interop.libraries import TABLES, Origin, origin_of, translate
-from sparkme.interop.spark import join_official_state, split_official_state
-from sparkme.pretrained import read_pretrained
 from sparkme.training.pretraining import load_initial_weights
+from sparkme.weights.libraries import TABLES, Origin, origin_of, translate
+from sparkme.weights.pretrained import read_pretrained
+from sparkme.weights.spark import join_official_state, split_official_state
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def test_what_no_table_knows_is_refused_with_what_is_possible() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "timm:resnet18", "timm:convnext_atto", "timm:convnextv2_atto"])
 def test_weights_go_through_the_sparse_encoder_unchanged(name: str) -> None:
-    from sparkme.models import create_dense
+    from sparkme.networks.create import create_dense
 
     dense = create_dense(name)
     state = weights(dense)

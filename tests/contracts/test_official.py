@@ -9,10 +9,10 @@ from official_networks import V1, V2
 from torch import Tensor
 
 from benchmarks.official import OfficialSparK, create_official
-from sparkme.fcmae import FCMAE
-from sparkme.masked import MaskedAutoencoder
-from sparkme.models import create_encoder
-from sparkme.spark import SparK
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.fcmae import FCMAE
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import create_encoder
 
 ATTO = "timm:convnextv2_atto"  # whose linear layers are convolutions, other than those of the larger ones
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import sparkme.data.dataset
 import sparkme.data.images
 import sparkme.data.labelled
-import sparkme.pictures.visualize
+import sparkme.reporting.visualize
 from sparkme import export, finetune, pretrain, probe, visualize
 from sparkme.data.dataset import Batch, CropDataset, collate, pixels_of
 from sparkme.data.images import Stored, load_image, open_image
@@ -27,11 +27,11 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import ImageSource
 from sparkme.data.survey import find_pixels, find_pixels_together
 from sparkme.errors import UserError
-from sparkme.pretrained import read_pretrained
 from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import check_value_range
 from sparkme.training.distributed import Process
 from sparkme.training.health import Health
+from sparkme.weights.pretrained import read_pretrained
 
 tifffile = pytest.importorskip("tifffile")
 RANDOM = np.random.default_rng(0)
@@ -485,7 +485,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Pixels]:
         told.append(pixels)
         return open_image(stored, channels, background, pixels)
 
-    for module in (sparkme.data.images, sparkme.data.dataset, sparkme.data.labelled, sparkme.pictures.visualize):
+    for module in (sparkme.data.images, sparkme.data.dataset, sparkme.data.labelled, sparkme.reporting.visualize):
         monkeypatch.setattr(module, "load_image", spied)
     monkeypatch.setattr(sparkme.data.dataset, "open_image", opened)
     return told

@@ -15,10 +15,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from sparkme import export, pretrain
 from sparkme.data.labelled import WholeBatch, WholeImages, find_labelled, whole_batches
 from sparkme.data.statistics import Statistics
-from sparkme.features import best_decay, fit_linear, knn_accuracy, linear_accuracy, pooled_features
-from sparkme.models import create_encoder
-from sparkme.pretrained import read_pretrained
+from sparkme.networks.create import create_encoder
 from sparkme.probe import main
+from sparkme.training.features import best_decay, fit_linear, knn_accuracy, linear_accuracy, pooled_features
+from sparkme.weights.pretrained import read_pretrained
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 import sparkme
 from sparkme.export import main as export
-from sparkme.models import create_dense
+from sparkme.networks.create import create_dense
 from sparkme.pretrain import main as pretrain
 from sparkme.sparse import sparsify as sparsify_module
 from sparkme.sparse.proof import describe, seal
@@ -198,7 +198,7 @@ def test_the_description_is_the_same_in_every_process(code: Code) -> None:
     code.load()
     script = (
         "import sys; sys.dont_write_bytecode = True\n"
-        "from sparkme.models import create_dense; from sparkme.sparse.proof import describe\n"
+        "from sparkme.networks.create import create_dense; from sparkme.sparse.proof import describe\n"
         f"import {code.names['network']} as n\n"
         "print(*(describe(x, {})['network'] for x in (n.network(), create_dense('resnet18'), create_dense('convnext_tiny'))))"
     )

@@ -11,7 +11,7 @@ from networks import images_and_mask
 from torch import Tensor
 
 from benchmarks.profiling import peak_memory
-from sparkme.models import create_encoder
+from sparkme.networks.create import create_encoder
 from sparkme.pretrain import main
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sparkme.pictures.report import find_runs
-from sparkme.pictures.report_page import MARK
-from sparkme.pictures.report_runs import read_run
 from sparkme.report import main
+from sparkme.reporting.page import MARK
+from sparkme.reporting.report import find_runs
+from sparkme.reporting.runs import read_run
 from sparkme.training import config as pretraining
 from sparkme.training import finetune_config as finetuning
 from sparkme.training.config import Machine
@@ -124,7 +124,7 @@ def example(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def at_a_fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparkme.pictures.report.time.time", lambda: NOW)
+    monkeypatch.setattr("sparkme.reporting.report.time.time", lambda: NOW)
 
 
 class Page(HTMLParser):
@@ -635,7 +635,7 @@ def test_watching_writes_again_and_ends_in_peace(
             shutil.move(tmp_path / "away.jsonl", run / "metrics.jsonl")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparkme.pictures.report.time.sleep", sleep)
+    monkeypatch.setattr("sparkme.reporting.report.time.sleep", sleep)
     assert main([str(run), "--watch", "5"]) == 0
     assert "step 100" in seen[0] and "step 200" in seen[1] and "no config.json and no metrics.jsonl any more" in seen[2]
     for page in seen:

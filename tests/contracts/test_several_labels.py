@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from sparkme.data.dataset import CropDataset, EpochSampler, collate, normalise
 from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
 from sparkme.data.statistics import Statistics
-from sparkme.features import best_decay, fit_linear
 from sparkme.finetune import main
-from sparkme.pretrained import read_pretrained
 from sparkme.report import main as report
+from sparkme.training.features import best_decay, fit_linear
 from sparkme.training.target import Precision, average_precision
+from sparkme.weights.pretrained import read_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import torch
 import torchvision
 
 import sparkme
-from sparkme.interop.spark import split_official_state
-from sparkme.loss import hidden_patch_loss
+from sparkme.methods.loss import hidden_patch_loss
 from sparkme.sparse.engines.cuda_ext import CudaExtEngine
+from sparkme.weights.spark import split_official_state
 
 
 def small_spark(**kwargs) -> sparkme.SparK:  # type: ignore[no-untyped-def]

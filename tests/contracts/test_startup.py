@@ -94,10 +94,10 @@ def test_where_torch_is_missing_one_line_says_so() -> None:
 
 
 def test_a_report_is_made_without_torch() -> None:
-    assert "torch" not in python("import sys, sparkme.pictures.report; print(*sys.modules)").split()
+    assert "torch" not in python("import sys, sparkme.reporting.report; print(*sys.modules)").split()
 
 
-@pytest.mark.parametrize("work", ["training.pretraining", "interop.export", "probing", "pictures.visualize"])
+@pytest.mark.parametrize("work", ["training.pretraining", "weights.export", "training.probing", "reporting.visualize"])
 def test_work_imports_no_compiler_and_no_timm_before_it_needs_them(work: str) -> None:
     modules = python(f"{WITHOUT_TORCHVISIONS}\nimport sparkme.{work}\nprint(*set(sys.modules) - before)").split()
     assert f"sparkme.{work}" in modules and "MinkowskiEngine" in modules

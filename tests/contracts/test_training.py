@@ -20,7 +20,7 @@ from sparkme.data.dataset import CropDataset, EpochSampler, create_loader, denor
 from sparkme.data.images import load_rgb
 from sparkme.data.sources.files import demo_photographs, find_images
 from sparkme.errors import UserError
-from sparkme.models import create_encoder
+from sparkme.networks.create import create_encoder
 from sparkme.ops import triton_conv
 from sparkme.text import duration
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint

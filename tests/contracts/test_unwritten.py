@@ -17,8 +17,8 @@ from torchvision.ops import StochasticDepth
 import sparkme
 from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
-from sparkme.decoder import Decoder
-from sparkme.models import create_encoder
+from sparkme.methods.decoder import Decoder
+from sparkme.networks.create import create_encoder
 from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 import sparkme
 from sparkme.data.dataset import centre_crop, denormalise, normalise
 from sparkme.data.images import load_image
-from sparkme.pictures import panel
-from sparkme.pictures.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
-from sparkme.pictures.visualize import reconstruct
+from sparkme.reporting import panel
+from sparkme.reporting.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
+from sparkme.reporting.visualize import reconstruct
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.visualize import create_parser, main

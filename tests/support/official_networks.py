@@ -1,4 +1,4 @@
-"""The smallest ConvNeXt and ConvNeXt V2, by names that `sparkme.models.create_dense` takes."""
+"""The smallest ConvNeXt and ConvNeXt V2, by names that `sparkme.networks.create.create_dense` takes."""
 
 from itertools import pairwise
 

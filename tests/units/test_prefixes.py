@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparkme.errors import UserError
-from sparkme.interop.files import read_tensors
-from sparkme.interop.libraries import origin_of, translate
-from sparkme.interop.prefixes import Choice, Found, Wanted, adapted_stem, find_weights
-from sparkme.network_names import library_of
-from sparkme.pretrained import read_pretrained
+from sparkme.networks.names import library_of
+from sparkme.weights.files import read_tensors
+from sparkme.weights.libraries import origin_of, translate
+from sparkme.weights.prefixes import Choice, Found, Wanted, adapted_stem, find_weights
+from sparkme.weights.pretrained import read_pretrained
 
 State = dict[str, Any]
 WHOLE = {
@@ -42,7 +42,7 @@ def under(prefix: str, state: State = ENCODER) -> State:
 
 def wanted(name: str = "resnet18", *, channels: int = 3, headless: bool = True) -> Wanted:
     """What the encoder wants or, with its head, the network that is to be fine-tuned."""
-    from sparkme.models import create_dense
+    from sparkme.networks.create import create_dense
 
     own = create_dense(name, in_channels=channels).state_dict()
     head = [n for n in own if n.startswith(("fc.", "classifier.", "head."))]
@@ -389,7 +389,7 @@ def test_minkowski_checkpoints_of_convnext_v2_give_the_same_network(name: str, t
 
 @pytest.mark.parametrize(("size", "stride"), [(7, 1), (2, 2)])
 def test_kernels_are_as_minkowskiengine_applies_them(size: int, stride: int) -> None:
-    from sparkme.interop.minkowski import CONVNEXT
+    from sparkme.weights.minkowski import CONVNEXT
 
     torch.manual_seed(0)
     depthwise = size == 7

@@ -16,7 +16,7 @@ from torch import nn
 
 import sparkme
 from sparkme.data.dataset import Batch
-from sparkme.models import add_drop_path, create_encoder
+from sparkme.networks.create import add_drop_path, create_encoder
 from sparkme.training.batch_norm import SharedBatchNorm, share_batch_norms
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import distribute, start_process, stop_process, store_of_this_start

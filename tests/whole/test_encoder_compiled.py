@@ -10,7 +10,7 @@ import torch
 from networks import ENGINES
 from random_models import features_and_gradients, images_and_mask
 
-from sparkme.models import create_encoder
+from sparkme.networks.create import create_encoder
 
 REPEAT = """
 import torch, sparkme, random_models

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import networks
-from sparkme.models import create_encoder
-from sparkme.network_names import model_names
+from sparkme.networks.create import create_encoder
+from sparkme.networks.names import model_names
 
 TABLE = json.loads(networks.RESULTS.read_text())["networks"]
 SUPPORTED = {name: result for name, result in TABLE.items() if result["supported"]}

@@ -384,7 +384,7 @@ def test_compiled_equals_eager() -> None:
 def encoder_step(name: str) -> tuple[Callable[[], Tensor], Any]:
     """A forward and backward pass of a whole encoder on the engine cuda_ext, in bf16, and the encoder."""
     import sparkme
-    from sparkme.models import create_encoder
+    from sparkme.networks.create import create_encoder
 
     torch.manual_seed(0)
     encoder = create_encoder(name, drop_path=0.0).cuda().set_engine("cuda_ext").train()

@@ -16,7 +16,7 @@ from sparkme.data.dataset import normalise
 from sparkme.data.labelled import WholeImages, find_labelled, whole_batches
 from sparkme.data.statistics import Statistics
 from sparkme.pretrain import main
-from sparkme.pretrained import read_pretrained
+from sparkme.weights.pretrained import read_pretrained
 
 
 def run(*arguments: object, processes: int = 1, **kwargs: object) -> subprocess.CompletedProcess[str]:

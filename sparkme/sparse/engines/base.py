@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.grid import Grid
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.window import Window
 
 

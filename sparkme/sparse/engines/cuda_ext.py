@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.grid import Grid
 from sparkme.sparse.engines.base import Features, RowEngine, autocast
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.layout import embed
 from sparkme.sparse.window import Window
 

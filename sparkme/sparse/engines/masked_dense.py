@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.grid import Grid
 from sparkme.sparse.engines.base import Engine, Features, layer_norm
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.layout import channelwise_kernel_to_weight, kernel_to_weight
 from sparkme.sparse.window import Window
 

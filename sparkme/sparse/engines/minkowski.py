@@ -12,8 +12,8 @@ import torch
 from MinkowskiEngineBackend._C import ConvolutionMode
 from torch import Tensor
 
-from sparkme.grid import Grid
 from sparkme.sparse.engines.base import Features, RowEngine
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.layout import block_diagonal, embed
 from sparkme.sparse.window import Window
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.grid import Grid
 from sparkme.sparse.engines.base import tap_rows
 from sparkme.sparse.forms.convolution import linear, padded_window
 from sparkme.sparse.forms.layer import SparseLayer
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.map import SparseMap, is_map, sparse_function
 from sparkme.sparse.window import Window, pair
 

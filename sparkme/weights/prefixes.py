@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import UserError
-from sparkme.interop.libraries import Form, forms_of, shared_start
-from sparkme.interop.spark import ENCODER
+from sparkme.weights.libraries import Form, forms_of, shared_start
+from sparkme.weights.spark import ENCODER
 
 # Words of what is not trained itself but follows something that is. By default that is not taken where both are there.
 _FOLLOWERS = {"ema", "average", "averaged", "avg", "swa", "polyak", "shadow", "teacher", "momentum", "target", "key", "k",
@@ -34,7 +34,7 @@ class Wanted:
 
     Attributes:
         model: the network's name, for people.
-        library: whose it is, see `sparkme.network_names.library_of`.
+        library: whose it is, see `sparkme.networks.names.library_of`.
         own: its tensors by name, in the order of its layers.
         channels: of its images.
         head: names of `own` that are never taken.
@@ -109,7 +109,7 @@ def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice
     see `_FOLLOWERS`), then what stands first in the file; `choice.key` takes another.
 
     Args:
-        tensors: of the file, see `sparkme.interop.files.read_tensors`.
+        tensors: of the file, see `sparkme.weights.files.read_tensors`.
         wanted: what the network wants.
         origin: the file, for messages.
         choice: what the user says.

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparkme.decoder import Decoder
-from sparkme.grid import Grid
-from sparkme.interop.spark import split_official_state
-from sparkme.masked import MaskedAutoencoder
-from sparkme.masking import num_visible
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.decoder import Decoder
+from sparkme.methods.masking import num_visible
 from sparkme.sparse.encoder import SparseEncoder
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.map import SparseMap
+from sparkme.weights.spark import split_official_state
 
 
 class SparK(MaskedAutoencoder):

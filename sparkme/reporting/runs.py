@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from sparkme.data.statistics import MEAN, STD
 from sparkme.errors import first_line, python_command
-from sparkme.pictures.report_curves import number
+from sparkme.reporting.curves import number
 from sparkme.text import LONGEST_TEXT, duration, shown
 from sparkme.training import config as pretraining
 from sparkme.training import finetune_config as finetuning

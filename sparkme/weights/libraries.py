@@ -7,8 +7,8 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from sparkme.interop import convnext, detectron2, minkowski, mmpretrain, timm, torchvision
-from sparkme.interop.names import Table
+from sparkme.weights import convnext, detectron2, minkowski, mmpretrain, timm, torchvision
+from sparkme.weights.names import Table
 
 TABLES: dict[str, dict[str, Table]] = {
     "resnet": {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from sparkme.interop.torchvision import CONVNEXT
+from sparkme.weights.torchvision import CONVNEXT
 
 ENCODER = "sparse_encoder.sp_cnn."
 _NEVER_USED = ("imn_m", "imn_s", "norm_black", "config")  # buffers the official code keeps for old checkpoints

@@ -19,20 +19,20 @@ from sparkme.data.limits import limit_pixels
 from sparkme.data.sources.files import find_images
 from sparkme.data.statistics import statistics_of
 from sparkme.errors import UserError, user_errors
-from sparkme.interop import detectron2
-from sparkme.interop.files import TORCH_SUFFIXES, check_suffix, write_state_dict
-from sparkme.interop.libraries import origin_of, translate
-from sparkme.interop.spark import join_official_state
-from sparkme.masked import MaskedAutoencoder
-from sparkme.models import create_dense
-from sparkme.network_names import library_of
-from sparkme.spark import SparK
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.spark import SparK
+from sparkme.networks.create import create_dense
+from sparkme.networks.names import library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 from sparkme.state_dict import state_dict_of
 from sparkme.training.build import network_of
 from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import RECIPES
+from sparkme.weights import detectron2
+from sparkme.weights.files import TORCH_SUFFIXES, check_suffix, write_state_dict
+from sparkme.weights.libraries import origin_of, translate
+from sparkme.weights.spark import join_official_state
 
 HUB_FILES = ("config.json", "model.safetensors", "README.md")
 
@@ -367,8 +367,8 @@ def loading_code(model: str, target: str, path: Path, channels: int = 3) -> str:
     if target == "torchvision":
         library, make = "torchvision", f"torchvision.models.{counterpart(model, target)}()"
         if channels != 3:
-            library = "torchvision, sparkme.models"
-            make = f"sparkme.models.with_in_channels({make}, {channels})"
+            library = "torchvision, sparkme.networks.create"
+            make = f"sparkme.networks.create.with_in_channels({make}, {channels})"
     elif target == "timm":
         options = f", in_chans={channels}" if channels != 3 else ""
         library, make = "timm", f"timm.create_model({counterpart(model, target).removeprefix('timm:')!r}{options})"

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from sparkme.data.dataset import denormalise
 from sparkme.data.statistics import Statistics
-from sparkme.masked import MaskedAutoencoder
+from sparkme.methods.base import MaskedAutoencoder
 
 GREY = 0.5  # hidden patches of a masked picture
 BLANK = 0.85  # visible patches of a picture of errors

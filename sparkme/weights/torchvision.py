@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparkme.interop.names import Rule, Table, resnet_rules, vector
+from sparkme.weights.names import Rule, Table, resnet_rules, vector
 
 RESNET = Table(resnet_rules(), "torchvision.models.resnet")
 

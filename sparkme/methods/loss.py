@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparkme.grid import Grid, patchify, take_patches
+from sparkme.sparse.grid import Grid, patchify, take_patches
 
 EPS = 1e-6  # added to the variance of a patch (spark.py:115)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparkme.files import replaced_when_whole
-from sparkme.interop.names import Table, resnet_rules
+from sparkme.weights.names import Table, resnet_rules
 
 RESNET = Table(
     resnet_rules(stem="stem.", stage="res{s+1}", norm="conv{n}.norm", shortcut="shortcut", shortcut_norm="shortcut.norm"),

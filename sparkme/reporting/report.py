@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sparkme.errors import UserError
 from sparkme.files import replaced_when_whole
-from sparkme.pictures.report_page import MARK, Pictures, report_page
-from sparkme.pictures.report_runs import is_run, open_regular, read_run
+from sparkme.reporting.page import MARK, Pictures, report_page
+from sparkme.reporting.runs import is_run, open_regular, read_run
 from sparkme.text import printable
 
 MOST_RUNS = 64

@@ -22,16 +22,16 @@ from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError, user_errors
 from sparkme.files import replaced_when_whole
-from sparkme.interop.export import run_folder
-from sparkme.loss import hidden_patch_loss
-from sparkme.masked import MaskedAutoencoder
-from sparkme.pictures.page import Result, write_page
-from sparkme.pictures.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_panel, error_pictures, masked_pictures
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.loss import hidden_patch_loss
+from sparkme.reporting.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_panel, error_pictures, masked_pictures
+from sparkme.reporting.reconstructions import Result, write_page
 from sparkme.text import ended, printable
 from sparkme.training.build import network_of
 from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import MAX_SIDE, check_value_range
 from sparkme.training.distributed import start_process
+from sparkme.weights.export import run_folder
 
 MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
 

@@ -16,14 +16,14 @@ from sparkme.data.dataset import pixels_of
 from sparkme.data.planes import Pixels
 from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.errors import UserError, first_line
-from sparkme.interop.files import archive_damage, read_tensors, tensors_in
-from sparkme.interop.prefixes import COUNTER, Choice, Found, Wanted, find_weights
-from sparkme.models import Classifier, add_drop_path, create_dense, create_encoder, find_classifier
-from sparkme.network_names import library_of
+from sparkme.networks.create import Classifier, add_drop_path, create_dense, create_encoder, find_classifier
+from sparkme.networks.names import library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.state_dict import state_dict_of
 from sparkme.training.build import encoder_of, print_trial
 from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.files import archive_damage, read_tensors, tensors_in
+from sparkme.weights.prefixes import COUNTER, Choice, Found, Wanted, find_weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Pretrained:
     """Weights of an encoder, and the images they were trained on.
 
     Attributes:
-        model: the network's name, see `sparkme.models.create_dense`.
+        model: the network's name, see `sparkme.networks.create.create_dense`.
         state: tensors, among which its weights are, under the names of some library and behind some prefix. None for random
             weights.
         origin: where they come from, for people.
@@ -165,7 +165,7 @@ def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choic
 
     Args:
         path: a checkpoint of sparkme.pretrain or sparkme.finetune; a .safetensors or .pth file of sparkme.export; a folder of
-            timm's for the hub; or weights of another source, under the names of any library of `sparkme.interop`, wrapped in
+            timm's for the hub; or weights of another source, under the names of any library of `sparkme.weights`, wrapped in
             whatever way.
         model: the network's name; left out where the file says it.
         choice: what the user says of how the weights are found in it.

@@ -6,7 +6,7 @@ same names with `init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbo
 
 from __future__ import annotations
 
-from sparkme.interop.names import Rule, Table, resnet_rules
+from sparkme.weights.names import Rule, Table, resnet_rules
 
 _IGNORED = ("head.", "backbone.norm")  # norm0 to norm3 stand behind the stages and belong to the heads
 

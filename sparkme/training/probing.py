@@ -18,12 +18,12 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns
 from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError, user_errors
-from sparkme.features import Features, knn_accuracy, linear_accuracy, pooled_features
 from sparkme.files import replaced_when_whole
-from sparkme.interop.prefixes import Choice
-from sparkme.pretrained import Pretrained, read_pretrained
 from sparkme.training.config import default_workers
 from sparkme.training.distributed import start_process, stop_process
+from sparkme.training.features import Features, knn_accuracy, linear_accuracy, pooled_features
+from sparkme.weights.prefixes import Choice
+from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
 def probe(args: argparse.Namespace) -> int:

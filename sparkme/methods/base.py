@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparkme.grid import Grid, patchify, unpatchify
-from sparkme.loss import hidden_patch_loss, neighbour_statistics, patch_statistics
-from sparkme.masking import random_active
+from sparkme.methods.loss import hidden_patch_loss, neighbour_statistics, patch_statistics
+from sparkme.methods.masking import random_active
 from sparkme.sparse.encoder import SparseEncoder
+from sparkme.sparse.grid import Grid, patchify, unpatchify
 
 # Where the mean and the deviation come from that a hidden patch is painted with.
 PATCH_STATISTICS = ("true", "predicted")

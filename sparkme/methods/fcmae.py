@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparkme.decoder import MAX_WIDTH
-from sparkme.grid import Grid
-from sparkme.masked import MaskedAutoencoder
+from sparkme.methods.base import MaskedAutoencoder
+from sparkme.methods.decoder import MAX_WIDTH
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d
+from sparkme.sparse.grid import Grid
 
 
 class FCMAE(MaskedAutoencoder):

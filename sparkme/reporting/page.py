@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sparkme.pictures.report_curves import COLOURS, DASHES, Chart, Curve, draw_chart, nice, number, swatch, thin
-from sparkme.pictures.report_runs import Run, Series
+from sparkme.reporting.curves import COLOURS, DASHES, Chart, Curve, draw_chart, nice, number, swatch, thin
+from sparkme.reporting.runs import Run, Series
 from sparkme.text import duration, shown
 from sparkme.training.log import LEAST_POINTS
 

@@ -10,13 +10,13 @@ import math
 
 from torch import Tensor
 
-from sparkme.interop.names import Rule, Table, vector
 from sparkme.sparse.layout import (
     channelwise_kernel_to_weight,
     channelwise_weight_to_kernel,
     kernel_to_weight,
     weight_to_kernel,
 )
+from sparkme.weights.names import Rule, Table, vector
 
 
 def _row(value: Tensor) -> Tensor:

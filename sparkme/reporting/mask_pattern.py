@@ -22,9 +22,9 @@ from sparkme.data.dataset import centre_crop, normalise
 from sparkme.data.images import load_image
 from sparkme.errors import UserError, user_errors
 from sparkme.files import replaced_when_whole
-from sparkme.grid import Grid
-from sparkme.masking import random_active
-from sparkme.pictures.visualize import check_output, chosen_images, chosen_seeds, chosen_size, make_folder
+from sparkme.methods.masking import random_active
+from sparkme.reporting.visualize import check_output, chosen_images, chosen_seeds, chosen_size, make_folder
+from sparkme.sparse.grid import Grid
 from sparkme.sparse.sparsify import sparsify
 from sparkme.training.distributed import start_process
 

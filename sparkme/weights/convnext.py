@@ -5,7 +5,7 @@ They are the hub's. The official SparK code has them, too.
 
 from __future__ import annotations
 
-from sparkme.interop.names import Rule, Table
+from sparkme.weights.names import Rule, Table
 
 _NAMES = (
     "downsample_layers.{i}.{n}.{p}", "stages.{i}.{b}.dwconv.{p}", "stages.{i}.{b}.norm.{p}", "stages.{i}.{b}.pwconv1.{p}",

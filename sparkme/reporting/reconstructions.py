@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparkme.files import replaced_when_whole
-from sparkme.pictures.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
+from sparkme.reporting.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
 
 # System colours follow the reader's choice of light or dark. The policy in the head has the browser hold the promise, too.
 PAGE = """<!DOCTYPE html>

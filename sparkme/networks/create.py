@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
 from sparkme.errors import first_line
-from sparkme.network_names import paper_drop_path
+from sparkme.networks.names import paper_drop_path
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.map import SparseMap
 from sparkme.sparse.sparsify import sparsify
