@@ -40,7 +40,7 @@ def test_kinds() -> None:
 
 
 @pytest.mark.parametrize("what", ["encoder", "step"])
-@pytest.mark.parametrize("model", ["resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("model", ["resnet18", "timm:convnext_atto"])
 def test_a_pass_never_waits_for_the_gpu(model: str, what: str) -> None:
     """A look at data, as `.item()` is one, ends a pass on fake tensors."""
     words = ["--model", model, "--what", what, "--batch-size", "4", "--input-size", "64"]
