@@ -46,7 +46,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 INDEX_ADVICE := see the lines above. If the package index could not be reached, check the network and `pip config list`; if the disk is full, \
 make room (about $(NEEDED_GIB) GB are needed; TMPDIR and PIP_CACHE_DIR may point to another disk). Then run make again, it goes on from here.
 
-.PHONY: help setup demo check test test-all wheels lint format cuda-compile clean distclean
+.PHONY: help setup demo check test test-all wheels docs lint format cuda-compile clean distclean
 
 help:
 	@echo 'make demo     set up, pretrain on photographs, export: the result is in $(DEMO_DIR)'
@@ -56,6 +56,7 @@ help:
 	@echo 'make setup    only set up: $(VENV) with torch, MinkowskiEngine and sparkme'
 	@echo 'make wheels   write wheels of what was compiled to dist/wheels (or WHEELS=DIR), for machines of the same kind;'
 	@echo '              there `make setup WHEELS=DIR` installs from them, without a compiler'
+	@echo 'make docs     build the pages of docs/ and the reference into build/site'
 	@echo 'make lint     ruff, mypy, clang-format      make format   rewrite the sources with ruff and clang-format'
 	@echo 'make cuda-compile   compile the CUDA sources, with nvcc and without a GPU'
 	@echo 'make clean    remove what builds and tests left; make distclean also removes $(VENV)'
@@ -71,6 +72,11 @@ demo: setup
 
 wheels: setup
 	$(RUN) cuda_ext/wheels.py write '$(WHEELS_TO)'
+
+docs: setup
+	$(PIP) 'mkdocs>=1.6' 'mkdocstrings[python]>=1'
+	$(RUN) -m mkdocs build --strict
+	@echo 'wrote build/site/index.html'
 
 # Three doors: what a change is checked with all day, what it is judged by, and everything.
 check: lint

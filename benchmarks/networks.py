@@ -2,7 +2,7 @@
 
     python -m benchmarks.networks --json benchmarks/results/networks.json     # all of them: about 40 minutes on two cores
     python -m benchmarks.networks resnet18 timm:resnetv2_50 --json /dev/null  # some
-    python -m benchmarks.networks --write                                     # from the JSON file: README.md, networks.txt
+    python -m benchmarks.networks --write                                     # from the JSON: docs/networks.md, networks.txt
 
 The names are every convolutional classification network of torchvision, and of timm at least one of every family (file of its
 models) that is convolutional. A network is `supported` when `sparkme.sparsify` takes it and all of these hold, with random
@@ -46,7 +46,7 @@ from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import dense_features
 
 RESULTS = Path(__file__).parent / "results" / "networks.json"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 PACKAGED = Path(__file__).parents[1] / "sparkme" / "networks" / "networks.txt"
 LIMITS = {
     torch.float64: {"dense": 1e-10, "engines": 1e-10, "gradients": 1e-10, "training": 1e-6},
@@ -120,7 +120,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, rewritten after each network")
     parser.add_argument("--missing", action="store_true", help="only those that are not in the JSON file yet")
     parser.add_argument(
-        "--write", action="store_true", help="put the JSON file's table into README.md, its names into networks.txt"
+        "--write", action="store_true", help="put the JSON file's table into docs/networks.md, its names into networks.txt"
     )
     return parser
 
@@ -323,18 +323,18 @@ def count(encoder: Any) -> dict[str, float]:
 
 
 def write(path: Path) -> int:
-    """Writes the names that are supported, and the README's table of families."""
+    """Writes the names that are supported, and the table of families in docs/networks.md."""
     if not path.is_file():
         raise UserError(f"--json {path} does not exist; run python -m benchmarks.networks first")
     networks: dict[str, Any] = json.loads(path.read_text())["networks"]
     comments = [line for line in PACKAGED.read_text().splitlines() if line.startswith("#")]
     PACKAGED.write_text("\n".join([*comments, *(name for name, result in networks.items() if result["supported"])]) + "\n")
-    text = README.read_text()
+    text = PAGE.read_text()
     begin, end = "<!-- networks:begin -->", "<!-- networks:end -->"
     if begin not in text or end not in text:
-        raise UserError(f"README.md has no {begin} and {end} to put the table between")
-    README.write_text(text.partition(begin)[0] + f"{begin}\n{markdown(networks)}\n{end}" + text.partition(end)[2])
-    print(f"wrote {PACKAGED.name} and the table in {README.name}")
+        raise UserError(f"{PAGE.name} has no {begin} and {end} to put the table between")
+    PAGE.write_text(text.partition(begin)[0] + f"{begin}\n{markdown(networks)}\n{end}" + text.partition(end)[2])
+    print(f"wrote {PACKAGED.name} and the table in {PAGE.name}")
     return 0
 
 

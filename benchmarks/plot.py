@@ -1,7 +1,7 @@
 """Turns the numbers of benchmarks.throughput and benchmarks.flops into tables and pictures.
 
     python -m benchmarks.plot                                      # all of benchmarks/results/, tables to stdout
-    python -m benchmarks.plot --readme README.md                   # tables between the marks in README.md
+    python -m benchmarks.plot --page docs/speed.md --summary README.md     # tables between the marks of both
     python -m benchmarks.plot h200.json --pictures /tmp            # one file
 
 Of each file of times: NAME_times.png, bars of the contenders' times for encoder and step; and, where it has three mask
@@ -22,6 +22,12 @@ from sparkme.errors import UserError, first_line, run_command
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+SUMMARY = "<!-- summary:begin -->", "<!-- summary:end -->"
+# The rows of the summary: of which file, what kind of work, in which precision.
+ROWS = (
+    ("cpu_encoder.json", "encoder", "float32"), ("h200_graph.json", "encoder", "bf16"),
+    ("cpu_step.json", "step", "float32"), ("h200_graph.json", "step", "bf16"), ("cpu_step_fcmae.json", "step", "float32"),
+)  # fmt: skip
 WORK = {
     "encoder-forward": "Encoder, forward", "encoder": "Encoder, forward and backward", "step": "Whole training step",
 }  # fmt: skip
@@ -44,7 +50,10 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="of benchmarks.throughput or benchmarks.flops (all in results/)"
     )
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"write the tables into it, between {BEGIN} and {END}")
+    parser.add_argument("--page", type=Path, metavar="FILE", help=f"write the tables into it, between {BEGIN} and {END}")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help=f"write a short table into it, between {' and '.join(SUMMARY)}"
+    )
     parser.add_argument("--pictures", type=Path, default=RESULTS, metavar="FOLDER", help="for pictures (%(default)s)")
     parser.add_argument("--no-pictures", action="store_true", help="tables only")
     return parser
@@ -58,14 +67,15 @@ def main(argv: list[str] | None = None) -> int:
 def plot(args: argparse.Namespace) -> int:
     if not args.no_pictures and not args.pictures.is_dir():
         raise UserError(f"--pictures {args.pictures} is not a folder")
-    readme = read_readme(args.readme) if args.readme else None
+    page = read_page(args.page, BEGIN, END) if args.page else None
+    front = read_page(args.summary, *SUMMARY) if args.summary else None
     records = {path: read(path) for path in args.files or sorted(RESULTS.glob("*.json"))}
     if unknown := [str(path) for path in args.files if kind(records[path]) is None]:
         raise UserError(f"{unknown[0]} is a file of neither benchmarks.throughput nor benchmarks.flops")
     records = {path: record for path, record in records.items() if kind(record)}
     if not records:
         raise UserError(f"no numbers in {RESULTS}; `python -m benchmarks.throughput --json FILE` makes some")
-    base = args.readme.resolve().parent if args.readme else Path.cwd()
+    base = args.page.resolve().parent if args.page else Path.cwd()
     blocks = []
     for path, record in records.items():
         if kind(record) == "flops":
@@ -77,26 +87,31 @@ def plot(args: argparse.Namespace) -> int:
             blocks.append(f"![{describe_picture(picture)}]({link})")
             print(f"wrote {picture}", file=sys.stderr)
     text = "\n\n".join(blocks)
-    if readme is None:
+    if page is None:
         print(text)
     else:
-        before, after = readme
-        args.readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-        print(f"wrote {args.readme}", file=sys.stderr)
+        write(args.page, page, f"{BEGIN}\n{text}\n{END}")
+    if front is not None:
+        write(args.summary, front, "\n".join((SUMMARY[0], summary({path.name: r for path, r in records.items()}), SUMMARY[1])))
     return 0
 
 
-def read_readme(path: Path) -> tuple[str, str]:
+def read_page(path: Path, begin: str, end: str) -> tuple[str, str]:
     """What stands before and after the marks."""
     try:
         text = path.read_text()
     except OSError as error:
-        raise UserError(f"cannot read --readme {path}: {first_line(error)}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"--readme {path} lacks the lines {BEGIN} and {END}; put them where the tables shall go")
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+    before, found, rest = text.partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not found or not also_found:
+        raise UserError(f"{path} lacks the lines {begin} and {end}; put them where the tables shall go")
     return before, after
+
+
+def write(path: Path, around: tuple[str, str], block: str) -> None:
+    path.write_text(around[0] + block + around[1])
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -197,6 +212,21 @@ def times_table(cases: list[dict[str, Any]]) -> str:
             ]
             rows.append([*row, f"{result['gpu']['idle_share']:.1%}" if "gpu" in result else "-"] if with_gpu else row)
     return markdown([*header, "GPU idle"] if with_gpu else header, rows)
+
+
+def summary(records: dict[str, dict[str, Any]]) -> str:
+    """A row for each model of `ROWS`: how many times as fast as the tuned masked-dense, and as the official algorithm."""
+    rows = []
+    for name, what, kind_of_number in ROWS:
+        for case in records.get(name, {}).get("cases", []):
+            if (case["what"], case["precision"]) != (what, kind_of_number) or "ratios" not in case:
+                continue
+            memory = [case["contenders"][who]["activation_bytes"] for who in ("cuda_ext", "masked-dense")]
+            ratios = [f"{case['ratios'][who]:.2f}" if who in case["ratios"] else "-" for who in (TUNED, "official")]
+            work = "encoder" if what == "encoder" else f"whole step of {METHODS[case['recipe']]}"
+            words = f"{work}, {case['model']}: {hardware(records[name])}, {precision(case)}"
+            rows.append([words, *ratios, f"{memory[0] / memory[1]:.2f}"])
+    return markdown(["", "x masked dense", "x official", "activation memory / masked dense"], rows)
 
 
 def milliseconds(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.transfer --json benchmarks/results/transfer.json            # emoji by npm, about 50 minutes on 2 cores
     python -m benchmarks.transfer --data labelled/ --model resnet50 --json mine.json # any labelled folder
-    python -m benchmarks.transfer --write                                            # from the JSON: picture and README's table
+    python -m benchmarks.transfer --write                                            # the JSON's picture and docs/finetuning.md
 
 What is done, with this project's own commands:
 
@@ -46,7 +46,7 @@ from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.finetune_config import SMALL
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "finetuning.md"
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 EMOJI = "emoji-datasource-google@16.0.0"
 CHOOSE_SHARE = 0.15  # of what is not for testing
@@ -86,7 +86,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="fine-tune so many at a time (cores)"
     )
-    group.add_argument("--write", action="store_true", help="only picture and README.md's table, from --json (results/)")
+    group.add_argument(
+        "--write", action="store_true", help="only the picture and the table of docs/finetuning.md, from --json (results/)"
+    )
     return parser
 
 
@@ -374,20 +376,20 @@ def plus_minus(value: dict[str, Any], sign: str = "") -> str:
 
 
 def write(args: argparse.Namespace) -> int:
-    """Writes the picture and the README's table from the numbers. Returns the exit code."""
+    """Writes the picture and the table from the numbers. Returns the exit code."""
     path = args.json or RESULTS
     if not path.is_file():
         raise UserError(f"--json {path} does not exist; run python -m benchmarks.transfer first")
     record = json.loads(path.read_text())
     picture = path.with_suffix(".png")
     draw(record, picture)
-    text = README.read_text()
+    text = PAGE.read_text()
     if BEGIN not in text or END not in text:
-        raise UserError(f"README.md has no {BEGIN} and {END} to put the table between")
-    link = os.path.relpath(picture.resolve(), README.parent)
+        raise UserError(f"PAGE.md has no {BEGIN} and {END} to put the table between")
+    link = os.path.relpath(picture.resolve(), PAGE.parent)
     block = f"{table(record)}\n\n![Accuracy over the number of labels, pretrained and from scratch]({link})"
-    README.write_text(text.partition(BEGIN)[0] + f"{BEGIN}\n{block}\n{END}" + text.partition(END)[2])
-    print(f"wrote {picture} and the table in {README.name}")
+    PAGE.write_text(text.partition(BEGIN)[0] + f"{BEGIN}\n{block}\n{END}" + text.partition(END)[2])
+    print(f"wrote {picture} and the table in {PAGE.name}")
     return 0
 
 

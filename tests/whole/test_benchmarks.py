@@ -314,7 +314,7 @@ def numbers(tmp_path: Path) -> Path:
 def test_tables_and_pictures_of_a_small_file(numbers: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
-    words = [str(numbers), "--readme", str(readme), "--pictures", str(tmp_path)]
+    words = [str(numbers), "--page", str(readme), "--pictures", str(tmp_path)]
     assert plot.main(words) == 0
     text = readme.read_text()
     assert text.startswith(f"before\n{plot.BEGIN}\n**") and text.endswith(f"\n{plot.END}\nafter\n") and "old" not in text
@@ -366,7 +366,7 @@ def test_mistakes_in_plotting_are_one_line(numbers: Path, tmp_path: Path, capsys
     (tmp_path / "other.json").write_text("[]")
     (tmp_path / "broken.json").write_text("{")
     for words, message in (
-        ([str(numbers), "--readme", str(tmp_path / "README.md")], "lacks the lines <!-- benchmarks:begin -->"),
+        ([str(numbers), "--page", str(tmp_path / "README.md")], "lacks the lines <!-- benchmarks:begin -->"),
         ([str(tmp_path / "other.json")], "is a file of neither benchmarks.throughput nor benchmarks.flops"),
         ([str(tmp_path / "broken.json")], "cannot read"),
         ([str(tmp_path / "none.json")], "cannot read"),

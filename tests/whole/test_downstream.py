@@ -1,4 +1,4 @@
-"""The README's code for detection and segmentation, run as it is printed there, with exported weights."""
+"""The documents' code for detection and segmentation, run as it is printed there, with exported weights."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from sparkme import export
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for target, suffix in (("torchvision", ""), ("timm", "-timm")):
             words = [str(saved), "--to", target, "--output", str(folder / f"{model}{suffix}.safetensors"), "--no-verify"]
             assert export.main(words) == 0
-    section = README.read_text().partition("\n## Detection and segmentation\n")[2].partition("\n## ")[0]
+    section = PAGE.read_text().partition("\n## Detection and segmentation\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
     assert len(blocks) == 3
     names: dict[str, Any] = {"folder": folder}

@@ -38,7 +38,7 @@ def test_the_table_holds_what_was_promised() -> None:
 
 def test_the_packaged_names_and_the_readme_are_the_tables() -> None:
     assert model_names() == list(SUPPORTED)
-    assert networks.markdown(TABLE) in networks.README.read_text()
+    assert networks.markdown(TABLE) in networks.PAGE.read_text()
 
 
 @pytest.mark.parametrize("name", SAMPLE)

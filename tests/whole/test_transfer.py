@@ -83,13 +83,13 @@ def test_the_picture_and_the_table_come_from_the_numbers(tmp_path: Path, monkeyp
     record = {"settings": {"model": "resnet18", "input_size": 96}, "classes": ["a", "b"], "probe": scores,
               "finetuning": [{"shots": 10, "pretrained": side, "scratch": {**side, "mean": 0.45},
                               "gain": {"mean": 0.05, "standard_error": None}}]}  # fmt: skip
-    path, readme = tmp_path / "numbers.json", tmp_path / "README.md"
+    path, page = tmp_path / "numbers.json", tmp_path / "page.md"
     path.write_text(json.dumps(record))
-    readme.write_text(f"before\n{transfer.BEGIN}\n{transfer.END}\nafter\n")
-    monkeypatch.setattr(transfer, "README", readme)
+    page.write_text(f"before\n{transfer.BEGIN}\n{transfer.END}\nafter\n")
+    monkeypatch.setattr(transfer, "PAGE", page)
     assert transfer.main(["--write", "--json", str(path)]) == 0
-    assert "| 10 | 45.0 ± 1.0 | 50.0 ± 1.0 | +5.0 | 30.0, 40.0 | 30.0, 40.0 |" in readme.read_text()
-    assert path.with_suffix(".png").stat().st_size > 1000 and readme.read_text().endswith("after\n")
+    assert "| 10 | 45.0 ± 1.0 | 50.0 ± 1.0 | +5.0 | 30.0, 40.0 | 30.0, 40.0 |" in page.read_text()
+    assert path.with_suffix(".png").stat().st_size > 1000 and page.read_text().endswith("after\n")
 
 
 @pytest.mark.parametrize(
