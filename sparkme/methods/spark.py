@@ -69,7 +69,7 @@ class SparK(MaskedAutoencoder):
     def predict(self, images: Tensor, grid: Grid) -> Tensor:
         maps = self.encoder.encode(images, grid)
         dense = self.densify(maps)
-        prediction: Tensor = self.decoder(dense, maps[0].engine.fuses(dense[0].dtype, images.device))
+        prediction: Tensor = self.decoder(dense, maps[0].engine.fuses_norms(dense[0].dtype, images.device))
         return prediction
 
     def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:
@@ -86,7 +86,7 @@ class SparK(MaskedAutoencoder):
             self.levels, reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
         ):
             rows, fill = norm(x.rows), token.flatten()
-            if isinstance(projection, nn.Conv2d) and x.engine.fuses_all(rows.dtype, rows.device):
+            if isinstance(projection, nn.Conv2d) and x.engine.fuses_products(rows.dtype, rows.device):
                 weights = projection.weight, projection.bias
                 dense[level] = x.engine.densify_convolution(rows, x.grid, x.stride, fill, *weights)
             else:

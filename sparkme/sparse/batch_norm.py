@@ -13,6 +13,11 @@ from sparkme import ops
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
+def normalises_batch(bn: BATCH_NORM) -> bool:
+    """Whether it takes the statistics of the batch, and not its running ones."""
+    return bn.training or bn.running_mean is None or bn.running_var is None
+
+
 def processes_of(bn: nn.Module) -> int:
     """How many share its statistics, each with as many rows; see sparkme.training.batch_norm."""
     return getattr(bn, "processes", 1)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sparkme.sparse.engines.base import Engine, Features
 from sparkme.sparse.engines.minkowski import to_minkowski
+from sparkme.sparse.fusion.waiting import Unwritten
 from sparkme.sparse.grid import Grid
-from sparkme.sparse.unwritten import Unwritten
 
 if TYPE_CHECKING:
     import MinkowskiEngine as ME
@@ -265,6 +265,45 @@ class SparseMap:
         data = features.data.flatten(1, -3) if features.data.ndim != 4 else features.data
         rows = self.engine.to_rows(features.replace(data, clean=features.clean))
         return rows.view(self.grid.batch, -1, *self.channel_shape)
+
+    def operand(self, value: Any) -> Any:
+        """An argument as the data of the map's engine: other maps as they are, tensors spread over the pixels.
+
+        A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken. Under
+        autocast it takes the map's type, as the weights of convolutions do: else a parameter in float32, such as ConvNeXt's
+        layer scale, would make all that follows float32, to be cast back before every product.
+        """
+        if is_map(value):
+            if value.grid is not self.grid or value.stride != self.stride:
+                raise ValueError(
+                    f"maps of shape {tuple(value.shape)} and {tuple(self.shape)} do not lie on the same sites: one has another "
+                    "stride, or was kept from an earlier call; keep no maps between calls"
+                )
+            if value.dims != self.dims:
+                raise NotImplementedError(
+                    f"maps with axes {value.dims} and {self.dims} cannot be combined; give both the same axes"
+                )
+            return value.values
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if value.dtype == torch.float32 and self.dtype == torch.bfloat16 and torch.is_autocast_enabled(self.device.type):
+            value = value.to(self.dtype)
+        if value.ndim > self.ndim:
+            raise NotImplementedError(f"a tensor of shape {tuple(value.shape)} has more axes than the map {self.dims} it meets")
+        value = value.view(*(1,) * (self.ndim - value.ndim), *value.shape)
+        channels = [i for i, label in enumerate(self.dims) if label == "C"]
+        pixels = [i for i, label in enumerate(self.dims) if label in "HWP"]
+        value = value.permute(self.dims.index("B"), *channels, *pixels)
+        if len(pixels) == 1:
+            value = value.unsqueeze(-1)
+        if value.shape[-2:] == (1, 1):
+            return value if self.engine.dense else value.flatten(-2).movedim(-1, 1)
+        h, w = self.grid.size(self.stride)
+        value = value.expand(self.grid.batch, *value.shape[1:-2], h, w)
+        if self.engine.dense:
+            return value
+        rows = self.grid.to_rows(value.flatten(1, -3), self.stride)
+        return rows.view(self.grid.batch, -1, *value.shape[1:-2])
 
     def replace(self, features: Features | Unwritten, dims: str | None = None) -> SparseMap:
         """A map with other features, otherwise like this one."""

@@ -82,12 +82,12 @@ class Engine(ABC):
         """The context in which the encoder runs."""
         return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
 
-    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether batch norms wait for what follows them, see `sparkme.sparse.unwritten`."""
+    def fuses_norms(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether batch norms wait for what follows them, see `sparkme.sparse.fusion`."""
         return False
 
-    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether products do, too, and memory is saved where that costs a pass over rows."""
+    def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether products wait as well, and what is cheap to compute again is not kept for gradients."""
         return False
 
     @abstractmethod

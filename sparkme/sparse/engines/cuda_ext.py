@@ -22,10 +22,10 @@ class CudaExtEngine(RowEngine):
     name = "cuda_ext"
     bf16 = True
 
-    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def fuses_norms(self, dtype: torch.dtype, device: torch.device) -> bool:
         return dtype in ops.FLOATS
 
-    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
         """On the CPU. On CUDA products and layer norms are torch's own."""
         return device.type == "cpu" and dtype in ops.FLOATS
 
@@ -75,7 +75,7 @@ class CudaExtEngine(RowEngine):
         return x.replace(self.from_rows(out, x.grid, x.stride))
 
     def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
-        if not self.fuses_all(x.dtype, x.device):
+        if not self.fuses_products(x.dtype, x.device):
             return super().layer_norm(x, weight, bias, eps)
         return x.replace(ops.layer_norm(x.data.flatten(0, 1), weight, bias, eps).view(x.shape))
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.sparse.engines.base import autocast
 from sparkme.sparse.forms.layer import SparseLayer, take_state
+from sparkme.sparse.fusion import fused
 from sparkme.sparse.layout import (
     channelwise_kernel_to_weight,
     channelwise_weight_to_kernel,
@@ -23,11 +23,8 @@ from sparkme.sparse.layout import (
     weight_to_kernel,
 )
 from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
-from sparkme.sparse.unwritten import UnwrittenLinear, UnwrittenProduct
 from sparkme.sparse.window import Window, pair
 from sparkme.state_dict import state_dict_of
-
-ROWS_PER_CHANNEL = 8  # that there have to be, for a convolution to wait for its norm
 
 
 class SparseConvolution(SparseLayer):
@@ -123,19 +120,9 @@ class SparseConvolution(SparseLayer):
             stride, padding, dilation = self.dense_geometry
             x, window = padded_window(x, self.kernel_size, stride, padding, dilation)
         _check_channels(x)
-        if bias is None and self.groups == 1 and _waits_for_norm(x, kernel, window):
-            return x.replace(UnwrittenProduct(x.flat, kernel.flatten(0, -2)))
+        if (waiting := fused(x, "convolution", kernel, bias, window, self.groups)) is not None:
+            return waiting
         return x.replace(x.engine.convolution(x.flat, kernel, bias, window, self.groups))
-
-
-def _waits_for_norm(x: SparseMap, kernel: Tensor, window: Window) -> bool:
-    """Whether a convolution is worth being computed with the batch norm behind it: 1x1, to at least twice as many channels, and
-    of so many pixels that products of weights alone do not count."""
-    inside, outside = kernel.shape[-2:]
-    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
-    exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
-    many = x.grid.num_rows(x.stride) >= ROWS_PER_CHANNEL * inside
-    return fits and exact and many and torch.is_grad_enabled() and x.engine.fuses_all(x.dtype, x.device)
 
 
 class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):
@@ -279,12 +266,9 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
         raise NotImplementedError(
             f"a linear layer along the last axis of a map {x.dims} mixes visible and hidden pixels; permute it to channels-last"
         )
-    if not x.engine.fuses_all(x.dtype, x.device):
-        return x.replace(x.engine.linear(x.flat, weight, bias))
-    if x.unwritten is not None and (longer := x.unwritten.linear(weight, bias)) is not None:
-        return x.replace(longer)
-    features = x.flat
-    return x.replace(UnwrittenLinear(features.replace(autocast(features.data)), weight, bias))
+    if (waiting := fused(x, "linear", weight, bias)) is not None:
+        return waiting
+    return x.replace(x.engine.linear(x.flat, weight, bias))
 
 
 @sparse_function("pad")

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.sparse.batch_norm import BATCH_NORM, processes_of
+from sparkme.sparse.batch_norm import BATCH_NORM
 from sparkme.sparse.forms.layer import SparseLayer, take_state
+from sparkme.sparse.fusion import fused
 from sparkme.sparse.map import SparseMap, sparse_function
-from sparkme.sparse.unwritten import UnwrittenNorm, UnwrittenProduct
 from sparkme.state_dict import state_dict_of
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
             return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
         if x.dims != "BCHW":
             raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-        known = type(self.bn) is RowNorm or processes_of(self.bn) > 1
-        if known and not self.bn._forward_hooks and x.engine.fuses(x.dtype, x.device):
-            source = product if isinstance(product := x.unwritten, UnwrittenProduct) else x.features
-            return x.replace(UnwrittenNorm(source, self.bn, recomputed=x.engine.fuses_all(x.dtype, x.device)))
+        if (waiting := fused(x, "batch_norm", self.bn)) is not None:
+            return waiting
         return x.with_rows(self.bn(x.rows))
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparkme.sparse.fusion import fused
 from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
-from sparkme.sparse.unwritten import Unwritten, UnwrittenScale
 
 # What a dense engine's hidden pixels hold afterwards, if it was zero: `zero` again, whatever the other arguments; some
 # `number`, since the function has other arguments or moves zero; or perhaps `infinity` or NaN, which a product with the mask
@@ -61,10 +60,6 @@ def _register() -> None:
                     FUNCTIONS[function] = _Pointwise(name, _out_of_place(name), in_place=True)
 
 
-# ReLU and ReLU6, and their further arguments.
-_CLAMPS: dict[str, tuple[float, ...]] = {"relu": (), "relu6": (), "hardtanh": (0.0, 6.0)}
-
-
 class _Pointwise:
     """One of torch's functions as a function of maps.
 
@@ -88,15 +83,16 @@ class _Pointwise:
             return same
         values = (*args, *kwargs.values())
         first = first_map(values)
-        if (longer := self._fused(args, kwargs)) is not None:
-            return self._result(first.replace(longer), args, inplace=inplace)
+        for i, x in enumerate(args):
+            if is_map(x) and (waiting := fused(x, self.name, *args[:i], *args[i + 1 :], **kwargs)) is not None:
+                return self._result(waiting, args, inplace=inplace)
         features = first.features
         keeps_zero, mask = self._keeps_zero(values), None
         if first.engine.dense and not keeps_zero and not self._is_finite(values):
             mask = features.grid.mask(features.stride, torch.bool)
 
         def argument(value: Any) -> Any:
-            held = operand(value, first)
+            held = first.operand(value)
             # One is a safe place for all of these functions and their derivatives: an infinite one times zero is not zero.
             return _hide(held, mask, 1) if mask is not None and is_map(value) else held
 
@@ -126,27 +122,6 @@ class _Pointwise:
             return args[0]
         return args[0].write(out)
 
-    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unwritten | None:
-        """What is still to be written, with this function at its end; None where it does not fit."""
-        for i, x in enumerate(args):
-            if not is_map(x):
-                continue
-            others = [*args[:i], *args[i + 1 :]]
-            if (unwritten := x.unwritten) is None:
-                if self.is_product and len(others) == 1 and not kwargs and (scaled := _scaled(x, others[0])) is not None:
-                    return scaled
-                continue
-            if self.name in _CLAMPS and (*others, *kwargs.values()) == _CLAMPS[self.name]:
-                return unwritten.clamp(math.inf if self.name == "relu" else 6.0)
-            if self.name == "gelu" and not others and kwargs.get("approximate", "none") == "none":
-                return unwritten.gelu()
-            if self.name in ("add", "mul", "multiply") and len(others) == 1 and not kwargs:
-                if self.name == "add":
-                    return unwritten.plus(operand(others[0], x)) if is_map(others[0]) else None
-                if isinstance(others[0], Tensor) and others[0].ndim:
-                    return unwritten.times(operand(others[0], x))
-        return None
-
     def _keeps_zero(self, values: tuple[Any, ...]) -> bool:
         """Whether zero and zero make zero."""
         if self.hidden == _ZERO:
@@ -156,18 +131,6 @@ class _Pointwise:
 
     def _is_finite(self, values: tuple[Any, ...]) -> bool:
         return self.hidden == _NUMBER and not any(_may_be_infinite(v) for v in values if not is_map(v))
-
-
-def _scaled(x: SparseMap, other: Any) -> UnwrittenScale | None:
-    """A map that is multiplied by a number for each channel, such as layer scale, where products do not wait for it."""
-    engine, where = x.engine, (x.dtype, x.device)
-    if not isinstance(other, Tensor) or other.ndim == 0 or (x.dims[-1] != "C" and x.dims != "BCHW"):
-        return None
-    if not engine.fuses(*where) or engine.fuses_all(*where):
-        return None
-    scale = operand(other, x)
-    fits = isinstance(scale, Tensor) and scale.shape == (1, 1, x.flat.shape[-1]) and scale.dtype == x.dtype
-    return UnwrittenScale(x.features, scale.flatten()) if fits else None
 
 
 def _hide(data: Tensor, mask: Tensor, value: int) -> Tensor:
@@ -184,52 +147,12 @@ def _may_be_infinite(value: Any) -> bool:
     return isinstance(value, float) and not abs(value) < float("inf")
 
 
-def operand(value: Any, like: SparseMap) -> Any:
-    """An argument as the data of the map's engine: other maps as they are, tensors spread over the pixels.
-
-    A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken. Under
-    autocast it takes the map's type, as the weights of convolutions do: else a parameter in float32, such as ConvNeXt's layer
-    scale, would make all that follows float32, to be cast back before every product.
-    """
-    if is_map(value):
-        if value.grid is not like.grid or value.stride != like.stride:
-            raise ValueError(
-                f"maps of shape {tuple(value.shape)} and {tuple(like.shape)} do not lie on the same sites: one has another "
-                "stride, or was kept from an earlier call; keep no maps between calls"
-            )
-        if value.dims != like.dims:
-            raise NotImplementedError(
-                f"maps with axes {value.dims} and {like.dims} cannot be combined; give both the same axes"
-            )
-        return value.values
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if value.dtype == torch.float32 and like.dtype == torch.bfloat16 and torch.is_autocast_enabled(like.device.type):
-        value = value.to(like.dtype)
-    if value.ndim > like.ndim:
-        raise NotImplementedError(f"a tensor of shape {tuple(value.shape)} has more axes than the map {like.dims} it meets")
-    value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
-    channels = [i for i, label in enumerate(like.dims) if label == "C"]
-    pixels = [i for i, label in enumerate(like.dims) if label in "HWP"]
-    value = value.permute(like.dims.index("B"), *channels, *pixels)
-    if len(pixels) == 1:
-        value = value.unsqueeze(-1)
-    if value.shape[-2:] == (1, 1):
-        return value if like.engine.dense else value.flatten(-2).movedim(-1, 1)
-    h, w = like.grid.size(like.stride)
-    value = value.expand(like.grid.batch, *value.shape[1:-2], h, w)
-    if like.engine.dense:
-        return value
-    rows = like.grid.to_rows(value.flatten(1, -3), like.stride)
-    return rows.view(like.grid.batch, -1, *value.shape[1:-2])
-
-
 @sparse_function("prelu")
 def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
     """A slope for each channel, which is axis 1."""
     shape = [1] * x.ndim
     shape[1] = weight.numel()
-    slope = operand(weight.view(shape), x)
+    slope = x.operand(weight.view(shape))
     return x.with_values(torch.where(x.values >= 0, x.values, x.values * slope))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkme.sparse.forms.pointwise import operand
 from sparkme.sparse.map import SparseMap, first_map, is_map, sparse_function
 
 _REMEDY = "only channels can be moved, pixels stay where they are"
@@ -22,7 +21,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
     at = like.channel(dim) + like.channel_axis
     pieces = []
     for value in tensors:
-        piece = operand(value, like)
+        piece = like.operand(value)
         if not is_map(value):
             shape = list(like.values.shape)
             shape[at] = piece.shape[at]
