@@ -13,8 +13,10 @@ dropout that drops nothing. Everything else, and whatever stands in another orde
 
 On the CPU a batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the
 norm's rows. On CUDA it is kept, since bandwidth is short there sooner than memory. An engine says with `fuses_norms` and
-`fuses_products` what it takes part in. Two things outside of the encoder are computed together as well: a decoder's batch norm
-and ReLU6 (`sparkme.sparse.batch_norm`), and mask tokens with the convolution behind them (`Engine.densify_convolution`).
+`fuses_products` what it takes part in.
+
+Behind the encoder nothing waits, but two more things are computed together: mask tokens and SparK's projection of them
+(`densified`, on the CPU), and the decoder's batch norms with ReLU6 (`sparkme.sparse.batch_norm.BatchNorm`).
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparkme.sparse.fusion import mlp, norm, product, scale
+from sparkme.sparse.fusion.densify import densified
 from sparkme.sparse.fusion.waiting import Unwritten
 
 if TYPE_CHECKING:
     from sparkme.sparse.map import SparseMap
 
-__all__ = ["Unwritten", "fused"]
+__all__ = ["Unwritten", "densified", "fused"]
 
 # What can wait for what follows it, and the further arguments and the ceilings of functions that clamp.
 _BEGIN: dict[str, Callable[..., Unwritten | None]] = {

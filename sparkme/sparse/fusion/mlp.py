@@ -34,7 +34,6 @@ class UnwrittenLinear(Unwritten):
         self.second: tuple[Tensor, Tensor | None] | None = None
         self.activated = False
         self.scale: Tensor | None = None
-        self.follows: dict[str, Tensor] = {}
 
     def compute(self, rows: Tensor) -> Tensor:
         weight, bias = (None if value is None else value.to(rows.dtype) for value in self.first)
@@ -47,29 +46,29 @@ class UnwrittenLinear(Unwritten):
         return ops.mlp(rows, weight, bias, last, last_bias, self.scale, **self.follows).to(self.dtype)
 
     def gelu(self) -> Unwritten | None:
-        return None if self.activated else self._with(activated=True)
+        return None if self.activated else self._as(activated=True)
 
     def plus(self, other: Tensor) -> Unwritten | None:
         fits = self.second is not None and "residual" not in self.follows and self.is_like(other)
         if not fits or self.dtype != self.source.dtype:  # under autocast they may differ
             return None
-        return self._with(follows=self.follows | {"residual": other})
+        return self._with(residual=other)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
         if not self.activated or self.second is not None:
             return None
-        return self._with(second=(weight, bias), shape=torch.Size((*self.shape[:2], len(weight))))
+        return self._as(second=(weight, bias), shape=torch.Size((*self.shape[:2], len(weight))))
 
     def times(self, other: Tensor) -> Unwritten | None:
         if self.second is None or "residual" in self.follows:
             return None
         if not self.follows and self.is_for_samples(other):
-            return self._with(follows={"factor": other.flatten()})
+            return self._with(factor=other.flatten())
         if self.scale is not None or other.shape != (1, 1, self.shape[2]):
             return None
-        return self._with(scale=other.flatten(), dtype=torch.promote_types(self.dtype, other.dtype))
+        return self._as(scale=other.flatten(), dtype=torch.promote_types(self.dtype, other.dtype))
 
-    def _with(self, **changes: Any) -> Unwritten:
+    def _as(self, **changes: Any) -> Unwritten:
         out = copy(self)
         vars(out).update(changes)
         return out

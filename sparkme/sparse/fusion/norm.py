@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -36,14 +35,12 @@ class UnwrittenNorm(Unwritten):
         source: what is normalised.
         bn: its layer. Where it trains, its running statistics move now, and processes that share them meet.
         recomputed: whether the result is to be computed again for the gradient of what reads it.
-        follows: `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
     """
 
     def __init__(self, source: Features, bn: BATCH_NORM, *, recomputed: bool) -> None:
         super().__init__(source, bn.num_features, source.dtype)
         self.bn = bn
         self.recomputed = recomputed
-        self.follows: dict[str, Any] = {}
         self.training = normalises_batch(bn)
         with torch.no_grad():
             self.take_statistics(source.data.flatten(0, 1))
@@ -78,8 +75,3 @@ class UnwrittenNorm(Unwritten):
 
     def times(self, other: Tensor) -> Unwritten | None:
         return self._with(factor=other.flatten()) if not self.follows and self.is_for_samples(other) else None
-
-    def _with(self, **more: Any) -> Unwritten:
-        out = copy(self)
-        out.follows = self.follows | more
-        return out

@@ -4,7 +4,6 @@ Only where the linear layer in front of them does not wait, which else takes the
 
 from __future__ import annotations
 
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,7 +34,6 @@ class UnwrittenScale(Unwritten):
     def __init__(self, source: Features, scale: Tensor) -> None:
         super().__init__(source, source.shape[-1], source.dtype)
         self.scale = scale
-        self.follows: dict[str, Any] = {}
 
     def compute(self, rows: Tensor) -> Tensor:
         zero, one = rows.new_zeros(self.shape[2]), rows.new_ones(self.shape[2])
@@ -46,8 +44,3 @@ class UnwrittenScale(Unwritten):
 
     def plus(self, other: Tensor) -> Unwritten | None:
         return self._with(residual=other) if "residual" not in self.follows and self.is_like(other) else None
-
-    def _with(self, **more: Tensor) -> Unwritten:
-        out = copy(self)
-        out.follows = self.follows | more
-        return out

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from copy import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ class Unwritten:
         source: what they are computed from, (B, L, C).
         channels: that they will have.
         dtype: and their type.
+
+    Attributes:
+        follows: what became part of them, of `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
     """
 
     def __init__(self, source: Features, channels: int, dtype: torch.dtype) -> None:
@@ -54,6 +58,7 @@ class Unwritten:
         self.grid, self.stride, self.device, self.dtype = source.grid, source.stride, source.device, dtype
         self.modes = Modes.now(source.device)
         self.shape = torch.Size((*source.shape[:2], channels))
+        self.follows: dict[str, Any] = {}
 
     @property
     def is_current(self) -> bool:
@@ -96,6 +101,11 @@ class Unwritten:
 
     def batch_norm(self, bn: BATCH_NORM) -> Unwritten | None:
         return None
+
+    def _with(self, **more: Any) -> Unwritten:
+        out = copy(self)
+        out.follows = self.follows | more
+        return out
 
     def is_like(self, other: Tensor) -> bool:
         """Whether it is rows of the same kind."""
