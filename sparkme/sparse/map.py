@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.sparse.engines.base import Engine, Features
+from sparkme.sparse.engines.base import Engine
 from sparkme.sparse.engines.minkowski import to_minkowski
+from sparkme.sparse.features import Features, RowFeatures
 from sparkme.sparse.fusion.waiting import Unwritten
 from sparkme.sparse.grid import Grid
 
@@ -124,7 +125,7 @@ def _with_graph_of(old: Features, new: Features) -> Features:
     with torch.enable_grad():
         data = old.data.clone()
     data.copy_(new.data)  # called without gradients, so that the graph does not notice
-    return new.replace(data, clean=new.clean)
+    return new.replace(data)
 
 
 def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
@@ -175,20 +176,19 @@ class SparseMap:
     @property
     def rows(self) -> Tensor:
         """(N, C), one row per visible pixel, patch-major."""
-        return self.engine.to_rows(self.features)
+        return self.features.rows()
 
     @property
     def channels(self) -> int:
-        return int(torch.Size(self.channel_shape).numel())
+        return self.channel_shape.numel()
 
     def dense(self) -> Tensor:
         """(B, C, H / stride, W / stride), zero at hidden pixels."""
-        return self.engine.to_dense(self.features)
+        return self.features.dense()
 
     def minkowski(self) -> ME.SparseTensor:
         """The same features as a MinkowskiEngine sparse tensor, with coordinates (sample, y, x) in input pixels."""
-        rows = self.rows.view(self.grid.batch, -1, self.channels)
-        return to_minkowski(Features(rows, self.grid, self.stride))
+        return to_minkowski(RowFeatures.of_rows(self.rows, self.grid, self.stride))
 
     # What the forms use.
 
@@ -229,14 +229,13 @@ class SparseMap:
         return self.features
 
     @property
-    def channel_shape(self) -> tuple[int, ...]:
-        shape = self.storage.held.shape
-        return tuple(shape[1:-2] if self.engine.dense else shape[2:])
+    def channel_shape(self) -> torch.Size:
+        return self.storage.held.channel_shape
 
     @property
     def channel_axis(self) -> int:
         """The first channel axis of the engine's data."""
-        return 1 if self.engine.dense else 2
+        return self.engine.layout.channel_axis
 
     def channel(self, dim: int) -> int:
         """Which of the channel axes an axis of the map is.
@@ -259,15 +258,10 @@ class SparseMap:
     @property
     def row_axes(self) -> Tensor:
         """(B, L, channels...), whatever the engine computes on."""
-        features = self.features
-        if not self.engine.dense:
-            return features.data
-        data = features.data.flatten(1, -3) if features.data.ndim != 4 else features.data
-        rows = self.engine.to_rows(features.replace(data, clean=features.clean))
-        return rows.view(self.grid.batch, -1, *self.channel_shape)
+        return self.features.by_sample()
 
     def operand(self, value: Any) -> Any:
-        """An argument as the data of the map's engine: other maps as they are, tensors spread over the pixels.
+        """An argument in the engine's layout: of other maps their features, tensors spread over the pixels.
 
         A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken. Under
         autocast it takes the map's type, as the weights of convolutions do: else a parameter in float32, such as ConvNeXt's
@@ -283,7 +277,7 @@ class SparseMap:
                 raise NotImplementedError(
                     f"maps with axes {value.dims} and {self.dims} cannot be combined; give both the same axes"
                 )
-            return value.values
+            return value.features
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         if value.dtype == torch.float32 and self.dtype == torch.bfloat16 and torch.is_autocast_enabled(self.device.type):
@@ -296,33 +290,23 @@ class SparseMap:
         value = value.permute(self.dims.index("B"), *channels, *pixels)
         if len(pixels) == 1:
             value = value.unsqueeze(-1)
-        if value.shape[-2:] == (1, 1):
-            return value if self.engine.dense else value.flatten(-2).movedim(-1, 1)
-        h, w = self.grid.size(self.stride)
-        value = value.expand(self.grid.batch, *value.shape[1:-2], h, w)
-        if self.engine.dense:
-            return value
-        rows = self.grid.to_rows(value.flatten(1, -3), self.stride)
-        return rows.view(self.grid.batch, -1, *value.shape[1:-2])
+        if value.shape[-2:] != (1, 1):
+            value = value.expand(self.grid.batch, *value.shape[1:-2], *self.grid.size(self.stride))
+        return self.engine.layout.spread(value, self.grid, self.stride)
 
     def replace(self, features: Features | Unwritten, dims: str | None = None) -> SparseMap:
         """A map with other features, otherwise like this one."""
         return SparseMap(features, self.engine, self.recorder, dims or self.dims)
 
-    def with_values(self, data: Tensor, dims: str | None = None, *, clean: bool | None = None) -> SparseMap:
-        """The same sites with other data in the engine's form."""
-        features = self.features
-        return self.replace(features.replace(data, clean=features.clean if clean is None else clean), dims)
+    def with_values(self, data: Tensor, dims: str | None = None) -> SparseMap:
+        """The same sites with other data in the engine's form, whose hidden pixels are zero where this map's are."""
+        return self.replace(self.features.replace(data), dims)
 
     def with_rows(self, rows: Tensor, dims: str | None = None) -> SparseMap:
         """The same sites with (N, C') or (B, L, channels...) rows, in whatever form the engine computes on."""
         is_flat = rows.ndim == 2 and (dims or self.dims).count("C") == 1
-        shape = rows.shape[1:] if is_flat else rows.shape[2:]
-        data = self.engine.from_rows(rows.reshape(-1, shape.numel()), self.grid, self.stride)
-        if len(shape) != 1:
-            axis = self.channel_axis
-            data = data.reshape(*data.shape[:axis], *shape, *data.shape[axis + 1 :])
-        return self.replace(self.features.replace(data), dims)
+        layout, grid, stride = self.engine.layout, self.grid, self.stride
+        return self.replace((layout.of_rows if is_flat else layout.of_samples)(rows, grid, stride), dims)
 
     def view_of(self, data: Tensor, dims: str | None = None, span: tuple[int, int] | None = None) -> SparseMap:
         """A map that shares its memory with this one, as the network sees it."""
@@ -331,7 +315,7 @@ class SparseMap:
             first = None if storage.span is None or span is None else storage.span[0]
             span = None if first is None or span is None else (first + span[0], first + span[1])
             storage = storage.root
-        shared = Storage(features.replace(data, clean=features.clean), storage, span)
+        shared = Storage(features.replace(data), storage, span)
         return SparseMap(shared.features, self.engine, self.recorder, dims or self.dims, storage=shared)
 
     def same_storage(self, dims: str) -> SparseMap:

@@ -18,7 +18,6 @@ from sparkme.sparse.fusion import fused
 from sparkme.sparse.layout import (
     channelwise_kernel_to_weight,
     channelwise_weight_to_kernel,
-    dense_order,
     kernel_to_weight,
     weight_to_kernel,
 )
@@ -85,10 +84,6 @@ class SparseConvolution(SparseLayer):
 
     def _to_kernel(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def arrange(self, *, dense: bool) -> None:
-        """Orders the kernel in memory for a dense engine, or as MinkowskiEngine has it. Its shape and values stay."""
-        self.kernel.data = dense_order(self.kernel.data) if dense else self.kernel.data.contiguous()
 
     def dense_state(self) -> dict[str, Tensor]:
         state = {"weight": self.dense_weight.detach().contiguous()}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkme.sparse.batch_norm import BATCH_NORM
+from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.fusion import fused
 from sparkme.sparse.map import SparseMap, sparse_function
@@ -100,7 +101,7 @@ class SparseGlobalResponseNorm(SparseLayer, nn.Module):
 
     def forward(self, x: Any) -> Any:
         in_place = type(x) is SparseMap and x.dims == ("BHWC" if self.channel_dim == -1 else "BCHW")
-        if not in_place or x.engine.dense:
+        if not in_place or not isinstance(x.features, RowFeatures):
             return self._dense(self, x)
         return x.with_values(_GlobalResponse.apply(x.values, self.weight, self.bias, self.eps))
 

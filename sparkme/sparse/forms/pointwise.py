@@ -10,35 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparkme.sparse.features import Hidden
 from sparkme.sparse.fusion import fused
 from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
 
-# What a dense engine's hidden pixels hold afterwards, if it was zero: `zero` again, whatever the other arguments; some
-# `number`, since the function has other arguments or moves zero; or perhaps `infinity` or NaN, which a product with the mask
-# would not remove.
-_ZERO, _NUMBER, _INFINITY = "zero", "number", "infinity"
 _POINTWISE = {
-    **dict.fromkeys(
-        ("abs", "asinh", "atan", "celu", "clone", "detach", "dropout", "elu", "erf", "gelu", "hardshrink",
-         "hardswish", "leaky_relu", "mish", "nan_to_num", "neg", "negative", "pos", "positive", "relu", "relu6",
-         "round", "rrelu", "selu", "sign", "silu",
-         "sin", "softshrink", "softsign", "square", "tanh", "tanhshrink"),
-        _ZERO,
-    ),
-    **dict.fromkeys(
-        ("alpha_dropout", "clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid",
-         "maximum", "minimum", "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_and",
-         "logical_not", "logical_or", "and", "invert", "or", "xor", "zeros_like", "ones_like", "full_like", "rand_like",
-         "randn_like"),
-        _NUMBER,
-    ),
-    **dict.fromkeys(
-        ("addcdiv", "addcmul", "div", "divide", "exp", "expm1", "log", "log1p", "log2", "masked_fill", "mul", "multiply", "pow",
-         "reciprocal", "rsqrt", "sqrt", "true_divide", "truediv", "where"),
-        _INFINITY,
-    ),
-}  # fmt: skip
-_SUMS = ("add", "sub", "subtract", "rsub")  # of two maps: zero plus zero is zero
+    name: hidden
+    for hidden, names in {
+        Hidden.ZERO: (
+            "abs asinh atan celu clone detach dropout elu erf gelu hardshrink hardswish leaky_relu mish "
+            "nan_to_num neg negative pos positive relu relu6 round rrelu selu sign silu sin softshrink softsign "
+            "square tanh tanhshrink"
+        ),
+        Hidden.SUM: "add sub subtract rsub",
+        Hidden.PRODUCT: "mul multiply",
+        Hidden.NUMBER: (
+            "alpha_dropout clamp clamp_max clamp_min clip cos hardsigmoid hardtanh lerp logsigmoid maximum "
+            "minimum sigmoid softplus threshold eq ne gt ge lt le logical_and logical_not logical_or and invert "
+            "or xor zeros_like ones_like full_like rand_like randn_like"
+        ),
+        Hidden.INFINITY: (
+            "addcdiv addcmul div divide exp expm1 log log1p log2 masked_fill pow reciprocal rsqrt sqrt "
+            "true_divide truediv where"
+        ),
+    }.items()
+    for name in names.split()
+}
 
 
 def _out_of_place(name: str) -> Callable[..., Any]:
@@ -47,7 +44,7 @@ def _out_of_place(name: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    for name in (*_POINTWISE, *_SUMS):
+    for name in _POINTWISE:
         for owner in (torch.Tensor, torch, F, torch._C._nn, torch.special):
             for spelling in (name, f"__{name}__"):
                 if function := getattr(owner, spelling, None):
@@ -73,9 +70,7 @@ class _Pointwise:
         self.name = name
         self.function = function
         self.in_place = in_place
-        self.hidden = _POINTWISE.get(name, _NUMBER)
-        self.is_sum = name in _SUMS
-        self.is_product = name in ("mul", "multiply")
+        self.hidden = _POINTWISE[name]
 
     def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
         if self._returns_its_input(args, kwargs):
@@ -86,24 +81,8 @@ class _Pointwise:
         for i, x in enumerate(args):
             if is_map(x) and (waiting := fused(x, self.name, *args[:i], *args[i + 1 :], **kwargs)) is not None:
                 return self._result(waiting, args, inplace=inplace)
-        features = first.features
-        keeps_zero, mask = self._keeps_zero(values), None
-        if first.engine.dense and not keeps_zero and not self._is_finite(values):
-            mask = features.grid.mask(features.stride, torch.bool)
-
-        def argument(value: Any) -> Any:
-            held = first.operand(value)
-            # One is a safe place for all of these functions and their derivatives: an infinite one times zero is not zero.
-            return _hide(held, mask, 1) if mask is not None and is_map(value) else held
-
-        data = self.function(*(argument(a) for a in args), **{key: argument(value) for key, value in kwargs.items()})
-        if mask is not None:
-            out = first.replace(features.replace(_hide(data, mask, 0)))
-        elif first.engine.dense:
-            clean = keeps_zero and all(v.features.clean for v in values if is_map(v))
-            out = first.replace(features.replace(data, clean=clean))
-        else:
-            out = first.replace(features.replace(data))
+        operands, named = [first.operand(a) for a in args], {key: first.operand(value) for key, value in kwargs.items()}
+        out = first.replace(first.features.apply(self.function, operands, named, self.hidden))
         return self._result(out, args or (first,), inplace=inplace)
 
     def _returns_its_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -122,29 +101,9 @@ class _Pointwise:
             return args[0]
         return args[0].write(out)
 
-    def _keeps_zero(self, values: tuple[Any, ...]) -> bool:
-        """Whether zero and zero make zero."""
-        if self.hidden == _ZERO:
-            return True
-        others = [value for value in values if not is_map(value)]
-        return (self.is_sum and not others) or (self.is_product and not any(_may_be_infinite(o) for o in others))
-
-    def _is_finite(self, values: tuple[Any, ...]) -> bool:
-        return self.hidden == _NUMBER and not any(_may_be_infinite(v) for v in values if not is_map(v))
-
-
-def _hide(data: Tensor, mask: Tensor, value: int) -> Tensor:
-    """A dense engine's data (B, channels..., H, W) with `value` where the mask (B, 1, H, W) is false."""
-    mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
-    return torch.where(mask, data, torch.full((), value, dtype=data.dtype, device=data.device))
-
 
 def _drops_nothing(p: float = 0.5, training: bool = True) -> bool:
     return p == 0 or not training
-
-
-def _may_be_infinite(value: Any) -> bool:
-    return isinstance(value, float) and not abs(value) < float("inf")
 
 
 @sparse_function("prelu")

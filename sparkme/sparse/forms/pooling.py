@@ -305,11 +305,4 @@ def interpolate(
             f"interpolate with mode={mode!r} by {factors} has no sparse form; only mode='nearest' by a whole number that "
             f"divides the stride {x.stride}"
         )
-    p, features = x.grid.pixels(x.stride), x.flat
-    if x.engine.dense:
-        data = features.data.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    else:
-        b, _, c = features.data.shape
-        patches = features.data.view(b, -1, p, p, c)
-        data = patches.repeat_interleave(factor, 2).repeat_interleave(factor, 3).reshape(b, -1, c)
-    return x.replace(features.replace(data, x.stride // factor, clean=features.clean))
+    return x.replace(x.flat.repeated(factor))

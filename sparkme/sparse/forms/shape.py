@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkme.sparse.features import Hidden
 from sparkme.sparse.map import SparseMap, first_map, is_map, sparse_function
 
 _REMEDY = "only channels can be moved, pixels stay where they are"
@@ -27,8 +28,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
             shape[at] = piece.shape[at]
             piece = piece.expand(shape)
         pieces.append(piece)
-    clean = all(is_map(value) and value.features.clean for value in tensors)
-    return like.with_values(torch.cat(pieces, at), clean=clean)
+    return like.replace(like.features.apply(lambda *pieces: torch.cat(pieces, at), pieces, {}, Hidden.SUM))
 
 
 @sparse_function("stack")
@@ -362,25 +362,10 @@ def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
 
 def _blocks(x: SparseMap, r: int) -> SparseMap:
     """(.., H, .., W, ..) as (.., H / r, r, .., W / r, r, ..): the pixels of a block are new axes of channels."""
-    p, stride = x.grid.pixels(x.stride), x.stride * r
+    p = x.grid.pixels(x.stride)
     if p % r:
         raise NotImplementedError(
             f"blocks of {r} x {r} pixels do not tile a patch, which has {p} x {p} at this layer; take smaller ones"
         )
-    count, data = len(x.channel_shape), x.values
-    if x.engine.dense:
-        b, (h, w) = data.shape[0], data.shape[-2:]
-        data = data.reshape(b, *data.shape[1 : 1 + count], h // r, r, w // r, r)
-        y, column, pixels = data.ndim - 3, data.ndim - 1, [data.ndim - 4, data.ndim - 2]
-    else:
-        b = data.shape[0]
-        data = data.reshape(b, -1, p // r, r, p // r, r, *data.shape[2:])
-        y, column, pixels = 3, 5, [1, 2, 4]
-    where_y = x.dims[: x.dims.index("H")].count("C")  # channel axes in front of the new ones
-    where_x = x.dims[: x.dims.index("W")].count("C")
-    old = [*range(1, 1 + count)] if x.engine.dense else [*range(6, 6 + count)]
-    axes = [*old[:where_y], y, *old[where_y:where_x], column, *old[where_x:]]
-    dense = x.engine.dense
-    data = data.permute(0, *axes, *pixels) if dense else data.permute(0, *pixels, *axes).flatten(1, 3)
-    dims = x.dims.replace("H", "HC").replace("W", "WC")
-    return x.replace(x.features.replace(data, stride, clean=x.features.clean), dims)
+    down, across = (x.dims[: x.dims.index(label)].count("C") for label in "HW")
+    return x.replace(x.features.blocks(r, down, across), x.dims.replace("H", "HC").replace("W", "WC"))

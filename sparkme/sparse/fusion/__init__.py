@@ -78,6 +78,6 @@ def _followed(waiting: Unwritten, x: SparseMap, name: str, others: tuple[Any, ..
         return None
     is_map = type(others[0]) is type(x)
     if name == "add":
-        return waiting.plus(x.operand(others[0])) if is_map else None
+        return waiting.plus(x.operand(others[0]).data) if is_map else None
     is_factor = not is_map and isinstance(others[0], Tensor) and others[0].ndim > 0
     return waiting.times(x.operand(others[0])) if is_factor else None

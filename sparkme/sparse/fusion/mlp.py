@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.sparse.engines.base import Features, autocast
-from sparkme.sparse.fusion.waiting import Unwritten
+from sparkme.sparse.engines.base import autocast
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
 
 if TYPE_CHECKING:
     from sparkme.sparse.map import SparseMap
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 def begin(x: SparseMap, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
     if not x.engine.fuses_products(x.dtype, x.device):
         return None
-    features = x.flat
+    features = rows_of(x)
     return UnwrittenLinear(features.replace(autocast(features.data)), weight, bias)
 
 
 class UnwrittenLinear(Unwritten):
     """A linear layer, perhaps GELU, perhaps another linear layer, perhaps factors for channels and samples, and a residual."""
 
-    def __init__(self, source: Features, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, source: RowFeatures, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(source, len(weight), source.dtype)
         self.first = weight, bias
         self.second: tuple[Tensor, Tensor | None] | None = None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparkme.sparse.batch_norm import BATCH_NORM, normalise, normalises_batch, processes_of, statistics_of_batch
-from sparkme.sparse.engines.base import Features
-from sparkme.sparse.fusion.waiting import Unwritten
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
 
 if TYPE_CHECKING:
     from sparkme.sparse.map import SparseMap
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def begin(x: SparseMap, bn: BATCH_NORM) -> Unwritten | None:
     if not can_wait(bn) or not x.engine.fuses_norms(x.dtype, x.device):
         return None
-    return UnwrittenNorm(x.features, bn, recomputed=x.engine.fuses_products(x.dtype, x.device))
+    return UnwrittenNorm(rows_of(x), bn, recomputed=x.engine.fuses_products(x.dtype, x.device))
 
 
 def can_wait(bn: BATCH_NORM) -> bool:
@@ -37,7 +37,7 @@ class UnwrittenNorm(Unwritten):
         recomputed: whether the result is to be computed again for the gradient of what reads it.
     """
 
-    def __init__(self, source: Features, bn: BATCH_NORM, *, recomputed: bool) -> None:
+    def __init__(self, source: RowFeatures, bn: BATCH_NORM, *, recomputed: bool) -> None:
         super().__init__(source, bn.num_features, source.dtype)
         self.bn = bn
         self.recomputed = recomputed
@@ -53,11 +53,12 @@ class UnwrittenNorm(Unwritten):
             assert bn.running_mean is not None and bn.running_var is not None
             self.mean, self.deviation = bn.running_mean, (bn.running_var + bn.eps).rsqrt()
 
-    def _write(self) -> Features:
+    def _write(self) -> RowFeatures:
         features = super()._write()
         if not self.recomputed or "residual" in self.follows or torch.compiler.is_compiling():
             return features
-        return features._replace(again=self._again)
+        features.again = self._again
+        return features
 
     @torch.no_grad()
     def _again(self) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sparkme import ops
 from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalises_batch, processes_of
-from sparkme.sparse.engines.base import Features
+from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.fusion.norm import UnwrittenNorm, can_wait
-from sparkme.sparse.fusion.waiting import Unwritten
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
 from sparkme.sparse.window import Window
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ def begin(x: SparseMap, kernel: Tensor, bias: Tensor | None, window: Window, gro
     exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
     if not exact or not torch.is_grad_enabled() or not x.engine.fuses_products(x.dtype, x.device):
         return None
-    return UnwrittenProduct(x.flat, kernel.flatten(0, -2))
+    return UnwrittenProduct(rows_of(x), kernel.flatten(0, -2))
 
 
 class UnwrittenProduct(Unwritten):
     """A 1x1 convolution without bias, (C_in, C_out) kernel."""
 
-    def __init__(self, source: Features, kernel: Tensor) -> None:
+    def __init__(self, source: RowFeatures, kernel: Tensor) -> None:
         super().__init__(source, kernel.shape[1], source.dtype)
         self.kernel = kernel
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.sparse.engines.base import Features
-from sparkme.sparse.fusion.waiting import Unwritten
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
 
 if TYPE_CHECKING:
     from sparkme.sparse.map import SparseMap
@@ -24,14 +24,14 @@ def begin(x: SparseMap, *others: Any, **kwargs: Any) -> Unwritten | None:
     if (x.dims[-1] != "C" and x.dims != "BCHW") or not engine.fuses_norms(*where) or engine.fuses_products(*where):
         return None
     scale = x.operand(others[0])
-    fits = scale.shape == (1, 1, x.flat.shape[-1]) and scale.dtype == x.dtype
-    return UnwrittenScale(x.features, scale.flatten()) if fits else None
+    fits = scale.shape == (1, 1, x.channels) and scale.dtype == x.dtype
+    return UnwrittenScale(rows_of(x), scale.flatten()) if fits else None
 
 
 class UnwrittenScale(Unwritten):
     """Rows times a number for each channel, perhaps one for each sample, and a residual: a batch norm without statistics."""
 
-    def __init__(self, source: Features, scale: Tensor) -> None:
+    def __init__(self, source: RowFeatures, scale: Tensor) -> None:
         super().__init__(source, source.shape[-1], source.dtype)
         self.scale = scale
 

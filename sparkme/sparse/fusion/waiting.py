@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparkme.sparse.batch_norm import BATCH_NORM
-from sparkme.sparse.engines.base import Features
+from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.grid import in_inference_mode
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
 
 
 class Modes(NamedTuple):
@@ -41,8 +44,15 @@ class Modes(NamedTuple):
             yield
 
 
+def rows_of(x: SparseMap) -> RowFeatures:
+    """What a map holds, of an engine on rows, as all are that fuse anything."""
+    features = x.flat
+    assert isinstance(features, RowFeatures)
+    return features
+
+
 class Unwritten:
-    """Features before they are computed: where they lie, and what may become part of them.
+    """RowFeatures before they are computed: where they lie, and what may become part of them.
 
     Args:
         source: what they are computed from, (B, L, C).
@@ -53,7 +63,7 @@ class Unwritten:
         follows: what became part of them, of `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
     """
 
-    def __init__(self, source: Features, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, source: RowFeatures, channels: int, dtype: torch.dtype) -> None:
         self.source = source
         self.grid, self.stride, self.device, self.dtype = source.grid, source.stride, source.device, dtype
         self.modes = Modes.now(source.device)
@@ -61,17 +71,21 @@ class Unwritten:
         self.follows: dict[str, Any] = {}
 
     @property
+    def channel_shape(self) -> torch.Size:
+        return self.shape[2:]
+
+    @property
     def is_current(self) -> bool:
         """Whether an operation that is called now would be computed as this one is."""
         return self.modes == Modes.now(self.device)
 
-    def write(self) -> Features:
+    def write(self) -> RowFeatures:
         if self.is_current:
             return self._write()
         with self.modes.restored():
             return self._write()
 
-    def _write(self) -> Features:
+    def _write(self) -> RowFeatures:
         return self.source.replace(self.compute(self.source.data.flatten(0, 1)).view(self.shape))
 
     def compute(self, rows: Tensor) -> Tensor:
