@@ -42,7 +42,7 @@ from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.sparse.features import DenseFeatures
 from sparkme.sparse.grid import Grid
-from sparkme.sparse.map import Recorder
+from sparkme.sparse.recorder import Recorder
 from sparkme.sparse.window import Window
 
 PARTS = ("encoder", "densify", "decoder")

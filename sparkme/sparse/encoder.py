@@ -15,8 +15,9 @@ from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
-from sparkme.sparse.map import Recorder, SparseMap
+from sparkme.sparse.map import SparseMap
 from sparkme.sparse.recompute import find_blocks, recompute
+from sparkme.sparse.recorder import Recorder
 
 
 class SparseEncoder(nn.Module):

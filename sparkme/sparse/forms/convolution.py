@@ -6,13 +6,14 @@ works out at every step (standardised, scaled, normalised), runs its own code an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import MinkowskiEngine as ME
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.forms.layer import SparseLayer, take_state
 from sparkme.sparse.fusion import fused
 from sparkme.sparse.layout import (
@@ -21,9 +22,14 @@ from sparkme.sparse.layout import (
     kernel_to_weight,
     weight_to_kernel,
 )
-from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
 from sparkme.sparse.window import Window, pair
+from sparkme.sparse.working_map import Padding, is_map
 from sparkme.state_dict import state_dict_of
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
 
 
 class SparseConvolution(SparseLayer):
@@ -105,7 +111,7 @@ class SparseConvolution(SparseLayer):
 
     def forward(self, input: Any) -> Any:
         x, (kernel, bias) = input, self.operands()
-        if type(x) is not SparseMap:
+        if not is_map(x):
             bias = None if bias is None else bias.flatten()
             stride, padding, dilation = self.dense_geometry
             return F.conv2d(x, self.dense_weight, bias, stride, padding, dilation, self.groups)
@@ -233,7 +239,7 @@ def _check_channels(x: SparseMap) -> None:
         raise NotImplementedError(f"a convolution of a map with axes {x.dims} has no sparse form, only of BCHW")
 
 
-@sparse_function("conv2d")
+@FUNCTIONS.form_of("conv2d")
 def conv2d(
     x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> SparseMap:
@@ -252,7 +258,7 @@ def conv2d(
     return bare.replace(bare.engine.convolution(bare.flat, kernel, bias, window, groups))
 
 
-@sparse_function("linear")
+@FUNCTIONS.form_of("linear")
 def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     """Along the channels, the last axis."""
     if not is_map(x):
@@ -266,7 +272,7 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     return x.replace(x.engine.linear(x.flat, weight, bias))
 
 
-@sparse_function("pad")
+@FUNCTIONS.form_of("pad")
 def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = None) -> SparseMap:
     """Waits for the window that reads it; zeros for more channels are there at once."""
     sides: list[int] = [*pad, *[0] * (4 - len(pad))]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme.sparse.features import Hidden
+from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.fusion import fused
-from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
+from sparkme.sparse.working_map import first_map, is_map
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
 
 _POINTWISE = {
     name: hidden
@@ -106,7 +112,7 @@ def _drops_nothing(p: float = 0.5, training: bool = True) -> bool:
     return p == 0 or not training
 
 
-@sparse_function("prelu")
+@FUNCTIONS.form_of("prelu")
 def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
     """A slope for each channel, which is axis 1."""
     shape = [1] * x.ndim
@@ -115,19 +121,19 @@ def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
     return x.with_values(torch.where(x.values >= 0, x.values, x.values * slope))
 
 
-@sparse_function("glu")
+@FUNCTIONS.form_of("glu")
 def glu(x: SparseMap, dim: int = -1) -> SparseMap:
     """Half of the channels, times the sigmoid of the other half."""
     return x.with_values(F.glu(x.values, x.channel(dim) + x.channel_axis))
 
 
-@sparse_function("dropout2d", "feature_dropout")
+@FUNCTIONS.form_of("dropout2d", "feature_dropout")
 def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseMap:
     """Whole channels of each sample."""
     if _drops_nothing(p, training):
         return x
-    noise = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
-    out: SparseMap = FUNCTIONS[torch.mul](x, noise)
+    noise: Any = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
+    out: SparseMap = x * noise
     return x.write(out) if inplace else out
 
 
