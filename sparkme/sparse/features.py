@@ -7,10 +7,10 @@ that nobody else has to ask which layout it is. Between layers there may be seve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -60,12 +60,12 @@ class Features(ABC):
         """Of the channel axes."""
 
     @abstractmethod
-    def replace(self, data: Tensor, stride: int | None = None) -> Features:
+    def replace(self, data: Tensor, stride: int | None = None) -> Self:
         """The same with other data, which is zero where this one's is: values that were moved, taken or left out."""
 
-    @abstractmethod
     def rows(self) -> Tensor:
         """(N, C) patch-major rows, of one channel axis."""
+        return self.by_sample().flatten(0, 1)
 
     @abstractmethod
     def by_sample(self) -> Tensor:
@@ -76,13 +76,13 @@ class Features(ABC):
         """(B, C, H, W), zero at hidden pixels."""
 
     @classmethod
-    @abstractmethod
-    def of_rows(cls, rows: Tensor, grid: Grid, stride: int) -> Features:
+    def of_rows(cls, rows: Tensor, grid: Grid, stride: int) -> Self:
         """Takes (N, C) patch-major rows."""
+        return cls.of_samples(rows.view(grid.batch, -1, rows.shape[-1]), grid, stride)
 
     @classmethod
     @abstractmethod
-    def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> Features:
+    def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> Self:
         """Takes (B, L, channels...) patch-major rows."""
 
     @staticmethod
@@ -91,9 +91,7 @@ class Features(ABC):
         """(B or 1, channels..., 1, 1) or (B, channels..., H, W) as what can be computed with data."""
 
     @abstractmethod
-    def apply(
-        self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], hidden: Hidden
-    ) -> Features:
+    def apply(self, function: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any], hidden: Hidden) -> Self:
         """A function of single pixels.
 
         Args:
@@ -103,12 +101,12 @@ class Features(ABC):
         """
 
     @abstractmethod
-    def blocks(self, r: int, down: int, across: int) -> Features:
+    def blocks(self, r: int, down: int, across: int) -> Self:
         """The pixels of r x r blocks as channels. Where they lie in a block down and across are new channel axes, in front of
         those that had the numbers `down` and `across`."""
 
     @abstractmethod
-    def repeated(self, factor: int) -> Features:
+    def repeated(self, factor: int) -> Self:
         """Each pixel as a block of factor x factor pixels."""
 
 
@@ -129,11 +127,8 @@ class RowFeatures(Features):
     def channel_shape(self) -> torch.Size:
         return self.data.shape[2:]
 
-    def replace(self, data: Tensor, stride: int | None = None) -> RowFeatures:
-        return RowFeatures(data, self.grid, stride or self.stride)
-
-    def rows(self) -> Tensor:
-        return self.data.flatten(0, 1)
+    def replace(self, data: Tensor, stride: int | None = None) -> Self:
+        return type(self)(data, self.grid, stride or self.stride)
 
     def by_sample(self) -> Tensor:
         return self.data
@@ -142,12 +137,8 @@ class RowFeatures(Features):
         return self.grid.to_dense(self.rows(), self.stride)
 
     @classmethod
-    def of_rows(cls, rows: Tensor, grid: Grid, stride: int) -> RowFeatures:
-        return RowFeatures(rows.view(grid.batch, -1, rows.shape[-1]), grid, stride)
-
-    @classmethod
-    def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> RowFeatures:
-        return RowFeatures(rows.contiguous(), grid, stride)
+    def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> Self:
+        return cls(rows.contiguous(), grid, stride)
 
     @staticmethod
     def spread(value: Tensor, grid: Grid, stride: int) -> Tensor:
@@ -156,19 +147,17 @@ class RowFeatures(Features):
         rows = grid.to_rows(value.flatten(1, -3), stride)
         return rows.view(grid.batch, -1, *value.shape[1:-2])
 
-    def apply(
-        self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], hidden: Hidden
-    ) -> RowFeatures:
+    def apply(self, function: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any], hidden: Hidden) -> Self:
         return self.replace(function(*map(_data, args), **{key: _data(value) for key, value in kwargs.items()}))
 
-    def blocks(self, r: int, down: int, across: int) -> RowFeatures:
+    def blocks(self, r: int, down: int, across: int) -> Self:
         p, channels = self.grid.pixels(self.stride), self.channel_shape
         data = self.data.reshape(self.grid.batch, -1, p // r, r, p // r, r, *channels)
         old = range(6, 6 + len(channels))
         axes = [*old[:down], 3, *old[down:across], 5, *old[across:]]
         return self.replace(data.permute(0, 1, 2, 4, *axes).flatten(1, 3), self.stride * r)
 
-    def repeated(self, factor: int) -> RowFeatures:
+    def repeated(self, factor: int) -> Self:
         p, (b, _, c) = self.grid.pixels(self.stride), self.data.shape
         patches = self.data.view(b, -1, p, p, c)
         data = patches.repeat_interleave(factor, 2).repeat_interleave(factor, 3).reshape(b, -1, c)
@@ -207,11 +196,8 @@ class DenseFeatures(Features):
     def channel_shape(self) -> torch.Size:
         return self.data.shape[1:-2]
 
-    def replace(self, data: Tensor, stride: int | None = None, *, clean: bool | None = None) -> DenseFeatures:
-        return DenseFeatures(data, self.grid, stride or self.stride, clean=self.clean if clean is None else clean)
-
-    def rows(self) -> Tensor:
-        return self.grid.to_rows(self.data, self.stride)
+    def replace(self, data: Tensor, stride: int | None = None, *, clean: bool | None = None) -> Self:
+        return type(self)(data, self.grid, stride or self.stride, clean=self.clean if clean is None else clean)
 
     def by_sample(self) -> Tensor:
         data = self.data if self.data.ndim == 4 else self.data.reshape(len(self.data), -1, *self.data.shape[-2:])
@@ -221,22 +207,16 @@ class DenseFeatures(Features):
         return self.data if self.clean else self.data * self.grid.mask(self.stride, self.dtype)
 
     @classmethod
-    def of_rows(cls, rows: Tensor, grid: Grid, stride: int) -> DenseFeatures:
-        return DenseFeatures(grid.to_dense(rows, stride), grid, stride)
-
-    @classmethod
-    def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> DenseFeatures:
+    def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> Self:
         channels = rows.shape[2:]
         data = grid.to_dense(rows.reshape(-1, channels.numel()), stride)
-        return DenseFeatures(data.reshape(grid.batch, *channels, *data.shape[2:]), grid, stride)
+        return cls(data.reshape(grid.batch, *channels, *data.shape[2:]), grid, stride)
 
     @staticmethod
     def spread(value: Tensor, grid: Grid, stride: int) -> Tensor:
         return value
 
-    def apply(
-        self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], hidden: Hidden
-    ) -> DenseFeatures:
+    def apply(self, function: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any], hidden: Hidden) -> Self:
         values = (*args, *kwargs.values())
         maps = [value for value in values if isinstance(value, DenseFeatures)]
         infinite = any(isinstance(value, float) and not abs(value) < float("inf") for value in values)
@@ -260,13 +240,13 @@ class DenseFeatures(Features):
         mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
         return torch.where(mask, data, torch.full((), number, dtype=data.dtype, device=data.device))
 
-    def blocks(self, r: int, down: int, across: int) -> DenseFeatures:
+    def blocks(self, r: int, down: int, across: int) -> Self:
         *front, h, w = self.data.shape
         data, n = self.data.reshape(*front, h // r, r, w // r, r), len(front)
         axes = [*range(1, 1 + down), n + 1, *range(1 + down, 1 + across), n + 3, *range(1 + across, n)]
         return self.replace(data.permute(0, *axes, n, n + 2), self.stride * r)
 
-    def repeated(self, factor: int) -> DenseFeatures:
+    def repeated(self, factor: int) -> Self:
         data = self.data.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         return self.replace(data, self.stride // factor)
 

@@ -3,6 +3,10 @@
 Convolutions, norms and poolings have been replaced by sparse layers. What a network does in between (`out += identity`,
 `layer_scale * x`, `x.permute(0, 2, 3, 1)`, `x.mean((2, 3))`, `torch.cat`) arrives here, through Python's operators and torch's
 `__torch_function__` protocol. A function that has no form may mix visible and hidden pixels, and is refused by name.
+
+Why `__class__` reads its caller's frame: a wrapper subclass of torch.Tensor would pass `isinstance` by itself, at the same cost
+to the host (measured). But torch.compile cannot trace how one is made (`Tensor._make_wrapper_subclass`), so each layer would
+break a graph. And torch's C++ would take a map for a tensor, so that `torch.as_tensor`, refused today, would go through.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Engine(ABC, Generic[F]):
 
     def voxelise(self, images: Tensor, grid: Grid) -> F:
         """The visible pixels of (B, C, H, W) images."""
-        return self.layout.of_rows(grid.to_rows(images, 1), grid, 1)  # type: ignore[return-value]
+        return self.layout.of_rows(grid.to_rows(images, 1), grid, 1)
 
     def densify(self, rows: Tensor, grid: Grid, stride: int, fill: Tensor) -> Tensor:
         """(N, C) rows as a (B, C, H / stride, W / stride) map, with `fill`, (C,), at hidden pixels."""
