@@ -39,10 +39,10 @@ from sparkme.errors import UserError, first_line, run_command, user_errors
 from sparkme.methods.spark import SparK
 from sparkme.networks.create import create_encoder
 from sparkme.sparse.encoder import SparseEncoder
-from sparkme.sparse.engines.base import Features
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.sparse.features import DenseFeatures
 from sparkme.sparse.grid import Grid
-from sparkme.sparse.map import Recorder
+from sparkme.sparse.recorder import Recorder
 from sparkme.sparse.window import Window
 
 PARTS = ("encoder", "densify", "decoder")
@@ -176,7 +176,9 @@ class CountingEngine(MaskedDenseEngine):
         super().__init__()
         self.note = note
 
-    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+    def convolution(
+        self, x: DenseFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+    ) -> DenseFeatures:
         out = super().convolution(x, kernel, bias, window, groups)
         depthwise = kernel.ndim == 2 and groups > 1
         self.note(
@@ -184,7 +186,7 @@ class CountingEngine(MaskedDenseEngine):
         )
         return out
 
-    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+    def linear(self, x: DenseFeatures, weight: Tensor, bias: Tensor | None) -> DenseFeatures:
         out = super().linear(x, weight, bias)
         self.note("linear", sparse_macs(weight, x, out, Window((1, 1))))
         return out
@@ -250,7 +252,7 @@ def dense_macs(layer: nn.Module, x: Tensor, out: Tensor) -> int:
     return pixels * layer.get_parameter("weight").numel()
 
 
-def sparse_macs(kernel: Tensor, x: Features, out: Features, window: Window) -> Macs:
+def sparse_macs(kernel: Tensor, x: DenseFeatures, out: DenseFeatures, window: Window) -> Macs:
     """Of a sparse convolution or linear layer, per image."""
     grid, num_weights = out.grid, kernel.numel()
     h, w = grid.size(out.stride)

@@ -4,7 +4,7 @@
 
 The networks have the layers of ResNet-50 and ConvNeXt-B, but 8 to 64 channels, and the images hardly any visible pixels, so
 that what remains is the host's: Python, torch's dispatcher, autograd. It runs on the CPU in one thread, with the operators one
-by one as on CUDA, where no layer waits for what follows it (see sparkme/sparse/unwritten.py). On a GPU the launching of kernels
+by one as on CUDA, where no layer waits for what follows it (see sparkme/sparse/fusion). On a GPU the launching of kernels
 comes to it, and the arithmetic goes. In float64, since float32 products are oneDNN's on the CPU, whose own host time is not
 small. The engines run in turns; `optimiser` is LAMB's step, the same for all.
 
@@ -45,7 +45,7 @@ SIDE, BATCH = 64, 2  # pixels and images; one patch of each is visible
 class AsOnCuda(CudaExtEngine):
     """The operators of `cuda_ext` that run on CUDA."""
 
-    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
         return False
 
 

@@ -10,7 +10,7 @@ CUDA, cuDNN and gaps between tensors (`--reserve`, an assumption). What is left 
 divided by the bytes per image, is the largest batch.
 
 Counted is on the CPU, in bf16 by autocast, with the operators as they run on CUDA: there no layer waits for what follows it,
-see sparkme/sparse/unwritten.py, so more is kept than in a run on the CPU.
+see sparkme/sparse/fusion, so more is kept than in a run on the CPU.
 
 Ways, of an encoder: `cuda_ext`; `twice`, the same with `--checkpoint-activations`; and `masked-dense`. The decoder is the same.
 Steps of the first two are timed in turns on the CPU, at the smaller batch size and with all its operators.

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.sparse.engines.base import Features, RowEngine
+from sparkme.sparse.engines.base import RowEngine
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
+from sparkme.sparse.features import DenseFeatures, RowFeatures
 from sparkme.sparse.layout import kernel_to_weight
 from sparkme.sparse.window import Window
 
@@ -25,26 +26,26 @@ class RowsDenseEngine(RowEngine):
     def __init__(self) -> None:
         self.dense_engine = MaskedDenseEngine()
 
-    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+    def convolution(self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> RowFeatures:
         if window.kernel_size == (1, 1) and window.stride == groups == 1:
             weight = kernel_to_weight(kernel, (1, 1))
             return x.replace(_pointwise(x.data, weight, None if bias is None else bias.flatten()))
         return self._rows(self.dense_engine.convolution(self._dense(x), kernel, bias, window, groups))
 
-    def max_pool(self, x: Features, window: Window) -> Features:
+    def max_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
         return self._rows(self.dense_engine.max_pool(self._dense(x), window))
 
-    def avg_pool(self, x: Features, window: Window) -> Features:
+    def avg_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
         return self._rows(self.dense_engine.avg_pool(self._dense(x), window))
 
-    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+    def linear(self, x: RowFeatures, weight: Tensor, bias: Tensor | None) -> RowFeatures:
         return x.replace(_pointwise(x.data, weight[:, :, None, None], bias))
 
-    def _dense(self, x: Features) -> Features:
-        return x.replace(self.to_dense(x))
+    def _dense(self, x: RowFeatures) -> DenseFeatures:
+        return DenseFeatures(x.dense(), x.grid, x.stride)
 
-    def _rows(self, x: Features) -> Features:
-        return x.replace(self.from_rows(self.dense_engine.to_rows(x), x.grid, x.stride))
+    def _rows(self, x: DenseFeatures) -> RowFeatures:
+        return RowFeatures.of_rows(x.rows(), x.grid, x.stride)
 
 
 def _pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,12 +5,11 @@ Parameter names equal the official ones (`dec.<i>.up_sample`, `dec.<i>.conv.<j>`
 
 import math
 from itertools import pairwise
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from sparkme.sparse.batch_norm import normalise, processes_of, statistics_of_batch
+from sparkme.sparse.batch_norm import BatchNorm
 
 MAX_WIDTH = 8192  # which has 2.6 billion weights; the paper's is 768
 
@@ -23,20 +22,15 @@ class UNetBlock(nn.Module):
         self.up_sample = nn.ConvTranspose2d(in_channels, in_channels, kernel_size=4, stride=2, padding=1)
         self.conv = nn.Sequential(
             nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(in_channels),
-            nn.ReLU6(inplace=True),
+            BatchNorm(in_channels, ceiling=6.0),
+            nn.Identity(),  # where the official network has its ReLU6
             nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
+            BatchNorm(out_channels),
         )
 
-    def forward(self, x: Tensor, fuses: bool = False) -> Tensor:
-        """`fuses`: norm and ReLU6 run as one operator of `sparkme.ops`, where the layers allow it."""
-        x = self.up_sample(x)
-        conv, norm, _, last, last_norm = self.conv
-        if not (fuses and can_fuse(norm, x) and can_fuse(last_norm, x)):
-            out: Tensor = self.conv(x)
-            return out
-        return _batch_norm(last_norm, last(_batch_norm(norm, conv(x), ceiling=6.0)))
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.up_sample(x))
+        return out
 
 
 class Decoder(nn.Module):
@@ -68,31 +62,16 @@ class Decoder(nn.Module):
         self.proj = nn.Conv2d(widths[-1], out_channels, kernel_size=1)
         self.apply(_initialise)
 
-    def forward(self, maps: dict[int, Tensor], fuses: bool = False) -> Tensor:
+    def forward(self, maps: dict[int, Tensor]) -> Tensor:
         """Takes maps (B, width / 2^i, f_h 2^i, f_w 2^i) by i, of which the first, i = 0, must be there; returns
-        (B, out_channels, H, W). The others are added where the resolution is theirs. `fuses` is as of UNetBlock."""
+        (B, out_channels, H, W). The others are added where the resolution is theirs."""
         x = maps[0]
         for i, block in enumerate(self.dec):
             if i and i in maps:
                 x = x + maps[i]
-            x = block(x, fuses)
+            x = block(x)
         image: Tensor = self.proj(x)
         return image
-
-
-def can_fuse(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether a batch norm of (B, C, H, W) maps is one of their rows, and nobody listens to it."""
-    listens = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    in_rows = x.is_contiguous(memory_format=torch.channels_last)
-    known = type(norm) is nn.BatchNorm2d or processes_of(norm) > 1
-    return known and norm.training and in_rows and not listens and not torch.compiler.is_compiling()
-
-
-def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, ceiling: float | None = None) -> Tensor:
-    """In training mode, and clamped to [0, ceiling]."""
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    out = normalise(norm, rows, *statistics_of_batch(norm, rows), training=True, ceiling=ceiling)
-    return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.decoder import Decoder
 from sparkme.methods.masking import num_visible
+from sparkme.sparse.batch_norm import use_operators
 from sparkme.sparse.encoder import SparseEncoder
+from sparkme.sparse.fusion import densified
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.map import SparseMap
 from sparkme.weights.spark import split_official_state
@@ -69,7 +71,8 @@ class SparK(MaskedAutoencoder):
     def predict(self, images: Tensor, grid: Grid) -> Tensor:
         maps = self.encoder.encode(images, grid)
         dense = self.densify(maps)
-        prediction: Tensor = self.decoder(dense, maps[0].engine.fuses(dense[0].dtype, images.device))
+        use_operators(self.decoder, maps[0].engine.fuses_norms(dense[0].dtype, images.device))
+        prediction: Tensor = self.decoder(dense)
         return prediction
 
     def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:
@@ -85,12 +88,7 @@ class SparK(MaskedAutoencoder):
         for level, x, norm, token, projection in zip(
             self.levels, reversed(maps), self.densify_norms, self.mask_tokens, self.densify_projs, strict=True
         ):
-            rows, fill = norm(x.rows), token.flatten()
-            if isinstance(projection, nn.Conv2d) and x.engine.fuses_all(rows.dtype, rows.device):
-                weights = projection.weight, projection.bias
-                dense[level] = x.engine.densify_convolution(rows, x.grid, x.stride, fill, *weights)
-            else:
-                dense[level] = projection(x.engine.densify(rows, x.grid, x.stride, fill))
+            dense[level] = densified(x, norm(x.rows), token.flatten(), projection)
         return dense
 
     def load_official_state_dict(self, state: dict[str, Tensor]) -> None:

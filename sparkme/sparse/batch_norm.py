@@ -1,4 +1,8 @@
-"""Batch norms that train on rows: their statistics, alone or over the processes that train together, and what they compute."""
+"""Batch norms that train: their statistics, alone or over the processes that train together, and what they compute on rows.
+
+`BatchNorm` is the layer of dense networks. That of sparse ones is in `sparkme.sparse.forms.norm`, and waits for what follows it
+in `sparkme.sparse.fusion.norm`. Both compute with the functions here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkme import ops
@@ -13,8 +18,13 @@ from sparkme import ops
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
+def normalises_batch(bn: BATCH_NORM) -> bool:
+    """Whether it takes the statistics of the batch, and not its running ones."""
+    return bn.training or bn.running_mean is None or bn.running_var is None
+
+
 def processes_of(bn: nn.Module) -> int:
-    """How many share its statistics, each with as many rows; see sparkme.training.batch_norm."""
+    """How many share its statistics, each with as many rows."""
     return getattr(bn, "processes", 1)
 
 
@@ -124,3 +134,99 @@ class _Shared(torch.autograd.Function):
             grad if ctx.needs_input_grad[3] else None,
         )
         return *found, None, None, None, None, None
+
+
+class BatchNorm(BATCH_NORM):
+    """A batch norm of (N, C, ...), perhaps with a ReLU behind it, by this project's operators where they are asked for.
+
+    Args:
+        num_features: C.
+        ceiling: what the result is clamped to, [0, ceiling]: 6 for a ReLU6. None leaves it as it is.
+
+    Attributes:
+        by_operators: whether, in training, a channels_last map is normalised and clamped in one pass; see `use_operators`.
+        processes: how many share its statistics, whose batches have to be of the same size. Since they are, two numbers per
+            channel are summed over them in each pass, and the host never waits for the device. torch.nn.SyncBatchNorm allows
+            for any sizes, so it has to learn in every layer which are zero; and it runs on GPUs alone.
+    """
+
+    by_operators = False
+    processes = 1
+
+    def __init__(self, num_features: int, ceiling: float | None = None) -> None:
+        super().__init__(num_features)
+        self.ceiling = ceiling
+        # Asked here, since compiled code cannot; whether they run on the CPU, and on a GPU.
+        self.has_operators = (not ops.unavailable(on_gpu=False), not ops.unavailable(on_gpu=True))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        shares = self.processes > 1 and normalises_batch(self)
+        if not (self.has_operators[input.is_cuda] if shares else self._takes(input)):
+            out = self._by_torch(input) if shares else super().forward(input)
+            return out if self.ceiling is None else F.hardtanh(out, 0.0, self.ceiling, inplace=True)
+        rows = input.movedim(1, -1).flatten(0, -2)
+        out = normalise(self, rows, *statistics_of_batch(self, rows), training=True, ceiling=self.ceiling)
+        return out.view(input.shape[0], *input.shape[2:], -1).movedim(-1, 1)
+
+    def _takes(self, input: Tensor) -> bool:
+        """Whether its rows lie in memory, and nobody else computes the layers together."""
+        asked = self.by_operators and self.training and not torch.compiler.is_compiling()
+        return asked and input.is_contiguous(memory_format=torch.channels_last)
+
+    def _by_torch(self, input: Tensor) -> Tensor:
+        """The same without the operators, as where they were not built for CUDA; slower, and in more memory."""
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes, by_channel = [axis for axis in range(input.ndim) if axis != 1], (1, -1, *[1] * (input.ndim - 2))
+        mean = _AddUp.apply(wide.mean(axes)) / self.processes
+        centred = wide - mean.view(by_channel)
+        variance = _AddUp.apply(centred.square().mean(axes)) / self.processes
+        move_running_statistics(self, mean.detach(), variance.detach(), input.numel() // input.shape[1] * self.processes)
+        out = centred * (variance + self.eps).rsqrt().view(by_channel)
+        out = out if self.weight is None else out * self.weight.view(by_channel)
+        out = out if self.bias is None else out + self.bias.view(by_channel)
+        return out.to(input.dtype)
+
+
+def use_operators(network: nn.Module, enabled: bool) -> None:
+    """Says whether the `BatchNorm`s of a network take this project's operators where they fit."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm) and module.by_operators != enabled:
+            module.by_operators = enabled
+
+
+def share_batch_norms(network: nn.Module) -> list[str]:
+    """Has the batch norms of a network share their statistics, in place, with all that hangs on them: names, weights, hooks.
+
+    Returns:
+        Those that have code of their own, with their kind: they keep to their process's part of the batch.
+    """
+    own_code, processes = [], dist.get_world_size() if dist.is_initialized() else 1
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BatchNorm):
+            module.processes = processes
+        if not isinstance(module, BATCH_NORM) or isinstance(module, BatchNorm):
+            continue
+        if type(module).forward not in (BATCH_NORM.forward, nn.SyncBatchNorm.forward):
+            own_code.append(f"{name} ({type(module).__name__})")
+            continue
+        shared = BatchNorm(module.num_features)
+        shared.__dict__.update(module.__dict__)
+        shared.processes = processes
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, shared)
+    return own_code
+
+
+class _AddUp(torch.autograd.Function):
+    """A sum over the processes, each of which has a loss of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return sum_over_processes(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return sum_over_processes(grads[0])

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.sparse.engines import create_engine
-from sparkme.sparse.engines.base import Features
 from sparkme.sparse.forms.convolution import SparseConvolution
 from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach
-from sparkme.sparse.map import Recorder, SparseMap
+from sparkme.sparse.map import SparseMap
 from sparkme.sparse.recompute import find_blocks, recompute
+from sparkme.sparse.recorder import Recorder
 
 
 class SparseEncoder(nn.Module):
@@ -93,7 +93,7 @@ class SparseEncoder(nn.Module):
         self._engine_choice = name, device.type
         for layer in self.modules():
             if isinstance(layer, SparseConvolution):
-                layer.arrange(dense=self.engine.dense)
+                layer.kernel.data = self.engine.arranged(layer.kernel.data)
         return self
 
     def compile_stages(self, **options: Any) -> list[str]:
@@ -161,9 +161,9 @@ class SparseEncoder(nn.Module):
         with self.engine.precision(device_type):
             if not torch.is_autocast_enabled(device_type):
                 images = images.to(next(self.parameters()).dtype)
-            pixels = self.engine.voxelise(images, grid)
+            x = SparseMap(self.engine.voxelise(images, grid), self.engine, recorder)
             with suppress(ReachedDeepest):
-                self.network(SparseMap(Features(pixels, grid, 1), self.engine, recorder))
+                self.network(x)
         if missed := [tap for i, tap in enumerate(self.hierarchy.taps) if i not in recorder.maps]:
             raise RuntimeError(
                 f"this time the network did not call {missed[0].module!r}, where its map of stride {missed[0].stride} comes out"

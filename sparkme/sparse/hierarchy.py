@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkme.errors import first_line
-from sparkme.sparse.map import Recorder
+from sparkme.sparse.recorder import Recorder
 
 # Neither square nor powers of two, so that neither a (B, H, W, C) map nor a pooled (B, C, 1, 1) one can be mistaken.
 _PROBE_CELLS = (2, 3)

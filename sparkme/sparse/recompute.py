@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparkme.sparse.forms.layer import SparseLayer
-from sparkme.sparse.map import Recorder, SparseMap
+from sparkme.sparse.map import SparseMap
+from sparkme.sparse.recorder import Recorder
 
 
 def find_blocks(network: nn.Module, taps: Sequence[str]) -> list[str]:

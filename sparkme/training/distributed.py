@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
 from sparkme.machine import whereabouts
-from sparkme.training.batch_norm import share_batch_norms
+from sparkme.sparse.batch_norm import share_batch_norms
 from sparkme.training.config import Machine
 
 LEAVING_S = 60  # that a process takes to end after an error, at most

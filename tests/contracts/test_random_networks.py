@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparkme
-from sparkme.sparse.unwritten import Unwritten
+from sparkme.sparse.fusion import Unwritten
 
 SEEDS, PART = 80, 40  # more of them: tests/whole/test_fuzz.py
 

@@ -377,7 +377,7 @@ UNREACHED = {
     "layer <> (<>): <>": "for forms that users add: those of the project refuse when they are called",
 }
 
-_RUNS = ("encoder.py", "batch_norm.py", "recompute.py", "unwritten.py")  # of an encoder that is there, no refusals of a network
+_RUNS = ("encoder.py", "batch_norm.py", "grid.py", "recompute.py")  # of an encoder that is there, no refusals of a network
 
 
 def matching(message: str) -> str:

@@ -19,6 +19,7 @@ from benchmarks.host_time import AsOnCuda
 from benchmarks.profiling import peak_memory
 from sparkme.methods.decoder import Decoder
 from sparkme.networks.create import create_encoder
+from sparkme.sparse.batch_norm import use_operators
 from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 
 
@@ -238,24 +239,25 @@ def test_relu6_is_part_of_its_norm() -> None:
 
 
 def test_the_decoders_norms_in_one_pass_equal_torchs() -> None:
-    """Prediction, gradients and running statistics; only in training, and not where somebody listens to a norm."""
+    """Prediction, gradients and running statistics; only in training, and hooks are called."""
     torch.manual_seed(0)
     plain = Decoder(8, 32).double().to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
     maps = {i: torch.randn(2, 32 >> i, 3 << i, 2 << i).double().to(memory_format=torch.channels_last) * 9 for i in range(2)}
     results = []
     for decoder, fuses in ((plain, False), (fused, True)):
+        use_operators(decoder, fuses)
         with Count() as mode:
-            out = decoder(maps, fuses)
+            out = decoder(maps)
             (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
         assert mode.counts["batch_norm"] == mode.counts["batch_norm_grad_rows"] == (6 if fuses else 0)
         results.append([out, *(p.grad for p in decoder.parameters()), *decoder.buffers()])
     for x, y in zip(*results, strict=True):
         assert (x - y).double().norm() < 1e-10 * (1 + y.double().norm())  # biases before a norm have no gradient but rounding
-    assert oracle.relative_error(fused.eval()(maps, True), plain.eval()(maps)) < 1e-10
+    assert oracle.relative_error(fused.eval()(maps), plain.eval()(maps)) < 1e-10
     calls = []
     fused.train().dec[0].conv[1].register_forward_hook(lambda *_: calls.append(1))
-    fused(maps, True)
+    fused(maps)
     assert calls == [1]
 
 

@@ -11,7 +11,6 @@ from torchvision.ops import StochasticDepth
 
 import sparkme
 from sparkme.sparse.engines import create_engine
-from sparkme.sparse.engines.base import Features
 from sparkme.sparse.forms import SparseLayer, sparse_form
 from sparkme.sparse.map import SparseMap
 
@@ -42,8 +41,8 @@ CONVOLUTIONS = {
 
 def sparse_input(dense: Tensor, active: Tensor, stride: int, engine: str, channels_last: bool = False) -> SparseMap:
     grid, kernels = sparkme.Grid(active, 32), create_engine(engine)[0]
-    data = kernels.from_rows(grid.to_rows(dense, stride), grid, stride)
-    return SparseMap(Features(data, grid, stride), kernels, dims="BHWC" if channels_last else "BCHW")
+    features = kernels.layout.of_rows(grid.to_rows(dense, stride), grid, stride)
+    return SparseMap(features, kernels, dims="BHWC" if channels_last else "BCHW")
 
 
 def check(

@@ -17,7 +17,7 @@ from torch import nn
 import sparkme
 from sparkme.data.dataset import Batch
 from sparkme.networks.create import add_drop_path, create_encoder
-from sparkme.training.batch_norm import SharedBatchNorm, share_batch_norms
+from sparkme.sparse.batch_norm import BatchNorm, share_batch_norms
 from sparkme.training.config import create_parser
 from sparkme.training.distributed import distribute, start_process, stop_process, store_of_this_start
 from sparkme.training.finetune_config import create_parser as finetune_parser
@@ -118,7 +118,7 @@ def share_norms(rank: int, folder: str, port: int, operators: bool) -> None:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             norm, x, grad = norm_and_input(options, shape, dtype)
             net = nn.Sequential(norm)
-            assert not share_batch_norms(net) and type(net[0]) is SharedBatchNorm
+            assert not share_batch_norms(net) and type(net[0]) is BatchNorm
             mine = slice(3 * rank, 3 * rank + 3)
             part = x[mine].requires_grad_()
             out = net(part)
@@ -222,7 +222,7 @@ def test_batch_norms_with_code_of_their_own_keep_it() -> None:
     encoder = sparkme.sparsify(nn.Sequential(*stages))
     assert share_batch_norms(encoder) == ["network.2.1 (Shifted)"]
     kinds = [type(m) for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert kinds == [SharedBatchNorm, SharedBatchNorm, Shifted, SharedBatchNorm]
+    assert kinds == [BatchNorm, BatchNorm, Shifted, BatchNorm]
 
 
 def test_synchronised_batch_norms_still_drop_residual_branches() -> None:
@@ -231,7 +231,7 @@ def test_synchronised_batch_norms_still_drop_residual_branches() -> None:
     add_drop_path(network, 0.5)
     assert not share_batch_norms(network)
     assert sum(len(m._forward_hooks) for m in network.modules()) == 7
-    assert isinstance(network.layer4[1].bn2, SharedBatchNorm) and network.layer4[1].bn2._forward_hooks
+    assert isinstance(network.layer4[1].bn2, BatchNorm) and network.layer4[1].bn2._forward_hooks
 
 
 def measure(rank: int, data: str, folder: str, port: int) -> None:

@@ -6,92 +6,46 @@ An engine takes tensors and geometry and gives tensors: it knows neither layers 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
+from sparkme.sparse.features import Features, RowFeatures
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.window import Window
 
+F = TypeVar("F", bound=Features)
 
-class Features(NamedTuple):
-    """What the visible pixels of a batch hold, as an engine computes on it.
+
+class Engine(ABC, Generic[F]):
+    """The kernels behind the layers, and the features that they compute on.
 
     Attributes:
-        data: (B, L, C) patch-major rows of each sample, or (B, C, H, W) for a dense engine. Between layers there may be
-            several channel axes in the place of C, or none.
-        grid: the sites.
-        stride: input pixels per pixel.
-        clean: whether the hidden pixels of a dense engine's data are zero; else they hold what no visible pixel may read.
-        again: computes the rows (B * L, C) once more from what is kept anyway, where that costs little.
-    """
-
-    data: Tensor
-    grid: Grid
-    stride: int
-    clean: bool = True
-    again: Callable[[], Tensor] | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    def replace(self, data: Tensor, stride: int | None = None, *, clean: bool = True) -> Features:
-        return Features(data, self.grid, stride or self.stride, clean)
-
-    def kept(self) -> AbstractContextManager[Any]:
-        """Within it, autograd keeps of these features how they are computed again, where there is a way, and not themselves.
-
-        Whoever has hooks of their own for what autograd keeps, as torch.utils.checkpoint has, gets to see the features.
-        """
-        if torch.compiler.is_compiling() or self.again is None or type(self.data) is not Tensor:
-            return nullcontext()
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            return nullcontext()
-        again, place, count = self.again, self.data.data_ptr(), self.data.numel()  # autograd keeps the functions, too
-        return torch.autograd.graph.saved_tensors_hooks(
-            lambda saved: again if saved.data_ptr() == place and saved.numel() == count else saved,
-            lambda kept: kept() if kept is again else kept,
-        )
-
-
-class Engine(ABC):
-    """The kernels behind the layers, and the form in which they keep features.
-
-    `dense` says which: (B, C, H, W), or (B, L, C) patch-major rows. `bf16` says whether it follows autocast; the encoder
-    of an engine that cannot stays in the precision of its weights.
+        layout: the kind of features.
+        bf16: whether it follows autocast; the encoder of an engine that cannot stays in the precision of its weights.
     """
 
     name: str
-    dense: bool
+    layout: type[F]
     bf16: bool
 
     def precision(self, device_type: str) -> AbstractContextManager[None]:
         """The context in which the encoder runs."""
         return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
 
-    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether batch norms wait for what follows them, see `sparkme.sparse.unwritten`."""
+    def fuses_norms(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether batch norms wait for what follows them, see `sparkme.sparse.fusion`."""
         return False
 
-    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether products do, too, and memory is saved where that costs a pass over rows."""
+    def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether products wait as well, and what is cheap to compute again is not kept for gradients."""
         return False
 
     @abstractmethod
-    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+    def convolution(self, x: F, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> F:
         """A hidden neighbour counts as zero.
 
         Args:
@@ -104,24 +58,28 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def max_pool(self, x: Features, window: Window) -> Features:
+    def max_pool(self, x: F, window: Window) -> F:
         """The maximum over the visible pixels of the window."""
 
     @abstractmethod
-    def avg_pool(self, x: Features, window: Window) -> Features:
+    def avg_pool(self, x: F, window: Window) -> F:
         """The sum over the visible pixels of the window, divided by the number of its taps."""
 
     @abstractmethod
-    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+    def linear(self, x: F, weight: Tensor, bias: Tensor | None) -> F:
         """The same for every pixel: (C_out, C_in) weight and (C_out,) bias."""
 
     @abstractmethod
-    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+    def layer_norm(self, x: F, weight: Tensor | None, bias: Tensor | None, eps: float) -> F:
         """Over the channels of every pixel."""
 
-    def voxelise(self, images: Tensor, grid: Grid) -> Tensor:
-        """The visible pixels of (B, C, H, W) images, in the form that the engine computes on."""
-        return self.from_rows(grid.to_rows(images, 1), grid, 1)
+    def arranged(self, kernel: Tensor) -> Tensor:
+        """A kernel in the order in memory that it is read in; shape and values stay."""
+        return kernel.contiguous()
+
+    def voxelise(self, images: Tensor, grid: Grid) -> F:
+        """The visible pixels of (B, C, H, W) images."""
+        return self.layout.of_rows(grid.to_rows(images, 1), grid, 1)
 
     def densify(self, rows: Tensor, grid: Grid, stride: int, fill: Tensor) -> Tensor:
         """(N, C) rows as a (B, C, H / stride, W / stride) map, with `fill`, (C,), at hidden pixels."""
@@ -136,49 +94,28 @@ class Engine(ABC):
             rows, grid, stride, fill: as for `densify`.
             weight: (C_out, C, k, k) with an odd k; bias: (C_out,).
         """
-        return F.conv2d(self.densify(rows, grid, stride, fill), weight, bias, padding=weight.shape[-1] // 2)
-
-    @abstractmethod
-    def to_dense(self, x: Features) -> Tensor:
-        """(B, C, H, W), zero at hidden pixels."""
-
-    @abstractmethod
-    def to_rows(self, x: Features) -> Tensor:
-        """(N, C) patch-major rows."""
-
-    @abstractmethod
-    def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
-        """(N, C) rows in the form that the engine computes on."""
+        return functional.conv2d(self.densify(rows, grid, stride, fill), weight, bias, padding=weight.shape[-1] // 2)
 
 
-class RowEngine(Engine):
+class RowEngine(Engine[RowFeatures]):
     """An engine that computes on rows: linear layers and norms need nothing else."""
 
-    dense = False
+    layout = RowFeatures
 
-    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
-        return x.replace(F.linear(x.data, weight, bias))
+    def linear(self, x: RowFeatures, weight: Tensor, bias: Tensor | None) -> RowFeatures:
+        return x.replace(functional.linear(x.data, weight, bias))
 
-    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+    def layer_norm(self, x: RowFeatures, weight: Tensor | None, bias: Tensor | None, eps: float) -> RowFeatures:
         return x.replace(layer_norm(x.data, weight, bias, eps))
 
-    def to_dense(self, x: Features) -> Tensor:
-        return x.grid.to_dense(self.to_rows(x), x.stride)
-
-    def to_rows(self, x: Features) -> Tensor:
-        return x.data.flatten(0, 1)
-
-    def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
-        return rows.view(grid.batch, -1, rows.shape[-1])
-
     def bordered_convolution(
-        self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1
-    ) -> Features:
+        self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+    ) -> RowFeatures:
         """A convolution whose window is reflected or repeated at the image's border, tap by tap, in plain torch.
 
         No network spends much of its time there: it is the fixed filter of anti-aliased downsampling.
         """
-        rows = torch.cat([self.to_rows(x), x.data.new_zeros(1, x.data.shape[-1])])  # the last one is read as number -1
+        rows = torch.cat([x.rows(), x.data.new_zeros(1, x.data.shape[-1])])  # the last one is read as number -1
         kernels = kernel.view(-1, *kernel.shape[-2:]) if kernel.ndim != 2 or groups == 1 else kernel
         out: Tensor | None = None
         for k, source in enumerate(tap_rows(x.grid, x.stride, window)):
@@ -192,7 +129,7 @@ class RowEngine(Engine):
             out = part if out is None else out + part
         assert out is not None
         out = out if bias is None else out + bias
-        return x.replace(self.from_rows(out, x.grid, x.stride * window.stride), x.stride * window.stride)
+        return RowFeatures.of_rows(out, x.grid, x.stride * window.stride)
 
 
 def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
@@ -231,7 +168,7 @@ def layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     if rows.device.type == "cuda":  # takes parameters of the rows' type alone
         weight, bias = (None if value is None else value.to(rows.dtype) for value in (weight, bias))
     with torch.autocast(rows.device.type, enabled=False):
-        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+        return functional.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
 
 
 def autocast(value: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.sparse.engines.base import Features, RowEngine, autocast
+from sparkme.sparse.engines.base import RowEngine, autocast
+from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.layout import embed
 from sparkme.sparse.window import Window
@@ -22,19 +23,19 @@ class CudaExtEngine(RowEngine):
     name = "cuda_ext"
     bf16 = True
 
-    def fuses(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def fuses_norms(self, dtype: torch.dtype, device: torch.device) -> bool:
         return dtype in ops.FLOATS
 
-    def fuses_all(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
         """On the CPU. On CUDA products and layer norms are torch's own."""
         return device.type == "cpu" and dtype in ops.FLOATS
 
-    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+    def convolution(self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> RowFeatures:
         grid, stride = x.grid, x.stride * window.stride
         rows, kernel = autocast(x.data.flatten(0, 1)), autocast(kernel)
         bias = None if bias is None else autocast(bias).flatten()
         if window.border != "zeros":
-            return self.bordered_convolution(x.replace(self.from_rows(rows, grid, x.stride)), kernel, bias, window, groups)
+            return self.bordered_convolution(RowFeatures.of_rows(rows, grid, x.stride), kernel, bias, window, groups)
         with x.kept():
             if window.kernel_size == (1, 1) and groups == 1 and window.is_plain:
                 if window.stride > 1:
@@ -54,33 +55,33 @@ class CudaExtEngine(RowEngine):
             else:
                 out = self._by_table(rows, kernel.view(-1, *kernel.shape[-2:]), x, window, groups)
         out = out if bias is None else out + bias
-        return x.replace(self.from_rows(out, grid, stride), stride)
+        return RowFeatures.of_rows(out, grid, stride)
 
-    def _by_table(self, rows: Tensor, kernel: Tensor, x: Features, window: Window, groups: int) -> Tensor:
+    def _by_table(self, rows: Tensor, kernel: Tensor, x: RowFeatures, window: Window, groups: int) -> Tensor:
         inverse = table(window, x, transposed=True) if rows.requires_grad else None
         return ops.sparse_conv(rows, kernel, table(window, x), inverse, groups)
 
-    def max_pool(self, x: Features, window: Window) -> Features:
+    def max_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
         return self._pool(ops.max_pool, x, window)
 
-    def avg_pool(self, x: Features, window: Window) -> Features:
+    def avg_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
         return self._pool(ops.avg_pool, x, window)
 
-    def _pool(self, function: ops.Pooling, x: Features, window: Window) -> Features:
+    def _pool(self, function: ops.Pooling, x: RowFeatures, window: Window) -> RowFeatures:
         out = function(x.data.flatten(0, 1), table(window, x), table(window, x, transposed=True))
-        return x.replace(self.from_rows(out, x.grid, x.stride * window.stride), x.stride * window.stride)
+        return RowFeatures.of_rows(out, x.grid, x.stride * window.stride)
 
-    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+    def linear(self, x: RowFeatures, weight: Tensor, bias: Tensor | None) -> RowFeatures:
         out = ops.linear(autocast(x.data.flatten(0, 1)), autocast(weight).t(), None if bias is None else autocast(bias))
-        return x.replace(self.from_rows(out, x.grid, x.stride))
+        return RowFeatures.of_rows(out, x.grid, x.stride)
 
-    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
-        if not self.fuses_all(x.dtype, x.device):
+    def layer_norm(self, x: RowFeatures, weight: Tensor | None, bias: Tensor | None, eps: float) -> RowFeatures:
+        if not self.fuses_products(x.dtype, x.device):
             return super().layer_norm(x, weight, bias, eps)
         return x.replace(ops.layer_norm(x.data.flatten(0, 1), weight, bias, eps).view(x.shape))
 
-    def voxelise(self, images: Tensor, grid: Grid) -> Tensor:
-        return self.from_rows(ops.voxelise(images, grid.slots, grid.patches, grid.patch), grid, 1)
+    def voxelise(self, images: Tensor, grid: Grid) -> RowFeatures:
+        return RowFeatures.of_rows(ops.voxelise(images, grid.slots, grid.patches, grid.patch), grid, 1)
 
     def densify(self, rows: Tensor, grid: Grid, stride: int, fill: Tensor) -> Tensor:
         return ops.densify(rows, grid.slots, grid.patches, grid.pixels(stride), fill)
@@ -101,7 +102,7 @@ class CudaExtEngine(RowEngine):
         return out.view(grid.batch, *grid.size(stride), -1).permute(0, 3, 1, 2)
 
 
-def table(window: Window, x: Features, *, transposed: bool = False) -> Tensor:
+def table(window: Window, x: RowFeatures, *, transposed: bool = False) -> Tensor:
     """The neighbour table of a window, kept on the grid, since all blocks of a stage share it.
 
     The operator knows plain windows; of another one the table is some columns of that of the window around it.

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.sparse.engines.base import Engine, Features, layer_norm
-from sparkme.sparse.grid import Grid
-from sparkme.sparse.layout import channelwise_kernel_to_weight, kernel_to_weight
+from sparkme.sparse.engines.base import Engine, layer_norm
+from sparkme.sparse.features import DenseFeatures
+from sparkme.sparse.layout import channelwise_kernel_to_weight, dense_order, kernel_to_weight
 from sparkme.sparse.window import Window
 
 # The gradient of a strided 1x1 convolution of few channels in channels_last is written beside its memory by the oneDNN of torch
@@ -21,7 +21,7 @@ from sparkme.sparse.window import Window
 NARROW = 16
 
 
-class MaskedDenseEngine(Engine):
+class MaskedDenseEngine(Engine[DenseFeatures]):
     """Maps stay dense, (B, C, H, W); norms see the visible pixels only.
 
     Args:
@@ -30,15 +30,17 @@ class MaskedDenseEngine(Engine):
     """
 
     name = "masked-dense"
-    dense = True
+    layout = DenseFeatures
     bf16 = True
 
     def __init__(self, memory_format: torch.memory_format = torch.channels_last) -> None:
         self.memory_format = memory_format
 
-    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+    def convolution(
+        self, x: DenseFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+    ) -> DenseFeatures:
         bias = None if bias is None else bias.flatten()
-        data = x.data if window.within_patch else self.to_dense(x)
+        data = x.data if window.within_patch else x.dense()
         channelwise = kernel.ndim == 2 and groups > 1
         weight = (channelwise_kernel_to_weight if channelwise else kernel_to_weight)(kernel, window.kernel_size)
         if self.memory_format == torch.contiguous_format:  # a 1x1 weight may pass for channels_last, and so would the output
@@ -53,7 +55,7 @@ class MaskedDenseEngine(Engine):
         out = F.conv2d(data, weight, bias, stride, padding, window.dilation, groups)
         return x.replace(out, x.stride * window.stride, clean=x.clean and window.within_patch and bias is None)
 
-    def max_pool(self, x: Features, window: Window) -> Features:
+    def max_pool(self, x: DenseFeatures, window: Window) -> DenseFeatures:
         stride = x.stride * window.stride
         lowest = torch.where(x.grid.mask(x.stride, torch.bool), x.data, float("-inf"))
         lowest, padding = _padded(lowest, x, window, float("-inf"))
@@ -61,36 +63,30 @@ class MaskedDenseEngine(Engine):
             across, down = padding[1], padding[0]
             lowest, padding = F.pad(lowest, (across, across, down, down), value=float("-inf")), (0, 0)
         out = F.max_pool2d(lowest, window.kernel_size, window.stride, padding, window.dilation)
-        return x.replace(torch.where(x.grid.mask(stride, torch.bool), out, 0.0), stride)
+        return x.replace(torch.where(x.grid.mask(stride, torch.bool), out, 0.0), stride, clean=True)
 
-    def avg_pool(self, x: Features, window: Window) -> Features:
-        data, padding = _padded(self.to_dense(x), x, window)
+    def avg_pool(self, x: DenseFeatures, window: Window) -> DenseFeatures:
+        data, padding = _padded(x.dense(), x, window)
         if any(p > k // 2 for p, k in zip(padding, window.kernel_size, strict=True)):
             data, padding = F.pad(data, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
         out = F.avg_pool2d(data, window.kernel_size, window.stride, padding)
         return x.replace(out, x.stride * window.stride, clean=window.within_patch)
 
-    def linear(self, x: Features, weight: Tensor, bias: Tensor | None) -> Features:
+    def linear(self, x: DenseFeatures, weight: Tensor, bias: Tensor | None) -> DenseFeatures:
         # As a convolution, since oneDNN's is faster than the matrix product of torch's BLAS library on many CPUs.
         return x.replace(F.conv2d(x.data, weight[:, :, None, None], bias), clean=x.clean and bias is None)
 
-    def layer_norm(self, x: Features, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+    def layer_norm(self, x: DenseFeatures, weight: Tensor | None, bias: Tensor | None, eps: float) -> DenseFeatures:
         """Of every pixel: cheaper than taking the visible ones out and putting them back."""
         pixels = x.data.permute(0, 2, 3, 1)
         out = layer_norm(pixels, weight, bias, eps)
         return x.replace(out.permute(0, 3, 1, 2), clean=x.clean and bias is None)
 
-    def to_dense(self, x: Features) -> Tensor:
-        return x.data if x.clean else x.data * x.grid.mask(x.stride, x.data.dtype)
-
-    def to_rows(self, x: Features) -> Tensor:
-        return x.grid.to_rows(x.data, x.stride)
-
-    def from_rows(self, rows: Tensor, grid: Grid, stride: int) -> Tensor:
-        return grid.to_dense(rows, stride)
+    def arranged(self, kernel: Tensor) -> Tensor:
+        return dense_order(kernel)
 
 
-def _padded(data: Tensor, x: Features, window: Window, value: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
+def _padded(data: Tensor, x: DenseFeatures, window: Window, value: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
     """The map with those pixels around it that torch's own symmetric padding would not give, and that padding."""
     sizes = x.grid.size(x.stride)
     behind = [

@@ -12,7 +12,8 @@ import torch
 from MinkowskiEngineBackend._C import ConvolutionMode
 from torch import Tensor
 
-from sparkme.sparse.engines.base import Features, RowEngine
+from sparkme.sparse.engines.base import RowEngine
+from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.layout import block_diagonal, embed
 from sparkme.sparse.window import Window
@@ -78,14 +79,14 @@ def _is_permuted(index: Tensor) -> bool:
     return not torch.equal(index, torch.arange(len(index), device=index.device))
 
 
-def to_minkowski(x: Features) -> ME.SparseTensor:
+def to_minkowski(x: RowFeatures) -> ME.SparseTensor:
     """(N, C) rows on MinkowskiEngine's coordinate map, in that map's order."""
     sites, rows = sites_of(x.grid, x.stride), x.data.flatten(0, 1)
     rows = rows if sites.to_engine is None else rows[sites.to_engine]
     return ME.SparseTensor(rows, coordinate_map_key=sites.key, coordinate_manager=manager_of(x.grid))
 
 
-def from_minkowski(rows: Tensor, x: Features, stride: int) -> Features:
+def from_minkowski(rows: Tensor, x: RowFeatures, stride: int) -> RowFeatures:
     """Rows on the map of `stride`, in that map's order, as features on the sites of `x`."""
     sites = sites_of(x.grid, stride)
     rows = rows if sites.from_engine is None else rows[sites.from_engine]
@@ -143,7 +144,7 @@ class MinkowskiEngine(RowEngine):
             raise ValueError("the engine minkowski computes on CUDA's default stream alone; use it there, or use cuda_ext")
         return super().precision(device_type)
 
-    def convolution(self, x: Features, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> Features:
+    def convolution(self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> RowFeatures:
         if window.border != "zeros":
             return self.bordered_convolution(x, kernel, bias, window, groups)
         stride = x.stride * window.stride
@@ -170,7 +171,7 @@ class MinkowskiEngine(RowEngine):
             )
         return from_minkowski(out if bias is None else out + bias, x, stride)
 
-    def max_pool(self, x: Features, window: Window) -> Features:
+    def max_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
         stride = x.stride * window.stride
         if not window.is_plain:
             return from_minkowski(self._gathered_maximum(x, window), x, stride)
@@ -185,7 +186,7 @@ class MinkowskiEngine(RowEngine):
         )
         return from_minkowski(out, x, stride)
 
-    def _gathered_maximum(self, x: Features, window: Window) -> Tensor:
+    def _gathered_maximum(self, x: RowFeatures, window: Window) -> Tensor:
         """Over the pairs of the kernel map, since MinkowskiEngine has no pooling over an off-centre region."""
         rows = to_minkowski(x).F
         shape = x.grid.num_rows(x.stride * window.stride), rows.shape[1]
@@ -193,7 +194,7 @@ class MinkowskiEngine(RowEngine):
         taken = [rows.new_full(shape, -torch.inf).index_copy(0, target, rows[source]) for source, target in pairs.values()]
         return torch.stack(taken).max(0).values
 
-    def avg_pool(self, x: Features, window: Window) -> Features:
+    def avg_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
         """A depthwise convolution by one over the window: MinkowskiEngine's own pooling divides by the visible pixels."""
         kernel = x.data.new_full((window.taps, x.data.shape[-1]), 1 / window.taps)
         stride = x.stride * window.stride

@@ -31,10 +31,11 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from sparkme.sparse.forms import pointwise, pooling, shape  # noqa: F401  (register what functions do)
+from sparkme.sparse.forms import convolution, norm, pointwise, pooling, shape
 from sparkme.sparse.forms.convolution import SparseConv2d, SparseDepthwiseConv2d, SparseLinear, convolution_form
 from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.forms.norm import SparseBatchNorm2d, SparseBatchNormAct2d, SparseGlobalResponseNorm
@@ -53,10 +54,18 @@ SPARSE_FORMS: dict[type[nn.Module] | str, Callable[..., nn.Module]] = {
     nn.AvgPool2d: SparseAvgPool2d,
 }
 
+# By torch's function.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **convolution.FUNCTIONS,
+    **norm.FUNCTIONS,
+    **pointwise.FUNCTIONS,
+    **pooling.FUNCTIONS,
+    **shape.FUNCTIONS,
+}
+
 __all__ = [
-    "SPARSE_FORMS", "SparseAvgPool2d", "SparseBatchNorm2d", "SparseBatchNormAct2d", "SparseConv2d", "SparseDepthwiseConv2d",
-    "SparseGlobalResponseNorm",
-    "SparseLayer", "SparseLinear", "SparseMaxPool2d", "sparse_form",
+    "FUNCTIONS", "SPARSE_FORMS", "SparseAvgPool2d", "SparseBatchNorm2d", "SparseBatchNormAct2d", "SparseConv2d",
+    "SparseDepthwiseConv2d", "SparseGlobalResponseNorm", "SparseLayer", "SparseLinear", "SparseMaxPool2d", "sparse_form",
 ]  # fmt: skip
 
 # Methods that a subclass may have without computing anything else.

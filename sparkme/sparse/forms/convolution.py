@@ -6,28 +6,30 @@ works out at every step (standardised, scaled, normalised), runs its own code an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import MinkowskiEngine as ME
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.sparse.engines.base import autocast
+from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.forms.layer import SparseLayer, take_state
+from sparkme.sparse.fusion import fused
 from sparkme.sparse.layout import (
     channelwise_kernel_to_weight,
     channelwise_weight_to_kernel,
-    dense_order,
     kernel_to_weight,
     weight_to_kernel,
 )
-from sparkme.sparse.map import Padding, SparseMap, is_map, sparse_function
-from sparkme.sparse.unwritten import UnwrittenLinear, UnwrittenProduct
 from sparkme.sparse.window import Window, pair
+from sparkme.sparse.working_map import Padding, is_map
 from sparkme.state_dict import state_dict_of
 
-ROWS_PER_CHANNEL = 8  # that there have to be, for a convolution to wait for its norm
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
 
 
 class SparseConvolution(SparseLayer):
@@ -89,10 +91,6 @@ class SparseConvolution(SparseLayer):
     def _to_kernel(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def arrange(self, *, dense: bool) -> None:
-        """Orders the kernel in memory for a dense engine, or as MinkowskiEngine has it. Its shape and values stay."""
-        self.kernel.data = dense_order(self.kernel.data) if dense else self.kernel.data.contiguous()
-
     def dense_state(self) -> dict[str, Tensor]:
         state = {"weight": self.dense_weight.detach().contiguous()}
         if self.bias is not None:
@@ -113,7 +111,7 @@ class SparseConvolution(SparseLayer):
 
     def forward(self, input: Any) -> Any:
         x, (kernel, bias) = input, self.operands()
-        if type(x) is not SparseMap:
+        if not is_map(x):
             bias = None if bias is None else bias.flatten()
             stride, padding, dilation = self.dense_geometry
             return F.conv2d(x, self.dense_weight, bias, stride, padding, dilation, self.groups)
@@ -123,19 +121,9 @@ class SparseConvolution(SparseLayer):
             stride, padding, dilation = self.dense_geometry
             x, window = padded_window(x, self.kernel_size, stride, padding, dilation)
         _check_channels(x)
-        if bias is None and self.groups == 1 and _waits_for_norm(x, kernel, window):
-            return x.replace(UnwrittenProduct(x.flat, kernel.flatten(0, -2)))
+        if (waiting := fused(x, "convolution", kernel, bias, window, self.groups)) is not None:
+            return waiting
         return x.replace(x.engine.convolution(x.flat, kernel, bias, window, self.groups))
-
-
-def _waits_for_norm(x: SparseMap, kernel: Tensor, window: Window) -> bool:
-    """Whether a convolution is worth being computed with the batch norm behind it: 1x1, to at least twice as many channels, and
-    of so many pixels that products of weights alone do not count."""
-    inside, outside = kernel.shape[-2:]
-    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
-    exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
-    many = x.grid.num_rows(x.stride) >= ROWS_PER_CHANNEL * inside
-    return fits and exact and many and torch.is_grad_enabled() and x.engine.fuses_all(x.dtype, x.device)
 
 
 class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):
@@ -251,7 +239,7 @@ def _check_channels(x: SparseMap) -> None:
         raise NotImplementedError(f"a convolution of a map with axes {x.dims} has no sparse form, only of BCHW")
 
 
-@sparse_function("conv2d")
+@FUNCTIONS.form_of("conv2d")
 def conv2d(
     x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> SparseMap:
@@ -270,7 +258,7 @@ def conv2d(
     return bare.replace(bare.engine.convolution(bare.flat, kernel, bias, window, groups))
 
 
-@sparse_function("linear")
+@FUNCTIONS.form_of("linear")
 def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
     """Along the channels, the last axis."""
     if not is_map(x):
@@ -279,15 +267,12 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
         raise NotImplementedError(
             f"a linear layer along the last axis of a map {x.dims} mixes visible and hidden pixels; permute it to channels-last"
         )
-    if not x.engine.fuses_all(x.dtype, x.device):
-        return x.replace(x.engine.linear(x.flat, weight, bias))
-    if x.unwritten is not None and (longer := x.unwritten.linear(weight, bias)) is not None:
-        return x.replace(longer)
-    features = x.flat
-    return x.replace(UnwrittenLinear(features.replace(autocast(features.data)), weight, bias))
+    if (waiting := fused(x, "linear", weight, bias)) is not None:
+        return waiting
+    return x.replace(x.engine.linear(x.flat, weight, bias))
 
 
-@sparse_function("pad")
+@FUNCTIONS.form_of("pad")
 def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = None) -> SparseMap:
     """Waits for the window that reads it; zeros for more channels are there at once."""
     sides: list[int] = [*pad, *[0] * (4 - len(pad))]

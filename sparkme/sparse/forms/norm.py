@@ -10,15 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparkme.sparse.batch_norm import BATCH_NORM, processes_of
+from sparkme.sparse.batch_norm import BATCH_NORM
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.forms.layer import SparseLayer, take_state
-from sparkme.sparse.map import SparseMap, sparse_function
-from sparkme.sparse.unwritten import UnwrittenNorm, UnwrittenProduct
+from sparkme.sparse.fusion import fused
+from sparkme.sparse.working_map import is_map
 from sparkme.state_dict import state_dict_of
 
 if TYPE_CHECKING:
     from timm.layers.grn import GlobalResponseNorm
     from timm.layers.norm_act import BatchNormAct2d
+
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
 
 
 class RowNorm(nn.BatchNorm2d):
@@ -43,14 +49,12 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
         x = input
         if self.bn.training and not self.training:  # frozen by code that sees this module alone
             self.bn.eval()
-        if type(x) is not SparseMap:  # pooled vectors, (B, C, 1, 1)
+        if not is_map(x):  # pooled vectors, (B, C, 1, 1)
             return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
         if x.dims != "BCHW":
             raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-        known = type(self.bn) is RowNorm or processes_of(self.bn) > 1
-        if known and not self.bn._forward_hooks and x.engine.fuses(x.dtype, x.device):
-            source = product if isinstance(product := x.unwritten, UnwrittenProduct) else x.features
-            return x.replace(UnwrittenNorm(source, self.bn, recomputed=x.engine.fuses_all(x.dtype, x.device)))
+        if (waiting := fused(x, "batch_norm", self.bn)) is not None:
+            return waiting
         return x.with_rows(self.bn(x.rows))
 
     def _dense(self, x: Tensor) -> Tensor:
@@ -101,8 +105,8 @@ class SparseGlobalResponseNorm(SparseLayer, nn.Module):
         take_state(self, norm)
 
     def forward(self, x: Any) -> Any:
-        in_place = type(x) is SparseMap and x.dims == ("BHWC" if self.channel_dim == -1 else "BCHW")
-        if not in_place or x.engine.dense:
+        in_place = is_map(x) and x.dims == ("BHWC" if self.channel_dim == -1 else "BCHW")
+        if not in_place or not isinstance(x.features, RowFeatures):
             return self._dense(self, x)
         return x.with_values(_GlobalResponse.apply(x.values, self.weight, self.bias, self.eps))
 
@@ -136,7 +140,7 @@ class _GlobalResponse(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum((0, 1), dtype=norm.dtype).to(weight.dtype), None
 
 
-@sparse_function("batch_norm")
+@FUNCTIONS.form_of("batch_norm")
 def batch_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
     """Over the visible pixels of the batch."""
     if x.dims != "BCHW":
@@ -144,7 +148,7 @@ def batch_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
     return x.with_rows(F.batch_norm(x.rows, *args, **kwargs))
 
 
-@sparse_function("layer_norm")
+@FUNCTIONS.form_of("layer_norm")
 def layer_norm(
     x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> SparseMap:
@@ -157,7 +161,7 @@ def layer_norm(
     return x.replace(x.engine.layer_norm(x.flat, weight, bias, eps))
 
 
-@sparse_function("rms_norm")
+@FUNCTIONS.form_of("rms_norm")
 def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> SparseMap:
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
@@ -167,7 +171,7 @@ def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, 
     return x.with_rows(F.rms_norm(x.row_axes, normalized_shape, weight, eps))
 
 
-@sparse_function("group_norm")
+@FUNCTIONS.form_of("group_norm")
 def group_norm(
     x: SparseMap, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> SparseMap:
@@ -177,7 +181,7 @@ def group_norm(
     return x.with_rows(F.group_norm(x.row_axes.transpose(1, 2), num_groups, weight, bias, eps).transpose(1, 2))
 
 
-@sparse_function("instance_norm")
+@FUNCTIONS.form_of("instance_norm")
 def instance_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
     """Over the visible pixels of each sample, channel by channel."""
     if x.dims != "BCHW":
@@ -185,7 +189,7 @@ def instance_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
     return x.with_rows(F.instance_norm(x.row_axes.transpose(1, 2), *args, **kwargs).transpose(1, 2))
 
 
-@sparse_function("normalize")
+@FUNCTIONS.form_of("normalize")
 def normalize(x: SparseMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> SparseMap:
     """Channels of unit length."""
     return x.with_rows(F.normalize(x.row_axes, p, 2 + x.channel(dim), eps))

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.sparse.map import FUNCTIONS, SparseMap, first_map, is_map, sparse_function
-from sparkme.sparse.unwritten import Unwritten, UnwrittenScale
+from sparkme.sparse.features import Hidden
+from sparkme.sparse.forms.functions import Functions
+from sparkme.sparse.fusion import fused
+from sparkme.sparse.working_map import first_map, is_map
 
-# What a dense engine's hidden pixels hold afterwards, if it was zero: `zero` again, whatever the other arguments; some
-# `number`, since the function has other arguments or moves zero; or perhaps `infinity` or NaN, which a product with the mask
-# would not remove.
-_ZERO, _NUMBER, _INFINITY = "zero", "number", "infinity"
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
+
 _POINTWISE = {
-    **dict.fromkeys(
-        ("abs", "asinh", "atan", "celu", "clone", "detach", "dropout", "elu", "erf", "gelu", "hardshrink",
-         "hardswish", "leaky_relu", "mish", "nan_to_num", "neg", "negative", "pos", "positive", "relu", "relu6",
-         "round", "rrelu", "selu", "sign", "silu",
-         "sin", "softshrink", "softsign", "square", "tanh", "tanhshrink"),
-        _ZERO,
-    ),
-    **dict.fromkeys(
-        ("alpha_dropout", "clamp", "clamp_max", "clamp_min", "clip", "cos", "hardsigmoid", "hardtanh", "lerp", "logsigmoid",
-         "maximum", "minimum", "sigmoid", "softplus", "threshold", "eq", "ne", "gt", "ge", "lt", "le", "logical_and",
-         "logical_not", "logical_or", "and", "invert", "or", "xor", "zeros_like", "ones_like", "full_like", "rand_like",
-         "randn_like"),
-        _NUMBER,
-    ),
-    **dict.fromkeys(
-        ("addcdiv", "addcmul", "div", "divide", "exp", "expm1", "log", "log1p", "log2", "masked_fill", "mul", "multiply", "pow",
-         "reciprocal", "rsqrt", "sqrt", "true_divide", "truediv", "where"),
-        _INFINITY,
-    ),
-}  # fmt: skip
-_SUMS = ("add", "sub", "subtract", "rsub")  # of two maps: zero plus zero is zero
+    name: hidden
+    for hidden, names in {
+        Hidden.ZERO: (
+            "abs asinh atan celu clone detach dropout elu erf gelu hardshrink hardswish leaky_relu mish "
+            "nan_to_num neg negative pos positive relu relu6 round rrelu selu sign silu sin softshrink softsign "
+            "square tanh tanhshrink"
+        ),
+        Hidden.SUM: "add sub subtract rsub",
+        Hidden.PRODUCT: "mul multiply",
+        Hidden.NUMBER: (
+            "alpha_dropout clamp clamp_max clamp_min clip cos hardsigmoid hardtanh lerp logsigmoid maximum "
+            "minimum sigmoid softplus threshold eq ne gt ge lt le logical_and logical_not logical_or and invert "
+            "or xor zeros_like ones_like full_like rand_like randn_like"
+        ),
+        Hidden.INFINITY: (
+            "addcdiv addcmul div divide exp expm1 log log1p log2 masked_fill pow reciprocal rsqrt sqrt "
+            "true_divide truediv where"
+        ),
+    }.items()
+    for name in names.split()
+}
 
 
 def _out_of_place(name: str) -> Callable[..., Any]:
@@ -48,7 +50,7 @@ def _out_of_place(name: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    for name in (*_POINTWISE, *_SUMS):
+    for name in _POINTWISE:
         for owner in (torch.Tensor, torch, F, torch._C._nn, torch.special):
             for spelling in (name, f"__{name}__"):
                 if function := getattr(owner, spelling, None):
@@ -59,10 +61,6 @@ def _register() -> None:
             for spelling in (f"{name}_", f"__i{name}__"):
                 if function := getattr(owner, spelling, None):
                     FUNCTIONS[function] = _Pointwise(name, _out_of_place(name), in_place=True)
-
-
-# ReLU and ReLU6, and their further arguments.
-_CLAMPS: dict[str, tuple[float, ...]] = {"relu": (), "relu6": (), "hardtanh": (0.0, 6.0)}
 
 
 class _Pointwise:
@@ -78,9 +76,7 @@ class _Pointwise:
         self.name = name
         self.function = function
         self.in_place = in_place
-        self.hidden = _POINTWISE.get(name, _NUMBER)
-        self.is_sum = name in _SUMS
-        self.is_product = name in ("mul", "multiply")
+        self.hidden = _POINTWISE[name]
 
     def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
         if self._returns_its_input(args, kwargs):
@@ -88,26 +84,11 @@ class _Pointwise:
             return same
         values = (*args, *kwargs.values())
         first = first_map(values)
-        if (longer := self._fused(args, kwargs)) is not None:
-            return self._result(first.replace(longer), args, inplace=inplace)
-        features = first.features
-        keeps_zero, mask = self._keeps_zero(values), None
-        if first.engine.dense and not keeps_zero and not self._is_finite(values):
-            mask = features.grid.mask(features.stride, torch.bool)
-
-        def argument(value: Any) -> Any:
-            held = operand(value, first)
-            # One is a safe place for all of these functions and their derivatives: an infinite one times zero is not zero.
-            return _hide(held, mask, 1) if mask is not None and is_map(value) else held
-
-        data = self.function(*(argument(a) for a in args), **{key: argument(value) for key, value in kwargs.items()})
-        if mask is not None:
-            out = first.replace(features.replace(_hide(data, mask, 0)))
-        elif first.engine.dense:
-            clean = keeps_zero and all(v.features.clean for v in values if is_map(v))
-            out = first.replace(features.replace(data, clean=clean))
-        else:
-            out = first.replace(features.replace(data))
+        for i, x in enumerate(args):
+            if is_map(x) and (waiting := fused(x, self.name, *args[:i], *args[i + 1 :], **kwargs)) is not None:
+                return self._result(waiting, args, inplace=inplace)
+        operands, named = [first.operand(a) for a in args], {key: first.operand(value) for key, value in kwargs.items()}
+        out = first.replace(first.features.apply(self.function, operands, named, self.hidden))
         return self._result(out, args or (first,), inplace=inplace)
 
     def _returns_its_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -126,126 +107,33 @@ class _Pointwise:
             return args[0]
         return args[0].write(out)
 
-    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unwritten | None:
-        """What is still to be written, with this function at its end; None where it does not fit."""
-        for i, x in enumerate(args):
-            if not is_map(x):
-                continue
-            others = [*args[:i], *args[i + 1 :]]
-            if (unwritten := x.unwritten) is None:
-                if self.is_product and len(others) == 1 and not kwargs and (scaled := _scaled(x, others[0])) is not None:
-                    return scaled
-                continue
-            if self.name in _CLAMPS and (*others, *kwargs.values()) == _CLAMPS[self.name]:
-                return unwritten.clamp(math.inf if self.name == "relu" else 6.0)
-            if self.name == "gelu" and not others and kwargs.get("approximate", "none") == "none":
-                return unwritten.gelu()
-            if self.name in ("add", "mul", "multiply") and len(others) == 1 and not kwargs:
-                if self.name == "add":
-                    return unwritten.plus(operand(others[0], x)) if is_map(others[0]) else None
-                if isinstance(others[0], Tensor) and others[0].ndim:
-                    return unwritten.times(operand(others[0], x))
-        return None
-
-    def _keeps_zero(self, values: tuple[Any, ...]) -> bool:
-        """Whether zero and zero make zero."""
-        if self.hidden == _ZERO:
-            return True
-        others = [value for value in values if not is_map(value)]
-        return (self.is_sum and not others) or (self.is_product and not any(_may_be_infinite(o) for o in others))
-
-    def _is_finite(self, values: tuple[Any, ...]) -> bool:
-        return self.hidden == _NUMBER and not any(_may_be_infinite(v) for v in values if not is_map(v))
-
-
-def _scaled(x: SparseMap, other: Any) -> UnwrittenScale | None:
-    """A map that is multiplied by a number for each channel, such as layer scale, where products do not wait for it."""
-    engine, where = x.engine, (x.dtype, x.device)
-    if not isinstance(other, Tensor) or other.ndim == 0 or (x.dims[-1] != "C" and x.dims != "BCHW"):
-        return None
-    if not engine.fuses(*where) or engine.fuses_all(*where):
-        return None
-    scale = operand(other, x)
-    fits = isinstance(scale, Tensor) and scale.shape == (1, 1, x.flat.shape[-1]) and scale.dtype == x.dtype
-    return UnwrittenScale(x.features, scale.flatten()) if fits else None
-
-
-def _hide(data: Tensor, mask: Tensor, value: int) -> Tensor:
-    """A dense engine's data (B, channels..., H, W) with `value` where the mask (B, 1, H, W) is false."""
-    mask = mask.view(*mask.shape[:1], *(1,) * (data.ndim - 3), *mask.shape[2:])
-    return torch.where(mask, data, torch.full((), value, dtype=data.dtype, device=data.device))
-
 
 def _drops_nothing(p: float = 0.5, training: bool = True) -> bool:
     return p == 0 or not training
 
 
-def _may_be_infinite(value: Any) -> bool:
-    return isinstance(value, float) and not abs(value) < float("inf")
-
-
-def operand(value: Any, like: SparseMap) -> Any:
-    """An argument as the data of the map's engine: other maps as they are, tensors spread over the pixels.
-
-    A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken. Under
-    autocast it takes the map's type, as the weights of convolutions do: else a parameter in float32, such as ConvNeXt's layer
-    scale, would make all that follows float32, to be cast back before every product.
-    """
-    if is_map(value):
-        if value.grid is not like.grid or value.stride != like.stride:
-            raise ValueError(
-                f"maps of shape {tuple(value.shape)} and {tuple(like.shape)} do not lie on the same sites: one has another "
-                "stride, or was kept from an earlier call; keep no maps between calls"
-            )
-        if value.dims != like.dims:
-            raise NotImplementedError(
-                f"maps with axes {value.dims} and {like.dims} cannot be combined; give both the same axes"
-            )
-        return value.values
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if value.dtype == torch.float32 and like.dtype == torch.bfloat16 and torch.is_autocast_enabled(like.device.type):
-        value = value.to(like.dtype)
-    if value.ndim > like.ndim:
-        raise NotImplementedError(f"a tensor of shape {tuple(value.shape)} has more axes than the map {like.dims} it meets")
-    value = value.view(*(1,) * (like.ndim - value.ndim), *value.shape)
-    channels = [i for i, label in enumerate(like.dims) if label == "C"]
-    pixels = [i for i, label in enumerate(like.dims) if label in "HWP"]
-    value = value.permute(like.dims.index("B"), *channels, *pixels)
-    if len(pixels) == 1:
-        value = value.unsqueeze(-1)
-    if value.shape[-2:] == (1, 1):
-        return value if like.engine.dense else value.flatten(-2).movedim(-1, 1)
-    h, w = like.grid.size(like.stride)
-    value = value.expand(like.grid.batch, *value.shape[1:-2], h, w)
-    if like.engine.dense:
-        return value
-    rows = like.grid.to_rows(value.flatten(1, -3), like.stride)
-    return rows.view(like.grid.batch, -1, *value.shape[1:-2])
-
-
-@sparse_function("prelu")
+@FUNCTIONS.form_of("prelu")
 def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
     """A slope for each channel, which is axis 1."""
     shape = [1] * x.ndim
     shape[1] = weight.numel()
-    slope = operand(weight.view(shape), x)
+    slope = x.operand(weight.view(shape))
     return x.with_values(torch.where(x.values >= 0, x.values, x.values * slope))
 
 
-@sparse_function("glu")
+@FUNCTIONS.form_of("glu")
 def glu(x: SparseMap, dim: int = -1) -> SparseMap:
     """Half of the channels, times the sigmoid of the other half."""
     return x.with_values(F.glu(x.values, x.channel(dim) + x.channel_axis))
 
 
-@sparse_function("dropout2d", "feature_dropout")
+@FUNCTIONS.form_of("dropout2d", "feature_dropout")
 def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseMap:
     """Whole channels of each sample."""
     if _drops_nothing(p, training):
         return x
-    noise = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
-    out: SparseMap = FUNCTIONS[torch.mul](x, noise)
+    noise: Any = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
+    out: SparseMap = x * noise
     return x.write(out) if inplace else out
 
 

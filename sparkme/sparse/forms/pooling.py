@@ -7,7 +7,7 @@ pixels of each sample. A mean over H and W gives a dense tensor; what follows it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import MinkowskiEngine as ME
 import torch
@@ -16,10 +16,16 @@ from torch import Tensor, nn
 
 from sparkme.sparse.engines.base import tap_rows
 from sparkme.sparse.forms.convolution import linear, padded_window
+from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.grid import Grid
-from sparkme.sparse.map import SparseMap, is_map, sparse_function
 from sparkme.sparse.window import Window, pair
+from sparkme.sparse.working_map import is_map
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
 
 
 class SparseMaxPool2d(SparseLayer, ME.MinkowskiMaxPooling):
@@ -56,7 +62,7 @@ def _minkowski_pooling(kind: Any, layer: Any, pool: nn.MaxPool2d | nn.AvgPool2d)
     kind.__init__(layer, kernel_size=list(pair(pool.kernel_size)), stride=stride, dilation=dilation, dimension=2)
 
 
-@sparse_function("max_pool2d", "max_pool2d_with_indices")
+@FUNCTIONS.form_of("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(
     x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     return_indices: bool = False,
@@ -99,7 +105,7 @@ def _reaches_out(grid: Grid, stride: int, window: Window) -> Tensor:
     return grid.cached(("reaches out", stride, window.key), build)
 
 
-@sparse_function("avg_pool2d")
+@FUNCTIONS.form_of("avg_pool2d")
 def avg_pool2d(
     x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
@@ -127,13 +133,13 @@ def avg_pool2d(
     return out * factor.to(out.dtype)
 
 
-@sparse_function("adaptive_avg_pool2d")
+@FUNCTIONS.form_of("adaptive_avg_pool2d")
 def adaptive_avg_pool2d(x: SparseMap, output_size: Any) -> Any:
     """To one pixel: the mean over the visible pixels of each sample."""
     return _adaptive(x, output_size, mean)
 
 
-@sparse_function("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
+@FUNCTIONS.form_of("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
 def adaptive_max_pool2d(x: SparseMap, output_size: Any, return_indices: bool = False) -> Any:
     """As `adaptive_avg_pool2d`, the maximum."""
     if return_indices:
@@ -184,51 +190,51 @@ def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, 
     return out.reshape(shape if keepdim else [n for a, n in enumerate(shape) if a not in axes])
 
 
-@sparse_function("mean")
+@FUNCTIONS.form_of("mean")
 def mean(x: SparseMap, dim: Any = None, keepdim: bool = False, *more: Any, dtype: Any = None) -> Any:
     return reduce(lambda v, axes: v.mean(axes, keepdim=True, dtype=dtype), x, dim, keepdim)
 
 
-@sparse_function("sum")
+@FUNCTIONS.form_of("sum")
 def sum_(x: SparseMap, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     return reduce(lambda v, axes: v.sum(axes, keepdim=True, dtype=dtype), x, dim, keepdim)
 
 
-@sparse_function("amax")
+@FUNCTIONS.form_of("amax")
 def amax(x: SparseMap, dim: Any = (), keepdim: bool = False) -> Any:
     return reduce(lambda v, axes: v.amax(axes, keepdim=True), x, dim, keepdim)
 
 
-@sparse_function("amin")
+@FUNCTIONS.form_of("amin")
 def amin(x: SparseMap, dim: Any = (), keepdim: bool = False) -> Any:
     return reduce(lambda v, axes: v.amin(axes, keepdim=True), x, dim, keepdim)
 
 
-@sparse_function("var")
+@FUNCTIONS.form_of("var")
 def var(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
     """The variance over the visible pixels; without the correction it equals the mean of squares less the squared mean."""
     correction = correction if unbiased is None else int(unbiased)
     return reduce(lambda v, axes: v.var(axes, correction=correction, keepdim=True), x, dim, keepdim)
 
 
-@sparse_function("std")
+@FUNCTIONS.form_of("std")
 def std(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
     correction = correction if unbiased is None else int(unbiased)
     return reduce(lambda v, axes: v.std(axes, correction=correction, keepdim=True), x, dim, keepdim)
 
 
-@sparse_function("var_mean")
+@FUNCTIONS.form_of("var_mean")
 def var_mean(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
     return var(x, dim, unbiased, keepdim, correction=correction), mean(x, dim, keepdim)
 
 
-@sparse_function("max")
+@FUNCTIONS.form_of("max")
 def max_(x: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
     """Over one axis of channels, with the indices; of two maps, pixel by pixel."""
     return _extreme(x, dim if other is None else other, keepdim, "max", torch.maximum)
 
 
-@sparse_function("min")
+@FUNCTIONS.form_of("min")
 def min_(x: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None) -> Any:
     return _extreme(x, dim if other is None else other, keepdim, "min", torch.minimum)
 
@@ -251,7 +257,7 @@ def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., A
     return Extreme(x.with_rows(values, dims), x.with_rows(indices, dims))
 
 
-@sparse_function("norm", "vector_norm")
+@FUNCTIONS.form_of("norm", "vector_norm")
 def norm(
     x: SparseMap, p: Any = 2, dim: Any = None, keepdim: bool = False, out: None = None, dtype: Any = None, *, ord: Any = None
 ) -> Any:
@@ -260,7 +266,7 @@ def norm(
     return reduce(lambda v, axes: torch.linalg.vector_norm(v, order, axes, keepdim=True, dtype=dtype), x, dim, keepdim)
 
 
-@sparse_function("softmax")
+@FUNCTIONS.form_of("softmax")
 def softmax(x: SparseMap, dim: int | None = None, *args: Any, **kwargs: Any) -> SparseMap:
     """Over an axis of channels, as between the branches of selective kernels, or over all visible pixels of a sample."""
     if dim is None or x.dims[x.axis(dim)] not in "CP":
@@ -271,7 +277,7 @@ def softmax(x: SparseMap, dim: int | None = None, *args: Any, **kwargs: Any) -> 
     return x.with_rows(torch.softmax(x.row_axes, 1 if x.dims[x.axis(dim)] == "P" else 2 + x.channel(dim)))
 
 
-@sparse_function("matmul", "__matmul__")
+@FUNCTIONS.form_of("matmul", "__matmul__")
 def matmul(x: Any, other: Any) -> Any:
     """A map times a (C_in, C_out) matrix, along the channels; or the sum of all visible pixels by a weight for each."""
     if is_map(x) and not is_map(other) and other.ndim == 2:
@@ -286,7 +292,7 @@ def matmul(x: Any, other: Any) -> Any:
     )
 
 
-@sparse_function("interpolate", "upsample")
+@FUNCTIONS.form_of("interpolate", "upsample")
 def interpolate(
     x: SparseMap, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
 ) -> Any:
@@ -305,11 +311,4 @@ def interpolate(
             f"interpolate with mode={mode!r} by {factors} has no sparse form; only mode='nearest' by a whole number that "
             f"divides the stride {x.stride}"
         )
-    p, features = x.grid.pixels(x.stride), x.flat
-    if x.engine.dense:
-        data = features.data.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    else:
-        b, _, c = features.data.shape
-        patches = features.data.view(b, -1, p, p, c)
-        data = patches.repeat_interleave(factor, 2).repeat_interleave(factor, 3).reshape(b, -1, c)
-    return x.replace(features.replace(data, x.stride // factor, clean=features.clean))
+    return x.replace(x.flat.repeated(factor))

@@ -4,49 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparkme.sparse.forms.pointwise import operand
-from sparkme.sparse.map import SparseMap, first_map, is_map, sparse_function
+from sparkme.sparse.features import Hidden
+from sparkme.sparse.forms.functions import Functions
+from sparkme.sparse.working_map import first_map, is_map
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+FUNCTIONS = Functions()
 
 _REMEDY = "only channels can be moved, pixels stay where they are"
 
 
-@sparse_function("cat", "concat", "concatenate")
+@FUNCTIONS.form_of("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
     """Channels side by side; tensors that hold a number for each channel are spread over the pixels."""
     like = first_map(tensors)
     at = like.channel(dim) + like.channel_axis
     pieces = []
     for value in tensors:
-        piece = operand(value, like)
+        piece = like.operand(value)
         if not is_map(value):
             shape = list(like.values.shape)
             shape[at] = piece.shape[at]
             piece = piece.expand(shape)
         pieces.append(piece)
-    clean = all(is_map(value) and value.features.clean for value in tensors)
-    return like.with_values(torch.cat(pieces, at), clean=clean)
+    return like.replace(like.features.apply(lambda *pieces: torch.cat(pieces, at), pieces, {}, Hidden.SUM))
 
 
-@sparse_function("stack")
+@FUNCTIONS.form_of("stack")
 def stack(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
     """A new axis of channels."""
     first = first_map(tensors)
     return cat([unsqueeze(value, dim) for value in tensors], dim % (first.ndim + 1))
 
 
-@sparse_function("unsqueeze")
+@FUNCTIONS.form_of("unsqueeze")
 def unsqueeze(x: SparseMap, dim: int) -> SparseMap:
     dim = dim % (x.ndim + 1)
     at = x.dims[:dim].count("C") + x.channel_axis
     return x.view_of(x.values.unsqueeze(at), x.dims[:dim] + "C" + x.dims[dim:])
 
 
-@sparse_function("squeeze")
+@FUNCTIONS.form_of("squeeze")
 def squeeze(x: SparseMap, dim: int) -> SparseMap:
     if x.shape[dim] != 1:
         return x
@@ -54,7 +59,7 @@ def squeeze(x: SparseMap, dim: int) -> SparseMap:
     return x.view_of(x.values.squeeze(at), x.dims[: x.axis(dim)] + x.dims[x.axis(dim) + 1 :])
 
 
-@sparse_function("narrow")
+@FUNCTIONS.form_of("narrow")
 def narrow(x: SparseMap, dim: int, start: int, length: int) -> SparseMap:
     axis = x.channel(dim)
     start = start % x.shape[dim] if start < 0 else start
@@ -62,7 +67,7 @@ def narrow(x: SparseMap, dim: int, start: int, length: int) -> SparseMap:
     return x.view_of(x.values.narrow(axis + x.channel_axis, start, length), span=span)
 
 
-@sparse_function("split", "split_with_sizes")
+@FUNCTIONS.form_of("split", "split_with_sizes")
 def split(x: SparseMap, split_size_or_sections: Any = None, dim: int = 0, *, split_size: Any = None) -> tuple[SparseMap, ...]:
     sizes = split_size if split_size_or_sections is None else split_size_or_sections
     total = x.shape[dim]
@@ -73,12 +78,12 @@ def split(x: SparseMap, split_size_or_sections: Any = None, dim: int = 0, *, spl
     return tuple(narrow(x, dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
 
-@sparse_function("chunk")
+@FUNCTIONS.form_of("chunk")
 def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
     return split(x, -(-x.shape[dim] // chunks), dim)
 
 
-@sparse_function("tensor_split")
+@FUNCTIONS.form_of("tensor_split")
 def tensor_split(x: SparseMap, indices_or_sections: Any, dim: int = 0) -> tuple[SparseMap, ...]:
     total, parts = x.shape[dim], indices_or_sections
     edges = [total * i // parts for i in range(parts + 1)] if isinstance(parts, int) else [0, *parts, total]
@@ -88,30 +93,30 @@ def tensor_split(x: SparseMap, indices_or_sections: Any, dim: int = 0) -> tuple[
     return split(x, [b - a for a, b in pairwise(edges)], dim)
 
 
-@sparse_function("unbind")
+@FUNCTIONS.form_of("unbind")
 def unbind(x: SparseMap, dim: int = 0) -> tuple[SparseMap, ...]:
     return tuple(select(x, dim, i) for i in range(x.shape[x.axis(dim)]))
 
 
-@sparse_function("select")
+@FUNCTIONS.form_of("select")
 def select(x: SparseMap, dim: int, index: int) -> SparseMap:
     dim = x.axis(dim)
     at = x.channel(dim) + x.channel_axis
     return x.view_of(x.values.select(at, index), x.dims[:dim] + x.dims[dim + 1 :])
 
 
-@sparse_function("index_select")
+@FUNCTIONS.form_of("index_select")
 def index_select(x: SparseMap, dim: int, index: Tensor) -> SparseMap:
     return x.with_values(x.values.index_select(x.channel(dim) + x.channel_axis, index))
 
 
-@sparse_function("flip")
+@FUNCTIONS.form_of("flip")
 def flip(x: SparseMap, *dims: Any) -> SparseMap:
     axes = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return x.with_values(x.values.flip([x.channel(d) + x.channel_axis for d in axes]))
 
 
-@sparse_function("__getitem__")
+@FUNCTIONS.form_of("__getitem__")
 def getitem(x: SparseMap, index: Any) -> SparseMap:
     """Slices, numbers and lists of numbers for channels; of H and W everything, or one pixel of every square block."""
     parts = list(index) if isinstance(index, tuple) else [index]
@@ -168,7 +173,7 @@ def _one_of_every_block(x: SparseMap, parts: list[Any]) -> tuple[SparseMap, list
     return _blocks(x, r), parts
 
 
-@sparse_function("permute")
+@FUNCTIONS.form_of("permute")
 def permute(x: SparseMap, *dims: Any) -> SparseMap:
     order = [x.axis(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
     labels = "".join(x.dims[d] for d in order)
@@ -182,7 +187,7 @@ def permute(x: SparseMap, *dims: Any) -> SparseMap:
     return x.view_of(x.values.permute(axes), labels)
 
 
-@sparse_function("transpose", "swapaxes", "swapdims")
+@FUNCTIONS.form_of("transpose", "swapaxes", "swapdims")
 def transpose(x: SparseMap, dim0: int, dim1: int) -> SparseMap:
     order = list(range(x.ndim))
     a, b = x.axis(dim0), x.axis(dim1)
@@ -190,14 +195,14 @@ def transpose(x: SparseMap, dim0: int, dim1: int) -> SparseMap:
     return permute(x, order)
 
 
-@sparse_function("movedim", "moveaxis")
+@FUNCTIONS.form_of("movedim", "moveaxis")
 def movedim(x: SparseMap, source: int, destination: int) -> SparseMap:
     order = [d for d in range(x.ndim) if d != x.axis(source)]
     order.insert(x.axis(destination), x.axis(source))
     return permute(x, order)
 
 
-@sparse_function("expand")
+@FUNCTIONS.form_of("expand")
 def expand(x: SparseMap, *sizes: Any) -> SparseMap:
     wanted = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     own = list(x.shape)
@@ -212,7 +217,7 @@ def expand(x: SparseMap, *sizes: Any) -> SparseMap:
     return x.view_of(data.expand(*data.shape[:first], *channels, *data.shape[first + len(channels) :]))
 
 
-@sparse_function("expand_as", "view_as", "reshape_as")
+@FUNCTIONS.form_of("expand_as", "view_as", "reshape_as")
 def expand_as(x: Any, other: Any) -> Any:
     """A tensor as a map stays what it is: products spread it over the pixels by themselves."""
     if is_map(x):
@@ -225,7 +230,7 @@ def expand_as(x: Any, other: Any) -> Any:
     )
 
 
-@sparse_function("repeat")
+@FUNCTIONS.form_of("repeat")
 def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
     times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     if len(times) != x.ndim or any(n != 1 and label != "C" for n, label in zip(times, x.dims)):
@@ -236,30 +241,30 @@ def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
     return out
 
 
-@sparse_function("repeat_interleave")
+@FUNCTIONS.form_of("repeat_interleave")
 def repeat_interleave(x: SparseMap, repeats: int, dim: int) -> SparseMap:
     return x.with_values(x.values.repeat_interleave(repeats, x.channel(dim) + x.channel_axis))
 
 
-@sparse_function("flatten")
+@FUNCTIONS.form_of("flatten")
 def flatten(x: SparseMap, start_dim: int = 0, end_dim: int = -1) -> SparseMap:
     start, end = x.axis(start_dim), x.axis(end_dim)
     shape = list(x.shape)
     return view(x, [*shape[:start], torch.Size(shape[start : end + 1]).numel(), *shape[end + 1 :]])
 
 
-@sparse_function("unflatten")
+@FUNCTIONS.form_of("unflatten")
 def unflatten(x: SparseMap, dim: int, sizes: Any) -> SparseMap:
     shape, at = list(x.shape), x.axis(dim)
     return view(x, [*shape[:at], *sizes, *shape[at + 1 :]])
 
 
-@sparse_function("channel_shuffle")
+@FUNCTIONS.form_of("channel_shuffle")
 def channel_shuffle(x: SparseMap, groups: int) -> SparseMap:
     return flatten(transpose(unflatten(x, 1, (groups, -1)), 1, 2), 1, 2)
 
 
-@sparse_function("pixel_unshuffle")
+@FUNCTIONS.form_of("pixel_unshuffle")
 def pixel_unshuffle(x: SparseMap, downscale_factor: int) -> SparseMap:
     b, c, h, w = x.shape
     r = downscale_factor
@@ -267,7 +272,7 @@ def pixel_unshuffle(x: SparseMap, downscale_factor: int) -> SparseMap:
     return view(permute(blocks, 0, 1, 3, 5, 2, 4), [b, c * r * r, h // r, w // r])
 
 
-@sparse_function("view", "reshape")
+@FUNCTIONS.form_of("view", "reshape")
 def view(x: SparseMap, *shape: Any) -> SparseMap:
     """Splits and joins channels; splits H and W together into smaller ones and the pixels of a block."""
     sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)
@@ -363,25 +368,10 @@ def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
 
 def _blocks(x: SparseMap, r: int) -> SparseMap:
     """(.., H, .., W, ..) as (.., H / r, r, .., W / r, r, ..): the pixels of a block are new axes of channels."""
-    p, stride = x.grid.pixels(x.stride), x.stride * r
+    p = x.grid.pixels(x.stride)
     if p % r:
         raise NotImplementedError(
             f"blocks of {r} x {r} pixels do not tile a patch, which has {p} x {p} at this layer; take smaller ones"
         )
-    count, data = len(x.channel_shape), x.values
-    if x.engine.dense:
-        b, (h, w) = data.shape[0], data.shape[-2:]
-        data = data.reshape(b, *data.shape[1 : 1 + count], h // r, r, w // r, r)
-        y, column, pixels = data.ndim - 3, data.ndim - 1, [data.ndim - 4, data.ndim - 2]
-    else:
-        b = data.shape[0]
-        data = data.reshape(b, -1, p // r, r, p // r, r, *data.shape[2:])
-        y, column, pixels = 3, 5, [1, 2, 4]
-    where_y = x.dims[: x.dims.index("H")].count("C")  # channel axes in front of the new ones
-    where_x = x.dims[: x.dims.index("W")].count("C")
-    old = [*range(1, 1 + count)] if x.engine.dense else [*range(6, 6 + count)]
-    axes = [*old[:where_y], y, *old[where_y:where_x], column, *old[where_x:]]
-    dense = x.engine.dense
-    data = data.permute(0, *axes, *pixels) if dense else data.permute(0, *pixels, *axes).flatten(1, 3)
-    dims = x.dims.replace("H", "HC").replace("W", "WC")
-    return x.replace(x.features.replace(data, stride, clean=x.features.clean), dims)
+    down, across = (x.dims[: x.dims.index(label)].count("C") for label in "HW")
+    return x.replace(x.features.blocks(r, down, across), x.dims.replace("H", "HC").replace("W", "WC"))

@@ -1,0 +1,78 @@
+"""A batch norm waits for a factor for each sample (drop path), another map (the residual), and a ReLU or ReLU6."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparkme.sparse.batch_norm import BATCH_NORM, normalise, normalises_batch, processes_of, statistics_of_batch
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+
+def begin(x: SparseMap, bn: BATCH_NORM) -> Unwritten | None:
+    if not can_wait(bn) or not x.engine.fuses_norms(x.dtype, x.device):
+        return None
+    return UnwrittenNorm(rows_of(x), bn, recomputed=x.engine.fuses_products(x.dtype, x.device))
+
+
+def can_wait(bn: BATCH_NORM) -> bool:
+    """Whether it computes what torch's does, perhaps with other processes, and nobody listens to it."""
+    return (type(bn).forward is BATCH_NORM.forward or processes_of(bn) > 1) and not bn._forward_hooks
+
+
+class UnwrittenNorm(Unwritten):
+    """A batch norm with what is to follow it.
+
+    Its statistics are taken at once, so they do not depend on when or how often it is written.
+
+    Args:
+        source: what is normalised.
+        bn: its layer. Where it trains, its running statistics move now, and processes that share them meet.
+        recomputed: whether the result is to be computed again for the gradient of what reads it.
+    """
+
+    def __init__(self, source: RowFeatures, bn: BATCH_NORM, *, recomputed: bool) -> None:
+        super().__init__(source, bn.num_features, source.dtype)
+        self.bn = bn
+        self.recomputed = recomputed
+        self.training = normalises_batch(bn)
+        with torch.no_grad():
+            self.take_statistics(source.data.flatten(0, 1))
+
+    def take_statistics(self, rows: Tensor) -> None:
+        bn = self.bn
+        if self.training:
+            self.mean, self.deviation = statistics_of_batch(bn, rows)
+        else:
+            assert bn.running_mean is not None and bn.running_var is not None
+            self.mean, self.deviation = bn.running_mean, (bn.running_var + bn.eps).rsqrt()
+
+    def _write(self) -> RowFeatures:
+        features = super()._write()
+        if not self.recomputed or "residual" in self.follows or torch.compiler.is_compiling():
+            return features
+        features.again = self._again
+        return features
+
+    @torch.no_grad()
+    def _again(self) -> Tensor:
+        return self.compute(self.source.data.flatten(0, 1))
+
+    def compute(self, rows: Tensor) -> Tensor:
+        return normalise(self.bn, rows, self.mean, self.deviation, training=self.training, **self.follows)
+
+    def clamp(self, ceiling: float) -> Unwritten | None:
+        return None if "ceiling" in self.follows else self._with(ceiling=ceiling)
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        fits = not self.follows.keys() & {"ceiling", "residual"} and self.is_like(other)
+        return self._with(residual=other) if fits else None
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        return self._with(factor=other.flatten()) if not self.follows and self.is_for_samples(other) else None

@@ -1,0 +1,66 @@
+"""A wide 1x1 convolution waits for its batch norm, so that its result is never kept: its statistics follow from those of the
+rows, and the norm's gradient from its rows and kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparkme import ops
+from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalises_batch, processes_of
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.fusion.norm import UnwrittenNorm, can_wait
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+from sparkme.sparse.window import Window
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+ROWS_PER_CHANNEL = 8  # that there have to be, so that products of weights alone do not count
+
+
+def begin(x: SparseMap, kernel: Tensor, bias: Tensor | None, window: Window, groups: int) -> Unwritten | None:
+    """Where it is 1x1, to at least twice as many channels, of enough pixels, and its sums are exact."""
+    inside, outside = kernel.shape[-2:]
+    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
+    if bias is not None or groups != 1 or not fits or x.grid.num_rows(x.stride) < ROWS_PER_CHANNEL * inside:
+        return None
+    exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
+    if not exact or not torch.is_grad_enabled() or not x.engine.fuses_products(x.dtype, x.device):
+        return None
+    return UnwrittenProduct(rows_of(x), kernel.flatten(0, -2))
+
+
+class UnwrittenProduct(Unwritten):
+    """A 1x1 convolution without bias, (C_in, C_out) kernel."""
+
+    def __init__(self, source: RowFeatures, kernel: Tensor) -> None:
+        super().__init__(source, kernel.shape[1], source.dtype)
+        self.kernel = kernel
+
+    def compute(self, rows: Tensor) -> Tensor:
+        with self.source.kept():
+            return ops.linear(rows, self.kernel)
+
+    def batch_norm(self, bn: BATCH_NORM) -> Unwritten | None:
+        fits = can_wait(bn) and normalises_batch(bn) and processes_of(bn) == 1
+        return UnwrittenProductNorm(self, bn) if fits else None
+
+
+class UnwrittenProductNorm(UnwrittenNorm):
+    """The batch norm of a product, in training mode."""
+
+    def __init__(self, product: UnwrittenProduct, bn: BATCH_NORM) -> None:
+        self.kernel = product.kernel
+        super().__init__(product.source, bn, recomputed=False)
+
+    def take_statistics(self, rows: Tensor) -> None:
+        self.product = ops.product_statistics(rows, self.kernel)
+        move_running_statistics(self.bn, self.product.mean, self.product.variance, len(rows))
+
+    def compute(self, rows: Tensor) -> Tensor:
+        bn = self.bn
+        with self.source.kept():
+            return ops.linear_batch_norm(rows, self.kernel, self.product, bn.eps, bn.weight, bn.bias, **self.follows)

@@ -1,0 +1,46 @@
+"""Factors for channels (layer scale) wait for those for samples (drop path) and another map (the residual).
+
+Only where the linear layer in front of them does not wait, which else takes them along."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparkme import ops
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+
+def begin(x: SparseMap, *others: Any, **kwargs: Any) -> Unwritten | None:
+    """Where the only other argument is a number for each channel."""
+    engine, where = x.engine, (x.dtype, x.device)
+    if len(others) != 1 or kwargs or type(others[0]) is type(x) or not isinstance(others[0], Tensor) or others[0].ndim == 0:
+        return None
+    if (x.dims[-1] != "C" and x.dims != "BCHW") or not engine.fuses_norms(*where) or engine.fuses_products(*where):
+        return None
+    scale = x.operand(others[0])
+    fits = scale.shape == (1, 1, x.channels) and scale.dtype == x.dtype
+    return UnwrittenScale(rows_of(x), scale.flatten()) if fits else None
+
+
+class UnwrittenScale(Unwritten):
+    """Rows times a number for each channel, perhaps one for each sample, and a residual: a batch norm without statistics."""
+
+    def __init__(self, source: RowFeatures, scale: Tensor) -> None:
+        super().__init__(source, source.shape[-1], source.dtype)
+        self.scale = scale
+
+    def compute(self, rows: Tensor) -> Tensor:
+        zero, one = rows.new_zeros(self.shape[2]), rows.new_ones(self.shape[2])
+        return ops.batch_norm(rows, zero, one, self.scale, training=False, **self.follows)
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        return self._with(factor=other.flatten()) if not self.follows and self.is_for_samples(other) else None
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        return self._with(residual=other) if "residual" not in self.follows and self.is_like(other) else None

@@ -1,0 +1,130 @@
+"""A map that is still to be written: what it is computed from, and what may become part of it.
+
+What waits is computed under the modes of torch (gradients, inference, autocast) that held where the network called it, and
+joins only what is called under the same ones. So its graph does not depend on when or how often it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparkme.sparse.batch_norm import BATCH_NORM
+from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.grid import in_inference_mode
+
+if TYPE_CHECKING:
+    from sparkme.sparse.map import SparseMap
+
+
+class Modes(NamedTuple):
+    """What torch is set to where an operation is called, as far as its result and its graph depend on it."""
+
+    device_type: str
+    grad: bool
+    inference: bool
+    autocast: torch.dtype | None
+
+    @staticmethod
+    def now(device: torch.device) -> Modes:
+        kind = device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return Modes(kind, torch.is_grad_enabled(), in_inference_mode(), autocast)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        inference = torch.inference_mode(self.inference) if self.inference != in_inference_mode() else nullcontext()
+        autocast = torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
+        with inference, torch.set_grad_enabled(self.grad), autocast:
+            yield
+
+
+def rows_of(x: SparseMap) -> RowFeatures:
+    """What a map holds, of an engine on rows, as all are that fuse anything."""
+    features = x.flat
+    assert isinstance(features, RowFeatures)
+    return features
+
+
+class Unwritten:
+    """RowFeatures before they are computed: where they lie, and what may become part of them.
+
+    Args:
+        source: what they are computed from, (B, L, C).
+        channels: that they will have.
+        dtype: and their type.
+
+    Attributes:
+        follows: what became part of them, of `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
+    """
+
+    def __init__(self, source: RowFeatures, channels: int, dtype: torch.dtype) -> None:
+        self.source = source
+        self.grid, self.stride, self.device, self.dtype = source.grid, source.stride, source.device, dtype
+        self.modes = Modes.now(source.device)
+        self.shape = torch.Size((*source.shape[:2], channels))
+        self.follows: dict[str, Any] = {}
+
+    @property
+    def channel_shape(self) -> torch.Size:
+        return self.shape[2:]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether an operation that is called now would be computed as this one is."""
+        return self.modes == Modes.now(self.device)
+
+    def write(self) -> RowFeatures:
+        if self.is_current:
+            return self._write()
+        with self.modes.restored():
+            return self._write()
+
+    def _write(self) -> RowFeatures:
+        return self.source.replace(self.compute(self.source.data.flatten(0, 1)).view(self.shape))
+
+    def compute(self, rows: Tensor) -> Tensor:
+        """(N, C) of the source to (N, channels)."""
+        raise NotImplementedError
+
+    # The same with one more function at the end; None where it does not fit.
+
+    def clamp(self, ceiling: float) -> Unwritten | None:
+        """To [0, ceiling]: a ReLU if that is infinite, a ReLU6 if it is 6."""
+        return None
+
+    def gelu(self) -> Unwritten | None:
+        return None
+
+    def plus(self, other: Tensor) -> Unwritten | None:
+        """`other` is like the rows, (B, L, channels)."""
+        return None
+
+    def times(self, other: Tensor) -> Unwritten | None:
+        """`other` is spread over them, such as (B, 1, 1) or (1, 1, channels)."""
+        return None
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
+        """`weight` is (channels after it, channels)."""
+        return None
+
+    def batch_norm(self, bn: BATCH_NORM) -> Unwritten | None:
+        return None
+
+    def _with(self, **more: Any) -> Unwritten:
+        out = copy(self)
+        out.follows = self.follows | more
+        return out
+
+    def is_like(self, other: Tensor) -> bool:
+        """Whether it is rows of the same kind."""
+        return other.shape == self.shape and other.dtype == self.dtype
+
+    def is_for_samples(self, other: Tensor) -> bool:
+        """Whether it is a constant number for each sample, (B, 1, 1), such as drop path's."""
+        return other.shape == (self.shape[0], 1, 1) and not other.requires_grad and other.dtype == self.dtype
