@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+import sparkme
 from sparkme.errors import Parser, run_command
-from sparkme.training.config import path_argument
+from sparkme.training.config import RECIPES, path_argument
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -68,9 +69,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from sparkme.training.build import network_of  # noqa: PLC0415
     from sparkme.weights.export import export  # noqa: PLC0415  (torch, which --help does not need)
 
-    return export(args)
+    references = {name: recipe.reference for name, recipe in RECIPES.items()}
+    return export(args, network_of=network_of, references=references, made_by=f"sparkme {sparkme.__version__}")
 
 
 if __name__ == "__main__":

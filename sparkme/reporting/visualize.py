@@ -28,10 +28,9 @@ from sparkme.reporting.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_p
 from sparkme.reporting.reconstructions import Result, write_page
 from sparkme.text import ended, printable
 from sparkme.training.build import network_of
-from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import MAX_SIDE, check_value_range
 from sparkme.training.distributed import start_process
-from sparkme.weights.export import run_folder
+from sparkme.weights.checkpoint import load_checkpoint, run_folder
 
 MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
 

@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import sparkme
 from sparkme.data.dataset import normalise, pixels_of, preview_images
 from sparkme.data.limits import limit_pixels
 from sparkme.data.sources.files import find_images
 from sparkme.data.statistics import statistics_of
 from sparkme.errors import UserError, user_errors
-from sparkme.methods.base import MaskedAutoencoder
-from sparkme.methods.spark import SparK
 from sparkme.networks.create import create_dense
 from sparkme.networks.names import library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 from sparkme.state_dict import state_dict_of
-from sparkme.training.build import network_of
-from sparkme.training.checkpoint import load_checkpoint
-from sparkme.training.config import RECIPES
 from sparkme.weights import detectron2
+from sparkme.weights.checkpoint import load_checkpoint, run_folder
 from sparkme.weights.files import TORCH_SUFFIXES, check_suffix, write_state_dict
 from sparkme.weights.libraries import origin_of, translate
 from sparkme.weights.spark import join_official_state
@@ -40,7 +36,21 @@ HUB_FILES = ("config.json", "model.safetensors", "README.md")
 TOLERANCE = 1e-8
 
 
-def export(args: argparse.Namespace) -> int:
+def export(
+    args: argparse.Namespace,
+    *,
+    network_of: Callable[[dict[str, Any], Path], Any],
+    references: Mapping[str, str],
+    made_by: str,
+) -> int:
+    """Writes the weights, and says how they are loaded. Returns the exit code.
+
+    Args:
+        args: the command line.
+        network_of: makes the network of a checkpoint, with its weights, whose `encoder` is exported; see `sparkme.training`.
+        references: by recipe, the method and where it was published, for the file's metadata.
+        made_by: the version of this project, likewise.
+    """
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
     config = checkpoint["config"]
     if not isinstance(config.get("model"), str):
@@ -49,7 +59,7 @@ def export(args: argparse.Namespace) -> int:
     target = args.to or library
     output, notes = check_output(args, config, target)
     network = network_of(checkpoint, args.checkpoint)
-    encoder = network.encoder
+    encoder: SparseEncoder = network.encoder
     if not all(value.isfinite().all() for value in encoder.dense_state_dict().values()):
         raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
 
@@ -84,9 +94,10 @@ def export(args: argparse.Namespace) -> int:
                   "nothing was written", file=sys.stderr)  # fmt: skip
             return 1
 
-    metadata = describe(config, checkpoint["step"], args, target, encoder.proof)
+    origin_notes = {"method": references[config.get("recipe", "spark")], "made_by": made_by}
+    metadata = describe(config, checkpoint["step"], args, target, encoder.proof) | origin_notes
     if target == "spark":
-        translated = official_state(network, translated)
+        translated = join_official_state(translated, state_dict_of(network))
     if args.hub_folder:
         write_hub_folder(args, config, counterpart(model_name, "timm"), translated, metadata)
         return 0
@@ -140,12 +151,6 @@ def check_output(args: argparse.Namespace, config: dict[str, Any], target: str) 
             flag = "--hub-folder" if args.hub_folder else "--output"
             raise UserError(f"{path} exists; choose another {flag}, or pass --overwrite")
     return output, notes
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to, wherever it was moved."""
-    parent = checkpoint.resolve().parent
-    return parent.parent if parent.name == "checkpoints" else parent
 
 
 @torch.no_grad()
@@ -232,13 +237,6 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     )
 
 
-def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole network under the official SparK names; the encoder alone where it was trained in another way."""
-    state = state_dict_of(network) if isinstance(network, SparK) else {}
-    rest = {n: v for n, v in state.items() if not n.startswith("encoder.")}
-    return join_official_state(encoder, rest)
-
-
 def describe(
     config: dict[str, Any], step: int, args: argparse.Namespace, target: str, proof: dict[str, Any] | None
 ) -> dict[str, str]:
@@ -246,12 +244,10 @@ def describe(
     settings = (
         "input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"
     )  # fmt: skip
-    recipe = RECIPES[config.get("recipe", "spark")]
     notes = {
         "format": "pt",
         "network": config["model"],
         "model": f"{library_of(config['model'])} {config['model']}, encoder without classifier, names of {target}",
-        "method": recipe.reference,
         "recipe": json.dumps({k: config.get(k) for k in settings}),
         "source": f"{args.checkpoint.name}, step {step}",
         "verified": str(args.verify).lower(),
@@ -263,7 +259,6 @@ def describe(
         "value_range": json.dumps(config.get("value_range")),
         "upright": json.dumps(config.get("upright", True)),
         "input_size": json.dumps(config["input_size"]),
-        "made_by": f"sparkme {sparkme.__version__}",
         "drop_path": str(config["drop_path"]),
     }
     if proof is not None:

@@ -48,7 +48,7 @@ def test_exported_weights_load_into_torchvision(
 
     # The trained network itself, with every patch visible, against torchvision's.
     from sparkme.training.build import build_network
-    from sparkme.training.checkpoint import load_checkpoint
+    from sparkme.weights.checkpoint import load_checkpoint
 
     saved = load_checkpoint(path)
     network = build_network(saved["config"]).eval()

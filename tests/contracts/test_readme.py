@@ -11,7 +11,7 @@ from commands import SMALL
 from sparkme import export
 from sparkme.pretrain import main
 from sparkme.training.build import build_network
-from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.checkpoint import load_checkpoint
 
 README = Path(__file__).parents[2] / "README.md"
 
