@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from sparkme.weights import convnext, timm
+from sparkme.weights.format import Format
 from sparkme.weights.torchvision import CONVNEXT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENCODER = "sparse_encoder.sp_cnn."
 _BESIDE = ("decoder.", "densify_norms.", "densify_projs.", "mask_tokens.")  # what `SparK` trains beside its encoder
@@ -63,3 +67,16 @@ def join_official_state(encoder: dict[str, Tensor], model: dict[str, Tensor]) ->
     if not all(name.startswith(_BESIDE) for name in rest):
         return out
     return out | {name.replace("decoder.", "dense_decoder.", 1): value for name, value in rest.items()}
+
+
+class OfficialSparK(Format):
+    def state(self, encoder: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        return join_official_state(encoder, trained)
+
+
+FORMAT = OfficialSparK(
+    "the official SparK code",
+    {"resnet": timm.RESNET, "convnext": convnext.CONVNEXT},
+    suffixes=(".pth", ".pt", ".safetensors"),
+    is_read=False,  # a prefix tells its files; behind it stand the names of others
+)
