@@ -49,9 +49,10 @@ from sparkme.errors import UserError, first_line, run_command
 from sparkme.methods.spark import SparK
 from sparkme.networks.create import create_encoder
 from sparkme.reporting.runs import read_run
-from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+from sparkme.training.checkpoint import Checkpoints
 from sparkme.training.distributed import start_process
 from sparkme.training.optimizer import create_optimizer
+from sparkme.weights.checkpoint import load_checkpoint
 
 EPOCH = 25  # steps
 # A checkpoint of 0.1 GiB is begun every 0.3 s, if the one before is written.

@@ -42,8 +42,8 @@ from benchmarks.flops import provenance
 from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
-from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.finetune_config import SMALL
+from sparkme.weights.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 PAGE = Path(__file__).parents[1] / "docs" / "finetuning.md"

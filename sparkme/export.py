@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+import sparkme
 from sparkme.errors import Parser, run_command
-from sparkme.training.config import path_argument
+from sparkme.training.config import RECIPES, path_argument
+from sparkme.weights.format import STATE_DICTS
+from sparkme.weights.formats import FORMATS
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -25,17 +28,19 @@ def create_parser() -> argparse.ArgumentParser:
         "checkpoint", type=path_argument, help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt"
     )
     group = parser.add_argument_group("what is written")
+    special = {name: form.suffixes[0] for name, form in FORMATS.items() if not {*STATE_DICTS}.intersection(form.suffixes)}
+    others = ", ".join(f"for {name} {suffix}" for name, suffix in special.items())
     group.add_argument(
         "--to",
-        choices=("torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"),
-        help="whose names and layouts the weights get: torchvision, timm, the ConvNeXt authors', mmpretrain, detectron2, the "
-        "official SparK code (those of the library that the network came from)",
+        choices=tuple(FORMATS),
+        help=f"whose names and layouts the weights get: {', '.join(form.whose for form in FORMATS.values())} (those of the "
+        "library that the network came from)",
     )
     group.add_argument(
         "--output",
         type=path_argument,
         metavar="FILE",
-        help=".safetensors or .pth, for detectron2 .pkl (MODEL.safetensors in the run folder)",
+        help=f".safetensors or .pth, {others} (MODEL.safetensors in the run folder)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group.add_argument(
@@ -68,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from sparkme.training.build import network_of  # noqa: PLC0415
     from sparkme.weights.export import export  # noqa: PLC0415  (torch, which --help does not need)
 
-    return export(args)
+    references = {name: recipe.reference for name, recipe in RECIPES.items()}
+    return export(args, network_of=network_of, references=references, made_by=f"sparkme {sparkme.__version__}")
 
 
 if __name__ == "__main__":

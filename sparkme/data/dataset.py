@@ -25,7 +25,7 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import Files, ImageSource
 from sparkme.data.statistics import Statistics
 from sparkme.errors import UserError
-from sparkme.training.random import derived_seed
+from sparkme.seeds import derived_seed
 
 
 def pixels_of(config: dict[str, Any]) -> Pixels:

@@ -28,7 +28,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from sparkme.errors import first_line
 from sparkme.machine import LOADER, MORE_SHARED_MEMORY, end_loaders, shared_memory
-from sparkme.training.log import show
+from sparkme.screen import show
 
 # Processes that load images share what the source keeps. By other ways of starting them each would get a copy of its own.
 FORK = "fork"

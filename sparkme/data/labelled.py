@@ -28,8 +28,8 @@ from sparkme.data.sources.files import Names, is_image, look_through
 from sparkme.data.sources.left_out import LeftOut, is_passed_over
 from sparkme.data.sources.table import open_table
 from sparkme.errors import UserError
+from sparkme.seeds import derived_seed
 from sparkme.text import printable
-from sparkme.training.random import derived_seed
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,6 @@ from sparkme.data.images import bits_of, check_bands, num_pages, orientation_of,
 from sparkme.data.planes import BYTES, FLOATS, INTEGERS, Pixels, Planes, check_channels, kind_of, range_of
 from sparkme.data.sources import ImageSource
 from sparkme.errors import UserError, first_line
-from sparkme.training.distributed import Process
 
 LOOKED_AT = 64  # images
 _BLOCKS = 8  # that those images come from, where it is slow to read one by itself
@@ -116,20 +115,6 @@ def _ranges(
     return {
         kind: estimate_range(found, is_part=is_part) for kind, found in deep.items() if kind not in known.ranges
     } | known.ranges
-
-
-def find_pixels_together(process: Process, *args: Any, **words: Any) -> tuple[Pixels, str]:
-    """As `find_pixels`, which the first process does for all."""
-    found, problem = None, ""
-    if process.is_main:
-        try:
-            found = find_pixels(*args, **words)
-        except UserError as error:
-            problem = str(error)
-    found, problem = process.share((found, problem))
-    if found is None:
-        raise UserError(problem)
-    return Pixels(*found[0]), found[1]
 
 
 def _chosen(source: ImageSource) -> list[int]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sparkme.methods.loss import hidden_patch_loss, neighbour_statistics, patch_statistics
 from sparkme.methods.masking import random_active
+from sparkme.ops.patches import patchify, unpatchify
 from sparkme.sparse.encoder import SparseEncoder
-from sparkme.sparse.grid import Grid, patchify, unpatchify
+from sparkme.sparse.grid import Grid
 
 # Where the mean and the deviation come from that a hidden patch is painted with.
 PATCH_STATISTICS = ("true", "predicted")

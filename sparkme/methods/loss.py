@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparkme.sparse.grid import Grid, patchify, take_patches
+from sparkme.ops.patches import patchify, take_patches
+from sparkme.sparse.grid import Grid
 
 EPS = 1e-6  # added to the variance of a patch (spark.py:115)
 

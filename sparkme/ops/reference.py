@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.sparse.grid import patchify, unpatchify
+from sparkme.ops.patches import patchify, unpatchify
 
 
 def offsets(size: int, dilation: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from html import escape
 from itertools import groupby
@@ -15,8 +13,9 @@ from torch import Tensor
 
 from sparkme.files import replaced_when_whole
 from sparkme.reporting.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
+from sparkme.reporting.pictures import Picture, encoded, img
 
-# System colours follow the reader's choice of light or dark. The policy in the head has the browser hold the promise, too.
+# The policy in the head has the browser hold the promise, too.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -25,23 +24,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0 auto; max-width: 60rem; padding: 1rem; background: Canvas; color: CanvasText;
-  font: 0.95rem/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.4rem; }}
-h2 {{ font-size: 1.1rem; margin: 2rem 0 0.2rem; overflow-wrap: anywhere; }}
-h3 {{ font-size: 0.95rem; font-weight: normal; margin: 0.8rem 0 0.3rem; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: 0.15rem 1.2rem 0.15rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere;
-  border-bottom: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }}
-td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-.row {{ display: grid; grid-template-columns: repeat({columns}, minmax(0, 1fr)); gap: 0.5rem; }}
-figure {{ margin: 0; }}
-figcaption {{ text-align: center; font-size: 0.85rem; }}
-.row img {{ width: 100%; height: auto; image-rendering: pixelated; display: block; }}
-.bar {{ display: flex; gap: 0.5rem; align-items: center; }}
-details {{ margin: 1rem 0; }}
-</style>
+{style}</style>
 </head>
 <body>
 <h1>{title}</h1>
@@ -102,9 +85,9 @@ def write_page(output: Path, title: str, results: list[Result], text: str, setti
         sections.append(f"<section>\n<h2>{escape(name)}</h2>\n{rows}\n</section>")
     page = PAGE.format(
         title=escape(title),
-        columns=len(COLUMNS),
+        style=Path(__file__).with_suffix(".css").read_text(encoding="utf-8"),
         text=escape(text),
-        bar=_img(colour_bar(200, 14), "colours of the error"),
+        bar=_embedded(colour_bar(200, 14), "colours of the error"),
         largest=LARGEST_ERROR,
         losses="\n".join((*map(_losses, results), _mean_loss(results))),
         settings="\n".join(
@@ -130,15 +113,11 @@ def _mean_loss(results: list[Result]) -> str:
 
 def _row(result: Result) -> str:
     figures = "\n".join(
-        f"<figure>{_img(to_image(picture), f'{result.name}, {column}')}<figcaption>{column}</figcaption></figure>"
+        f"<figure>{_embedded(to_image(picture), f'{result.name}, {column}')}<figcaption>{column}</figcaption></figure>"
         for column, picture in zip(COLUMNS, result.pictures, strict=True)
     )
     return f'<h3>{result.setting}, loss {result.loss:.4f}</h3>\n<div class="row">\n{figures}\n</div>'
 
 
-def _img(picture: Image.Image, text: str) -> str:
-    """An <img> with the picture in it."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(text)}" width="{picture.width}" height="{picture.height}">'
+def _embedded(picture: Image.Image, text: str) -> str:
+    return img(Picture(encoded(picture, "PNG", optimize=True), picture.width, picture.height), text)

@@ -28,10 +28,9 @@ from sparkme.reporting.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_p
 from sparkme.reporting.reconstructions import Result, write_page
 from sparkme.text import ended, printable
 from sparkme.training.build import network_of
-from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import MAX_SIDE, check_value_range
 from sparkme.training.distributed import start_process
-from sparkme.weights.export import run_folder
+from sparkme.weights.checkpoint import load_checkpoint, run_folder
 
 MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
 
@@ -70,19 +69,9 @@ def visualize(args: argparse.Namespace) -> int:
         network.to(device).eval().encoder.set_engine(args.engine)
     seeds = seeds or [config.get("seed", 0)]
 
-    try:
-        pixels, seen = find_pixels(
-            named + found, network.encoder.in_channels, config.get("background", "white"), known=pixels_of(config),
-            given=args.value_range, upright=args.upright, flag="IMAGE",
-        )  # fmt: skip
-        print(f"images    {seen}")
-    except UserError:  # which is said image by image
-        pixels = pixels_of(config)
+    pixels = chosen_pixels(named + found, network, config, args)
     images = load_images(named, found, args.max_images or max(8, len(named)), network, config, pixels)
-    rows, most = len(images) * len(ratios) * len(seeds), min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
-    if rows > most:
-        raise UserError(f"{len(images)} images, {len(ratios)} mask ratios and {len(seeds)} seeds are {rows} rows, more than "
-                        f"{most} of {size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size")  # fmt: skip
+    check_rows(len(images), len(ratios), len(seeds), size)
     make_folder(output)
     masks = [(ratio, seed) for ratio in ratios for seed in seeds]
     cases = [(name, image, ratio, seed) for name, image in images.items() for ratio, seed in masks]
@@ -143,6 +132,27 @@ def chosen_size(args: argparse.Namespace) -> tuple[int, int] | None:
     if not 1 <= min(args.size) <= max(args.size) <= MAX_SIDE:
         raise UserError(f"--size {' '.join(map(str, args.size))} must be from 1 to {MAX_SIDE}")
     return args.size[0], args.size[-1]
+
+
+def check_rows(images: int, ratios: int, seeds: int, size: tuple[int, int]) -> None:
+    """Raises UserError where the picture would be too large to be opened."""
+    rows, most = images * ratios * seeds, min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
+    if rows > most:
+        raise UserError(f"{images} images, {ratios} mask ratios and {seeds} seeds are {rows} rows, more than {most} of "
+                        f"{size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size")  # fmt: skip
+
+
+def chosen_pixels(paths: list[Path], network: MaskedAutoencoder, config: dict[str, Any], args: argparse.Namespace) -> Pixels:
+    """How the images' numbers become values, and says what they are. What cannot be read is said later, image by image."""
+    try:
+        pixels, seen = find_pixels(
+            paths, network.encoder.in_channels, config.get("background", "white"), known=pixels_of(config),
+            given=args.value_range, upright=args.upright, flag="IMAGE",
+        )  # fmt: skip
+    except UserError:
+        return pixels_of(config)
+    print(f"images    {seen}")
+    return pixels
 
 
 def check_output(args: argparse.Namespace, default: Path, suffixes: tuple[str, ...]) -> Path:

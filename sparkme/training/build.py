@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from sparkme.errors import UserError, first_line
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.fcmae import FCMAE, initialise_encoder
 from sparkme.methods.spark import SparK
-from sparkme.networks.create import create_encoder
-from sparkme.sparse.encoder import SparseEncoder
 from sparkme.training.config import RECIPES
+from sparkme.weights.checkpoint import build_encoder, described, load_weights, print_trial
 
 
 def build_network(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> MaskedAutoencoder:
@@ -41,65 +35,14 @@ def build_network(config: dict[str, Any], proof: Mapping[str, Any] | None = None
     return SparK(encoder, densify_norm=config["densify_norm"], **options)
 
 
-def build_encoder(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> SparseEncoder:
-    """The encoder of `build_network`."""
-    return create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"], proof=proof)
-
-
 def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
     """The network of a checkpoint, with its weights.
 
     Raises:
         UserError: its configuration does not describe a network, or not the one whose weights it holds.
     """
-    with _described(checkpoint, path):
+    with described(checkpoint, path):
         network = build_network(checkpoint["config"], checkpoint.get("proof"))
         load_weights(network, checkpoint["model"])
     print_trial(network.encoder, path)
     return network
-
-
-def encoder_of(checkpoint: dict[str, Any], path: Path) -> SparseEncoder:
-    """The encoder of a checkpoint alone, with its weights.
-
-    Raises:
-        UserError: as `network_of`.
-    """
-    with _described(checkpoint, path):
-        encoder = build_encoder(checkpoint["config"], checkpoint.get("proof"))
-        weights = {n.removeprefix("encoder."): v for n, v in checkpoint["model"].items() if n.startswith("encoder.")}
-        load_weights(encoder, weights)
-    print_trial(encoder, path)
-    return encoder
-
-
-def print_trial(encoder: SparseEncoder, origin: Path | str | None) -> None:
-    """Says why the network of a file was tried again, if it was, which takes some seconds."""
-    if origin is not None and encoder.tried_because:
-        print(f"{origin}: the network was tried again: {encoder.tried_because}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _described(checkpoint: dict[str, Any], path: Path) -> Iterator[None]:
-    if checkpoint["config"].get("command") == "finetune":
-        raise UserError(f"{path} is a checkpoint of sparkme.finetune, whose network is dense and paints nothing")
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
-
-
-def load_weights(network: nn.Module, state: dict[str, Any]) -> None:
-    """Takes the weights of a checkpoint.
-
-    Raises:
-        ValueError: they are of another network.
-    """
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"its weights are of another network; has the code of the model changed? {first_line(error)}"
-        ) from error

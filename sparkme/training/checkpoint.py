@@ -1,6 +1,6 @@
 """Checkpoints: written beside and renamed, so that a crash or a full disk never costs the last good one.
 
-A checkpoint is torch's own format, a zip archive, which has a CRC-32 of every part; `load_checkpoint` compares them.
+A checkpoint is torch's own format, a zip archive, which has a CRC-32 of every part; `sparkme.weights.checkpoint` compares them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import warnings
 from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
@@ -17,18 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkme.errors import CannotWrite, UserError, first_line, unreadable_reason
-from sparkme.weights.files import archive_damage
-
-FORMAT = 1
+from sparkme.errors import CannotWrite, first_line
+from sparkme.weights.checkpoint import FORMAT
 
 
 class SpoiledWeights(ValueError):
     """Weights that are not finite, which are never written."""
-
-
-class DamagedCheckpoint(UserError):
-    """A file that was a checkpoint once, or that cannot be read at all."""
 
 
 class Checkpoints:
@@ -233,41 +226,6 @@ def _names_to_disk(folder: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def load_checkpoint(path: Path, *, verify: bool = True, mmap: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint that `Checkpoints.save` wrote, on the CPU, with `weights_only=True`.
-
-    Args:
-        path: the file.
-        verify: whether to compare its sums.
-        mmap: whether tensors are read from the file when they are used, so that what an optimizer keeps is not read at all.
-
-    Raises:
-        DamagedCheckpoint: it cannot be read, or its sums differ.
-        UserError: no such file, or not a checkpoint of this project.
-    """
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    if verify and (problem := archive_damage(path)) is not None:  # before any of it is believed
-        raise DamagedCheckpoint(f"{path} is damaged: {problem}{_others(path)}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats that are refused here
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a torn file can fail anywhere in the unpickler
-        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){_others(path)}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
-        raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
-    if not isinstance(state["config"], dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
-        raise DamagedCheckpoint(f"{path} is a damaged checkpoint: its step or its configuration is of another kind")
-    return state
-
-
-def _others(path: Path) -> str:
-    """What may be taken instead."""
-    others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
-    return f"; earlier ones beside it: {', '.join(others[-4:])}" if others else ""
 
 
 def free_gib(path: Path) -> float:

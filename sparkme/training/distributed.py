@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from sparkme.data.planes import Pixels
+from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError, first_line
 from sparkme.machine import whereabouts
 from sparkme.sparse.batch_norm import share_batch_norms
@@ -142,6 +144,20 @@ def _meet(rank: int, world: int, device: torch.device) -> Process:
     peers: list[Any] = [None] * world
     dist.all_gather_object(peers, (whereabouts(), os.getpid()), group=hosts)
     return Process(rank, world, device, hosts, tuple(peers))
+
+
+def find_pixels_together(process: Process, *args: Any, **words: Any) -> tuple[Pixels, str]:
+    """As `find_pixels`, which the first process does for all."""
+    found, problem = None, ""
+    if process.is_main:
+        try:
+            found = find_pixels(*args, **words)
+        except UserError as error:
+            problem = str(error)
+    found, problem = process.share((found, problem))
+    if found is None:
+        raise UserError(problem)
+    return Pixels(*found[0]), found[1]
 
 
 def store_of_this_start() -> dist.Store | None:

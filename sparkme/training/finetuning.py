@@ -21,13 +21,12 @@ from sparkme.data.labelled import Labelled, Split, WholeImages, class_counts, fi
 from sparkme.data.limits import limit_pixels
 from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns
-from sparkme.data.survey import find_pixels_together
 from sparkme.errors import CannotWrite, UserError
 from sparkme.files import replaced_when_whole
 from sparkme.state_dict import state_dict_of, torchs_state_dict
 from sparkme.training.config import check_value_range
 from sparkme.training.device import prepare_device
-from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.distributed import Process, distribute, find_pixels_together, start_process
 from sparkme.training.features import best_decay, fit_linear, scale_of
 from sparkme.training.finetune_config import FIXED, output_folder, resolve_config
 from sparkme.training.folder import RunFolder, check_same_run

@@ -12,10 +12,11 @@ from typing import Any
 
 from sparkme.errors import CannotWrite, UserError, first_line
 from sparkme.files import replaced_when_whole
-from sparkme.training.checkpoint import Checkpoints, DamagedCheckpoint, load_checkpoint
+from sparkme.training.checkpoint import Checkpoints
 from sparkme.training.config import as_text, flag_of
 from sparkme.training.distributed import Process
 from sparkme.training.log import check_tracker
+from sparkme.weights.checkpoint import DamagedCheckpoint, load_checkpoint
 
 
 class RunFolder:

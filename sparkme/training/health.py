@@ -6,19 +6,27 @@ import math
 import os
 from collections.abc import Iterator
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sparkme.data.dataset import Batch
-    from sparkme.training.loop import Training
+from sparkme.data.dataset import Batch
+from sparkme.training.distributed import Process
 
 LINES, STEPS = 3, 20  # log lines in a row, and steps, that have to say the same
 FIRST_STEPS = 50  # whose numbers say little: of a start, and of the warm-up's end
 FIRST_IMAGES, LEAST_IMAGES = 256, 32  # that are looked at
 MOST_OUTSIDE = 0.01  # share of the pixels outside of the range of values that hurts nobody
+
+
+class Watched(Protocol):
+    """What has to be known of a training, see `sparkme.training.loop.Training`."""
+
+    config: dict[str, Any]
+    process: Process
+    poor_loss: float | None
+    steps_per_epoch: int
 
 
 class Health:
@@ -28,7 +36,7 @@ class Health:
         training: what is trained.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Watched) -> None:
         self.training = training
         self.said: set[str] = set()
         self.lasting: dict[str, tuple[int, int]] = {}  # how many lines have said it, and the step of the first

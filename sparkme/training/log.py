@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import math
@@ -12,12 +11,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from sparkme.errors import UserError, first_line
 from sparkme.files import replaced_when_whole
+from sparkme.screen import show
 from sparkme.text import duration, ended
 
 LEAST_POINTS = 10  # of percent that the axis of what was measured spans, so that an image more or less is no fall
@@ -270,28 +270,6 @@ class RunLog:
             self._drop_events()
         if self.tracker is not None:
             self.tracker.finish()
-
-
-def show(text: str, stream: TextIO) -> None:
-    """Prints a line above the progress bars, if there are any. A terminal that is gone, or a full disk, ends no run."""
-    try:
-        tqdm.write(text, file=stream)
-        stream.flush()
-    except OSError:
-        settle(stream, only_if_gone=True)
-
-
-def settle(stream: TextIO, *, only_if_gone: bool = False) -> None:
-    """Leaves nothing in a stream that Python would fail to write at its end, which changes the exit code."""
-    try:
-        stream.flush()
-    except OSError as error:
-        if only_if_gone and error.errno not in (errno.EIO, errno.EPIPE):  # a full disk may have room again
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        with suppress(OSError, ValueError):
-            os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def check_tracker() -> None:

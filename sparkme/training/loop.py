@@ -19,28 +19,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparkme.data.dataset import Batch
 from sparkme.errors import CannotWrite, UserError, first_line, python_command, user_errors
 from sparkme.machine import is_main_thread, problem_of
+from sparkme.screen import settle, show
+from sparkme.seeds import seed_step
 from sparkme.state_dict import state_dict_of
 from sparkme.training.checkpoint import SpoiledWeights, free_gib
 from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
 from sparkme.training.distributed import Process, is_of_others, stop_process
 from sparkme.training.folder import RunFolder
 from sparkme.training.health import Health
-from sparkme.training.log import Notes, RunLog, Throughput, settle, show
+from sparkme.training.log import Notes, RunLog, Throughput
 from sparkme.training.optimizer import update_schedule
-from sparkme.training.random import seed_step
 from sparkme.watchdog import SAVING_S, STARTING_S, Watchdog
-
-if TYPE_CHECKING:
-    from sparkme.data.dataset import Batch
-
 
 CHECKPOINT = "the checkpoint"  # among what is written
 FIRST_IMAGES_S = 900.0  # that the first images may take, from a disk that is cold or far

@@ -31,22 +31,22 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns, Files, ImageSource, find_source
 from sparkme.data.sources.files import demo_photographs
 from sparkme.data.statistics import Statistics
-from sparkme.data.survey import find_pixels_together
 from sparkme.errors import UserError, python_command
 from sparkme.files import replaced_when_whole
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.networks.names import library_of
 from sparkme.state_dict import state_dict_of
-from sparkme.training.build import build_network, load_weights, print_trial
+from sparkme.training.build import build_network
 from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, output_folder, resolve_config
 from sparkme.training.device import prepare_device
-from sparkme.training.distributed import Process, distribute, start_process
+from sparkme.training.distributed import Process, distribute, find_pixels_together, start_process
 from sparkme.training.features import knn_accuracy, pooled_features
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.graph import GraphedLoss
 from sparkme.training.log import RunLog
 from sparkme.training.loop import Training, run_training
 from sparkme.training.optimizer import create_optimizer, learning_rate, weight_decay
+from sparkme.weights.checkpoint import load_weights, print_trial
 from sparkme.weights.prefixes import Choice, Wanted, find_weights, shortened
 from sparkme.weights.pretrained import read_weights, weights_in
 from sparkme.weights.spark import beside_encoder

@@ -5,6 +5,7 @@ They are the hub's. The official SparK code has them, too.
 
 from __future__ import annotations
 
+from sparkme.weights.format import Format
 from sparkme.weights.names import Rule, Table
 
 _NAMES = (
@@ -13,3 +14,5 @@ _NAMES = (
 )  # fmt: skip
 
 CONVNEXT = Table(tuple(Rule(name, name) for name in _NAMES), "facebookresearch/ConvNeXt, models/convnext.py")
+
+FORMAT = Format("the ConvNeXt authors'", {"convnext": CONVNEXT})

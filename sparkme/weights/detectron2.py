@@ -6,13 +6,15 @@ detectron2 reads images as BGR by default; weights trained here on RGB need `INP
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from sparkme.files import replaced_when_whole
+from sparkme.data.statistics import statistics_of
+from sparkme.weights.format import Format
 from sparkme.weights.names import Table, resnet_rules
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESNET = Table(
     resnet_rules(stem="stem.", stage="res{s+1}", norm="conv{n}.norm", shortcut="shortcut", shortcut_norm="shortcut.norm"),
@@ -22,8 +24,19 @@ RESNET = Table(
 )
 
 
-def write(path: Path, state: dict[str, Tensor]) -> None:
-    """The file that `MODEL.WEIGHTS` takes: a pickle of arrays, whose names detectron2 matches by their endings."""
-    arrays = {name: value.numpy() for name, value in state.items()}
-    with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
-        pickle.dump({"model": arrays, "__author__": "sparkme", "matching_heuristics": True}, file)
+class Detectron2(Format):
+    def content(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        """What `MODEL.WEIGHTS` takes: arrays, whose names detectron2 matches by their endings."""
+        return {"model": {n: v.numpy() for n, v in state.items()}, "__author__": "sparkme", "matching_heuristics": True}
+
+    def notes(self, config: dict[str, Any]) -> dict[str, str]:
+        mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(config))
+        images = "RGB: INPUT.FORMAT RGB" if config.get("channels", 3) == 3 else f"images of {config['channels']} channels"
+        text = f"trained on {images}, MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std}, MODEL.RESNETS.STRIDE_IN_1X1 False; "
+        return {"detectron2": f"{text}num_batches_tracked is left out"}
+
+    def loading(self, path: Path, model: str, channels: int) -> str:
+        return f'cfg.MODEL.WEIGHTS = "{path}"  # and the settings in {path.name}.json'
+
+
+FORMAT = Detectron2("detectron2", {"resnet": RESNET}, suffixes=(".pkl",))

@@ -17,8 +17,6 @@ from torch import Tensor
 from sparkme.errors import UserError, first_line, unreadable_reason
 from sparkme.files import replaced_when_whole
 
-TORCH_SUFFIXES = (".pth", ".pt")
-
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads all tensors of a file, or of a folder of timm's, without running code from it.
@@ -145,25 +143,24 @@ def archive_damage(path: Path) -> str | None:
     return None if part is None else f"the checksum of {part} differs"
 
 
-def check_suffix(path: Path) -> None:
-    """Raises UserError for a suffix that stands for no format."""
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise UserError(f"--output {path}: the suffix must be .safetensors or .pth")
-
-
-def write_state_dict(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_state_dict(path: Path, state: dict[str, Any], metadata: dict[str, str]) -> None:
     """Writes a state dict beside and renames it, in the format of the file's suffix.
 
-    A `.safetensors` file keeps the metadata in its header; a `.pth` file is the bare state dict, which is what
-    `load_state_dict` takes, and the caller keeps the metadata elsewhere.
+    Args:
+        path: a `.safetensors` file keeps the metadata in its header; a `.pth` file is the bare state dict, which is what
+            `load_state_dict` takes, and the caller keeps the metadata elsewhere; the same with `.pkl`.
+        state: tensors by name; for `.pkl` whatever can be pickled.
+        metadata: where the weights come from.
 
     Raises:
-        UserError: the suffix is unknown, or the file cannot be written.
+        UserError: the file cannot be written.
     """
-    check_suffix(path)
-    state = {name: value.contiguous().clone() for name, value in state.items()}
     with replaced_when_whole(path) as temporary:
+        if path.suffix == ".pkl":
+            temporary.write_bytes(pickle.dumps(state))
+            return
+        tensors = {name: value.contiguous().clone() for name, value in state.items()}
         if path.suffix == ".safetensors":
-            save_file(state, temporary, metadata)
+            save_file(tensors, temporary, metadata)
         else:
-            torch.save(state, temporary)
+            torch.save(tensors, temporary)

@@ -7,20 +7,16 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from sparkme.weights import convnext, detectron2, minkowski, mmpretrain, timm, torchvision
+from sparkme.weights import minkowski
+from sparkme.weights.formats import FORMATS
 from sparkme.weights.names import Table
 
+# By family of networks and library: all names that files are read by.
 TABLES: dict[str, dict[str, Table]] = {
-    "resnet": {
-        "torchvision": torchvision.RESNET, "timm": timm.RESNET, "mmpretrain": mmpretrain.RESNET,
-        "detectron2": detectron2.RESNET,
-    },
-    "convnext": {
-        "torchvision": torchvision.CONVNEXT, "timm": timm.CONVNEXT, "convnext": convnext.CONVNEXT,
-        "mmpretrain": mmpretrain.CONVNEXT, "minkowski": minkowski.CONVNEXT,
-    },
-}  # fmt: skip
-LIBRARIES = {"torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"}  # that are written, too
+    family: {name: form.tables[family] for name, form in FORMATS.items() if family in form.tables and form.is_read}
+    for family in dict.fromkeys(family for form in FORMATS.values() for family in form.tables)
+}
+TABLES["convnext"]["minkowski"] = minkowski.CONVNEXT  # read, and not written
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,7 @@ class Origin:
 
     def targets(self) -> list[str]:
         """The libraries whose names they can be given."""
-        tables = sorted(TABLES.get(self.family or "", {}).keys() & LIBRARIES)
-        return list(dict.fromkeys([self.library, *tables, *(["spark"] if self.family else [])]))
+        return list(dict.fromkeys([self.library, *(name for name, form in FORMATS.items() if self.family in form.tables)]))
 
 
 def origin_of(library: str, state: dict[str, Tensor]) -> Origin:
@@ -51,15 +46,14 @@ def translate(state: dict[str, Tensor], origin: Origin, library: str) -> dict[st
     if library == origin.library:
         return state
     tables = TABLES.get(origin.family or "", {})
-    # The official SparK code trains timm's ResNets and the authors' ConvNeXts.
-    target = {"resnet": "timm", "convnext": "convnext"}.get(origin.family or "", "") if library == "spark" else library
-    if target not in tables:
+    table = FORMATS[library].tables.get(origin.family or "") if library in FORMATS else tables.get(library)
+    if table is None:
         others = [target for target in origin.targets() if target != origin.library]
         whose = "your own network" if origin.library == "own" else f"this network of {origin.library}"
         kind = whose if origin.family is None else f"a {origin.family} of {origin.library}"
         hint = f"; with --to it can go to {', '.join(others)}" if others else ""
         raise ValueError(f"{kind} has no names in {library}; leave out --to to keep its own{hint}")
-    return tables[target].from_hub(tables[origin.library].to_hub(state))
+    return table.from_hub(tables[origin.library].to_hub(state))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ same names with `init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbo
 
 from __future__ import annotations
 
-from sparkme.weights.names import Rule, Table, resnet_rules
+from pathlib import Path
+
+from sparkme.weights.format import Format
+from sparkme.weights.names import Rule, Table, resnet_rules, vector
 
 _IGNORED = ("head.", "backbone.norm")  # norm0 to norm3 stand behind the stages and belong to the heads
 
@@ -24,16 +27,17 @@ CONVNEXT = Table(
         Rule("stages.{i}.{b}.pwconv1.{p}", "backbone.stages.{i}.{b}.pointwise_conv1.{p}"),
         Rule("stages.{i}.{b}.pwconv2.{p}", "backbone.stages.{i}.{b}.pointwise_conv2.{p}"),
         Rule("stages.{i}.{b}.gamma", "backbone.stages.{i}.{b}.gamma"),
-        Rule(
-            "stages.{i}.{b}.grn.gamma",
-            "backbone.stages.{i}.{b}.grn.gamma",
-            lambda v: v.flatten(),
-            lambda v: v.view(1, 1, 1, -1),
-        ),
-        Rule(
-            "stages.{i}.{b}.grn.beta", "backbone.stages.{i}.{b}.grn.beta", lambda v: v.flatten(), lambda v: v.view(1, 1, 1, -1)
-        ),
+        Rule("stages.{i}.{b}.grn.gamma", "backbone.stages.{i}.{b}.grn.gamma", vector, lambda v: v.view(1, 1, 1, -1)),
+        Rule("stages.{i}.{b}.grn.beta", "backbone.stages.{i}.{b}.grn.beta", vector, lambda v: v.view(1, 1, 1, -1)),
     ),
     "mmpretrain/models/backbones/convnext.py",
     ignored=_IGNORED,
 )
+
+
+class MMPretrain(Format):
+    def loading(self, path: Path, model: str, channels: int) -> str:
+        return f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}, prefix='backbone.')"
+
+
+FORMAT = MMPretrain("mmpretrain", {"resnet": RESNET, "convnext": CONVNEXT})

@@ -20,8 +20,7 @@ from sparkme.networks.create import Classifier, add_drop_path, create_dense, cre
 from sparkme.networks.names import library_of
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.state_dict import state_dict_of
-from sparkme.training.build import encoder_of, print_trial
-from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.checkpoint import encoder_of, load_checkpoint, print_trial
 from sparkme.weights.files import archive_damage, read_tensors, tensors_in
 from sparkme.weights.prefixes import COUNTER, Choice, Found, Wanted, find_weights
 

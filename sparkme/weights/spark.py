@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from sparkme.weights import convnext, timm
+from sparkme.weights.format import Format
 from sparkme.weights.torchvision import CONVNEXT
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ENCODER = "sparse_encoder.sp_cnn."
+_BESIDE = ("decoder.", "densify_norms.", "densify_projs.", "mask_tokens.")  # what `SparK` trains beside its encoder
 _NEVER_USED = ("imn_m", "imn_s", "norm_black", "config")  # buffers the official code keeps for old checkpoints
 
 
@@ -50,7 +55,28 @@ def _own_name(name: str) -> str:
     return name.replace("dense_decoder.", "decoder.", 1)
 
 
-def join_official_state(encoder: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: an encoder under the names that the official code's network has, and what else `SparK` trains."""
+def join_official_state(encoder: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: an encoder under the names that the official code's network has, and what else `SparK` trains.
+
+    Args:
+        encoder: under the names of the library that the official code takes it from.
+        model: all that was trained, by its names in `SparK`; of a method that trains other things the encoder alone is left.
+    """
     out = {ENCODER + name: value for name, value in encoder.items()}
+    rest = {name: value for name, value in model.items() if not name.startswith("encoder.")}
+    if not all(name.startswith(_BESIDE) for name in rest):
+        return out
     return out | {name.replace("decoder.", "dense_decoder.", 1): value for name, value in rest.items()}
+
+
+class OfficialSparK(Format):
+    def state(self, encoder: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        return join_official_state(encoder, trained)
+
+
+FORMAT = OfficialSparK(
+    "the official SparK code",
+    {"resnet": timm.RESNET, "convnext": convnext.CONVNEXT},
+    suffixes=(".pth", ".pt", ".safetensors"),
+    is_read=False,  # a prefix tells its files; behind it stand the names of others
+)

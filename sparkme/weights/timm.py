@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparkme.weights.format import Format
 from sparkme.weights.names import Rule, Table, resnet_rules, vector
 
 RESNET = Table(resnet_rules(), "timm.models.resnet")
@@ -20,3 +21,15 @@ CONVNEXT = Table(
     ),
     "timm.models.convnext",
 )
+
+
+class Timm(Format):
+    def counterpart(self, model: str) -> str:
+        return f"timm:{model.removeprefix('timm:')}"
+
+    def making(self, model: str, channels: int) -> tuple[str, str]:
+        options = f", in_chans={channels}" if channels != 3 else ""
+        return "timm", f"timm.create_model({model.removeprefix('timm:')!r}{options})"
+
+
+FORMAT = Timm("timm", {"resnet": RESNET, "convnext": CONVNEXT})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparkme.weights.format import Format
 from sparkme.weights.names import Rule, Table, resnet_rules, vector
 
 RESNET = Table(resnet_rules(), "torchvision.models.resnet")
@@ -23,3 +24,17 @@ CONVNEXT = Table(
     ),
     "torchvision.models.convnext",
 )
+
+
+class Torchvision(Format):
+    def counterpart(self, model: str) -> str:
+        return model.removeprefix("timm:")
+
+    def making(self, model: str, channels: int) -> tuple[str, str]:
+        make = f"torchvision.models.{self.counterpart(model)}()"
+        if channels == 3:
+            return "torchvision", make
+        return "torchvision, sparkme.networks.create", f"sparkme.networks.create.with_in_channels({make}, {channels})"
+
+
+FORMAT = Torchvision("torchvision", {"resnet": RESNET, "convnext": CONVNEXT})

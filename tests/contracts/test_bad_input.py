@@ -23,7 +23,7 @@ from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError
 from sparkme.methods.decoder import Decoder
 from sparkme.pretrain import main
-from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.checkpoint import load_checkpoint
 from sparkme.weights.files import read_tensors
 
 FLOATS = ("--warmup-epochs", "--checkpoint-minutes", "--weight-decay", "--weight-decay-end", "--clip-grad", "--base-lr",

@@ -15,7 +15,7 @@ from sparkme.data.images import load_image
 from sparkme.data.statistics import Statistics
 from sparkme.pretrain import main
 from sparkme.training.build import build_network
-from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.checkpoint import load_checkpoint
 
 RANDOM = np.random.default_rng(0)
 

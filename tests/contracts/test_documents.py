@@ -13,7 +13,7 @@ from benchmarks import plot
 from sparkme import export
 from sparkme.pretrain import main
 from sparkme.training.build import build_network
-from sparkme.training.checkpoint import load_checkpoint
+from sparkme.weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import sparkme.export
 import sparkme.pretrain
 from sparkme.sparse import forms, sparsify
+from sparkme.weights.format import STATE_DICTS
+from sparkme.weights.formats import FORMATS
 
 
 @pytest.fixture(scope="module", params=["resnet18", "convnext_tiny"])
@@ -48,7 +50,7 @@ def test_exported_weights_load_into_torchvision(
 
     # The trained network itself, with every patch visible, against torchvision's.
     from sparkme.training.build import build_network
-    from sparkme.training.checkpoint import load_checkpoint
+    from sparkme.weights.checkpoint import load_checkpoint
 
     saved = load_checkpoint(path)
     network = build_network(saved["config"]).eval()
@@ -59,6 +61,25 @@ def test_exported_weights_load_into_torchvision(
     dense = model.layer4(model.layer3(model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))))) \
         if name == "resnet18" else model.features(images)  # fmt: skip
     assert torch.allclose(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_every_format_is_written_and_read_back(
+    checkpoint: tuple[str, Path], target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (name, path), form = checkpoint, FORMATS[target]
+    output = tmp_path / f"weights{form.suffixes[0]}"
+    code = sparkme.export.main([str(path), "--to", target, "--output", str(output), "--no-verify"])
+    printed = capsys.readouterr()
+    if ("convnext" if "convnext" in name else "resnet") not in form.tables:
+        assert code == 2 and f"has no names in {target}" in printed.err and not output.exists()
+        return
+    assert code == 0 and printed.out.endswith(f"load it:\n\n{form.loading(output, name, 3)}\n")
+    if output.suffix not in STATE_DICTS:
+        return
+    expected, got = (sparkme.load_encoder(file).dense_state_dict() for file in (path, output))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[k], value) for k, value in expected.items() if not k.endswith("num_batches_tracked"))
 
 
 def test_a_transposed_kernel_is_found_and_not_written(

@@ -20,10 +20,10 @@ from sparkme.errors import UserError
 from sparkme.methods.fcmae import FCMAE
 from sparkme.pretrain import main
 from sparkme.training.build import build_network
-from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import FIXED, OLDER
 from sparkme.training.folder import check_same_run
 from sparkme.training.optimizer import parameter_groups
+from sparkme.weights.checkpoint import load_checkpoint
 
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 

@@ -145,7 +145,7 @@ def test_what_no_table_knows_is_refused_with_what_is_possible() -> None:
     with pytest.raises(ValueError, match="this network of timm has no names in detectron2; leave out --to to keep its own"):
         translate(deep_stem, Origin("timm", None), "detectron2")
     with pytest.raises(
-        ValueError, match=r"a convnext of torchvision has no names in detectron2; leave out --to .* it can go to convnext"
+        ValueError, match=r"a convnext of torchvision has no names in detectron2; leave out --to .* it can go to timm, convnext"
     ):
         translate({}, Origin("torchvision", "convnext"), "detectron2")
 

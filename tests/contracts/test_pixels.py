@@ -25,12 +25,12 @@ from sparkme.data.dataset import Batch, CropDataset, collate, pixels_of
 from sparkme.data.images import Stored, load_image, open_image
 from sparkme.data.planes import Pixels
 from sparkme.data.sources import ImageSource
-from sparkme.data.survey import find_pixels, find_pixels_together
+from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError
-from sparkme.training.checkpoint import load_checkpoint
 from sparkme.training.config import check_value_range
-from sparkme.training.distributed import Process
+from sparkme.training.distributed import Process, find_pixels_together
 from sparkme.training.health import Health
+from sparkme.weights.checkpoint import load_checkpoint
 from sparkme.weights.pretrained import read_pretrained
 
 tifffile = pytest.importorskip("tifffile")

@@ -20,6 +20,8 @@ import pytest
 from PIL import Image
 
 from sparkme.report import main
+from sparkme.reporting import page as page_module
+from sparkme.reporting.curves import COLOURS, DASHES
 from sparkme.reporting.page import MARK
 from sparkme.reporting.report import find_runs
 from sparkme.reporting.runs import read_run
@@ -644,6 +646,25 @@ def test_watching_writes_again_and_ends_in_peace(
     assert 'http-equiv="refresh"' not in last and 'id="reload"' not in last and "step 200" in last
     printed = capsys.readouterr()
     assert printed.err == "" and printed.out.splitlines()[-1].startswith("stopped; ")
+
+
+# Style and script.
+
+
+def test_the_style_sheet_has_a_stroke_for_every_run() -> None:
+    style = Path(page_module.__file__).with_name("page.css").read_text()
+    strokes = set(re.findall(r"^\.([cd]\d) { stroke", style, re.MULTILINE))
+    assert strokes == {*(f"c{i}" for i in range(COLOURS)), *(f"d{i}" for i in range(1, DASHES))}
+    for number in range(COLOURS):  # in light and in dark
+        assert len(re.findall(rf"--c{number}: #[0-9a-f]{{6}};", style)) == 2
+
+
+def test_the_script_parses() -> None:
+    if (node := shutil.which("node")) is None:
+        pytest.skip("no node on PATH to parse the page's script with")
+    script = Path(page_module.__file__).with_name("page.js")
+    done = subprocess.run([node, "--check", str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # In a browser.

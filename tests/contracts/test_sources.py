@@ -43,7 +43,7 @@ from sparkme.data.sources.shards import Cache, Shards, expand_braces, read_index
 from sparkme.data.sources.table import read_list
 from sparkme.errors import UserError
 from sparkme.pretrain import main
-from sparkme.training.random import derived_seed
+from sparkme.seeds import derived_seed
 
 TINY = ["--model", "timm:test_resnet", "--drop-path", "0"]  # of a second less for each start
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}

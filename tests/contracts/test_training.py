@@ -22,13 +22,14 @@ from sparkme.data.sources.files import demo_photographs, find_images
 from sparkme.errors import UserError
 from sparkme.networks.create import create_encoder
 from sparkme.ops import triton_conv
+from sparkme.seeds import derived_seed, seed_step
 from sparkme.text import duration
-from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+from sparkme.training.checkpoint import Checkpoints
 from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, Machine, choose_recipe, create_parser, resolve_config
 from sparkme.training.device import prepare_device
 from sparkme.training.log import earlier_runs
 from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
-from sparkme.training.random import derived_seed, seed_step
+from sparkme.weights.checkpoint import load_checkpoint
 
 
 def test_the_schedule_is_the_papers() -> None:

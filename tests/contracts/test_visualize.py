@@ -21,8 +21,9 @@ from sparkme.reporting import panel
 from sparkme.reporting.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
 from sparkme.reporting.visualize import reconstruct
 from sparkme.training.build import build_network
-from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+from sparkme.training.checkpoint import Checkpoints
 from sparkme.visualize import create_parser, main
+from sparkme.weights.checkpoint import load_checkpoint
 
 CONFIG = {"recipe": "spark", "model": "resnet18", "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 32, "patch": None,
           "input_size": [64, 96], "densify_norm": "auto", "norm_pix_loss": True, "channels": 3, "mean": [0.4, 0.5, 0.6],

@@ -59,6 +59,13 @@ def test_package_states_the_version_of_the_metadata() -> None:
     assert f'__version__ = "{PYPROJECT["project"]["version"]}"' in source
 
 
+def test_every_file_beside_the_code_is_packaged() -> None:
+    package = ROOT / "sparkme"
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["sparkme"]
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    assert packaged == {path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc", ".so")}
+
+
 @pytest.mark.parametrize("name", ["demo", "test", "setup"])
 def test_makefile_has_the_targets_that_the_readme_names(name: str) -> None:
     assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -204,7 +204,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
 
 
 def test_processes_mask_differently() -> None:
-    from sparkme.training.random import seed_step
+    from sparkme.seeds import seed_step
 
     draw = lambda rank: sparkme.random_active(  # noqa: E731
         8, (7, 7), 0.6, generator=seed_step(0, rank, 3, torch.device("cpu"))

@@ -36,11 +36,12 @@ from sparkme.errors import CannotWrite, UserError
 from sparkme.finetune import main as finetune
 from sparkme.pretrain import main
 from sparkme.training import loop
-from sparkme.training.checkpoint import Checkpoints, load_checkpoint
+from sparkme.training.checkpoint import Checkpoints
 from sparkme.training.finetuning import Finetuning
 from sparkme.training.log import Lines, drop_after
 from sparkme.training.pretraining import Pretraining
 from sparkme.watchdog import Watchdog
+from sparkme.weights.checkpoint import load_checkpoint
 
 # Six steps, a checkpoint of 5 MB after every second one.
 TINY = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--base-lr", "2", "--checkpoint-minutes", "0"]

@@ -1,0 +1,120 @@
+"""Reads checkpoints of sparkme.pretrain and sparkme.finetune, and makes the encoder of one; `sparkme.training` writes them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparkme.errors import UserError, first_line, unreadable_reason
+from sparkme.networks.create import create_encoder
+from sparkme.sparse.encoder import SparseEncoder
+from sparkme.weights.files import archive_damage
+
+FORMAT = 1
+
+
+class DamagedCheckpoint(UserError):
+    """A file that was a checkpoint once, or that cannot be read at all."""
+
+
+def load_checkpoint(path: Path, *, verify: bool = True, mmap: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint of this project, on the CPU, with `weights_only=True`.
+
+    Args:
+        path: the file.
+        verify: whether to compare its sums.
+        mmap: whether tensors are read from the file when they are used, so that what an optimizer keeps is not read at all.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, or its sums differ.
+        UserError: no such file, or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    if verify and (problem := archive_damage(path)) is not None:  # before any of it is believed
+        raise DamagedCheckpoint(f"{path} is damaged: {problem}{_others(path)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused here
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a torn file can fail anywhere in the unpickler
+        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint ({unreadable_reason(error)}){_others(path)}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
+        raise UserError(f"{path} is not a checkpoint of sparkme.pretrain (format {FORMAT})")
+    if not isinstance(state["config"], dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
+        raise DamagedCheckpoint(f"{path} is a damaged checkpoint: its step or its configuration is of another kind")
+    return state
+
+
+def _others(path: Path) -> str:
+    """What may be taken instead."""
+    others = sorted(p.name for p in path.parent.glob("step_*.pt") if p.resolve() != path.resolve())
+    return f"; earlier ones beside it: {', '.join(others[-4:])}" if others else ""
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to, wherever it was moved."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def encoder_of(checkpoint: dict[str, Any], path: Path) -> SparseEncoder:
+    """The encoder of a checkpoint alone, with its weights.
+
+    Raises:
+        UserError: its configuration does not describe a network, or not the one whose weights it holds.
+    """
+    with described(checkpoint, path):
+        encoder = build_encoder(checkpoint["config"], checkpoint.get("proof"))
+        weights = {n.removeprefix("encoder."): v for n, v in checkpoint["model"].items() if n.startswith("encoder.")}
+        load_weights(encoder, weights)
+    print_trial(encoder, path)
+    return encoder
+
+
+def build_encoder(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> SparseEncoder:
+    """The encoder that `config` (of config.json, or of a checkpoint) describes, with random weights.
+
+    `proof` is what the checkpoint keeps of its trial, see `sparkme.sparsify`.
+    """
+    return create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"], proof=proof)
+
+
+def load_weights(network: nn.Module, state: dict[str, Any]) -> None:
+    """Takes the weights of a checkpoint.
+
+    Raises:
+        ValueError: they are of another network.
+    """
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"its weights are of another network; has the code of the model changed? {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def described(checkpoint: dict[str, Any], path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a network is made from a checkpoint of sparkme.pretrain into a `UserError`."""
+    if checkpoint["config"].get("command") == "finetune":
+        raise UserError(f"{path} is a checkpoint of sparkme.finetune, whose network is dense and paints nothing")
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+
+
+def print_trial(encoder: SparseEncoder, origin: Path | str | None) -> None:
+    """Says why the network of a file was tried again, if it was, which takes some seconds."""
+    if origin is not None and encoder.tried_because:
+        print(f"{origin}: the network was tried again: {encoder.tried_because}", file=sys.stderr, flush=True)
