@@ -105,6 +105,7 @@ def test_two_halves_make_a_whole(name: str, tmp_path: Path) -> None:
 SHARED = {  # options of a norm, and the input's shape
     "rows": ({}, (6, 3)), "maps": ({}, (6, 3, 4, 5)), "average": ({"momentum": None}, (6, 3, 2, 2)),
     "no statistics": ({"track_running_stats": False}, (6, 3, 2, 2)), "no weight": ({"affine": False}, (6, 3)),
+    "clamped": ({"ceiling": 6.0}, (6, 3, 4, 5)),
 }  # fmt: skip
 
 
@@ -138,7 +139,8 @@ def norm_and_input(
 ) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Channels whose mean is far larger than their deviation are where variances get lost."""
     torch.manual_seed(0)
-    norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1], **options)
+    kind = BatchNorm if "ceiling" in options else nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    norm: nn.Module = kind(shape[1], **options)
     for parameter in norm.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     x = torch.randn(shape) * 2 + torch.tensor([100.0, 0.0, -3.0]).view(1, 3, *[1] * (len(shape) - 2))
