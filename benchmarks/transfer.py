@@ -42,8 +42,8 @@ from benchmarks.flops import provenance
 from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
+from sparkme.settings.finetune import SMALL
 from sparkme.training.checkpoint import load_checkpoint
-from sparkme.training.finetune_config import SMALL
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 README = Path(__file__).parents[1] / "README.md"

@@ -13,7 +13,8 @@ import argparse
 import sys
 
 from sparkme.errors import Parser, run_command
-from sparkme.training.config import path_argument
+from sparkme.settings.commands import ExportSettings
+from sparkme.settings.declare import add_flags, from_flags
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -21,56 +22,19 @@ def create_parser() -> argparse.ArgumentParser:
         prog="python -m sparkme.export",
         description="Export the encoder of a checkpoint as weights of the ordinary dense network, verified.",
     )
-    parser.add_argument(
-        "checkpoint", type=path_argument, help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt"
-    )
-    group = parser.add_argument_group("what is written")
-    group.add_argument(
-        "--to",
-        choices=("torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"),
-        help="whose names and layouts the weights get: torchvision, timm, the ConvNeXt authors', mmpretrain, detectron2, the "
-        "official SparK code (those of the library that the network came from)",
-    )
-    group.add_argument(
-        "--output",
-        type=path_argument,
-        metavar="FILE",
-        help=".safetensors or .pth, for detectron2 .pkl (MODEL.safetensors in the run folder)",
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    group.add_argument(
-        "--hub-folder",
-        type=path_argument,
-        metavar="DIR",
-        help="with --to timm: a folder with config, weights and model card, for timm.create_model('local-dir:DIR')",
-    )
-    group.add_argument("--push-to-hub", metavar="NAME/REPO", help="send the hub folder to the Hugging Face hub")
-    group = parser.add_argument_group("checks and batch norm")
-    group.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare every stage of the dense model with the sparse encoder before writing (%(default)s)",
-    )
-    group.add_argument(
-        "--recalibrate-bn",
-        type=path_argument,
-        metavar="DATA",
-        help="estimate batch norm's running statistics anew, on whole images of this folder",
-    )
-    group.add_argument("--recalibrate-images", type=int, default=1024, metavar="N", help="on at most so many (%(default)s)")
+    add_flags(parser, ExportSettings, groups=("what is written", "checks and batch norm"))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
-    return run_command(lambda: run(args), watch=True)
+    asked = from_flags(ExportSettings, create_parser().parse_args(argv))
+    return run_command(lambda: run(asked), watch=True)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: ExportSettings) -> int:
     from sparkme.weights.export import export  # noqa: PLC0415  (torch, which --help does not need)
 
-    return export(args)
+    return export(asked)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,30 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sparkme.errors import run_command
-from sparkme.training.finetune_config import create_parser
+from sparkme.errors import Parser, run_command
+from sparkme.settings.declare import add_flags, from_flags
+from sparkme.settings.finetune import GROUPS, FinetuneSettings
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m sparkme.finetune",
+        description="Train the ordinary dense network on labelled images, from pretrained weights or from scratch.",
+        epilog="The same command again resumes an interrupted run.",
+    )
+    add_flags(parser, FinetuneSettings, groups=GROUPS)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
-    return run_command(lambda: run(args))
+    asked = from_flags(FinetuneSettings, create_parser().parse_args(argv))
+    return run_command(lambda: run(asked))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: FinetuneSettings) -> int:
     from sparkme.training.finetuning import finetune  # noqa: PLC0415  (torch, which --help does not need)
 
-    return finetune(args)
+    return finetune(asked)
 
 
 if __name__ == "__main__":

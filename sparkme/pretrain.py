@@ -12,14 +12,34 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sparkme.errors import UserError, run_command
+from sparkme.errors import Parser, UserError, run_command
 from sparkme.networks.names import model_names
-from sparkme.training.config import create_parser
+from sparkme.settings.declare import add_flags, from_flags
+from sparkme.settings.pretrain import GROUPS, PretrainSettings
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m sparkme.pretrain",
+        description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
+        epilog="Defaults are the recipe's; where several stand with strokes between them, they are those of spark, small and "
+        "fcmae. The same command again resumes an interrupted run.",
+    )
+    parser.add_argument(
+        "--list-models",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="print the names that were tried and work, those like PATTERN, such as 'timm:*next*', and leave",
+    )
+    add_flags(parser, PretrainSettings, groups=GROUPS)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
-    return run_command(lambda: run(args) if args.list_models is None else list_models(args.list_models))
+    given = create_parser().parse_args(argv)
+    asked = from_flags(PretrainSettings, given)
+    return run_command(lambda: run(asked) if given.list_models is None else list_models(given.list_models))
 
 
 def list_models(pattern: str) -> int:
@@ -30,10 +50,10 @@ def list_models(pattern: str) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: PretrainSettings) -> int:
     from sparkme.training.pretraining import pretrain  # noqa: PLC0415  (torch, which --help does not need)
 
-    return pretrain(args)
+    return pretrain(asked)
 
 
 if __name__ == "__main__":

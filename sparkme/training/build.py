@@ -1,4 +1,4 @@
-"""A run's network from its configuration, for the command that trains it and those that read its checkpoints."""
+"""A run's network from its settings, for the command that trains it and those that read its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.fcmae import FCMAE, initialise_encoder
 from sparkme.methods.spark import SparK
 from sparkme.networks.create import create_encoder
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import RECIPES, PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
-from sparkme.training.config import RECIPES
 
 
-def build_network(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> MaskedAutoencoder:
-    """The network that `config` (of config.json, or of a checkpoint) describes, with random weights.
+def build_network(settings: PretrainSettings, proof: Mapping[str, Any] | None = None) -> MaskedAutoencoder:
+    """The network that settings describe, with random weights.
 
     Args:
-        config: see above.
+        settings: of a run; those of a checkpoint are `from_config(PretrainSettings, checkpoint["config"])`.
         proof: what the checkpoint keeps of the encoder's trial, see `sparkme.sparsify`.
 
     Raises:
-        ValueError: a value of the configuration is not possible.
+        ValueError: a value is not possible.
     """
-    recipe = config.get("recipe", "spark")  # older checkpoints do not say
-    if recipe not in RECIPES:
-        raise ValueError(f"there is no recipe {recipe!r}")
-    encoder = build_encoder(config, proof)
-    options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}
-    options["input_size"] = tuple(config["input_size"])
-    if recipe == "fcmae":
+    if settings.recipe not in RECIPES:
+        raise ValueError(f"there is no recipe {settings.recipe!r}")
+    encoder = build_encoder(settings, proof)
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("mask_ratio", "decoder_width", "patch")}
+    options["input_size"] = settings.size
+    if settings.recipe == "fcmae":
         initialise_encoder(encoder)
-        return FCMAE(encoder, normalise_patches=config["norm_pix_loss"], **options)
-    return SparK(encoder, densify_norm=config["densify_norm"], **options)
+        return FCMAE(encoder, normalise_patches=settings.norm_pix_loss, **options)
+    return SparK(encoder, densify_norm=settings.densify_norm, **options)
 
 
-def build_encoder(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> SparseEncoder:
+def build_encoder(settings: PretrainSettings, proof: Mapping[str, Any] | None = None) -> SparseEncoder:
     """The encoder of `build_network`."""
-    return create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"], proof=proof)
+    return create_encoder(settings.model, in_channels=settings.channels, drop_path=settings.drop_path, proof=proof)
 
 
 def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
@@ -53,7 +53,7 @@ def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
         UserError: its configuration does not describe a network, or not the one whose weights it holds.
     """
     with _described(checkpoint, path):
-        network = build_network(checkpoint["config"], checkpoint.get("proof"))
+        network = build_network(settings_in(checkpoint, path), checkpoint.get("proof"))
         load_weights(network, checkpoint["model"])
     print_trial(network.encoder, path)
     return network
@@ -66,7 +66,7 @@ def encoder_of(checkpoint: dict[str, Any], path: Path) -> SparseEncoder:
         UserError: as `network_of`.
     """
     with _described(checkpoint, path):
-        encoder = build_encoder(checkpoint["config"], checkpoint.get("proof"))
+        encoder = build_encoder(settings_in(checkpoint, path), checkpoint.get("proof"))
         weights = {n.removeprefix("encoder."): v for n, v in checkpoint["model"].items() if n.startswith("encoder.")}
         load_weights(encoder, weights)
     print_trial(encoder, path)
@@ -77,6 +77,20 @@ def print_trial(encoder: SparseEncoder, origin: Path | str | None) -> None:
     """Says why the network of a file was tried again, if it was, which takes some seconds."""
     if origin is not None and encoder.tried_because:
         print(f"{origin}: the network was tried again: {encoder.tried_because}", file=sys.stderr, flush=True)
+
+
+def settings_in(checkpoint: dict[str, Any], path: Path) -> PretrainSettings:
+    """The settings of a checkpoint.
+
+    Raises:
+        UserError: they describe no network.
+    """
+    with _described(checkpoint, path):
+        settings = from_config(PretrainSettings, checkpoint["config"])
+        for name in ("model", "input_size", "mask_ratio", "decoder_width", "drop_path"):
+            if getattr(settings, name) is None:
+                raise KeyError(name)
+    return settings
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkme.errors import UserError, first_line
 from sparkme.machine import whereabouts
+from sparkme.settings.shared import Machine
 from sparkme.training.batch_norm import share_batch_norms
-from sparkme.training.config import Machine
 
 LEAVING_S = 60  # that a process takes to end after an error, at most
 MEETING_S = 300.0  # that the processes take to meet, at most

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -23,12 +22,14 @@ from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.spark import SparK
 from sparkme.networks.create import create_dense
 from sparkme.networks.names import library_of
+from sparkme.settings.commands import ExportSettings
+from sparkme.settings.declare import check, to_config
+from sparkme.settings.pretrain import RECIPES, PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 from sparkme.state_dict import state_dict_of
-from sparkme.training.build import network_of
+from sparkme.training.build import network_of, settings_in
 from sparkme.training.checkpoint import load_checkpoint
-from sparkme.training.config import RECIPES
 from sparkme.weights import detectron2
 from sparkme.weights.files import TORCH_SUFFIXES, check_suffix, write_state_dict
 from sparkme.weights.libraries import origin_of, translate
@@ -40,14 +41,12 @@ HUB_FILES = ("config.json", "model.safetensors", "README.md")
 TOLERANCE = 1e-8
 
 
-def export(args: argparse.Namespace) -> int:
+def export(args: ExportSettings) -> int:
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
-    config = checkpoint["config"]
-    if not isinstance(config.get("model"), str):
-        raise UserError(f"{args.checkpoint} does not say of which network it is")
-    model_name, library = config["model"], library_of(config["model"])
+    settings = settings_in(checkpoint, args.checkpoint)
+    model_name, library = settings.model, library_of(settings.model)
     target = args.to or library
-    output, notes = check_output(args, config, target)
+    output, notes = check_output(args, settings, target)
     network = network_of(checkpoint, args.checkpoint)
     encoder = network.encoder
     if not all(value.isfinite().all() for value in encoder.dense_state_dict().values()):
@@ -59,13 +58,13 @@ def export(args: argparse.Namespace) -> int:
     if unexpected:
         raise UserError(f"{library}'s {model_name} has no weights {', '.join(unexpected[:5])}; is it another version?")
     if args.recalibrate_bn:
-        recalibrate(dense, args.recalibrate_bn, config, args.recalibrate_images)
+        recalibrate(dense, args.recalibrate_bn, settings, args.recalibrate_images)
         encoder.load_dense_state_dict(state_dict_of(dense))
     state = encoder.dense_state_dict()
     origin = origin_of(library, state)
     with user_errors():
         translated = translate(state, origin, target)
-    size = config["input_size"][0], config["input_size"][1]
+    size = settings.size
     theirs, missing = dense, []
     if target in ("torchvision", "timm"):
         with user_errors():
@@ -84,11 +83,11 @@ def export(args: argparse.Namespace) -> int:
                   "nothing was written", file=sys.stderr)  # fmt: skip
             return 1
 
-    metadata = describe(config, checkpoint["step"], args, target, encoder.proof)
+    metadata = describe(settings, checkpoint["step"], args, target, encoder.proof)
     if target == "spark":
         translated = official_state(network, translated)
     if args.hub_folder:
-        write_hub_folder(args, config, counterpart(model_name, "timm"), translated, metadata)
+        write_hub_folder(args.hub_folder, args, settings, counterpart(model_name, "timm"), translated, metadata)
         return 0
     if output.suffix == ".pkl":
         detectron2.write(output, translated)
@@ -110,7 +109,7 @@ def counterpart(model_name: str, library: str) -> str:
     return f"timm:{plain}" if library == "timm" else plain
 
 
-def check_output(args: argparse.Namespace, config: dict[str, Any], target: str) -> tuple[Path, Path]:
+def check_output(args: ExportSettings, settings: PretrainSettings, target: str) -> tuple[Path, Path]:
     """The files to write: the weights, and beside them what a .pth or .pkl file has no place for.
 
     Raises:
@@ -122,9 +121,8 @@ def check_output(args: argparse.Namespace, config: dict[str, Any], target: str) 
         raise UserError("--hub-folder writes its own files; leave out --output")
     if args.hub_folder and target != "timm":
         raise UserError("--hub-folder is timm's form of a model; use it with --to timm")
-    if args.recalibrate_images < 2:
-        raise UserError(f"--recalibrate-images {args.recalibrate_images} must be at least 2")
-    name = config["model"].replace(":", "-")
+    check(args)
+    name = settings.model.replace(":", "-")
     suffix = ".pkl" if target == "detectron2" else ".pth" if target == "spark" else ".safetensors"
     output = args.output or run_folder(args.checkpoint) / f"{name}{suffix}"
     if target == "detectron2" and output.suffix != ".pkl":
@@ -181,22 +179,22 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).abs().max() / expected.abs().max())
 
 
-def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int) -> None:
+def recalibrate(dense: nn.Module, data: Path, settings: PretrainSettings, count: int) -> None:
     """Estimates batch norm's running statistics anew, on whole images: those of pretraining saw visible patches, with their
     borders. Prints how far they moved.
 
     Raises:
         UserError: no images there.
     """
-    limit_pixels(config.get("max_pixels"))
+    limit_pixels(settings.max_pixels)
     paths = find_images(data, flag="--recalibrate-bn")
     norms = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
     if not norms:
         print("the network has no batch norm: nothing to recalibrate")
         return
-    statistics = statistics_of(config)
+    statistics = statistics_of(settings)
     step = max(1, len(paths) // count)
-    chosen, size = paths[::step][:count], (config["input_size"][0], config["input_size"][1])
+    chosen, size = paths[::step][:count], settings.size
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}  # type: ignore[union-attr]
     dense.eval()
     for norm in norms.values():
@@ -207,9 +205,7 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     with torch.no_grad():
         for start in tqdm(range(0, len(chosen), 32), desc="recalibrating batch norm", disable=not sys.stderr.isatty()):
             group = chosen[start : start + 32]
-            images = preview_images(
-                group, size, len(group), config.get("channels", 3), config.get("background", "white"), pixels_of(config)
-            )
+            images = preview_images(group, size, len(group), settings.channels, settings.background, pixels_of(settings))
             if len(images) > 1:
                 dense(normalise(images, statistics))
                 seen += len(images)
@@ -240,37 +236,37 @@ def official_state(network: MaskedAutoencoder, encoder: dict[str, Tensor]) -> di
 
 
 def describe(
-    config: dict[str, Any], step: int, args: argparse.Namespace, target: str, proof: dict[str, Any] | None
+    settings: PretrainSettings, step: int, args: ExportSettings, target: str, proof: dict[str, Any] | None
 ) -> dict[str, str]:
     """Where the weights come from, and the proof of their network, for the file's metadata."""
-    settings = (
+    kept = (
         "input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"
     )  # fmt: skip
-    recipe = RECIPES[config.get("recipe", "spark")]
+    recipe, config = RECIPES[settings.recipe], to_config(settings)
     notes = {
         "format": "pt",
-        "network": config["model"],
-        "model": f"{library_of(config['model'])} {config['model']}, encoder without classifier, names of {target}",
+        "network": settings.model,
+        "model": f"{library_of(settings.model)} {settings.model}, encoder without classifier, names of {target}",
         "method": recipe.reference,
-        "recipe": json.dumps({k: config.get(k) for k in settings}),
+        "recipe": json.dumps({k: config.get(k) for k in kept}),
         "source": f"{args.checkpoint.name}, step {step}",
         "verified": str(args.verify).lower(),
         "batch_norm": "recalibrated on whole images" if args.recalibrate_bn else "as pretrained, on visible patches",
-        "channels": str(config.get("channels", 3)),
-        "mean": json.dumps(statistics_of(config).mean),
-        "std": json.dumps(statistics_of(config).std),
-        "background": config.get("background", "white"),
-        "value_range": json.dumps(config.get("value_range")),
-        "upright": json.dumps(config.get("upright", True)),
-        "input_size": json.dumps(config["input_size"]),
+        "channels": str(settings.channels),
+        "mean": json.dumps(statistics_of(settings).mean),
+        "std": json.dumps(statistics_of(settings).std),
+        "background": settings.background,
+        "value_range": json.dumps(settings.value_range),
+        "upright": json.dumps(settings.upright),
+        "input_size": json.dumps(settings.input_size),
         "made_by": f"sparkme {sparkme.__version__}",
-        "drop_path": str(config["drop_path"]),
+        "drop_path": str(settings.drop_path),
     }
     if proof is not None:
         notes["proof"] = json.dumps(proof)
     if target == "detectron2":
-        mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(config))
-        images = "RGB: INPUT.FORMAT RGB" if config.get("channels", 3) == 3 else f"images of {config['channels']} channels"
+        mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(settings))
+        images = "RGB: INPUT.FORMAT RGB" if settings.channels == 3 else f"images of {settings.channels} channels"
         notes["detectron2"] = (
             f"trained on {images}, MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std}, MODEL.RESNETS.STRIDE_IN_1X1 False; "
             "num_batches_tracked is left out"
@@ -301,8 +297,9 @@ The licence of these weights is for whoever publishes them to choose, with regar
 
 
 def write_hub_folder(
-    args: argparse.Namespace, config: dict[str, Any], name: str, state: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
+    folder: Path, args: ExportSettings, settings: PretrainSettings, name: str, state: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> None:  # fmt: skip
     """Writes what `timm.create_model('local-dir:DIR')` loads, with a model card, and sends it where that was asked for.
 
     Raises:
@@ -311,15 +308,15 @@ def write_hub_folder(
     import timm  # noqa: PLC0415  (half a second, for hub folders alone)
     from timm.models._hub import save_for_hf  # noqa: PLC0415
 
-    plain, statistics = name.removeprefix("timm:"), statistics_of(config)
-    channels = config.get("channels", 3)
+    plain, statistics = name.removeprefix("timm:"), statistics_of(settings)
+    channels = settings.channels
     model = timm.create_model(plain, pretrained=False, num_classes=0, in_chans=channels)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected:
         raise UserError(f"--hub-folder: timm's {plain} without a classifier has no weights {', '.join(unexpected[:5])}")
     if missing:  # norms between the last map and the classifier
         print(f"not pretrained, as timm makes them new: {', '.join(missing[:5])}")
-    size = [channels, config["input_size"][0], config["input_size"][1]]
+    size = [channels, *settings.size]
     preprocessing = {
         "input_size": size,
         "mean": list(statistics.mean),
@@ -328,29 +325,29 @@ def write_hub_folder(
         "crop_pct": 0.95,
     }
     try:
-        save_for_hf(model, str(args.hub_folder), data_config=preprocessing, safe_serialization=True)
-        if config["model"] == f"timm:{plain}":
-            file = args.hub_folder / "config.json"
+        save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
+        if settings.model == f"timm:{plain}":
+            file = folder / "config.json"
             kept = {name: metadata[name] for name in ("drop_path", "proof") if name in metadata}
             file.write_text(json.dumps(json.loads(file.read_text()) | {"sparkme": kept}, indent=2) + "\n")
         rows = "\n".join(f"| {key} | {value} |" for key, value in metadata.items() if key not in ("format", "method", "proof"))
-        load = f"hf-hub:{args.push_to_hub}" if args.push_to_hub else f"local-dir:{args.hub_folder}"
+        load = f"hf-hub:{args.push_to_hub}" if args.push_to_hub else f"local-dir:{folder}"
         card = CARD.format(name=plain, method=metadata["method"], rows=rows, load=load)
-        (args.hub_folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card)
     except OSError as error:
-        raise UserError(f"cannot write {args.hub_folder}: {error}") from error
-    code = f"model = timm.create_model('local-dir:{args.hub_folder}', pretrained=True)"
-    print(f"wrote {args.hub_folder}; load it:\n\nimport timm\n{code}")
+        raise UserError(f"cannot write {folder}: {error}") from error
+    code = f"model = timm.create_model('local-dir:{folder}', pretrained=True)"
+    print(f"wrote {folder}; load it:\n\nimport timm\n{code}")
     if args.push_to_hub:
         from huggingface_hub import HfApi  # noqa: PLC0415  (a client for the network)
 
         try:
             api = HfApi()
             api.create_repo(args.push_to_hub, exist_ok=True)
-            url = api.upload_folder(repo_id=args.push_to_hub, folder_path=str(args.hub_folder))
+            url = api.upload_folder(repo_id=args.push_to_hub, folder_path=str(folder))
         except Exception as error:  # the network, a token, a name: whatever it is, the folder is there
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"--push-to-hub {args.push_to_hub} failed: {reason}; {args.hub_folder} is complete") from error
+            raise UserError(f"--push-to-hub {args.push_to_hub} failed: {reason}; {folder} is complete") from error
         print(f"sent to {url}")
 
 

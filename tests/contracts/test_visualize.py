@@ -20,6 +20,8 @@ from sparkme.data.images import load_image
 from sparkme.reporting import panel
 from sparkme.reporting.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
 from sparkme.reporting.visualize import reconstruct
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints, load_checkpoint
 from sparkme.visualize import create_parser, main
@@ -34,7 +36,9 @@ def save(folder: Path, **changes: Any) -> Path:
     """A checkpoint of a network with random weights."""
     torch.manual_seed(0)
     config = CONFIG | changes
-    return Checkpoints(folder, 1).save({"model": build_network(config).state_dict(), "config": config}, 7)
+    return Checkpoints(folder, 1).save(
+        {"model": build_network(from_config(PretrainSettings, config)).state_dict(), "config": config}, 7
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> sparkme.SparK:
     saved = load_checkpoint(checkpoint)
-    network = build_network(saved["config"])
+    network = build_network(from_config(PretrainSettings, saved["config"]))
     network.load_state_dict(saved["model"])
     return network.eval()
 
