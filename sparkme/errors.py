@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import pickle
 import re
@@ -19,7 +20,10 @@ class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, too; --help prints the rest."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())[:500]} (--help lists what there is)\n")
+        flag = re.search(r"^unrecognized arguments:.*?(--[\w-]+)", message)
+        near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {' '.join(message.split())[:500]}{meant} (--help lists what there is)\n")
 
 
 class UserError(ValueError):

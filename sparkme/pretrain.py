@@ -15,7 +15,7 @@ import sys
 from sparkme.errors import Parser, UserError, run_command
 from sparkme.networks.names import model_names
 from sparkme.settings.declare import add_flags, from_flags
-from sparkme.settings.pretrain import GROUPS, PretrainSettings
+from sparkme.settings.pretrain import GROUPS, OF_RECIPES, PretrainSettings
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="print the names that were tried and work, those like PATTERN, such as 'timm:*next*', and leave",
     )
-    add_flags(parser, PretrainSettings, groups=GROUPS)
+    add_flags(parser, PretrainSettings, groups=GROUPS, otherwise=OF_RECIPES)
     return parser
 
 

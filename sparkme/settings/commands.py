@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkme.errors import UserError
-from sparkme.settings.declare import Settings, as_text, check, setting, varied
+from sparkme.settings.declare import Settings, as_text, check, in_machine, in_network, in_output, setting, varied
 from sparkme.settings.shared import (
     DeviceSettings,
     EngineSettings,
@@ -25,37 +25,26 @@ class ExportSettings(Settings):
     """The settings of `sparkme.export`."""
 
     # fmt: off
-    checkpoint: Path = setting(
-        help="a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt", positional=True
-    )
+    checkpoint: Path = setting("a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt", positional=True)
     to: str | None = setting(
-        help="whose names and layouts the weights get: torchvision, timm, the ConvNeXt authors', mmpretrain, detectron2, the "
-        "official SparK code", otherwise="those of the library that the network came from", group="what is written",
-        choices=("torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"),
-    )
+        "whose names and layouts the weights get: torchvision, timm, the ConvNeXt authors', mmpretrain, detectron2, the "
+        "official SparK code", otherwise="those of the library that the network came from",
+        choices=("torchvision", "timm", "convnext", "mmpretrain", "detectron2", "spark"), group="what is written")
     output: Path | None = setting(
-        help=".safetensors or .pth, for detectron2 .pkl", otherwise="MODEL.safetensors in the run folder",
-        group="what is written", metavar="FILE",
-    )
-    overwrite: bool = setting(False, help="replace an existing file", group="what is written")
+        ".safetensors or .pth, for detectron2 .pkl", otherwise="MODEL.safetensors in the run folder", metavar="FILE",
+        group="what is written")
+    overwrite: bool = setting("replace an existing file", False, group="what is written")
     hub_folder: Path | None = setting(
-        help="with --to timm: a folder with config, weights and model card, for timm.create_model('local-dir:DIR')",
-        group="what is written", metavar="DIR",
-    )
+        "with --to timm: a folder with config, weights and model card, for timm.create_model('local-dir:DIR')", metavar="DIR",
+        group="what is written")
     push_to_hub: str | None = setting(
-        help="send the hub folder to the Hugging Face hub", group="what is written", metavar="NAME/REPO"
-    )
+        "send the hub folder to the Hugging Face hub", metavar="NAME/REPO", group="what is written")
     verify: bool = setting(
-        True, help="compare every stage of the dense model with the sparse encoder before writing",
-        group="checks and batch norm",
-    )
+        "compare every stage of the dense model with the sparse encoder before writing", True, group="checks and batch norm")
     recalibrate_bn: Path | None = setting(
-        help="estimate batch norm's running statistics anew, on whole images of this folder", group="checks and batch norm",
-        metavar="DATA",
-    )
-    recalibrate_images: int = setting(
-        1024, help="on at most so many", group="checks and batch norm", metavar="N", at_least=2
-    )
+        "estimate batch norm's running statistics anew, on whole images of this folder", metavar="DATA",
+        group="checks and batch norm")
+    recalibrate_images: int = setting("on at most so many", 1024, metavar="N", at_least=2, group="checks and batch norm")
     # fmt: on
 
 
@@ -65,36 +54,24 @@ class ProbeSettings(LoaderSettings, EngineSettings, DeviceSettings, WeightSettin
 
     # fmt: off
     weights: Path = setting(
-        help="a checkpoint, exported weights, a hub folder, or weights of torchvision, timm and others", positional=True,
-        metavar="CHECKPOINT_OR_WEIGHTS",
-    )
-    model: str | None = setting(
-        help="the network, where the file does not say it (see sparkme.pretrain --model)", group="network"
-    )
+        "a checkpoint, exported weights, a hub folder, or weights of torchvision, timm and others", positional=True,
+        metavar="CHECKPOINT_OR_WEIGHTS")
+    model: str | None = in_network("the network, where the file does not say it (see sparkme.pretrain --model)")
     compare: tuple[str, ...] = setting(
-        (), help="more rows for the table: random, for random weights of the same network, or other checkpoints and weights",
-        group="what is measured", metavar="WHAT",
-    )
+        "more rows for the table: random, for random weights of the same network, or other checkpoints and weights", (),
+        metavar="WHAT", group="what is measured")
     stage: tuple[str, ...] = setting(
-        ("all",), help="strides of the maps: all, last, or numbers", group="what is measured", metavar="STRIDE"
-    )
-    linear: bool = setting(True, help="fit the linear classifier", group="what is measured")
+        "strides of the maps: all, last, or numbers", ("all",), metavar="STRIDE", group="what is measured")
+    linear: bool = setting("fit the linear classifier", True, group="what is measured")
     shots: int | None = setting(
-        help="learn from N images of each class only", otherwise="all of them", group="what is measured", metavar="N",
-        at_least=1,
-    )
-    draws: int = setting(
-        5, help="with --shots: so many times, averaged", group="what is measured", metavar="N", at_least=1
-    )
+        "learn from N images of each class only", otherwise="all of them", metavar="N", at_least=1, group="what is measured")
+    draws: int = setting("with --shots: so many times, averaged", 5, metavar="N", at_least=1, group="what is measured")
     input_size: tuple[int, ...] = setting(
-        help="side of the images, or height and width, for all rows", otherwise="the first file's, or 224",
-        group="what is measured", metavar="PIXELS", at_least=1,
-    )
-    batch_size: int = setting(64, help="images at a time", group="machine", metavar="N", at_least=1)
-    output: Path | None = setting(
-        help=".json for the numbers and the settings", otherwise="none", group="output", metavar="FILE"
-    )
-    overwrite: bool = setting(False, help="replace an existing file", group="output")
+        "side of the images, or height and width, for all rows", otherwise="the first file's, or 224", metavar="PIXELS",
+        at_least=1, group="what is measured")
+    batch_size: int = in_machine("images at a time", 64, metavar="N", at_least=1)
+    output: Path | None = in_output(".json for the numbers and the settings", otherwise="none", metavar="FILE")
+    overwrite: bool = in_output("replace an existing file", False)
     # fmt: on
 
     def check(self) -> None:
@@ -122,45 +99,34 @@ class VisualizeSettings(EngineSettings, DeviceSettings, PixelSettings):
 
     # fmt: off
     checkpoint: Path | None = setting(
-        help="a checkpoint of sparkme.pretrain", group="what is shown", positional=True, nargs="?", metavar="CHECKPOINT"
-    )
+        "a checkpoint of sparkme.pretrain", positional=True, nargs="?", metavar="CHECKPOINT", group="what is shown")
     images: tuple[Path, ...] = setting(
-        (), help="image files, and folders of them, nested or flat", otherwise="scikit-image's photographs",
-        group="what is shown", positional=True, nargs="*", metavar="IMAGE",
-    )
+        "image files, and folders of them, nested or flat", (), otherwise="scikit-image's photographs", positional=True,
+        nargs="*", metavar="IMAGE", group="what is shown")
     max_images: int | None = setting(
-        help="show at most so many, spread over what was given", otherwise="8", group="what is shown", metavar="N"
-    )
+        "show at most so many, spread over what was given", otherwise="8", metavar="N", group="what is shown")
     size: tuple[int, ...] | None = setting(
-        help="size of the images, side or height and width: any multiple of the patch", otherwise="the run's --input-size",
-        group="what is shown", metavar="PIXELS",
-    )
+        "size of the images, side or height and width: any multiple of the patch", otherwise="the run's --input-size",
+        metavar="PIXELS", group="what is shown")
     statistics: str | None = setting(
-        help="where hidden patches get their mean and standard deviation from: true: their own, as in the paper; predicted: "
-        "the visible patches around, without a look at hidden pixels", otherwise="true", group="what is shown",
-        choices=("true", "predicted"),
-    )
+        "where hidden patches get their mean and standard deviation from: true: their own, as in the paper; predicted: the "
+        "visible patches around, without a look at hidden pixels", otherwise="true", choices=("true", "predicted"),
+        group="what is shown")
     value_range: Any = varied(PixelSettings, "value_range", group="what is shown")
     upright: bool = varied(PixelSettings, "upright", group="what is shown")
     mask_ratio: tuple[float, ...] | None = setting(
-        help="share of patches to hide", otherwise="the run's", group="masks", metavar="R"
-    )
+        "share of patches to hide", otherwise="the run's", metavar="R", group="masks")
     seeds: tuple[int, ...] | None = setting(
-        help="a mask for each seed, the same for all images", otherwise="the run's", group="masks", metavar="N"
-    )
-    num_seeds: int | None = setting(help="the seeds 0 to N - 1", group="masks", metavar="N")
+        "a mask for each seed, the same for all images", otherwise="the run's", metavar="N", group="masks")
+    num_seeds: int | None = setting("the seeds 0 to N - 1", metavar="N", group="masks")
     mask_pattern: bool = setting(
-        False, help="needs no checkpoint: draw what becomes of a mask in dense convolutions and in this project's sparse ones",
-        group="why sparse convolutions",
-    )
-    layers: int | None = setting(
-        help="how many convolutions", otherwise="16", group="why sparse convolutions", metavar="N"
-    )
-    output: Path | None = setting(
-        help=".png, or .html for one page that needs no other file",
-        otherwise="visualize.png in the run's folder, mask_pattern.png", group="output", metavar="FILE",
-    )
-    overwrite: bool = setting(False, help="replace an existing file", group="output")
+        "needs no checkpoint: draw what becomes of a mask in dense convolutions and in this project's sparse ones", False,
+        group="why sparse convolutions")
+    layers: int | None = setting("how many convolutions", otherwise="16", metavar="N", group="why sparse convolutions")
+    output: Path | None = in_output(
+        ".png, or .html for one page that needs no other file", otherwise="visualize.png in the run's folder, mask_pattern.png",
+        metavar="FILE")
+    overwrite: bool = in_output("replace an existing file", False)
     # fmt: on
 
 
@@ -173,14 +139,11 @@ class ReportSettings(Settings):
 
     # fmt: off
     runs: tuple[Path, ...] = setting(
-        help="a run's folder, or a folder of runs, which stands for all", positional=True, nargs="+", metavar="RUN"
-    )
+        "a run's folder, or a folder of runs, which stands for all", positional=True, nargs="+", metavar="RUN")
     output: Path | None = setting(
-        help=".html; a report that is there is replaced",
-        otherwise="report.html in the run's folder, of several in the one they share", metavar="FILE",
-    )
-    title: str | None = setting(help="title of the page", otherwise="the runs' names", metavar="TEXT")
+        ".html; a report that is there is replaced", otherwise="report.html in the run's folder, of several in the one they "
+        "share", metavar="FILE")
+    title: str | None = setting("title of the page", otherwise="the runs' names", metavar="TEXT")
     watch: float | None = setting(
-        help="write the page anew every so often, until Ctrl-C; an open page shows it by itself", metavar="SECONDS"
-    )
+        "write the page anew every so often, until Ctrl-C; an open page shows it by itself", metavar="SECONDS")
     # fmt: on

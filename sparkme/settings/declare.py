@@ -2,6 +2,12 @@
 
 A field's annotation is its type after resolution. `None` as its default means: its value follows from other settings, from the
 data or from the machine, and the command's `resolve` fills it in. Before that it is `None`, whatever the annotation says.
+
+Flags are derived here and not by a library. For the same fields, `--help` takes 0.09 s of a processor, 0.21 s with tyro 1.0.17
+and 0.17 s with jsonargparse 4.53. A mistyped flag and a bad value are one line; with tyro each is a box of 7 to 10 lines (its
+guess of the flag that was meant is taken over), with jsonargparse 32 lines of usage and then up to 8. Both print the types of
+fields, such as {None}|INT, and (default: None) where a value follows from others, and jsonargparse changes `--tf32` to
+`--tf32 true`. So neither is used.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -74,20 +80,25 @@ class Setting:
     type: Any = None
 
 
-def setting(default: Any = None, *, help: str, **about: Any) -> Any:
+def setting(help: str, default: Any = None, **about: Any) -> Any:
     """A field of a command's settings.
 
     Args:
-        default: None if the value follows from others.
         help: for people, without the default, which is added.
+        default: None if the value follows from others.
         **about: what there is more to say, see `Setting`.
     """
     return field(default=default, metadata={KEY: Setting(help, **about)})
 
 
-def found(default: Any = None, *, help: str = "", **about: Any) -> Any:
+def found(help: str = "", default: Any = None, **about: Any) -> Any:
     """A field that no flag sets: what the command finds in the data or the machine. Its help follows the value in an error."""
-    return setting(default, help=help, is_found=True, **about)
+    return setting(help, default, is_found=True, **about)
+
+
+in_data, in_images, in_network, in_optimisation, in_machine, in_output = (
+    partial(setting, group=title) for title in ("data", "images", "network", "optimisation", "machine", "output")
+)
 
 
 def varied(cls: type[Settings], name: str, **changes: Any) -> Any:
@@ -143,26 +154,33 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type[Settings], *, groups: tuple[str, ...] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type[Settings],
+    *,
+    groups: tuple[str, ...] = (),
+    otherwise: Mapping[str, str] | None = None,
+) -> None:
     """Adds a flag for each setting that a user may give.
 
     Args:
         parser: of the command.
         cls: the command's settings.
         groups: their order in --help; settings without a group come first.
+        otherwise: for --help, what settings are by the command's recipes, by name.
     """
     places: dict[str, Any] = {"": parser}
     places |= {title: parser.add_argument_group(title) for title in groups}
     for name, about in settings_of(cls).items():
         if not about.is_found:
-            place = places[about.group]
-            place.add_argument(name if about.positional else flag_of(name), **_options(about))
+            text = about.otherwise or (otherwise or {}).get(name) or _default_text(about.default)
+            names = name if about.positional else flag_of(name)
+            places[about.group].add_argument(names, **_options(about, text))
 
 
-def _options(about: Setting) -> dict[str, Any]:
+def _options(about: Setting, otherwise: str) -> dict[str, Any]:
     """What argparse is told of a setting."""
-    shown = about.otherwise or _default_text(about.default)
-    options: dict[str, Any] = {"help": f"{about.help} ({shown})".lstrip().replace("%", "%%") if shown else about.help}
+    options: dict[str, Any] = {"help": (f"{about.help} ({otherwise})" if otherwise else about.help).replace("%", "%%")}
     if not about.positional or about.nargs:
         options["default"] = about.default
     kind, several = _word_type(about.type)

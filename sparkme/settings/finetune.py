@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from sparkme.errors import UserError
-from sparkme.settings.declare import check, filled, flag_of, found, setting, varied
+from sparkme.settings.declare import (
+    check,
+    filled,
+    flag_of,
+    found,
+    in_images,
+    in_network,
+    in_optimisation,
+    in_output,
+    setting,
+    varied,
+)
 from sparkme.settings.shared import (
     LabelledSettings,
     Machine,
@@ -80,91 +91,54 @@ SEVERAL_LABELS = {"loss": "bce", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
 SMALL_STEPS, SMALL_EPOCHS = 200, 20  # the least of a run with few images, where --epochs does not say
 
 
-def _shared(name: str, help: str | None = None, **changes: Any) -> Any:
-    """A setting of every training."""
-    return varied(TrainingSettings, name, **changes, **({"help": help} if help else {}))
-
-
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(WeightSettings, TrainingSettings, PixelSettings, LabelledSettings):
     """The settings of a run of fine-tuning."""
 
     # fmt: off
     weights: Path | None = setting(
-        help="a checkpoint, exported weights, a hub folder, or weights of torchvision, timm and others; not needed with "
-        "--from-scratch --model", positional=True, nargs="?", metavar="CHECKPOINT_OR_WEIGHTS", fixed=True,
-    )
+        "a checkpoint, exported weights, a hub folder, or weights of torchvision, timm and others; not needed with "
+        "--from-scratch --model", positional=True, nargs="?", metavar="CHECKPOINT_OR_WEIGHTS", fixed=True)
     recipe: str = setting(
-        "auto", help="the paper's fine-tuning of this network, or settings for small sets",
-        otherwise=f"auto: small below {SMALL_SET:,} images, else paper", choices=("auto", "paper", "small"),
-    )
+        "the paper's fine-tuning of this network, or settings for small sets", "auto",
+        otherwise=f"auto: small below {SMALL_SET:,} images, else paper", choices=("auto", "paper", "small"))
     from_scratch: bool = setting(
-        False, help="random weights of the same network: what pretraining is to be compared with", fixed=True
-    )
+        "random weights of the same network: what pretraining is to be compared with", False, fixed=True)
 
-    shots: int | None = setting(
-        help="learn from N images of each class, drawn by --seed", otherwise="all", group="images", metavar="N", at_least=1,
-        fixed=True,
-    )
-    input_size: tuple[int, ...] = _shared("input_size", group="images", otherwise="the run's, or 224")
-    crop_scale: float = _shared("crop_scale", group="images")
-    flip: bool = setting(True, help="mirror half of the crops", group="images")
-    auto_augment: str = setting(
-        help="torchvision's TrivialAugmentWide or RandAugment", group="images", choices=("none", "trivial", "rand")
-    )
-    random_erasing: float = setting(
-        help="share of the crops that get a box of noise", group="images", metavar="P", at_least=0, at_most=1
-    )
-    mixup: float = setting(
-        help="mixup's parameter of the beta distribution; 0 for none", group="images", metavar="ALPHA", at_least=0
-    )
-    cutmix: float = setting(
-        help="CutMix's; 0 for none; one of both is drawn for every batch", group="images", metavar="ALPHA", at_least=0
-    )
-    repeats: int = setting(
-        help="repeated augmentation: so many crops of an image in a row", group="images", metavar="N", at_least=1, fixed=True
-    )
-    max_unreadable: int = _shared("max_unreadable", group="images")
-    reduced_jpeg: bool = _shared("reduced_jpeg", group="images")
+    shots: int | None = in_images(
+        "learn from N images of each class, drawn by --seed", otherwise="all", metavar="N", at_least=1, fixed=True)
+    input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", otherwise="the run's, or 224")
+    flip: bool = in_images("mirror half of the crops", True)
+    auto_augment: str = in_images("torchvision's TrivialAugmentWide or RandAugment", choices=("none", "trivial", "rand"))
+    random_erasing: float = in_images("share of the crops that get a box of noise", metavar="P", at_least=0, at_most=1)
+    mixup: float = in_images("mixup's parameter of the beta distribution; 0 for none", metavar="ALPHA", at_least=0)
+    cutmix: float = in_images("CutMix's; 0 for none; one of both is drawn for every batch", metavar="ALPHA", at_least=0)
+    repeats: int = in_images("repeated augmentation: so many crops of an image in a row", metavar="N", at_least=1, fixed=True)
 
-    model: str = _shared("model", "the network, where the file does not say it (see sparkme.pretrain --model)")
-    drop_path: float = _shared("drop_path", at_least=0, below=1)
-    head_init: str = setting(
-        help="how the classifier starts: at random, or as the best linear one on the frozen features", group="network",
-        choices=("random", "linear"),
-    )
-    ema_decay: float = setting(
-        help="measure and keep a running average of the weights; 0: none", group="network", metavar="D", at_least=0, below=1
-    )
+    model: str = varied(
+        TrainingSettings, "model", help="the network, where the file does not say it (see sparkme.pretrain --model)")
+    head_init: str = in_network(
+        "how the classifier starts: at random, or as the best linear one on the frozen features", choices=("random", "linear"))
+    ema_decay: float = in_network(
+        "measure and keep a running average of the weights; 0: none", metavar="D", at_least=0, below=1)
 
-    epochs: int = _shared("epochs", "epochs to train for")
-    optimizer: str = _shared("optimizer", "optimiser")
-    layer_decay: float = setting(
-        help="learning rate of a layer over that of the next; 1 from scratch", group="optimisation", metavar="D", above=0,
-        at_most=1, fixed=True,
-    )
-    loss: str = setting(
-        help="cross entropy, or binary cross entropy of every class (bce of several labels)", group="optimisation",
-        choices=("ce", "bce"),
-    )
-    smoothing: float = setting(help="label smoothing", group="optimisation", at_least=0, below=1)
-    seed: int = _shared("seed", fixed=True)
+    layer_decay: float = in_optimisation(
+        "learning rate of a layer over that of the next; 1 from scratch", metavar="D", above=0, at_most=1, fixed=True)
+    loss: str = in_optimisation(
+        "cross entropy, or binary cross entropy of every class (bce of several labels)", choices=("ce", "bce"))
+    smoothing: float = in_optimisation("label smoothing", at_least=0, below=1)
 
-    output: Path = _shared("output", otherwise="runs/finetune-MODEL, -scratch, -Nshots")
-    eval_epochs: int = setting(
-        help="measure every N epochs", otherwise="1, or twenty times with --recipe small", group="output", metavar="N",
-        at_least=1,
-    )
+    output: Path = varied(TrainingSettings, "output", otherwise="runs/finetune-MODEL, -scratch, -Nshots")
+    eval_epochs: int = in_output(
+        "measure every N epochs", otherwise="1, or twenty times with --recipe small", metavar="N", at_least=1)
 
-    command: str = found("finetune")
-    channels: int = found(help="channels", fixed=True)
-    num_train_images: int = found(help="images to learn from", fixed=True)
+    command: str = found(default="finetune")
+    channels: int = found("channels", fixed=True)
+    num_train_images: int = found("images to learn from", fixed=True)
     num_val_images: int = found()
-    num_classes: int = found(help="classes", fixed=True)
-    several_labels: bool = found(False)
-    split_digest: str = found(
-        help="as digest of the images, their classes and which of them are measured on", fixed=True
-    )
+    num_classes: int = found("classes", fixed=True)
+    several_labels: bool = found(default=False)
+    split_digest: str = found("as digest of the images, their classes and which of them are measured on", fixed=True)
     ema_warmup: bool = found()
     # fmt: on
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparkme.errors import UserError
 from sparkme.networks.names import paper_drop_path
-from sparkme.settings.declare import as_text, check, filled, found, setting, varied
+from sparkme.settings.declare import (
+    as_text,
+    check,
+    filled,
+    found,
+    in_data,
+    in_machine,
+    in_network,
+    in_optimisation,
+    in_output,
+    setting,
+    varied,
+)
 from sparkme.settings.shared import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -93,19 +106,13 @@ RECIPES = {
 }  # fmt: skip
 
 
-def _of_recipes(name: str) -> str:
+def _together(values: Iterable[Any]) -> str:
     """For --help: the value in each recipe."""
-    return _together(["by the number of images" if (v := r.defaults[name]) is None else str(v) for r in RECIPES.values()])
+    texts = ["by the number of images" if value is None else str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-def _together(values: list[str]) -> str:
-    return values[0] if len(set(values)) == 1 else " / ".join(values)
-
-
-def _shared(name: str, help: str | None = None, **changes: Any) -> Any:
-    """A setting of every training, whose default is the recipe's."""
-    changes = {"otherwise": _of_recipes(name), **changes} if name in _SPARK else changes
-    return varied(TrainingSettings, name, **changes, **({"help": help} if help else {}))
+OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in RECIPES.values()) for name in _SPARK}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,107 +121,70 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
 
     # fmt: off
     recipe: str = setting(
-        "auto", help="spark: the paper's settings; small: SparK with settings for small sets; fcmae: of ConvNeXt V2",
-        otherwise=f"auto: small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True, older="spark",
-    )
-    data: str | tuple[str, ...] | None = setting(
-        help="images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
+        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: of ConvNeXt V2", "auto",
+        otherwise=f"auto: small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True, older="spark")
+    data: str | tuple[str, ...] | None = in_data(
+        "images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
         "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset; or several of these, whose images come "
-        "together", otherwise="scikit-image's photographs", group="data", metavar="SOURCE", parse=source_argument, nargs="+",
-        extends=True,
-    )
-    samples_per_epoch: int = setting(
-        help="crops in an epoch", otherwise=f"the number of images; {DEMO_CROPS} for the photographs", group="data",
-        metavar="N", at_least=1, fixed=True,
-    )
-    channels: int = setting(
-        3, help="channels of the images: 3 for colour, 1 for grey, or as many as .npy arrays or the pages of TIFF files have",
-        group="data", metavar="C", at_least=1, at_most=MAX_CHANNELS, fixed=True, older=3,
-    )
-    mean: tuple[float, ...] = setting(
-        help="mean of each channel, of values from 0 to 1", otherwise="ImageNet's with 3 channels, else estimated once",
-        group="data", metavar="M", nargs="+",
-    )
-    std: tuple[float, ...] = setting(
-        help="standard deviation of each channel", otherwise="as the mean", group="data", metavar="S", nargs="+"
-    )
-    background: str = setting(
-        "white", help="colour behind transparent images, a name or #rrggbb", group="data", metavar="COLOUR", older="white"
-    )
-    crop_scale: float = _shared(
-        "crop_scale",
-        otherwise=f"{_together([str(r.crop_scale) for r in RECIPES.values()])}; {DEMO_CROP_SCALE} for the photographs",
-    )
-
-    model: str = _shared("model", "a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory")
-    init: Path | None = setting(
-        help="start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official "
-        "SparK code, or a checkpoint of this project; behind whatever prefix", group="network", metavar="FILE",
-    )
+        "together", otherwise="scikit-image's photographs", metavar="SOURCE", parse=source_argument, nargs="+", extends=True)
+    samples_per_epoch: int = in_data(
+        "crops in an epoch", otherwise=f"the number of images; {DEMO_CROPS} for the photographs", metavar="N", at_least=1,
+        fixed=True)
+    channels: int = in_data(
+        "channels of the images: 3 for colour, 1 for grey, or as many as .npy arrays or the pages of TIFF files have", 3,
+        metavar="C", at_least=1, at_most=MAX_CHANNELS, fixed=True, older=3)
+    mean: tuple[float, ...] = in_data(
+        "mean of each channel, of values from 0 to 1", otherwise="ImageNet's with 3 channels, else estimated once", metavar="M",
+        nargs="+")
+    std: tuple[float, ...] = in_data("standard deviation of each channel", otherwise="as the mean", metavar="S", nargs="+")
+    background: str = in_data("colour behind transparent images, a name or #rrggbb", "white", metavar="COLOUR", older="white")
+    crop_scale: float = varied(
+        TrainingSettings, "crop_scale",
+        otherwise=f"{_together(r.crop_scale for r in RECIPES.values())}; {DEMO_CROP_SCALE} for the photographs")
+    model: str = varied(
+        TrainingSettings, "model",
+        help="a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory")
+    init: Path | None = in_network(
+        "start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official SparK "
+        "code, or a checkpoint of this project; behind whatever prefix", metavar="FILE")
     input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", default=(224,))
-    patch: int | None = setting(
-        help="side of a patch", otherwise="the network's total stride, 32", group="network", metavar="PIXELS", at_least=1,
-        fixed=True,
-    )
-    mask_ratio: float = setting(help="share of patches to hide", otherwise=_of_recipes("mask_ratio"), group="network")
-    decoder_width: int = setting(
-        help="channels of the decoder's input", otherwise=_of_recipes("decoder_width"), group="network", fixed=True
-    )
-    norm_pix_loss: bool = setting(
-        help="compare patches after mean and standard deviation of each are taken away; SparK always does", otherwise="on",
-        group="network",
-    )
-    densify_norm: str = setting(
-        "auto", help="norm before mask tokens are filled in, with SparK", otherwise="auto: the network's own kind",
-        group="network", choices=("auto", "bn", "ln", "none"), fixed=True,
-    )
-    drop_path: float = _shared("drop_path", "drop path of the deepest block", otherwise="SparK's for this model, else 0")
+    patch: int | None = in_network(
+        "side of a patch", otherwise="the network's total stride, 32", metavar="PIXELS", at_least=1, fixed=True)
+    mask_ratio: float = in_network("share of patches to hide")
+    decoder_width: int = in_network("channels of the decoder's input", fixed=True)
+    norm_pix_loss: bool = in_network(
+        "compare patches after mean and standard deviation of each are taken away; SparK always does", otherwise="on")
+    densify_norm: str = in_network(
+        "norm before mask tokens are filled in, with SparK", "auto", otherwise="auto: the network's own kind",
+        choices=("auto", "bn", "ln", "none"), fixed=True)
+    drop_path: float = varied(TrainingSettings, "drop_path", otherwise="SparK's for this model, else 0")
+    warmup_epochs: float = varied(
+        TrainingSettings, "warmup_epochs", otherwise=f"{PAPER_WARMUP}, at most a tenth of --epochs")
+    batch_size: int = varied(
+        TrainingSettings, "batch_size", otherwise="128 per GPU or 32 per CPU process, up to "
+        f"{_together(recipe.largest_batch for recipe in RECIPES.values())} and the number of samples")
+    weight_decay: float = varied(TrainingSettings, "weight_decay", help="weight decay at the start")
+    weight_decay_end: float = in_optimisation(
+        "weight decay at the end, by a cosine", at_least=0)
+    beta2: float = in_optimisation(
+        "second moment's decay", otherwise="0.999 for ConvNeXts with SparK, else 0.95", at_least=0, below=1, fixed=True)
 
-    epochs: int = _shared("epochs", "epochs to train for")
-    warmup_epochs: float = _shared("warmup_epochs", otherwise=f"{PAPER_WARMUP}, at most a tenth of --epochs")
-    batch_size: int = _shared(
-        "batch_size", otherwise="128 per GPU or 32 per CPU process, up to "
-        f"{' / '.join(str(recipe.largest_batch) for recipe in RECIPES.values())} and the number of samples",
-    )
-    base_lr: float = _shared("base_lr")
-    weight_decay: float = _shared("weight_decay", "weight decay at the start")
-    weight_decay_end: float = setting(
-        help="weight decay at the end, by a cosine", otherwise=_of_recipes("weight_decay_end"), group="optimisation", at_least=0
-    )
-    clip_grad: float = _shared("clip_grad")
-    optimizer: str = _shared("optimizer", "optimiser")
-    beta2: float = setting(
-        help="second moment's decay", otherwise="0.999 for ConvNeXts with SparK, else 0.95", group="optimisation", at_least=0,
-        below=1, fixed=True,
-    )
+    compile: bool = in_machine(
+        "torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)", False)
+    cuda_graph: bool = in_machine(
+        "queue each step's forward and backward pass as one CUDA graph: faster where the host is slower than the GPU; for one "
+        "process", False)
+    checkpoint_activations: bool = in_machine(
+        "keep only what goes into the encoder's blocks, and compute them again for the gradient: less memory, more time", False)
 
-    compile: bool = setting(
-        False, help="torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)",
-        group="machine",
-    )
-    cuda_graph: bool = setting(
-        False, help="queue each step's forward and backward pass as one CUDA graph: faster where the host is slower than the "
-        "GPU; for one process", group="machine",
-    )
-    checkpoint_activations: bool = setting(
-        False, help="keep only what goes into the encoder's blocks, and compute them again for the gradient: less memory, more "
-        "time", group="machine",
-    )
-    seed: int = varied(TrainingSettings, "seed", fixed=True)
-
-    output: Path = _shared("output", otherwise="runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE")
-    panel_epochs: int = setting(
-        help="draw reconstructions every N epochs; 0 never", otherwise="ten times in a run", group="output", metavar="N",
-        at_least=0,
-    )
-    probe_data: str | None = setting(
-        help="labelled images, a folder for each class or a .csv, to measure the frozen encoder's kNN accuracy on while it "
-        "trains", otherwise="none", group="output", metavar="LABELLED", parse=source_argument,
-    )
-    probe_epochs: int = setting(
-        help="measure it every K epochs", otherwise="ten times in a run", group="output", metavar="K", at_least=1
-    )
-    command: str = found("pretrain")
+    output: Path = varied(TrainingSettings, "output", otherwise="runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE")
+    panel_epochs: int = in_output(
+        "draw reconstructions every N epochs; 0 never", otherwise="ten times in a run", metavar="N", at_least=0)
+    probe_data: str | None = in_output(
+        "labelled images, a folder for each class or a .csv, to measure the frozen encoder's kNN accuracy on while it trains",
+        otherwise="none", metavar="LABELLED", parse=source_argument)
+    probe_epochs: int = in_output("measure it every K epochs", otherwise="ten times in a run", metavar="K", at_least=1)
+    command: str = found(default="pretrain")
     num_images: int = found()
     # fmt: on
 
@@ -225,7 +195,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
         return self.output or Path("runs", f"{'fcmae-' * fcmae}{model}-{'x'.join(map(str, self.input_size))}")
 
 
-GROUPS = ("data", "network", "optimisation", "machine", "output")
+GROUPS = ("data", "images", "network", "optimisation", "machine", "output")
 
 
 def choose_recipe(asked: str, num_images: int, saved: PretrainSettings | None) -> tuple[str, str]:
@@ -248,9 +218,7 @@ def choose_recipe(asked: str, num_images: int, saved: PretrainSettings | None) -
 def resolve(
     asked: PretrainSettings, num_images: int, machine: Machine, saved: PretrainSettings | None = None
 ) -> PretrainSettings:
-    """The settings with every default filled in.
-
-    The range of values stays as it was given, and mean and standard deviation None, where they are to be found in the data.
+    """The settings with every default filled in, but for what is to be found in the pixels.
 
     Args:
         asked: on the command line.

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sparkme.errors import UserError
-from sparkme.settings.declare import LARGEST, Settings, as_text, found, path_argument, setting
+from sparkme.settings.declare import (
+    LARGEST,
+    Settings,
+    as_text,
+    found,
+    in_data,
+    in_images,
+    in_machine,
+    in_network,
+    in_optimisation,
+    in_output,
+    path_argument,
+)
 
 MAX_CHANNELS, MAX_SIDE = 4096, 16384
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, of values in [0, 1]
@@ -44,25 +56,19 @@ class SourceSettings(Settings):
     """Where images are."""
 
     # fmt: off
-    data: Any = setting(help="images", group="data", parse=source_argument)
-    root: Path | None = setting(
-        help="the folder that the names in a list start from", otherwise="the list's own folder", group="data", metavar="DIR"
-    )
-    shard_cache: Path | None = setting(
-        help="folder for the index of tar shards, and for copies of shards that are compressed or remote",
-        otherwise="~/.cache/sparkme/shards", group="data", metavar="DIR",
-    )
-    shard_cache_gib: float = setting(50.0, help="GiB of shards kept in the cache", group="data", metavar="G", at_least=0)
-    max_pixels: int | None = setting(
-        help="an image with more pixels counts as unreadable", otherwise="178956970, Pillow's limit", group="data", metavar="N"
-    )
-    image_column: str | None = setting(
-        help="column of a Parquet file with the images", otherwise="found by its name and type", group="data", metavar="NAME"
-    )
-    label_column: str | None = setting(
-        help="column of a Parquet file with the labels", otherwise="label, labels, cls or class, whichever is there",
-        group="data", metavar="NAME",
-    )
+    data: Any = in_data("images", parse=source_argument)
+    root: Path | None = in_data(
+        "the folder that the names in a list start from", otherwise="the list's own folder", metavar="DIR")
+    shard_cache: Path | None = in_data(
+        "folder for the index of tar shards, and for copies of shards that are compressed or remote",
+        otherwise="~/.cache/sparkme/shards", metavar="DIR")
+    shard_cache_gib: float = in_data("GiB of shards kept in the cache", 50.0, metavar="G", at_least=0)
+    max_pixels: int | None = in_data(
+        "an image with more pixels counts as unreadable", otherwise="178956970, Pillow's limit", metavar="N")
+    image_column: str | None = in_data(
+        "column of a Parquet file with the images", otherwise="found by its name and type", metavar="NAME")
+    label_column: str | None = in_data(
+        "column of a Parquet file with the labels", otherwise="label, labels, cls or class, whichever is there", metavar="NAME")
     # fmt: on
 
 
@@ -72,15 +78,12 @@ class PixelSettings(Settings):
 
     # fmt: off
     # Two numbers as they are given; in a run's settings the range of each kind of numbers, as `sparkme.data.planes` has it.
-    value_range: Any = setting(
-        help="the numbers that are black and white, such as 0 4095 for 12 bits; others are cut", parse=float, nargs=2,
+    value_range: Any = in_data(
+        "the numbers that are black and white, such as 0 4095 for 12 bits; others are cut", parse=float, nargs=2,
         otherwise="0 255 for 8 bits; for more bits those of the run whose weights are read, else estimated from some images",
-        group="data", metavar=("LOW", "HIGH"),
-    )
-    upright: bool = setting(
-        help="turn images as their EXIF or TIFF says", otherwise="as the run whose weights are read, else on", group="data",
-        older=True,
-    )
+        metavar=("LOW", "HIGH"))
+    upright: bool = in_data(
+        "turn images as their EXIF or TIFF says", otherwise="as the run whose weights are read, else on", older=True)
     # fmt: on
 
 
@@ -89,26 +92,18 @@ class LabelledSettings(SourceSettings):
     """Where labelled images are."""
 
     # fmt: off
-    data: str = setting(
-        help="a folder with a folder of images for each class, or with folders train and val of that kind; a .csv; tar shards "
-        "with .cls or .json; Parquet with a column label; or package.module:dataset with `targets`",
-        group="data", metavar="LABELLED", parse=source_argument, required=True,
-        once="link the folders of classes into one folder, or name images in a .csv",
-    )
-    labels: str | None = setting(
-        help="a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data "
-        "is a table, the column with labels. Several, with commas between, of 0 and 1 or of names: several labels an image, "
-        "for finetune only",
-        group="data", metavar="FILE_OR_COLUMNS", parse=source_argument,
-    )
-    label_separator: str | None = setting(
-        help="what separates several labels of an image in a table, such as '|', for finetune only; '' if each cell is one "
-        "class",
-        group="data", metavar="TEXT",
-    )
-    val_share: float = setting(
-        0.2, help="share of each class to measure on, where the data names no split", group="data", metavar="S"
-    )
+    data: str = in_data(
+        "a folder with a folder of images for each class, or with folders train and val of that kind; a .csv; tar shards with "
+        ".cls or .json; Parquet with a column label; or package.module:dataset with `targets`", metavar="LABELLED",
+        parse=source_argument, required=True, once="link the folders of classes into one folder, or name images in a .csv")
+    labels: str | None = in_data(
+        "a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data is a "
+        "table, the column with labels. Several, with commas between, of 0 and 1 or of names: several labels an image, for "
+        "finetune only", metavar="FILE_OR_COLUMNS", parse=source_argument)
+    label_separator: str | None = in_data(
+        "what separates several labels of an image in a table, such as '|', for finetune only; '' if each cell is one class",
+        metavar="TEXT")
+    val_share: float = in_data("share of each class to measure on, where the data names no split", 0.2, metavar="S")
     # fmt: on
 
 
@@ -117,16 +112,13 @@ class WeightSettings(Settings):
     """How weights are found in a file of another code, see `sparkme.weights.prefixes`."""
 
     # fmt: off
-    weights_key: str | None = setting(
-        help="which weights to take of a file that has several of this network: a container or module in it, such as teacher, "
-        "state_dict_ema or encoder_k", otherwise="what is trained itself, before an average of it", group="network",
-        metavar="NAME",
-    )
-    adapt_stem: str | None = setting(
-        help="change the first convolution of weights that are for another number of channels: each channel gets its share of "
-        "the sum, or the mean, or the channels are repeated", otherwise="such weights are refused", group="network",
-        choices=("sum", "mean", "repeat"),
-    )
+    weights_key: str | None = in_network(
+        "which weights to take of a file that has several of this network: a container or module in it, such as teacher, "
+        "state_dict_ema or encoder_k", otherwise="what is trained itself, before an average of it", metavar="NAME")
+    adapt_stem: str | None = in_network(
+        "change the first convolution of weights that are for another number of channels: each channel gets its share of the "
+        "sum, or the mean, or the channels are repeated", otherwise="such weights are refused",
+        choices=("sum", "mean", "repeat"))
     # fmt: on
 
 
@@ -135,7 +127,7 @@ class DeviceSettings(Settings):
     """What computes."""
 
     # fmt: off
-    device: str = setting("auto", help="auto, cpu, cuda or cuda:N", group="machine")
+    device: str = in_machine("auto, cpu, cuda or cuda:N", "auto")
     # fmt: on
 
 
@@ -144,10 +136,9 @@ class EngineSettings(Settings):
     """What computes the sparse encoder."""
 
     # fmt: off
-    engine: str = setting(
-        "auto", help="kernels of the encoder", otherwise="auto: the first of these that can run", group="machine",
-        choices=("auto", "cuda_ext", "minkowski", "masked-dense"),
-    )
+    engine: str = in_machine(
+        "kernels of the encoder", "auto", otherwise="auto: the first of these that can run",
+        choices=("auto", "cuda_ext", "minkowski", "masked-dense"))
     # fmt: on
 
 
@@ -156,11 +147,9 @@ class LoaderSettings(Settings):
     """How images are loaded, and what is drawn at random."""
 
     # fmt: off
-    workers: int = setting(
-        help="processes that load images", otherwise="as many as cores, at most 32, or 8 without a GPU", group="machine",
-        metavar="N", at_least=0,
-    )
-    seed: int = setting(0, help="of all that is random", group="machine", at_least=0)
+    workers: int = in_machine(
+        "processes that load images", otherwise="as many as cores, at most 32, or 8 without a GPU", metavar="N", at_least=0)
+    seed: int = in_machine("seed of all that is random", 0, at_least=0, fixed=True)
     # fmt: on
 
 
@@ -175,85 +164,61 @@ class TrainingSettings(LoaderSettings, DeviceSettings):
     """
 
     # fmt: off
-    model: str = setting(help="the network", group="network", fixed=True)
-    input_size: tuple[int, ...] = setting(
-        help="side of the crops, or height and width", group="network", metavar="PIXELS", nargs="+", fixed=True,
-        at_least=1, at_most=MAX_SIDE,
-    )
-    crop_scale: float = setting(
-        help="smallest share of an image's area in a crop", group="data", metavar="S", above=0, at_most=1
-    )
-    max_unreadable: int = setting(
-        help="stop when more images than this cannot be read", otherwise="10, or 1% of the images if that is more",
-        group="data", metavar="N", at_least=0,
-    )
-    reduced_jpeg: bool = setting(
-        True, help="decode JPEG files at 1/2, 1/4 or 1/8 of their size where a crop keeps as many pixels as it needs: faster, "
-        "and a few grey levels different", group="data",
-    )
+    model: str = in_network("the network", fixed=True)
+    input_size: tuple[int, ...] = in_images(
+        "side of the crops, or height and width", metavar="PIXELS", nargs="+", fixed=True, at_least=1, at_most=MAX_SIDE)
+    crop_scale: float = in_images("smallest share of an image's area in a crop", metavar="S", above=0, at_most=1)
+    max_unreadable: int = in_images(
+        "stop when more images than this cannot be read", otherwise="10, or 1% of the images if that is more", metavar="N",
+        at_least=0)
+    reduced_jpeg: bool = in_images(
+        "decode JPEG files at 1/2, 1/4 or 1/8 of their size where a crop keeps as many pixels as it needs: faster, and a few "
+        "grey levels different", True)
 
-    drop_path: float = setting(help="drop path of the deepest block, from 0 at the first", group="network", metavar="P")
+    drop_path: float = in_network("drop path of the deepest block, from 0 at the first", metavar="P", at_least=0, below=1)
 
-    epochs: int = setting(help="", group="optimisation", at_least=1)
-    warmup_epochs: float = setting(help="linear warm-up", group="optimisation", at_least=0)
-    batch_size: int = setting(
-        help="GLOBAL batch, over all processes and accumulation steps", group="optimisation", metavar="N", fixed=True,
-        at_least=1,
-    )
-    accumulate: int = setting(
-        1, help="split each process's batch into N forward passes, to save memory", group="optimisation", metavar="N",
-        at_least=1,
-    )
-    optimizer: str = setting(help="", group="optimisation", choices=("lamb", "adamw"), fixed=True)
-    base_lr: float = setting(help="peak learning rate per 256 images", group="optimisation", above=0)
-    weight_decay: float = setting(help="weight decay", group="optimisation", at_least=0)
-    clip_grad: float = setting(help="largest gradient norm; 0 for no limit", group="optimisation", at_least=0)
+    epochs: int = in_optimisation("epochs to train for", at_least=1)
+    warmup_epochs: float = in_optimisation("linear warm-up", at_least=0)
+    batch_size: int = in_optimisation(
+        "GLOBAL batch, over all processes and accumulation steps", metavar="N", fixed=True, at_least=1)
+    accumulate: int = in_optimisation(
+        "split each process's batch into N forward passes, to save memory", 1, metavar="N", at_least=1)
+    optimizer: str = in_optimisation("optimiser", choices=("lamb", "adamw"), fixed=True)
+    base_lr: float = in_optimisation("peak learning rate per 256 images", above=0)
+    weight_decay: float = in_optimisation("weight decay", at_least=0)
+    clip_grad: float = in_optimisation("largest gradient norm; 0 for no limit", at_least=0)
 
-    precision: str = setting(
-        "auto", help="autocast to bf16", otherwise="auto: on GPUs that have it", group="machine",
-        choices=("auto", "float32", "bf16"),
-    )
-    tf32: bool = setting(
-        False, help="let a GPU multiply float32 numbers in TF32, which keeps 10 bits of them, in all products; without this "
-        "in none", group="machine",
-    )
+    precision: str = in_machine(
+        "autocast to bf16", "auto", otherwise="auto: on GPUs that have it", choices=("auto", "float32", "bf16"))
+    tf32: bool = in_machine(
+        "let a GPU multiply float32 numbers in TF32, which keeps 10 bits of them, in all products; without this in none", False)
 
-    output: Path = setting(help="run folder", group="output", metavar="DIR")
-    resume: bool = setting(
-        True, help="continue the run in --output; --no-resume starts it anew", group="output", saved=False
-    )
-    checkpoint_minutes: float = setting(
-        10.0, help="save when the last save is older; 0 saves every epoch", group="output", metavar="M", at_least=0
-    )
-    keep_checkpoints: int = setting(3, help="keep the newest N checkpoints", group="output", metavar="N", at_least=1)
-    keep_every: int = setting(
-        0, help="and keep that of every K-th epoch for good; 0: none", group="output", metavar="K", at_least=0
-    )
-    log_steps: int = setting(10, help="steps between log lines", group="output", metavar="N", at_least=1)
-    on_nan: str = setting(
-        "stop", help="a step whose loss or gradient is not finite: stop; skip: leave it out; or rollback: leave it out and go "
+    output: Path = in_output("run folder", metavar="DIR")
+    resume: bool = in_output("continue the run in --output; --no-resume starts it anew", True, saved=False)
+    checkpoint_minutes: float = in_output(
+        "save when the last save is older; 0 saves every epoch", 10.0, metavar="M", at_least=0)
+    keep_checkpoints: int = in_output("keep the newest N checkpoints", 3, metavar="N", at_least=1)
+    keep_every: int = in_output("and keep that of every K-th epoch for good; 0: none", 0, metavar="K", at_least=0)
+    log_steps: int = in_output("steps between log lines", 10, metavar="N", at_least=1)
+    on_nan: str = in_output(
+        "a step whose loss or gradient is not finite: stop; skip: leave it out; or rollback: leave it out and go "
         "on with the weights of the last checkpoint. skip and rollback wait for the device in every step, and stop after "
-        f"{MOST_NOT_FINITE} such steps of {RECENT_STEPS}", group="output", choices=("stop", "skip", "rollback"),
-    )
-    on_full_disk: str = setting(
-        "continue", help="what to do where a file cannot be written: say so, go on, and try again; or save if possible, and "
-        "stop", group="output", choices=("continue", "stop"),
-    )
-    hang_seconds: float = setting(
-        45.0, help="end a process where a step, waiting for images or for other processes takes longer than this and five "
-        "usual steps, or where its start does nothing for ten minutes; 0: never", group="output", metavar="S", at_least=0,
-    )
-    wandb: bool = setting(
-        False, help="send the metrics to Weights & Biases, too, where it is installed", group="output"
-    )
+        f"{MOST_NOT_FINITE} such steps of {RECENT_STEPS}", "stop", choices=("stop", "skip", "rollback"))
+    on_full_disk: str = in_output(
+        "what to do where a file cannot be written: say so, go on, and try again; or save if possible, and stop", "continue",
+        choices=("continue", "stop"))
+    hang_seconds: float = in_output(
+        "end a process where a step, waiting for images or for other processes takes longer than this and five usual steps, or "
+        "where its start does nothing for ten minutes; 0: never", 45.0, metavar="S", at_least=0)
+    wandb: bool = in_output("send the metrics to Weights & Biases, too, where it is installed", False)
 
     # What is found, or known from the weights.
-    command: str = found("")
+    command: str = found(default="")
     processes: int = found()
     channels: int = found()
     mean: tuple[float, ...] = found()
     std: tuple[float, ...] = found()
-    background: str = found("white")
+    background: str = found(default="white")
     # fmt: on
 
     @property

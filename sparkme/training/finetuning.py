@@ -66,37 +66,8 @@ class Finetuning(Training):
         pretrained = find_weights(asked)
         self.folder = folder = RunFolder(asked.run_folder(pretrained.model), asked, process)
         saved = folder.saved_as(FinetuneSettings)
-        split = find_labelled(
-            asked.data, asked.labels, label_separator=asked.label_separator, val_share=asked.val_share, seed=asked.seed,
-            root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
-            columns=Columns(asked.image_column, asked.label_column),
-        )  # fmt: skip
-        self.train_set = split.train.shots(asked.shots, asked.seed) if asked.shots is not None else split.train
-        self.val_set = split.val
-        self.classes = split.train.classes
-        self.statistics = pretrained.statistics
-        self.pixels, self.seen = find_pixels_together(
-            process, self.train_set.images, pretrained.channels, pretrained.background,
-            known=pixels_of(saved) if saved else pretrained.pixels, given=checked_range(asked.value_range),
-            upright=asked.upright,
-        )  # fmt: skip
-
-        torch.manual_seed(asked.seed)
-        network, self.missing, taken = pretrained.dense(len(self.classes))
-        informed = self._with_found(asked, pretrained)
-        recipe = choose_recipe(informed, norm_of(network))
-        self.settings, reason = resolve(informed, recipe, process.machine, saved), recipe.source
-        if folder.saved_config is not None:
-            check_same_run(folder.saved_config, self.settings, folder.newest)
-        if self.settings.drop_path:
-            torch.manual_seed(asked.seed)
-            try:
-                network, self.missing, taken = pretrained.dense(len(self.classes), drop_path=self.settings.drop_path)
-            except ValueError:  # the network has none
-                if asked.drop_path is not None:
-                    raise
-                self.settings = replace(self.settings, drop_path=0.0)
-                reason += f"; without drop path, which {pretrained.model} does not have"
+        split = self._find_data(asked, pretrained, saved)
+        network, reason, taken = self._create_network(asked, pretrained, saved)
         settings = self.settings
         self.size = settings.size
         freeze_auxiliary_heads(network)
@@ -126,6 +97,46 @@ class Finetuning(Training):
         if process.is_main:
             folder.prepare(settings, pictures=("confusion.png", "best.safetensors", "results.json"))
             self._introduce(pretrained, split, reason, taken)
+
+    def _find_data(self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None) -> Split:
+        """The images, their classes, and how their numbers become values."""
+        split = find_labelled(
+            asked.data, asked.labels, label_separator=asked.label_separator, val_share=asked.val_share, seed=asked.seed,
+            root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
+            columns=Columns(asked.image_column, asked.label_column),
+        )  # fmt: skip
+        self.train_set = split.train.shots(asked.shots, asked.seed) if asked.shots is not None else split.train
+        self.val_set = split.val
+        self.classes = split.train.classes
+        self.statistics = pretrained.statistics
+        self.pixels, self.seen = find_pixels_together(
+            self.process, self.train_set.images, pretrained.channels, pretrained.background,
+            known=pixels_of(saved) if saved else pretrained.pixels, given=checked_range(asked.value_range),
+            upright=asked.upright,
+        )  # fmt: skip
+        return split
+
+    def _create_network(
+        self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None
+    ) -> tuple[nn.Module, str, str]:
+        """The network with the weights that it starts from; which recipe it is and why; and what was taken of the weights."""
+        torch.manual_seed(asked.seed)
+        network, self.missing, taken = pretrained.dense(len(self.classes))
+        informed = self._with_found(asked, pretrained)
+        recipe = choose_recipe(informed, norm_of(network))
+        self.settings, reason = resolve(informed, recipe, self.process.machine, saved), recipe.source
+        if self.folder.saved_config is not None:
+            check_same_run(self.folder.saved_config, self.settings, self.folder.newest)
+        if self.settings.drop_path:
+            torch.manual_seed(asked.seed)
+            try:
+                network, self.missing, taken = pretrained.dense(len(self.classes), drop_path=self.settings.drop_path)
+            except ValueError:  # the network has none
+                if asked.drop_path is not None:
+                    raise
+                self.settings = replace(self.settings, drop_path=0.0)
+                reason += f"; without drop path, which {pretrained.model} does not have"
+        return network, reason, taken
 
     def batches(self, steps: range) -> Iterable[Batch]:
         settings, process = self.settings, self.process

@@ -81,10 +81,7 @@ class Pretraining(Training):
         self.asked, self.process = asked, process
         self.folder = folder = RunFolder(asked.run_folder(), asked, process)
         index = folder.path / "images.npz"
-        images: ImageSource = Files.of(demo_photographs()) if asked.data is None else find_source(
-            asked.data, leave_out=folder.path, root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
-            index=index, columns=Columns(asked.image_column),
-        )  # fmt: skip
+        images = self._find_images(index)
         process.check_same(len(images), "number of images")
         self.saved = saved = folder.saved_as(PretrainSettings)
         self.settings = resolve(asked, len(images), process.machine, saved)
@@ -95,21 +92,44 @@ class Pretraining(Training):
             self.settings = replace(self.settings, init=saved.init, weights_key=saved.weights_key, adapt_stem=saved.adapt_stem)
         self.pixels, self.seen = self._find_pixels(images)
         self.statistics = self._find_statistics(images)
-        settings = self.settings
         self.probe_split = self._find_probe_data()
         self.probe_pixels, self.probe_seen = self._find_probe_pixels()
-
-        torch.manual_seed(settings.seed)
-        self.network = build_network(settings, folder.saved.get("proof") if folder.saved is not None else None)
+        self._build()
+        self.resume()
+        self.network, self.model = distribute(self.network, process, self._prepare)
+        settings = self.settings
+        self.dataset = CropDataset(
+            images, self.network.input_size, min_scale=settings.crop_scale, seed=settings.seed, channels=settings.channels,
+            background=settings.background, reduced_jpeg=settings.reduced_jpeg, pixels=self.pixels,
+        )  # fmt: skip
         if process.is_main:
-            print_trial(self.network.encoder, folder.newest)
+            folder.prepare(settings, pictures=("reconstructions/epoch_*.png", "images.npz"))
+            images.write_index(index)
+            self._introduce()
+
+    def _find_images(self, index: Path) -> ImageSource:
+        asked = self.asked
+        if asked.data is None:
+            return Files.of(demo_photographs())
+        return find_source(
+            asked.data, leave_out=self.folder.path, root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
+            index=index, columns=Columns(asked.image_column),
+        )  # fmt: skip
+
+    def _build(self) -> None:
+        """The network, with the weights that it starts from, and its optimizer."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        self.network = build_network(settings, self.folder.saved.get("proof") if self.folder.saved is not None else None)
+        if self.process.is_main:
+            print_trial(self.network.encoder, self.folder.newest)
         self._check_batch_norm()
         self.init_report = ""
         self.graphed: GraphedLoss | None = None
-        if settings.init and saved is None:
+        if settings.init and self.saved is None:
             choice = Choice(settings.weights_key, settings.adapt_stem)
             self.init_report = load_initial_weights(self.network, settings.init, settings.model, choice)
-        self.network.to(process.device)
+        self.network.to(self.process.device)
         self.network.encoder.set_engine(settings.engine)
         self.optimizer = create_optimizer(
             settings.optimizer, self.network, beta2=settings.beta2, clip_grad=settings.clip_grad or None
@@ -122,22 +142,6 @@ class Pretraining(Training):
             raise UserError(
                 f"--model {settings.model}: all its parameters are frozen (requires_grad is False): nothing to train"
             )
-        self.resume()
-        self.network, self.model = distribute(self.network, process, self._prepare)
-        self.dataset = CropDataset(
-            images,
-            self.network.input_size,
-            min_scale=settings.crop_scale,
-            seed=settings.seed,
-            channels=settings.channels,
-            background=settings.background,
-            reduced_jpeg=settings.reduced_jpeg,
-            pixels=self.pixels,
-        )
-        if process.is_main:
-            folder.prepare(settings, pictures=("reconstructions/epoch_*.png", "images.npz"))
-            images.write_index(index)
-            self._introduce()
 
     def batches(self, steps: range) -> Iterable[Batch]:
         settings, process = self.settings, self.process
