@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
-from sparkme.errors import Parser, run_command
+from sparkme.errors import Parser, UserError, call_command, run_command
 from sparkme.settings.commands import ExportSettings
-from sparkme.settings.declare import add_flags, from_flags
+from sparkme.settings.declare import add_flags, from_flags, from_keywords
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -28,13 +30,26 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     asked = from_flags(ExportSettings, create_parser().parse_args(argv))
-    return run_command(lambda: run(asked), watch=True)
+    return run_command(lambda: int(run(asked) is None), watch=True)
 
 
-def run(asked: ExportSettings) -> int:
-    from sparkme.weights.export import export  # noqa: PLC0415  (torch, which --help does not need)
+def run(asked: ExportSettings) -> Path | None:
+    from sparkme.weights import export as work  # noqa: PLC0415  (torch, which --help does not need)
 
-    return export(asked)
+    return work.export(asked)
+
+
+def export(checkpoint: Path | str, **settings: Any) -> Path:
+    """Does what the command does, with its flags as keywords. Returns the file or the hub folder.
+
+    Raises:
+        TypeError: there is no such setting, or its value is of another kind.
+        UserError: what was asked for cannot be done, or the weights did not pass the check.
+    """
+    asked = from_keywords(ExportSettings, {"checkpoint": checkpoint, **settings})
+    if (written := call_command(lambda: run(asked))) is None:
+        raise UserError("the dense model does not compute what the sparse encoder does; nothing was written")
+    return written
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
-from sparkme.errors import Parser, run_command
+from sparkme.errors import Parser, call_command, run_command
 from sparkme.settings.commands import PROBE_GROUPS, ProbeSettings
-from sparkme.settings.declare import add_flags, from_flags
+from sparkme.settings.declare import add_flags, from_flags, from_keywords
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -30,14 +32,29 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     asked = from_flags(ProbeSettings, create_parser().parse_args(argv))
-    return run_command(lambda: run(asked), watch=True)
+    return run_command(lambda: int(not run(asked)), watch=True)
 
 
-def run(asked: ProbeSettings) -> int:
+def run(asked: ProbeSettings) -> list[dict[str, Any]]:
     asked.check()
-    from sparkme.training.probing import probe  # noqa: PLC0415  (torch, which --help does not need)
+    from sparkme.training import probing  # noqa: PLC0415  (torch, which --help does not need)
 
-    return probe(asked)
+    return probing.probe(asked)
+
+
+def probe(weights: Path | str, **settings: Any) -> list[dict[str, Any]]:
+    """Does what the command does, with its flags as keywords.
+
+    Returns:
+        The rows of the table: `weights`, `model`, `stride`, `channels`, `knn` and `linear` from 0 to 1, with `knn_error` and
+        `linear_error`.
+
+    Raises:
+        TypeError: there is no such setting, or it is missing, or its value is of another kind.
+        UserError: what was asked for cannot be done; says what to change.
+    """
+    asked = from_keywords(ProbeSettings, {"weights": weights, **settings})
+    return call_command(lambda: run(asked))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from sparkme.methods.loss import hidden_patch_loss
 from sparkme.reporting.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_panel, error_pictures, masked_pictures
 from sparkme.reporting.reconstructions import Result, write_page
 from sparkme.settings.commands import VisualizeSettings
-from sparkme.settings.declare import to_config
 from sparkme.settings.shared import MAX_SIDE, checked_range
 from sparkme.text import ended, printable
 from sparkme.training.build import network_of, settings_in
@@ -94,7 +93,7 @@ def visualize(args: VisualizeSettings) -> int:
     text = f"{caption(network, network.encoder.in_channels, statistics_from)} {ERROR_CAPTION}"
     if output.suffix.lower() == ".html":
         title = f"{settings.model} after {checkpoint['step']} steps: reconstructions"
-        about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], **to_config(settings)}
+        about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], **checkpoint["config"]}
         write_page(output, title, results, text, about)
     else:
         write_picture(output, results, text)

@@ -13,6 +13,7 @@ fields, such as {None}|INT, and (default: None) where a value follows from other
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -238,6 +239,39 @@ def from_flags(cls: type[S], given: argparse.Namespace) -> S:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def from_keywords(cls: type[S], values: Mapping[str, Any]) -> S:
+    """The settings that a call in Python asks for, not resolved yet.
+
+    Raises:
+        TypeError: there is no such setting, or it is missing, or its value is of another kind.
+        UserError: a value that the flag would not take.
+    """
+    known = {name: about for name, about in settings_of(cls).items() if not about.is_found}
+    for name in values.keys() - known.keys():
+        near = difflib.get_close_matches(name, known, 1)
+        raise TypeError(f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for name, about in known.items():
+        if values.get(name) is None and about.required:
+            raise TypeError(f"the setting {name!r} is missing")
+    return cls(**{name: _from_python(name, value, known[name]) for name, value in values.items() if value is not None})
+
+
+def _from_python(name: str, value: Any, about: Setting) -> Any:
+    """A value as the flag would give it: one of several stands for itself, and a path may be a text."""
+    value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+    kind, takes_several = _word_type(about.type)
+    value = (value,) if takes_several and not isinstance(value, tuple) else value
+    for item in value if isinstance(value, tuple) else (value,):
+        if about.choices and item not in about.choices:
+            raise UserError(f"{name} {item!r} is none of {', '.join(about.choices)}")
+        if isinstance(item, str) and (about.parse or kind is Path):
+            try:
+                (about.parse or path_argument)(item)
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{name} {error}") from None
+    return _typed(name, value, about.type)
+
+
 # Checks.
 
 
@@ -255,7 +289,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_number(name: str, about: Setting, number: float, value: Any) -> None:
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise UserError(f"{flag_of(name)} {as_text(value)} is not a finite number")
     if abs(number) >= LARGEST:
         raise UserError(f"{flag_of(name)} has a number that is too large; it must be below 2^63")

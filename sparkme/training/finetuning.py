@@ -31,7 +31,7 @@ from sparkme.training.distributed import Process, distribute, start_process
 from sparkme.training.features import best_decay, fit_linear, scale_of
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.log import RunLog
-from sparkme.training.loop import Training, run_training
+from sparkme.training.loop import Outcome, Training, run_training
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, learning_rate
 from sparkme.training.target import Measure, create_loss, create_measure
 from sparkme.weights.files import write_state_dict
@@ -39,8 +39,8 @@ from sparkme.weights.prefixes import Choice, shortened
 from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
-def finetune(asked: FinetuneSettings) -> int:
-    """Trains, or continues, the run that is asked for. Returns the exit code."""
+def finetune(asked: FinetuneSettings) -> Outcome:
+    """Trains, or continues, the run that is asked for."""
     process = start_process(asked.device)
     return run_training(lambda: Finetuning(asked, process), asked.hang_seconds)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -632,8 +632,15 @@ def start_wandb(settings: TrainingSettings, folder: Path) -> Any:
     return run
 
 
-def run_training(create: Callable[[], Training], hang_seconds: float) -> int:
-    """Sets a training up and runs it, and ends this process's part among others. Returns the exit code."""
+class Outcome(NamedTuple):
+    """How a training ended: the exit code, and the run's folder."""
+
+    code: int
+    folder: Path
+
+
+def run_training(create: Callable[[], Training], hang_seconds: float) -> Outcome:
+    """Sets a training up and runs it, and ends this process's part among others."""
     try:
         with user_errors(), Watchdog(hang_seconds).watch():
             training = create()
@@ -642,4 +649,4 @@ def run_training(create: Callable[[], Training], hang_seconds: float) -> int:
         stop_process(in_order=False)
         raise
     stop_process()
-    return code
+    return Outcome(code, training.folder.path)

@@ -45,7 +45,7 @@ from sparkme.training.features import knn_accuracy, pooled_features
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.graph import GraphedLoss
 from sparkme.training.log import RunLog
-from sparkme.training.loop import Training, run_training
+from sparkme.training.loop import Outcome, Training, run_training
 from sparkme.training.optimizer import create_optimizer, learning_rate, weight_decay
 from sparkme.weights.prefixes import Choice, Wanted, find_weights, shortened
 from sparkme.weights.pretrained import read_weights, weights_in
@@ -54,8 +54,8 @@ from sparkme.weights.spark import beside_encoder
 MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to measure on
 
 
-def pretrain(asked: PretrainSettings) -> int:
-    """Trains, or continues, the run that is asked for. Returns the exit code."""
+def pretrain(asked: PretrainSettings) -> Outcome:
+    """Trains, or continues, the run that is asked for."""
     process = start_process(asked.device)
     return run_training(lambda: Pretraining(asked, process), asked.hang_seconds)
 

@@ -29,8 +29,8 @@ from sparkme.weights.prefixes import Choice
 from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
-def probe(args: ProbeSettings) -> int:
-    """Measures, prints a table and writes the numbers. Returns the exit code."""
+def probe(args: ProbeSettings) -> list[dict[str, Any]]:
+    """Measures, prints a table and writes the numbers. Returns the rows of the table, see `measure`."""
     limit_pixels(args.max_pixels)
     process = start_process(args.device)
     if process.world > 1:
@@ -78,7 +78,7 @@ def probe(args: ProbeSettings) -> int:
         with replaced_when_whole(args.output) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         print(f"wrote {args.output}")
-    return 0
+    return records
 
 
 def _read_other(path: Path, like: Pretrained) -> Pretrained:

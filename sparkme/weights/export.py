@@ -41,7 +41,8 @@ HUB_FILES = ("config.json", "model.safetensors", "README.md")
 TOLERANCE = 1e-8
 
 
-def export(args: ExportSettings) -> int:
+def export(args: ExportSettings) -> Path | None:
+    """Writes the weights. Returns the file or the hub folder; None if they did not pass the check, which is printed."""
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
     settings = settings_in(checkpoint, args.checkpoint)
     model_name, library = settings.model, library_of(settings.model)
@@ -81,14 +82,14 @@ def export(args: ExportSettings) -> int:
         if not all(error <= TOLERANCE for error in errors):  # NaN too
             print(f"error: the dense model does not compute what the sparse encoder does (more than {TOLERANCE:.0e}); "
                   "nothing was written", file=sys.stderr)  # fmt: skip
-            return 1
+            return None
 
     metadata = describe(settings, checkpoint["step"], args, target, encoder.proof)
     if target == "spark":
         translated = official_state(network, translated)
     if args.hub_folder:
         write_hub_folder(args.hub_folder, args, settings, counterpart(model_name, "timm"), translated, metadata)
-        return 0
+        return args.hub_folder
     if output.suffix == ".pkl":
         detectron2.write(output, translated)
     else:
@@ -100,7 +101,7 @@ def export(args: ExportSettings) -> int:
     left = f"; left to you, the classifier: {', '.join(missing)}" if missing else ""
     print(f"wrote {output} ({megabytes:.1f} MB, {verified}){left}")
     print(f"load it:\n\n{loading_code(model_name, target, output, encoder.in_channels)}")
-    return 0
+    return output
 
 
 def counterpart(model_name: str, library: str) -> str:

@@ -524,7 +524,7 @@ def test_later_commands_read_images_as_the_run_did(
 
 
 def test_runs_that_did_not_ask_go_on_as_they_were(tmp_path: Path) -> None:
-    assert pixels_of({"channels": 3}) == Pixels(None, True)
+    assert pixels_of(from_config(PretrainSettings, {"channels": 3})) == Pixels(None, True)
     path = save(tmp_path / "a.png", scene(0, 65535).astype(np.uint16))
-    read = load_image(path, 1, "white", pixels_of({}))
+    read = load_image(path, 1, "white", pixels_of(from_config(PretrainSettings, {})))
     assert np.abs(read[0].numpy() * 65535 - np.asarray(Image.open(path))).max() < 0.01

@@ -172,7 +172,7 @@ def test_statistics_that_cannot_be_are_refused(model: sparkme.SparK) -> None:
     images, active = torch.randn(1, 3, 64, 96), oracle.random_active(1, (2, 3), 2)
     with pytest.raises(ValueError, match="'guessed' must be one of true, predicted"):
         model.reconstruct(images, active, statistics="guessed")
-    plain = build_network(CONFIG | FCMAE | {"norm_pix_loss": False}).train()
+    plain = build_network(from_config(PretrainSettings, CONFIG | FCMAE | {"norm_pix_loss": False})).train()
     with pytest.raises(ValueError, match="no statistics to predict"):
         panel.reconstruction_panel(plain, images, active, patch_statistics="predicted")
     assert plain.training
