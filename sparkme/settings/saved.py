@@ -13,7 +13,7 @@ from sparkme.settings.pretrain import PretrainSettings
 from sparkme.settings.shared import MOST_WORKERS, Machine
 
 # Settings that say what is trained on what, and settings that others follow from, as the warm-up from the epochs.
-NAMED = ("data", "model", "recipe", "channels", "probe_data", "weights", "from_scratch")
+NAMED = ("data", "model", "recipe", "channels", "probe_data", "from_scratch")
 LEADING = ("epochs", "samples_per_epoch", "batch_size", "accumulate", "shots")
 
 
