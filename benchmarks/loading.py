@@ -35,7 +35,8 @@ from sparkme.data.dataset import CropDataset, EpochSampler, create_loader
 from sparkme.data.images import load_rgb
 from sparkme.data.sources.files import Files, Names, demo_photographs, find_images, list_folder
 from sparkme.errors import UserError, run_command
-from sparkme.training.config import RECIPES, default_workers
+from sparkme.settings.pretrain import RECIPES
+from sparkme.settings.shared import default_workers
 
 ROOFLINE_TFLOPS = 790.0  # bf16, a large matrix product of torch's on an H200
 REACHED = 0.308  # of it, by ResNet-50's whole training step: 256 images in 87.9 ms (benchmarks/results/h200_graph.json)

@@ -38,8 +38,8 @@ from benchmarks.profiling import peak_memory
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
 from sparkme.methods.base import MaskedAutoencoder
+from sparkme.settings.pretrain import RECIPES, PretrainSettings
 from sparkme.training.build import build_network
-from sparkme.training.config import RECIPES
 from sparkme.training.memory import keep_freed_memory
 
 WAYS = ("cuda_ext", "twice", "masked-dense")
@@ -98,15 +98,8 @@ def memory(args: argparse.Namespace, words: list[str]) -> int:
 def create_network(name: str, args: argparse.Namespace) -> MaskedAutoencoder:
     """The network of the recipe, as sparkme.pretrain makes it, without drop path."""
     size = args.input_size, args.input_size
-    options = {
-        "recipe": args.recipe,
-        "model": name,
-        "drop_path": 0.0,
-        "patch": None,
-        "input_size": size,
-        "densify_norm": "auto",
-    }
-    return build_network(RECIPES[args.recipe].defaults | options).train()
+    options = {"recipe": args.recipe, "model": name, "drop_path": 0.0, "input_size": size}
+    return build_network(PretrainSettings(**RECIPES[args.recipe].defaults | options)).train()
 
 
 def arrange(model: MaskedAutoencoder, way: str, *, as_on_cuda: bool) -> None:

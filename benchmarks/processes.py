@@ -30,7 +30,7 @@ from benchmarks.flops import provenance
 from benchmarks.throughput import METHODS, hardware, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
 from sparkme.networks.create import create_encoder
-from sparkme.training.config import RECIPES
+from sparkme.settings.pretrain import RECIPES
 
 WARM_UP = 2  # steps
 

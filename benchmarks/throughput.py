@@ -90,10 +90,10 @@ from sparkme.errors import Parser, UserError, first_line, run_command, user_erro
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.masking import random_active
 from sparkme.networks.names import library_of
+from sparkme.settings.pretrain import RECIPES, PretrainSettings
 from sparkme.sparse.engines import why_not
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.training.build import build_network
-from sparkme.training.config import RECIPES
 from sparkme.training.graph import GraphedLoss
 from sparkme.training.memory import keep_freed_memory
 from sparkme.training.optimizer import create_optimizer, update_schedule
@@ -318,11 +318,10 @@ def create_model(name: str, width: int, ratio: float, args: argparse.Namespace) 
     Raises:
         ValueError: an unknown name, or sizes, ratio or width that do not fit together.
     """
-    return build_network({
-        **RECIPES[args.recipe].defaults, "recipe": args.recipe, "model": name, "drop_path": 0.0, "patch": None,
-        "input_size": (args.input_size, args.input_size), "mask_ratio": ratio_of_model(ratio, args), "decoder_width": width,
-        "densify_norm": "auto",
-    })  # fmt: skip
+    return build_network(PretrainSettings(**RECIPES[args.recipe].defaults | {
+        "recipe": args.recipe, "model": name, "drop_path": 0.0, "input_size": (args.input_size, args.input_size),
+        "mask_ratio": ratio_of_model(ratio, args), "decoder_width": width,
+    }))  # fmt: skip
 
 
 def create_setting(

@@ -39,7 +39,7 @@ from benchmarks.flops import provenance
 from benchmarks.memory import create_network
 from benchmarks.throughput import METHODS, of_recipes, write_json
 from sparkme.errors import Parser, UserError, run_command, user_errors
-from sparkme.training.config import RECIPES
+from sparkme.settings.pretrain import RECIPES
 
 WHAT = ("encoder", "step")
 KINDS = ("products", "norms", "casts", "copies", "sums", "pointwise")

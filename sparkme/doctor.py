@@ -41,7 +41,7 @@ class Finding:
     fatal: bool = False
 
 
-def first_line(*command: str) -> str:
+def first_printed_line(*command: str) -> str:
     """The first line that a program prints, or "" if it does not run."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -110,7 +110,7 @@ def check_gpu() -> Finding:
     except (ImportError, OSError):
         return Finding("GPU", "unknown without torch")
     if not torch.cuda.is_available():
-        seen = first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+        seen = first_printed_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
         if seen:
             mend = "update the NVIDIA driver, or install a torch that was built for its CUDA version"
             return Finding("GPU", f"{seen}, but torch cannot use it", mend)
@@ -133,7 +133,7 @@ def check_nvcc() -> Finding:
 
 def check_compiler() -> Finding:
     compiler = (os.environ.get("CXX") or "g++").split()[0]
-    version = first_line(compiler, "--version")
+    version = first_printed_line(compiler, "--version")
     if version:
         return Finding("C++ compiler", version)
     return Finding("C++ compiler", f"{compiler} does not run; only needed to build MinkowskiEngine and the operators")

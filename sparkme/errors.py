@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from sparkme.machine import end_loaders, hear_sigterm, problem_of
 from sparkme.watchdog import IDLE_S, Watchdog
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, too; --help prints the rest."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())[:500]} (--help lists what there is)\n")
+        flag = re.search(r"^unrecognized arguments:.*?(--[\w-]+)", message)
+        near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {' '.join(message.split())[:500]}{meant} (--help lists what there is)\n")
 
 
 class UserError(ValueError):
@@ -104,19 +110,41 @@ def run_command(command: Callable[[], int], *, watch: bool = False) -> int:
 
 def _run_command(command: Callable[[], int]) -> int:
     try:
-        return command()
+        with _explained():
+            return command()
     except KeyboardInterrupt:
         print("stopped at once; what was not saved is lost", file=sys.stderr, flush=True)
         return 130
     except UserError as error:
-        message = str(error)
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        return 2
+
+
+def call_command(command: Callable[[], T]) -> T:
+    """Runs a command's body for a caller in Python, such as a notebook.
+
+    Raises:
+        UserError: something that the user can mend, in the code, on the disk or of the machine.
+    """
+    try:
+        with _explained():
+            return command()
+    finally:
+        end_loaders()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what says something known about the machine into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(("sparkme", "torch.")):
             raise
-        message = f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it"
+        raise UserError(f"the package {error.name} is not installed; `python -m sparkme.doctor` says how to get it") from error
     except (MemoryError, RuntimeError, OSError) as error:
-        message = problem_of(error) or _out_of_memory(error)
-        if not message:
+        if not (message := problem_of(error) or _out_of_memory(error)):
             raise
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
-    return 2
+        raise UserError(message) from error

@@ -12,20 +12,49 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sparkme.errors import run_command
-from sparkme.training.finetune_config import create_parser
+from sparkme.errors import Parser, call_command, run_command
+from sparkme.results import FinetunedRun
+from sparkme.settings.declare import add_flags, from_flags, from_keywords
+from sparkme.settings.finetune import GROUPS, FinetuneSettings
+
+if TYPE_CHECKING:
+    from sparkme.training.loop import Outcome
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m sparkme.finetune",
+        description="Train the ordinary dense network on labelled images, from pretrained weights or from scratch.",
+        epilog="The same command again resumes an interrupted run.",
+    )
+    add_flags(parser, FinetuneSettings, groups=GROUPS)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
-    return run_command(lambda: run(args))
+    asked = from_flags(FinetuneSettings, create_parser().parse_args(argv))
+    return run_command(lambda: run(asked).code)
 
 
-def run(args: argparse.Namespace) -> int:
-    from sparkme.training.finetuning import finetune  # noqa: PLC0415  (torch, which --help does not need)
+def run(asked: FinetuneSettings) -> Outcome:
+    from sparkme.training import finetuning  # noqa: PLC0415  (torch, which --help does not need)
 
-    return finetune(args)
+    return finetuning.finetune(asked)
+
+
+def finetune(weights: Path | str | None = None, **settings: Any) -> FinetunedRun:
+    """Does what the command does, with its flags as keywords; the same call again continues what was interrupted.
+
+    Raises:
+        TypeError: there is no such setting, or it is missing, or its value is of another kind.
+        UserError: what was asked for cannot be done; says what to change.
+    """
+    asked = from_keywords(FinetuneSettings, {"weights": weights, **settings})
+    outcome = call_command(lambda: run(asked))
+    return FinetunedRun(outcome.folder, finished=outcome.code == 0)
 
 
 if __name__ == "__main__":

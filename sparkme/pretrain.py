@@ -4,22 +4,47 @@
     python -m sparkme.pretrain --data photos/ --model convnext_tiny        # one GPU, or the CPU
     torchrun --nproc-per-node 8 -m sparkme.pretrain --data imagenet/train  # eight GPUs
 
-The same command again continues where it was interrupted.
+The same command again continues where it was interrupted. In a notebook: `pretrain(data="photos", epochs=20)`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING, Any
 
-from sparkme.errors import UserError, run_command
+from sparkme.errors import Parser, UserError, call_command, run_command
 from sparkme.networks.names import model_names
-from sparkme.training.config import create_parser
+from sparkme.results import TrainingRun
+from sparkme.settings.declare import add_flags, from_flags, from_keywords
+from sparkme.settings.pretrain import GROUPS, OF_RECIPES, PretrainSettings
+
+if TYPE_CHECKING:
+    from sparkme.training.loop import Outcome
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m sparkme.pretrain",
+        description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
+        epilog="Defaults are the recipe's; where several stand with strokes between them, they are those of spark, small and "
+        "fcmae. The same command again resumes an interrupted run.",
+    )
+    parser.add_argument(
+        "--list-models",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="print the names that were tried and work, those like PATTERN, such as 'timm:*next*', and leave",
+    )
+    add_flags(parser, PretrainSettings, groups=GROUPS, otherwise=OF_RECIPES)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
-    return run_command(lambda: run(args) if args.list_models is None else list_models(args.list_models))
+    given = create_parser().parse_args(argv)
+    asked = from_flags(PretrainSettings, given)
+    return run_command(lambda: run(asked).code if given.list_models is None else list_models(given.list_models))
 
 
 def list_models(pattern: str) -> int:
@@ -30,10 +55,22 @@ def list_models(pattern: str) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    from sparkme.training.pretraining import pretrain  # noqa: PLC0415  (torch, which --help does not need)
+def run(asked: PretrainSettings) -> Outcome:
+    from sparkme.training import pretraining  # noqa: PLC0415  (torch, which --help does not need)
 
-    return pretrain(args)
+    return pretraining.pretrain(asked)
+
+
+def pretrain(**settings: Any) -> TrainingRun:
+    """Does what the command does, with its flags as keywords; the same call again continues what was interrupted.
+
+    Raises:
+        TypeError: there is no such setting, or its value is of another kind.
+        UserError: what was asked for cannot be done; says what to change.
+    """
+    asked = from_keywords(PretrainSettings, settings)
+    outcome = call_command(lambda: run(asked))
+    return TrainingRun(outcome.folder, finished=outcome.code == 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import argparse
 import sys
 
 from sparkme.errors import Parser, run_command
-from sparkme.training.config import path_argument
+from sparkme.settings.commands import ReportSettings
+from sparkme.settings.declare import add_flags, from_flags
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -23,30 +24,19 @@ def create_parser() -> argparse.ArgumentParser:
         description="Write one HTML page, which needs no other file, about one or several runs of sparkme.pretrain or "
         "sparkme.finetune.",
     )
-    parser.add_argument(
-        "runs", nargs="+", type=path_argument, metavar="RUN", help="a run's folder, or a folder of runs, which stands for all"
-    )
-    parser.add_argument(
-        "--output", type=path_argument, metavar="FILE",
-        help=".html; a report that is there is replaced (report.html in the run's folder, of several in the one they share)",
-    )  # fmt: skip
-    parser.add_argument("--title", metavar="TEXT", help="of the page (the runs' names)")
-    parser.add_argument(
-        "--watch", type=float, metavar="SECONDS",
-        help="write the page anew every so often, until Ctrl-C; an open page shows it by itself",
-    )  # fmt: skip
+    add_flags(parser, ReportSettings)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
-    return run_command(lambda: run(args), watch=True)
+    asked = from_flags(ReportSettings, create_parser().parse_args(argv))
+    return run_command(lambda: run(asked), watch=True)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: ReportSettings) -> int:
     from sparkme.reporting.report import report  # noqa: PLC0415  (Pillow, which --help does not need)
 
-    return report(args)
+    return report(asked)
 
 
 if __name__ == "__main__":

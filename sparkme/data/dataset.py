@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -26,11 +26,12 @@ from sparkme.data.sources import Files, ImageSource
 from sparkme.data.statistics import Statistics
 from sparkme.errors import UserError
 from sparkme.seeds import derived_seed
+from sparkme.settings.shared import PixelSettings
 
 
-def pixels_of(config: dict[str, Any]) -> Pixels:
+def pixels_of(settings: PixelSettings) -> Pixels:
     """How a run reads its images; older ones did not ask the data."""
-    return Pixels(config.get("value_range"), config.get("upright", True))
+    return Pixels(settings.value_range, settings.upright)
 
 
 def normalise(images: Tensor, statistics: Statistics = Statistics(), dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: B008

@@ -7,7 +7,6 @@ are not zero.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from sparkme.errors import UserError, user_errors
 from sparkme.files import replaced_when_whole
 from sparkme.methods.masking import random_active
 from sparkme.reporting.visualize import check_output, chosen_images, chosen_seeds, chosen_size, make_folder
+from sparkme.settings.commands import VisualizeSettings
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.sparsify import sparsify
 from sparkme.training.distributed import start_process
@@ -34,7 +34,7 @@ VISIBLE, LEAKED, EMPTY = "#2b5c8a", "#e8963a", "#eceff1"  # the first two also t
 INK = "#222222"
 
 
-def draw_pattern(args: argparse.Namespace) -> int:
+def draw_pattern(args: VisualizeSettings) -> int:
     """Draws what becomes of a mask in dense and in sparse convolutions. Returns the exit code."""
     alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images,
              "--value-range": args.value_range, "--upright": args.upright}  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from sparkme.errors import UserError
 from sparkme.files import replaced_when_whole
 from sparkme.reporting.page import MARK, Pictures, report_page
 from sparkme.reporting.runs import is_run, open_regular, read_run
+from sparkme.settings.commands import ReportSettings
 from sparkme.text import printable
 
 MOST_RUNS = 64
 
 
-def report(args: argparse.Namespace) -> int:
+def report(args: ReportSettings) -> int:
     """Writes the page, once or again and again. Returns the exit code."""
     if args.watch is not None and not 1 <= args.watch <= 86400:
         raise UserError(f"--watch {args.watch:g} must be from 1 to 86400 seconds")
@@ -61,7 +62,7 @@ def write(output: Path, folders: list[Path], title: str | None, pictures: Pictur
 # Which runs, and where to.
 
 
-def find_runs(paths: list[Path]) -> list[Path]:
+def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The folders of runs that the command line names, each once.
 
     Raises:

@@ -1,8 +1,7 @@
-"""What is in a run's folder, for `sparkme.report`, and what its settings say beyond the defaults."""
+"""What is in a run's folder, for `sparkme.report`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -11,7 +10,7 @@ import shlex
 import stat
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparkme.data.statistics import MEAN, STD
 from sparkme.errors import first_line, python_command
 from sparkme.reporting.curves import number
+from sparkme.settings.declare import Difference, command_words
+from sparkme.settings.saved import class_of, not_default
 from sparkme.text import LONGEST_TEXT, duration, shown
-from sparkme.training import config as pretraining
-from sparkme.training import finetune_config as finetuning
-from sparkme.training.config import MOST_WORKERS, Machine
 
 MOST_LOG, MOST_PARSED = 512 * 2**20, 32 * 2**20  # bytes of a metrics file that are looked at, and that are taken in
 MOST_JSON = {"config.json": 2**20, "results.json": 32 * 2**20}  # bytes
@@ -190,7 +187,7 @@ class Run:
     @cached_property
     def differences(self) -> list[Difference]:
         """What was set."""
-        return differences(self.config)
+        return not_default(self.config)
 
     @cached_property
     def continuing(self) -> str:
@@ -411,144 +408,17 @@ def _list_reconstructions(run: Run) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-# What the settings say beyond the defaults.
-
-
-class Difference(NamedTuple):
-    """A setting that is not the default."""
-
-    name: str
-    value: Any
-    default: Any
-
-
-def differences(config: dict[str, Any], *, exactly: bool = False) -> list[Difference]:
-    """The settings that differ from the defaults of the command and its recipe, as far as these can be known.
-
-    Args:
-        config: of a run.
-        exactly: also those that follow from the machine, such as the precision, with which a run would go on otherwise
-            on another one.
-    """
-    parser, defaults = _defaults(config)
-    skipped = {"help", "output", "resume", "list_models"} | (set() if config.get("probe_data") else {"probe_epochs"})
-    found = []
-    for name in (action.dest for action in parser._actions):
-        value = config.get(name)
-        if name in skipped or value is None or _same(value, defaults.get(name)):
-            continue
-        if (name == "workers" or not exactly) and _is_of_the_machine(config, name, value):
-            continue
-        found.append(Difference(name, value, defaults.get(name)))
-    return found
-
-
-def _same(value: Any, default: Any) -> bool:
-    if isinstance(value, list) and isinstance(default, list | tuple):
-        return value in ([*default], [*default] * 2)  # a side stands for height and width
-    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
-
-
-def _is_of_the_machine(config: dict[str, Any], name: str, value: Any) -> bool:
-    """Whether a setting may well be what the machine or the data made of a default."""
-    if name == "precision":
-        return value in ("float32", "bf16")
-    if name == "workers":
-        return isinstance(value, int) and 1 <= value <= MOST_WORKERS
-    return name == "model" and config.get("command") == "finetune" and not config.get("from_scratch")
-
-
-class _Command(NamedTuple):
-    """What is known of a run's command.
-
-    `plain` is what its parser gives for an empty command line, `recipe` the one that it then takes, and `of_recipe` the
-    settings of the run's own. `resolve` fills in a command line. Settings of `named` say what is trained on what; from those
-    of `leading` others follow, as the warm-up from the epochs.
-    """
-
-    parser: argparse.ArgumentParser
-    plain: dict[str, Any]
-    resolve: Callable[[dict[str, Any]], dict[str, Any]]
-    recipe: str
-    of_recipe: dict[str, Any]
-    named: tuple[str, ...]
-    leading: tuple[str, ...]
-
-
-def _pretraining(config: dict[str, Any]) -> _Command:
-    parser = pretraining.create_parser()
-    plain = vars(parser.parse_args([]))
-    images = config.get("num_images")
-
-    def resolve(given: dict[str, Any]) -> dict[str, Any]:
-        return pretraining.resolve_config(argparse.Namespace(**plain | given), int(images or 0), Machine())
-
-    recipe = "small" if isinstance(images, int) and images < pretraining.SMALL_SET else "spark"
-    named = str(config.get("recipe", recipe))
-    of_recipe = dict(pretraining.RECIPES[named].defaults) if named in pretraining.RECIPES else {}
-    if config.get("channels") == 3:  # what is filled in later, where nothing else was asked for
-        of_recipe |= {"mean": [*MEAN], "std": [*STD]}
-    return _Command(parser, plain, resolve, recipe, of_recipe, ("data", "model", "recipe", "channels", "probe_data"),
-                    ("epochs", "samples_per_epoch", "batch_size", "accumulate"))  # fmt: skip
-
-
-def _finetuning(config: dict[str, Any]) -> _Command:
-    parser = finetuning.create_parser()
-    plain = vars(parser.parse_args(["--data", "."])) | {"data": None}
-    images, model = config.get("num_train_images", config.get("num_train")), str(config.get("model"))
-    norm = "ln" if "convnext" in model else "bn"  # the network itself would say, and take long to make
-    known = {name: config.get(name) for name in ("model", "num_classes", "several_labels", "channels")}
-    known |= {"num_train_images": images, "input_size": None}
-
-    def resolve(given: dict[str, Any]) -> dict[str, Any]:
-        return finetuning.resolve_config(argparse.Namespace(**plain | given), known, norm, Machine())[0]
-
-    recipe = "small" if isinstance(images, int) and images < finetuning.SMALL_SET else "paper"
-    of_recipe = finetuning.SMALL if config.get("recipe", recipe) == "small" else finetuning.paper_recipe(model, norm).defaults
-    return _Command(parser, plain, resolve, recipe, dict(of_recipe), ("weights", "data", "from_scratch", "recipe", "model"),
-                    ("epochs", "batch_size", "accumulate", "shots"))  # fmt: skip
-
-
-def _defaults(config: dict[str, Any]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
-    """The parser of the run's command, and what each setting is if the command line does not say it."""
-    command = _finetuning(config) if config.get("command") == "finetune" else _pretraining(config)
-
-    def resolved(names: tuple[str, ...]) -> dict[str, Any] | None:
-        with suppress(Exception):  # settings of a damaged run can fail anywhere
-            return command.resolve({name: config[name] for name in names if config.get(name) is not None})
-        return None
-
-    plain = command.plain | {name: v for name, v in command.of_recipe.items() if command.plain.get(name) is None}
-    base = resolved(command.named) or plain
-    following = resolved(command.named + command.leading) or base
-    defaults = following | {name: base.get(name) for name in command.leading}
-    defaults |= {name: plain.get(name) for name in (*command.named, "mean", "std")} | {"recipe": command.recipe}
-    return command.parser, defaults
-
-
 def continuing_command(run: Run) -> str:
     """The command line that continues a run: as it was noted, else built from its settings; empty where there are none."""
     if run.started:
         return run.started.text
     if not run.config:
         return ""
-    parser, _ = _defaults(run.config)
-    actions = {action.dest: action for action in parser._actions}
-    words = [python_command(), "-m", f"sparkme.{run.command}"]
-    changed = {difference.name: difference.value for difference in differences(run.config, exactly=True)}
-    if run.command == "finetune":
-        size = run.config.get("input_size")
-        changed |= {"input_size": size} if size else {}
+    changed = {difference.name: difference.value for difference in not_default(run.config, exactly=True)}
+    if run.command == "finetune" and (size := run.config.get("input_size")):
+        changed["input_size"] = size
     output = run.config.get("output")
     moved = not isinstance(output, str) or Path(output).name != Path(os.path.abspath(run.path)).name
     changed["output"] = str(run.path) if moved else output
-    for name, value in changed.items():
-        values = [shown(item, 4000) for item in (value if isinstance(value, list) else [value])]
-        flags = actions[name].option_strings
-        if not flags:
-            words[3:3] = values
-        elif isinstance(value, bool):
-            words.append(flags[0] if value else flags[-1])
-        else:
-            words += [flags[0], *values]
-    return shlex.join(words)
+    words = [shown(word, 4000) for word in command_words(class_of(run.config), changed)]
+    return shlex.join([python_command(), "-m", f"sparkme.{run.command}", *words])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,23 +25,25 @@ from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.loss import hidden_patch_loss
 from sparkme.reporting.panel import COLUMNS, ERROR_CAPTION, Row, caption, draw_panel, error_pictures, masked_pictures
 from sparkme.reporting.reconstructions import Result, write_page
+from sparkme.settings.commands import VisualizeSettings
+from sparkme.settings.pretrain import PretrainSettings
+from sparkme.settings.shared import MAX_SIDE, checked_range
 from sparkme.text import ended, printable
 from sparkme.training.build import network_of
-from sparkme.training.config import MAX_SIDE, check_value_range
 from sparkme.training.distributed import start_process
-from sparkme.weights.checkpoint import load_checkpoint, run_folder
+from sparkme.weights.checkpoint import load_checkpoint, run_folder, settings_in
 
 MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
 
 
-def visualize(args: argparse.Namespace) -> int:
+def visualize(args: VisualizeSettings) -> int:
     """Draws what a checkpoint's network makes of images. Returns the exit code."""
     if args.layers is not None:
         raise UserError("--layers goes with --mask-pattern")
     if args.checkpoint is None:
         raise UserError("name a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt, or pass --mask-pattern")
     seeds = chosen_seeds(args)
-    check_value_range(args.value_range)
+    checked_range(args.value_range)
     default = run_folder(args.checkpoint) / "visualize.png"
     if default.is_relative_to(Path.cwd()):
         default = default.relative_to(Path.cwd())
@@ -50,8 +51,8 @@ def visualize(args: argparse.Namespace) -> int:
     named, found = chosen_images(args.images, output)
     device = start_process(args.device).device
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
-    config = checkpoint["config"]
-    limit_pixels(config.get("max_pixels"))
+    settings = settings_in(checkpoint, args.checkpoint)
+    limit_pixels(settings.max_pixels)
     network = network_of(checkpoint, args.checkpoint)
     if not all(value.isfinite().all() for value in network.parameters()):
         raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
@@ -67,10 +68,10 @@ def visualize(args: argparse.Namespace) -> int:
         for ratio in ratios:  # all of them, before the first image
             network.set_task(size, ratio)
         network.to(device).eval().encoder.set_engine(args.engine)
-    seeds = seeds or [config.get("seed", 0)]
+    seeds = seeds or [settings.seed]
 
-    pixels = chosen_pixels(named + found, network, config, args)
-    images = load_images(named, found, args.max_images or max(8, len(named)), network, config, pixels)
+    pixels = chosen_pixels(named + found, network, settings, args)
+    images = load_images(named, found, args.max_images or max(8, len(named)), network, settings.background, pixels)
     check_rows(len(images), len(ratios), len(seeds), size)
     make_folder(output)
     masks = [(ratio, seed) for ratio in ratios for seed in seeds]
@@ -78,11 +79,12 @@ def visualize(args: argparse.Namespace) -> int:
     results = []
     for name, image, ratio, seed in tqdm(cases, desc="drawing", disable=not sys.stderr.isatty()):
         network.set_task(size, ratio)
-        results.append(reconstruct(network, image.to(device), name, seed, statistics_of(config), statistics_from))
+        results.append(reconstruct(network, image.to(device), name, seed, statistics_of(settings), statistics_from))
     text = f"{caption(network, network.encoder.in_channels, statistics_from)} {ERROR_CAPTION}"
     if output.suffix.lower() == ".html":
-        title = f"{config['model']} after {checkpoint['step']} steps: reconstructions"
-        write_page(output, title, results, text, {"checkpoint": args.checkpoint, "step": checkpoint["step"], **config})
+        title = f"{settings.model} after {checkpoint['step']} steps: reconstructions"
+        about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], **checkpoint["config"]}
+        write_page(output, title, results, text, about)
     else:
         write_picture(output, results, text)
     print_table(results)
@@ -106,7 +108,7 @@ def reconstruct(
     return Result(name, network.mask_ratio, seed, network.keep, math.prod(network.num_patches), float(loss), pictures)
 
 
-def chosen_seeds(args: argparse.Namespace) -> list[int]:
+def chosen_seeds(args: VisualizeSettings) -> list[int]:
     """Those that were asked for; none stands for the run's.
 
     Raises:
@@ -124,7 +126,7 @@ def chosen_seeds(args: argparse.Namespace) -> list[int]:
     return [*dict.fromkeys(args.seeds or range(args.num_seeds or 0))]
 
 
-def chosen_size(args: argparse.Namespace) -> tuple[int, int] | None:
+def chosen_size(args: VisualizeSettings) -> tuple[int, int] | None:
     if args.size is None:
         return None
     if len(args.size) > 2:
@@ -142,20 +144,20 @@ def check_rows(images: int, ratios: int, seeds: int, size: tuple[int, int]) -> N
                         f"{size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size")  # fmt: skip
 
 
-def chosen_pixels(paths: list[Path], network: MaskedAutoencoder, config: dict[str, Any], args: argparse.Namespace) -> Pixels:
+def chosen_pixels(paths: list[Path], network: MaskedAutoencoder, settings: PretrainSettings, args: VisualizeSettings) -> Pixels:
     """How the images' numbers become values, and says what they are. What cannot be read is said later, image by image."""
     try:
         pixels, seen = find_pixels(
-            paths, network.encoder.in_channels, config.get("background", "white"), known=pixels_of(config),
-            given=args.value_range, upright=args.upright, flag="IMAGE",
+            paths, network.encoder.in_channels, settings.background, known=pixels_of(settings),
+            given=checked_range(args.value_range), upright=args.upright, flag="IMAGE",
         )  # fmt: skip
     except UserError:
-        return pixels_of(config)
+        return pixels_of(settings)
     print(f"images    {seen}")
     return pixels
 
 
-def check_output(args: argparse.Namespace, default: Path, suffixes: tuple[str, ...]) -> Path:
+def check_output(args: VisualizeSettings, default: Path, suffixes: tuple[str, ...]) -> Path:
     """The file to write.
 
     Raises:
@@ -185,7 +187,7 @@ def make_folder(output: Path) -> None:
         raise UserError(f"--output {output} cannot be written: {output.parent} may only be read")
 
 
-def chosen_images(given: list[Path], output: Path) -> tuple[list[Path], list[Path]]:
+def chosen_images(given: Sequence[Path], output: Path) -> tuple[list[Path], list[Path]]:
     """Image files that the command line names, and those found in its folders, or the photographs; without the picture that is
     about to be replaced.
 
@@ -215,7 +217,7 @@ def chosen_images(given: list[Path], output: Path) -> tuple[list[Path], list[Pat
 
 
 def load_images(
-    named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, config: dict[str, Any], pixels: Pixels
+    named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, background: str, pixels: Pixels
 ) -> dict[str, Tensor]:
     """The middle of `count` images, (C, H, W) each, by name: those that were named, then some spread over the others.
 
@@ -232,7 +234,7 @@ def load_images(
         if len(loaded) == count:
             break
         try:
-            image = load_image(path, network.encoder.in_channels, config.get("background", "white"), pixels)
+            image = load_image(path, network.encoder.in_channels, background, pixels)
             loaded[path] = centre_crop(image, network.input_size)
         except OSError as error:
             print(f"passed over: {error}", file=sys.stderr, flush=True)

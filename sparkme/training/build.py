@@ -1,4 +1,4 @@
-"""A run's network from its configuration, for the command that trains it and those that read its checkpoints."""
+"""A run's network from its settings, for the command that trains it and those that read its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from typing import Any
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.fcmae import FCMAE, initialise_encoder
 from sparkme.methods.spark import SparK
-from sparkme.training.config import RECIPES
-from sparkme.weights.checkpoint import build_encoder, described, load_weights, print_trial
+from sparkme.settings.pretrain import RECIPES, PretrainSettings
+from sparkme.weights.checkpoint import build_encoder, described, load_weights, print_trial, settings_in
 
 
-def build_network(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> MaskedAutoencoder:
-    """The network that `config` (of config.json, or of a checkpoint) describes, with random weights.
+def build_network(settings: PretrainSettings, proof: Mapping[str, Any] | None = None) -> MaskedAutoencoder:
+    """The network that settings describe, with random weights.
 
     Args:
-        config: see above.
+        settings: of a run; those of a checkpoint are `from_config(PretrainSettings, checkpoint["config"])`.
         proof: what the checkpoint keeps of the encoder's trial, see `sparkme.sparsify`.
 
     Raises:
-        ValueError: a value of the configuration is not possible.
+        ValueError: a value is not possible.
     """
-    recipe = config.get("recipe", "spark")  # older checkpoints do not say
-    if recipe not in RECIPES:
-        raise ValueError(f"there is no recipe {recipe!r}")
-    encoder = build_encoder(config, proof)
-    options: dict[str, Any] = {name: config[name] for name in ("mask_ratio", "decoder_width", "patch")}
-    options["input_size"] = tuple(config["input_size"])
-    if recipe == "fcmae":
+    if settings.recipe not in RECIPES:
+        raise ValueError(f"there is no recipe {settings.recipe!r}")
+    encoder = build_encoder(settings, proof)
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("mask_ratio", "decoder_width", "patch")}
+    options["input_size"] = settings.size
+    if settings.recipe == "fcmae":
         initialise_encoder(encoder)
-        return FCMAE(encoder, normalise_patches=config["norm_pix_loss"], **options)
-    return SparK(encoder, densify_norm=config["densify_norm"], **options)
+        return FCMAE(encoder, normalise_patches=settings.norm_pix_loss, **options)
+    return SparK(encoder, densify_norm=settings.densify_norm, **options)
 
 
 def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
@@ -42,7 +41,7 @@ def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
         UserError: its configuration does not describe a network, or not the one whose weights it holds.
     """
     with described(checkpoint, path):
-        network = build_network(checkpoint["config"], checkpoint.get("proof"))
+        network = build_network(settings_in(checkpoint, path), checkpoint.get("proof"))
         load_weights(network, checkpoint["model"])
     print_trial(network.encoder, path)
     return network

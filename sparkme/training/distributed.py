@@ -20,8 +20,8 @@ from sparkme.data.planes import Pixels
 from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError, first_line
 from sparkme.machine import whereabouts
+from sparkme.settings.shared import Machine
 from sparkme.sparse.batch_norm import share_batch_norms
-from sparkme.training.config import Machine
 
 LEAVING_S = 60  # that a process takes to end after an error, at most
 MEETING_S = 300.0  # that the processes take to meet, at most

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ from torchvision.transforms import v2
 from sparkme.data.dataset import Batch, CropDataset, EpochSampler, create_loader, normalise, pixels_of
 from sparkme.data.labelled import Labelled, Split, WholeImages, class_counts, find_labelled, split_digest, whole_batches
 from sparkme.data.limits import limit_pixels
-from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns
 from sparkme.errors import CannotWrite, UserError
 from sparkme.files import replaced_when_whole
+from sparkme.settings.finetune import FinetuneSettings, choose_recipe, resolve
+from sparkme.settings.shared import checked_range
 from sparkme.state_dict import state_dict_of, torchs_state_dict
-from sparkme.training.config import check_value_range
 from sparkme.training.device import prepare_device
 from sparkme.training.distributed import Process, distribute, find_pixels_together, start_process
 from sparkme.training.features import best_decay, fit_linear, scale_of
-from sparkme.training.finetune_config import FIXED, output_folder, resolve_config
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.log import RunLog
-from sparkme.training.loop import Training, run_training
+from sparkme.training.loop import Outcome, Training, run_training
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, learning_rate
 from sparkme.training.target import Measure, create_loss, create_measure
 from sparkme.weights.files import write_state_dict
@@ -39,99 +38,112 @@ from sparkme.weights.prefixes import Choice, shortened
 from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
-def finetune(args: argparse.Namespace) -> int:
-    """Trains, or continues, the run that the arguments describe. Returns the exit code."""
-    process = start_process(args.device)
-    return run_training(lambda: Finetuning(args, process), args.hang_seconds)
+def finetune(asked: FinetuneSettings) -> Outcome:
+    """Trains, or continues, the run that is asked for."""
+    process = start_process(asked.device)
+    return run_training(lambda: Finetuning(asked, process), asked.hang_seconds)
 
 
 class Finetuning(Training):
     """One fine-tuning run.
 
     Args:
-        args: the command line.
+        asked: the settings that the user gives.
         process: this process.
 
     Raises:
         UserError, ValueError: what was asked for cannot be done; says what to change.
     """
 
+    settings: FinetuneSettings
     loss_name = "training loss"
 
-    def __init__(self, args: argparse.Namespace, process: Process) -> None:
-        prepare_device(process.device, tf32=args.tf32)
-        limit_pixels(args.max_pixels)
+    def __init__(self, asked: FinetuneSettings, process: Process) -> None:
+        prepare_device(process.device, tf32=asked.tf32)
+        limit_pixels(asked.max_pixels)
         self.process = process
-        pretrained = find_weights(args)
-        self.folder = folder = RunFolder(output_folder(args, pretrained.model), args, command="finetune", process=process)
-        split = find_labelled(
-            args.data, args.labels, label_separator=args.label_separator, val_share=args.val_share, seed=args.seed,
-            root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
-            columns=Columns(args.image_column, args.label_column),
-        )  # fmt: skip
-        self.train_set = split.train.shots(args.shots, args.seed) if args.shots is not None else split.train
-        self.val_set = split.val
-        self.classes = split.train.classes
-        self.statistics = pretrained.statistics
-        check_value_range(args.value_range)
-        self.pixels, self.seen = find_pixels_together(
-            process, self.train_set.images, pretrained.channels, pretrained.background, known=self._known_pixels(pretrained),
-            given=args.value_range, upright=args.upright,
-        )  # fmt: skip
-
-        torch.manual_seed(args.seed)
-        network, self.missing, taken = pretrained.dense(len(self.classes))
-        self.config, reason = resolve_config(
-            args, self._known(pretrained), norm_of(network), process.machine, folder.saved_config
-        )
-        if folder.saved_config is not None:
-            older = {"split_digest": self.config["split_digest"]}
-            check_same_run(folder.saved_config, self.config, folder.newest, FIXED, older)
-        if self.config["drop_path"]:
-            torch.manual_seed(args.seed)
-            try:
-                network, self.missing, taken = pretrained.dense(len(self.classes), drop_path=self.config["drop_path"])
-            except ValueError:  # the network has none
-                if args.drop_path is not None:
-                    raise
-                self.config["drop_path"], reason = 0.0, f"{reason}; without drop path, which {pretrained.model} does not have"
-        config = self.config
-        self.size = (config["input_size"][0], config["input_size"][1])
+        pretrained = find_weights(asked)
+        self.folder = folder = RunFolder(asked.run_folder(pretrained.model), asked, process)
+        saved = folder.saved_as(FinetuneSettings)
+        split = self._find_data(asked, pretrained, saved)
+        network, reason, taken = self._create_network(asked, pretrained, saved)
+        settings = self.settings
+        self.size = settings.size
         freeze_auxiliary_heads(network)
         self.network = network.to(process.device)
         self.head = pretrained.head_of(self.network)
         self._check_batch_norm()
-        if config["head_init"] == "linear" and folder.saved is None:
+        if settings.head_init == "linear" and folder.saved is None:
             self._fit_head()
         self.optimizer = create_finetuning_optimizer(
-            config["optimizer"], self.network, layer_numbers(self.network, self.head), layer_decay=config["layer_decay"]
+            settings.optimizer, self.network, layer_numbers(self.network, self.head), layer_decay=settings.layer_decay
         )
-        self.clip_norm = config["clip_grad"] or None
-        self.average = create_average(self.network, config["ema_decay"], warmup=config["ema_warmup"])
-        self.steps_per_epoch = len(self.train_set) // config["batch_size"]
-        self.total_steps = config["epochs"] * self.steps_per_epoch
+        self.clip_norm = settings.clip_grad or None
+        self.average = create_average(self.network, settings.ema_decay, warmup=settings.ema_warmup)
+        self.steps_per_epoch = len(self.train_set) // settings.batch_size
+        self.total_steps = settings.epochs * self.steps_per_epoch
         self.best: dict[str, float] = {}
         self.unreadable: set[str] = set()  # of those that are measured on
         self.resume()
         self.network, self.model = distribute(self.network, process)
-        self.mix, self.criterion, self.erase = create_losses(config, process.device)
+        self.mix, self.criterion, self.erase = create_losses(settings, process.device)
         self.dataset = CropDataset(
-            self.train_set.images, self.size, min_scale=config["crop_scale"], seed=config["seed"],
-            channels=config["channels"], background=config["background"], flip=config["flip"],
-            augment=create_augment(config["auto_augment"]), labels=self.train_set.labels, reduced_jpeg=config["reduced_jpeg"],
+            self.train_set.images, self.size, min_scale=settings.crop_scale, seed=settings.seed,
+            channels=settings.channels, background=settings.background, flip=settings.flip,
+            augment=create_augment(settings.auto_augment), labels=self.train_set.labels, reduced_jpeg=settings.reduced_jpeg,
             pixels=self.pixels,
         )  # fmt: skip
         if process.is_main:
-            folder.prepare(config, pictures=("confusion.png", "best.safetensors", "results.json"))
+            folder.prepare(settings, pictures=("confusion.png", "best.safetensors", "results.json"))
             self._introduce(pretrained, split, reason, taken)
 
-    def batches(self, steps: range) -> Iterable[Batch]:
-        config, process = self.config, self.process
-        sampler = EpochSampler(
-            len(self.dataset), len(self.dataset), config["batch_size"], config["seed"], steps, process.rank, process.world,
-            config["repeats"], self.dataset.source.blocks, self.dataset.source.window,
+    def _find_data(self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None) -> Split:
+        """The images, their classes, and how their numbers become values."""
+        split = find_labelled(
+            asked.data, asked.labels, label_separator=asked.label_separator, val_share=asked.val_share, seed=asked.seed,
+            root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
+            columns=Columns(asked.image_column, asked.label_column),
         )  # fmt: skip
-        return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
+        self.train_set = split.train.shots(asked.shots, asked.seed) if asked.shots is not None else split.train
+        self.val_set = split.val
+        self.classes = split.train.classes
+        self.statistics = pretrained.statistics
+        self.pixels, self.seen = find_pixels_together(
+            self.process, self.train_set.images, pretrained.channels, pretrained.background,
+            known=pixels_of(saved) if saved else pretrained.pixels, given=checked_range(asked.value_range),
+            upright=asked.upright,
+        )  # fmt: skip
+        return split
+
+    def _create_network(
+        self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None
+    ) -> tuple[nn.Module, str, str]:
+        """The network with the weights that it starts from; which recipe it is and why; and what was taken of the weights."""
+        torch.manual_seed(asked.seed)
+        network, self.missing, taken = pretrained.dense(len(self.classes))
+        informed = self._with_found(asked, pretrained)
+        recipe = choose_recipe(informed, norm_of(network))
+        self.settings, reason = resolve(informed, recipe, self.process.machine, saved), recipe.source
+        if self.folder.saved_config is not None:
+            check_same_run(self.folder.saved_config, self.settings, self.folder.newest)
+        if self.settings.drop_path:
+            torch.manual_seed(asked.seed)
+            try:
+                network, self.missing, taken = pretrained.dense(len(self.classes), drop_path=self.settings.drop_path)
+            except ValueError:  # the network has none
+                if asked.drop_path is not None:
+                    raise
+                self.settings = replace(self.settings, drop_path=0.0)
+                reason += f"; without drop path, which {pretrained.model} does not have"
+        return network, reason, taken
+
+    def batches(self, steps: range) -> Iterable[Batch]:
+        settings, process = self.settings, self.process
+        sampler = EpochSampler(
+            len(self.dataset), len(self.dataset), settings.batch_size, settings.seed, steps, process.rank, process.world,
+            settings.repeats, self.dataset.source.blocks, self.dataset.source.window,
+        )  # fmt: skip
+        return create_loader(self.dataset, sampler, workers=settings.workers, pin_memory=process.device.type == "cuda")
 
     def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
         assert batch.images is not None and batch.labels is not None
@@ -148,11 +160,10 @@ class Finetuning(Training):
         return loss
 
     def rates(self, step: int) -> dict[str, float]:
-        config = self.config
-        peak = config["base_lr"] * config["batch_size"] / 256
-        warmup = round(config["warmup_epochs"] * self.steps_per_epoch)
-        rate = learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=self.total_steps)
-        return {"learning_rate": rate, "weight_decay": config["weight_decay"]}
+        settings = self.settings
+        warmup = round(settings.warmup_epochs * self.steps_per_epoch)
+        rate = learning_rate(step, peak=settings.peak_rate, warmup_steps=warmup, total_steps=self.total_steps)
+        return {"learning_rate": rate, "weight_decay": settings.weight_decay}
 
     def after_step(self) -> None:
         if self.average is not None:
@@ -172,7 +183,7 @@ class Finetuning(Training):
             self.best = saved["best"]
 
     def is_due(self, epoch: int) -> bool:
-        return epoch > 0 and (epoch % self.config["eval_epochs"] == 0 or epoch == self.config["epochs"])
+        return epoch > 0 and (epoch % self.settings.eval_epochs == 0 or epoch == self.settings.epochs)
 
     def report(self, epoch: int, log: RunLog | None) -> None:
         """Measures the weights and, if there is one, their running average; keeps the best, by the latter."""
@@ -199,12 +210,12 @@ class Finetuning(Training):
     @torch.no_grad()
     def _measure(self, network: nn.Module) -> tuple[dict[str, float], Measure]:
         """What whole images to measure on say of a network; the processes share the images."""
-        config, process, measure = self.config, self.process, self._new_measure()
+        settings, process, measure = self.settings, self.process, self._new_measure()
         images = self._whole_images(self.val_set)
         share = range(process.rank, len(self.val_set), process.world)
         network.eval()
         process.share_buffers(network)
-        for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=share):
+        for batch in whole_batches(images, batch_size=64, workers=settings.workers, share=share):
             for problem in batch.unreadable:
                 if problem not in self.unreadable:
                     print(f"not measured on unreadable image {problem}", file=sys.stderr, flush=True)
@@ -222,7 +233,7 @@ class Finetuning(Training):
         return measure.values(), measure
 
     def _new_measure(self) -> Measure:
-        return create_measure(self.classes, self.config["several_labels"])
+        return create_measure(self.classes, self.settings.several_labels)
 
     def _fit_head(self) -> None:
         """Starts the classifier as the best linear one on the frozen features of the training images.
@@ -257,33 +268,33 @@ class Finetuning(Training):
     @torch.no_grad()
     def _run_whole_images(self) -> Tensor:
         """Runs the network, as its modes are, on the whole training images. Returns the labels of those that can be read."""
-        config, labels = self.config, []
+        settings, labels = self.settings, []
         images = self._whole_images(self.train_set)
         # Shuffled, since a batch of one class would give batch norms its own statistics.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config["seed"])).tolist()
-        for batch in whole_batches(images, batch_size=64, workers=config["workers"], share=order):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        for batch in whole_batches(images, batch_size=64, workers=settings.workers, share=order):
             if batch.images is not None and len(batch.images) > 1:
                 self.network(normalise(batch.images.to(self.process.device), self.statistics))
                 labels.append(self.train_set.labels[batch.numbers])
         if not labels:
-            raise UserError(f"--data {config['data']}: too few of its images can be read")
+            raise UserError(f"--data {settings.data}: too few of its images can be read")
         return torch.cat(labels)
 
     def _whole_images(self, part: Labelled) -> WholeImages:
-        config = self.config
+        settings = self.settings
         return WholeImages(
-            part.images, self.size, channels=config["channels"], background=config["background"], pixels=self.pixels
+            part.images, self.size, channels=settings.channels, background=settings.background, pixels=self.pixels
         )
 
     def _write_weights(self, network: nn.Module) -> None:
-        config = self.config
+        settings = self.settings
         state = {name: value for name, value in state_dict_of(network).items() if isinstance(value, Tensor)}
         notes = {
-            "format": "pt", "network": config["model"], "num_classes": str(len(self.classes)),
-            "classes": json.dumps(self.classes), "channels": str(config["channels"]), "mean": json.dumps(config["mean"]),
-            "std": json.dumps(config["std"]), "background": config["background"],
-            "input_size": json.dumps(config["input_size"]), "several_labels": json.dumps(config["several_labels"]),
-            "value_range": json.dumps(config["value_range"]), "upright": json.dumps(config["upright"]),
+            "format": "pt", "network": settings.model, "num_classes": str(len(self.classes)),
+            "classes": json.dumps(self.classes), "channels": str(settings.channels), "mean": json.dumps(settings.mean),
+            "std": json.dumps(settings.std), "background": settings.background,
+            "input_size": json.dumps(settings.input_size), "several_labels": json.dumps(settings.several_labels),
+            "value_range": json.dumps(settings.value_range), "upright": json.dumps(settings.upright),
         } | {name: str(value) for name, value in self.best.items() if name != "epoch"}  # fmt: skip
         write_state_dict(self.folder.path / "best.safetensors", state, notes)
 
@@ -298,71 +309,68 @@ class Finetuning(Training):
         if not self.best:
             return "no weights could be written; make room, then start again with more --epochs"
         best = f"best of the measured epochs: {self._new_measure().describe(self.best)} after epoch {self.best['epoch']}"
-        pictures = [folder / "loss.png", *([] if self.config["several_labels"] else [folder / "confusion.png"])]
+        pictures = [folder / "loss.png", *([] if self.settings.several_labels else [folder / "confusion.png"])]
         return f"{best}, {folder / 'best.safetensors'}\npictures: {', '.join(map(str, pictures))}"
 
-    def _known_pixels(self, pretrained: Pretrained) -> Pixels | None:
-        """Of this run, where it goes on; else of the run that the weights are from."""
-        return pixels_of(self.folder.saved_config) if self.folder.saved_config else pretrained.pixels
-
-    def _known(self, pretrained: Pretrained) -> dict[str, Any]:
-        return {
-            "model": pretrained.model, "num_train_images": len(self.train_set), "num_val_images": len(self.val_set),
-            "num_classes": len(self.classes), "several_labels": self.train_set.has_several,
-            "channels": pretrained.channels, "mean": [*pretrained.statistics.mean], "std": [*pretrained.statistics.std],
-            "background": pretrained.background, "value_range": self.pixels.ranges, "upright": self.pixels.upright,
-            "input_size": list(pretrained.input_size) if pretrained.input_size else None,
-            "split_digest": split_digest(self.train_set, self.val_set),
-        }  # fmt: skip
+    def _with_found(self, asked: FinetuneSettings, pretrained: Pretrained) -> FinetuneSettings:
+        """With what the images are, and what the weights expect of them."""
+        return replace(
+            asked, model=pretrained.model, num_train_images=len(self.train_set), num_val_images=len(self.val_set),
+            num_classes=len(self.classes), several_labels=self.train_set.has_several, channels=pretrained.channels,
+            mean=pretrained.statistics.mean, std=pretrained.statistics.std, background=pretrained.background,
+            value_range=self.pixels.ranges, upright=self.pixels.upright,
+            input_size=asked.input_size or pretrained.input_size or (224,),
+            split_digest=split_digest(self.train_set, self.val_set),
+        )  # fmt: skip
 
     def _check_batch_norm(self) -> None:
-        config = self.config
-        if config["batch_size"] // (self.process.world * config["accumulate"]) < 2 and norm_of(self.network) == "bn":
-            raise UserError(f"--batch-size {config['batch_size']} leaves batch norm a single image; raise it")
+        settings = self.settings
+        if settings.images_per_pass < 2 and norm_of(self.network) == "bn":
+            raise UserError(f"--batch-size {settings.batch_size} leaves batch norm a single image; raise it")
 
     def _introduce(self, pretrained: Pretrained, split: Split, reason: str, taken: str) -> None:
         """Prints what will be done, and why where something was chosen."""
-        config, process = self.config, self.process
-        rate = config["base_lr"] * config["batch_size"] / 256
+        settings, process = self.settings, self.process
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
-        shots = f"; --shots {config['shots']} of each class" if config["shots"] else ""
-        kind = "labels" if config["several_labels"] else "classes"
+        shots = f"; --shots {settings.shots} of each class" if settings.shots else ""
+        kind = "labels" if settings.several_labels else "classes"
         new = f"; {len(self.missing)} new: {shortened(self.missing)}" if self.missing else ""
         lines = {
             "data": f"{split.note}{shots}; {class_counts(self.train_set)}",
             "images": self.seen,
             "weights": f"{pretrained.origin}{', ' if taken else ''}{taken}{new}",
-            "network": f"{config['model']}, {len(self.classes)} {kind}, {'x'.join(map(str, self.size))} pixels",
+            "network": f"{settings.model}, {len(self.classes)} {kind}, {'x'.join(map(str, self.size))} pixels",
             "recipe": reason,
-            "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, "
-            f"{config['optimizer']}, peak learning rate {rate:.2g}, of a layer {config['layer_decay']:g} of the next one's",
-            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}",
+            "training": f"{settings.epochs} epochs of {self.steps_per_epoch} steps, batch {settings.batch_size}, "
+            f"{settings.optimizer}, peak learning rate {settings.peak_rate:.2g}, of a layer {settings.layer_decay:g} of the "
+            "next one's",
+            "machine": f"{process.world} x {process.device.type}{threads}, {settings.precision}",
             "output": f"{self.folder.path}" + (f", resumed after step {self.step}" if self.folder.saved else ""),
         }
         for name, text in lines.items():
             print(f"{name:9s} {text}")
         for remark in split.remarks:
             print(f"{'note':9s} {remark}")
-        self.folder.print_changes(config)
+        self.folder.print_changes(settings)
         sys.stdout.flush()
 
 
-def find_weights(args: argparse.Namespace) -> Pretrained:
-    """What the command line starts from.
+def find_weights(asked: FinetuneSettings) -> Pretrained:
+    """What a run starts from.
 
     Raises:
         UserError: it does not say.
     """
-    if args.from_scratch and (args.weights_key or args.adapt_stem):
+    if asked.from_scratch and (asked.weights_key or asked.adapt_stem):
         raise UserError("--weights-key and --adapt-stem say how weights are read, and --from-scratch reads none")
-    if args.weights is not None:
-        found = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
-        return found.random() if args.from_scratch else found
-    if not args.from_scratch:
+    if asked.weights is not None:
+        found = read_pretrained(asked.weights, asked.model, Choice(asked.weights_key, asked.adapt_stem))
+        return found.random() if asked.from_scratch else found
+    if not asked.from_scratch:
         raise UserError("name a checkpoint or weights to start from, or pass --from-scratch --model NAME")
-    if args.model is None:
+    if asked.model is None:
         raise UserError("--from-scratch needs --model NAME, or a checkpoint to take the network from")
-    return Pretrained(args.model, None, "random weights")
+    return Pretrained(asked.model, None, "random weights")
 
 
 @contextmanager
@@ -428,8 +436,8 @@ class ImagesOrArrays(nn.Module):
         return self.of_arrays(x) if isinstance(x, Tensor) else self.of_images(x)
 
 
-def create_losses(config: dict[str, Any], device: torch.device) -> tuple[Any, nn.Module, Any]:
+def create_losses(settings: FinetuneSettings, device: torch.device) -> tuple[Any, nn.Module, Any]:
     """timm's mixup and cutmix, or None; the loss; and timm's random erasing, or None."""
-    mix, criterion = create_loss(config)
-    erasing = config["random_erasing"]
+    mix, criterion = create_loss(settings)
+    erasing = settings.random_erasing
     return mix, criterion, RandomErasing(erasing, mode="pixel", device=str(device)) if erasing else None

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparkme.errors import CannotWrite, UserError, first_line
 from sparkme.files import replaced_when_whole
+from sparkme.settings.declare import as_text, differences, flag_of, from_config, settings_of, to_config
+from sparkme.settings.shared import TrainingSettings
 from sparkme.training.checkpoint import Checkpoints
-from sparkme.training.config import as_text, flag_of
 from sparkme.training.distributed import Process
 from sparkme.training.log import check_tracker
 from sparkme.weights.checkpoint import DamagedCheckpoint, load_checkpoint
+
+S = TypeVar("S", bound=TrainingSettings)
 
 
 class RunFolder:
@@ -24,8 +26,7 @@ class RunFolder:
 
     Args:
         path: the folder.
-        args: the command line, of which `resume` and `keep_checkpoints` are read.
-        command: whose run it is; another's is refused.
+        asked: the settings that are asked for. Another command's run is refused.
         process: this process; all of them take the checkpoint that the first one finds.
 
     Raises:
@@ -33,15 +34,15 @@ class RunFolder:
             or --wandb cannot be had.
     """
 
-    def __init__(self, path: Path, args: argparse.Namespace, *, command: str, process: Process) -> None:
-        self.path, self.resume, self.process = path, args.resume, process
+    def __init__(self, path: Path, asked: TrainingSettings, process: Process) -> None:
+        self.path, self.resume, self.process = path, asked.resume, process
         self.damaged: list[Path] = []
         check_writable(path)
-        if args.wandb:
+        if asked.wandb:
             check_tracker()
-        self.checkpoints = Checkpoints(path / "checkpoints", args.keep_checkpoints)
-        self.newest, self.saved = self.read_newest() if args.resume else (None, None)
-        if self.saved is not None and (other := self.saved["config"].get("command", "pretrain")) != command:
+        self.checkpoints = Checkpoints(path / "checkpoints", asked.keep_checkpoints)
+        self.newest, self.saved = self.read_newest() if asked.resume else (None, None)
+        if self.saved is not None and (other := self.saved["config"].get("command", "pretrain")) != asked.command:
             raise UserError(f"{self.newest} is a checkpoint of sparkme.{other}; use another --output")
 
     def read_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
@@ -89,6 +90,17 @@ class RunFolder:
     def saved_config(self) -> dict[str, Any] | None:
         return self.saved["config"] if self.saved else None
 
+    def saved_as(self, cls: type[S]) -> S | None:
+        """The settings of the run to continue.
+
+        Raises:
+            UserError: one is of another kind.
+        """
+        try:
+            return None if self.saved_config is None else from_config(cls, self.saved_config)
+        except TypeError as error:
+            raise UserError(f"{self.newest}: {error}; use another --output, or --no-resume to start anew") from error
+
     def restore(self, load: Callable[[dict[str, Any]], None]) -> int:
         """Has `load` take what the checkpoint keeps, if there is one. Returns how many steps were done."""
         if self.saved is None:
@@ -102,7 +114,7 @@ class RunFolder:
         step: int = self.saved["step"]
         return step
 
-    def prepare(self, config: dict[str, Any], *, pictures: tuple[str, ...]) -> None:
+    def prepare(self, settings: TrainingSettings, *, pictures: tuple[str, ...]) -> None:
         """Makes the folder, with config.json; takes away what an earlier run left, if this one starts anew."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,15 +125,14 @@ class RunFolder:
                     old.unlink()
             self.checkpoints.clean()
             with replaced_when_whole(self.path / "config.json") as temporary:
-                temporary.write_text(json.dumps(config, indent=2) + "\n")
+                temporary.write_text(json.dumps(to_config(settings), indent=2) + "\n")
         except (OSError, CannotWrite) as error:
             raise UserError(f"cannot write to --output {self.path}: {error}") from error
 
-    def print_changes(self, config: dict[str, Any]) -> None:
+    def print_changes(self, settings: TrainingSettings) -> None:
         """Says which settings differ from the checkpoint's."""
-        for name, before in self.saved["config"].items() if self.saved else ():
-            if config.get(name) != before:
-                print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(config.get(name))}")
+        for name, now, before in differences(settings, self.saved_config) if self.saved_config else ():
+            print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(now)}")
         if self.newest and self.newest != self.checkpoints.last and not self.damaged:
             print(f"{'note':9s} {self.checkpoints.last} was missing; continuing from {self.newest.name} beside it")
 
@@ -135,31 +146,23 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write to --output {folder}: {existing} is read-only, or another user's")
 
 
-# Settings that no flag sets, since they are found in the data.
-FOUND = {"num_train_images": "images to learn from", "num_classes": "classes", "weights": "to start from",
-         "split_digest": "as digest of the images, their classes and which of them are measured on"}  # fmt: skip
-
-
-def check_same_run(
-    saved: dict[str, Any], config: dict[str, Any], path: Path | None, fixed: tuple[str, ...], older: dict[str, Any]
-) -> None:
+def check_same_run(saved: dict[str, Any], settings: TrainingSettings, path: Path | None) -> None:
     """Refuses to continue a run with other settings than it has to keep.
 
     Args:
         saved: the checkpoint's configuration.
-        config: the command's.
+        settings: the command's.
         path: the checkpoint.
-        fixed: what has to stay.
-        older: what checkpoints mean that do not say.
 
     Raises:
-        UserError: names the first flag that differs.
+        UserError: names the first one that differs.
     """
-    for name in fixed:
-        before = saved.get(name, older.get(name))
-        if before != config[name]:
-            said = f"{before} {FOUND[name]}" if name in FOUND else f"{flag_of(name)} {as_text(before)}"
+    known = settings_of(type(settings))
+    for name, now, before in differences(settings, saved):
+        if name in known and (about := known[name]).fixed:
+            said = f"{before} {about.help}" if about.is_found else f"{flag_of(name)} {as_text(before)}"
+            said = f"{before} to start from" if about.positional else said
             raise UserError(
-                f"{path} was trained with {said}, now it is {as_text(config[name])}; use the same, "
-                "another --output, or --no-resume to start anew"
+                f"{path} was trained with {said}, now it is {as_text(now)}; use the same, another --output, or --no-resume to "
+                "start anew"
             )

@@ -23,7 +23,7 @@ MOST_OUTSIDE = 0.01  # share of the pixels outside of the range of values that h
 class Watched(Protocol):
     """What has to be known of a training, see `sparkme.training.loop.Training`."""
 
-    config: dict[str, Any]
+    settings: Any  # of a command that trains
     process: Process
     poor_loss: float | None
     steps_per_epoch: int
@@ -59,10 +59,10 @@ class Health:
         self.seen += len(images)
         self.enlarged += batch.enlarged
         self.plain += int((values.flatten(1).std(1) < 1 / 255).sum())
-        if self.seen >= min(FIRST_IMAGES, max(LEAST_IMAGES, self.training.config["batch_size"])):
+        if self.seen >= min(FIRST_IMAGES, max(LEAST_IMAGES, self.training.settings.batch_size)):
             if not self.differ:
                 yield from self._once("alike", f"the first {self.seen} pictures are all the same: is --data what it should be?")
-            size = self.training.config["input_size"]
+            size = self.training.settings.input_size
             if 2 * self.enlarged > self.seen:
                 yield from self._once(
                     "enlarged",
@@ -88,12 +88,12 @@ class Health:
 
     def of_numbers(self, step: int, numbers: dict[str, float]) -> Iterator[str]:
         """What the numbers of a log line, and of those before it, say."""
-        training, config = self.training, self.training.config
+        training, settings = self.training, self.training.settings
         poor = training.poor_loss
         self.first_step = step if self.first_step is None else self.first_step
         if step < self.first_step + FIRST_STEPS:
             return
-        warm = step > config["warmup_epochs"] * training.steps_per_epoch + FIRST_STEPS
+        warm = step > settings.warmup_epochs * training.steps_per_epoch + FIRST_STEPS
         if self._lasts("loss", step, poor is not None and warm and numbers["loss"] > 1.01 * poor):
             yield from self._once(
                 "loss",
@@ -103,7 +103,7 @@ class Health:
         wait = numbers["loader_wait"]
         if self._lasts("wait", step, wait > 0.2):
             yield from self._once(
-                "wait", f"steps wait for images {100 * wait:.0f} % of the time: {more_workers(config['workers'], wait)}"
+                "wait", f"steps wait for images {100 * wait:.0f} % of the time: {more_workers(settings.workers, wait)}"
             )
         rate = numbers["images_per_s"]
         usual = median(self.rates) if len(self.rates) >= 10 else 0.0

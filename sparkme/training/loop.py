@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,10 @@ from sparkme.errors import CannotWrite, UserError, first_line, python_command, u
 from sparkme.machine import is_main_thread, problem_of
 from sparkme.screen import settle, show
 from sparkme.seeds import seed_step
+from sparkme.settings.declare import to_config
+from sparkme.settings.shared import MOST_NOT_FINITE, RECENT_STEPS, TrainingSettings
 from sparkme.state_dict import state_dict_of
 from sparkme.training.checkpoint import SpoiledWeights, free_gib
-from sparkme.training.config import MOST_NOT_FINITE, RECENT_STEPS
 from sparkme.training.distributed import Process, is_of_others, stop_process
 from sparkme.training.folder import RunFolder
 from sparkme.training.health import Health
@@ -51,8 +52,7 @@ class Training(ABC):
     """What is trained, and how.
 
     Attributes:
-        config: every setting, as it is saved. The loop reads `command`, `seed`, `accumulate`, `precision`, `max_unreadable`,
-            `workers`, and the flags of `training.config.add_run`.
+        settings: of the run.
         process: this process.
         folder: where the run lives.
         network: whose weights are trained and saved, on the process's device.
@@ -67,7 +67,7 @@ class Training(ABC):
         gradient_norm: of the last step where it was computed, before clipping; a scalar on the device.
     """
 
-    config: dict[str, Any]
+    settings: TrainingSettings
     process: Process
     folder: RunFolder
     network: nn.Module
@@ -106,8 +106,8 @@ class Training(ABC):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside `step`."""
         count, steps = self.not_finite
-        return {"model": state_dict_of(self.network), "optimizer": self.optimizer.state_dict(), "config": self.config,
-                "not_finite": {"count": count, "steps": steps}}  # fmt: skip
+        return {"model": state_dict_of(self.network), "optimizer": self.optimizer.state_dict(),
+                "config": to_config(self.settings), "not_finite": {"count": count, "steps": steps}}  # fmt: skip
 
     @abstractmethod
     def load(self, saved: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class Training(ABC):
         return ""
 
     def precision(self) -> AbstractContextManager[Any]:
-        bf16 = self.config["precision"] == "bf16"
+        bf16 = self.settings.precision == "bf16"
         return torch.autocast(self.process.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def train_step(self, batch: Batch) -> Tensor | None:
@@ -146,13 +146,13 @@ class Training(ABC):
             The mean loss, scalar, on the device; nothing waits for it. None where `--on-nan` is not `stop`, which does wait,
             and the loss or its gradient is not finite: then nothing is updated, and the step is done nevertheless.
         """
-        config, process = self.config, self.process
+        settings, process = self.settings, self.process
         update_schedule(self.optimizer, **self.rates(self.step))
-        generator = seed_step(config["seed"], process.rank, self.step, process.device)
-        is_guarded = config["on_nan"] != "stop"
+        generator = seed_step(settings.seed, process.rank, self.step, process.device)
+        is_guarded = settings.on_nan != "stop"
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()] if is_guarded else []
         tensors = [value.to(process.device, non_blocking=True) for value in self.tensors(batch)]
-        parts = list(zip(*(value.chunk(config["accumulate"]) for value in tensors), strict=True))
+        parts = list(zip(*(value.chunk(settings.accumulate) for value in tensors), strict=True))
         total = torch.zeros((), device=process.device)
         for i, part in enumerate(parts):
             with self._gradients_stay_here(last=i == len(parts) - 1):
@@ -160,7 +160,7 @@ class Training(ABC):
                     loss = self.loss(*part, generator=generator) / len(parts)
                 loss.backward()
             total += loss.detach()
-        if self.clip_norm or is_guarded or self.step == 0 or (self.step + 1) % config["log_steps"] == 0:
+        if self.clip_norm or is_guarded or self.step == 0 or (self.step + 1) % settings.log_steps == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             self.gradient_norm = nn.utils.get_total_norm(gradients)
         if self.clip_norm:
@@ -269,11 +269,11 @@ class Loop:
 
     def __init__(self, training: Training) -> None:
         self.training, self.folder = training, training.folder
-        self.process, self.config = training.process, training.config
+        self.process, self.settings = training.process, training.settings
         self.checkpoints = self.folder.checkpoints
-        self.checkpoints.keep_every = self.config["keep_every"] * training.steps_per_epoch
+        self.checkpoints.keep_every = self.settings.keep_every * training.steps_per_epoch
         self.stop = StopRequest(announce=self.process.is_main)
-        self.watchdog = Watchdog(self.config["hang_seconds"], self._how_to_continue, self.process.peers)
+        self.watchdog = Watchdog(self.settings.hang_seconds, self._how_to_continue, self.process.peers)
         self.notes = Notes(self.folder.path)
         self.health = Health(training)
         self.unreadable: set[str] = set()
@@ -307,14 +307,14 @@ class Loop:
                     settle(stream)
 
     def _run(self) -> int:
-        training, config, process = self.training, self.config, self.process
+        training, settings, process = self.training, self.settings, self.process
         if training.step >= training.total_steps:
             if process.is_main:
                 print(
-                    f"nothing left to do: {self.folder.path} is trained for {config['epochs']} epochs; --no-resume starts anew"
+                    f"nothing left to do: {self.folder.path} is trained for {settings.epochs} epochs; --no-resume starts anew"
                 )
             return 0
-        speed = Throughput(config["batch_size"], training.total_steps)
+        speed = Throughput(settings.batch_size, training.total_steps)
         first_step, self.last_save = training.step, time.monotonic()
         batches = iter(training.batches(range(training.step, training.total_steps)))
         # Where a worker dies, torch raises from a signal's handler, in the midst of a step. To wait for its batch raises, too.
@@ -325,9 +325,9 @@ class Loop:
             self.log = RunLog(
                 self.folder.path, first_step=training.step, total_steps=training.total_steps,
                 steps_per_epoch=training.steps_per_epoch, bar=sys.stderr.isatty(), loss_name=training.loss_name,
-                tracker=start_wandb(config, self.folder.path) if config["wandb"] else None,
+                tracker=start_wandb(settings, self.folder.path) if settings.wandb else None,
             )  # fmt: skip
-            self.notes.add("started", training.step, command_line(process, config["command"]))
+            self.notes.add("started", training.step, command_line(process, settings.command))
         if training.step == 0 and training.is_due(0):
             self._report(0)
         speed.restart(training.step)
@@ -368,9 +368,9 @@ class Loop:
             epoch, in_epoch = divmod(training.step, training.steps_per_epoch)
             done = training.step == training.total_steps
             report = in_epoch == 0 and training.is_due(epoch)
-            kept = bool(config["keep_every"]) and in_epoch == 0 and epoch % config["keep_every"] == 0
-            save = done or overdue or kept or (in_epoch == 0 and not config["checkpoint_minutes"])
-            if report or save or training.step == 1 or training.step % config["log_steps"] == 0:
+            kept = bool(settings.keep_every) and in_epoch == 0 and epoch % settings.keep_every == 0
+            save = done or overdue or kept or (in_epoch == 0 and not settings.checkpoint_minutes)
+            if report or save or training.step == 1 or training.step % settings.log_steps == 0:
                 self._log(speed)
             if not first and not alone_s:
                 usual_s = max(usual_s, time.perf_counter() - since)
@@ -424,13 +424,13 @@ class Loop:
         """Whether the first process would save, and can."""
         if not self.process.is_main or self.checkpoints.busy:
             return False
-        every_s, since_s = 60 * self.config["checkpoint_minutes"], time.monotonic() - self.last_save
+        every_s, since_s = 60 * self.settings.checkpoint_minutes, time.monotonic() - self.last_save
         if CHECKPOINT in self.refused:
             return since_s >= min(every_s or RETRY_S, RETRY_S)
         return bool(0 < every_s <= since_s)
 
     def _is_spoiled(self, batch: Batch) -> bool:
-        return batch.images is None or len(self.unreadable) > self.config["max_unreadable"]
+        return batch.images is None or len(self.unreadable) > self.settings.max_unreadable
 
     def _log(self, speed: Throughput) -> None:
         """Reads the losses of the last steps, which waits for the device, checks them, and writes their mean."""
@@ -468,7 +468,7 @@ class Loop:
         text = f"the loss of step {training.step} or its gradient is not finite, the step is left out"
         if len(recent) > MOST_NOT_FINITE:
             self._refuse(f"{text}; {len(recent)} of the last {RECENT_STEPS} steps were not finite")
-        if self.config["on_nan"] == "rollback":
+        if self.settings.on_nan == "rollback":
             self.watchdog.expect("reading the last checkpoint", SAVING_S)
             self._check_saved(wait=True)
             path, saved = self.folder.read_newest()
@@ -484,8 +484,8 @@ class Loop:
             self.checkpoints.wait()
         newest = self.checkpoints.newest()
         good = f"the last good checkpoint is {newest.resolve()}" if newest else "there is no checkpoint yet"
-        clip = "lower --base-lr or --clip-grad" if self.config["clip_grad"] else "lower --base-lr, set --clip-grad"
-        others = "" if self.config["on_nan"] != "stop" else ", or --on-nan skip"
+        clip = "lower --base-lr or --clip-grad" if self.settings.clip_grad else "lower --base-lr, set --clip-grad"
+        others = "" if self.settings.on_nan != "stop" else ", or --on-nan skip"
         raise UserError(f"{problem}; {good}; {clip}, or use --precision float32{others}")
 
     def _save(self) -> None:
@@ -527,7 +527,7 @@ class Loop:
             text = str(error)
             if not isinstance(error, CannotWrite):
                 text = f"cannot write {what}: {text} ({free_gib(self.folder.path):.1f} GiB free)"
-            if self.config["on_full_disk"] == "stop":
+            if self.settings.on_full_disk == "stop":
                 saved = "" if what == CHECKPOINT else f"{self._save_at_the_end()}; "
                 raise UserError(f"{text}; {saved}make room or change --output, then start again") from error
             if not self.refused or (what == CHECKPOINT and what not in self.refused):
@@ -584,7 +584,7 @@ class Loop:
         if spoiled:
             listed = "\n  ".join(sorted(self.unreadable)) or "those of another process, see its lines"
             raise UserError(
-                f"{len(self.unreadable)} images cannot be read, more than --max-unreadable {self.config['max_unreadable']} or "
+                f"{len(self.unreadable)} images cannot be read, more than --max-unreadable {self.settings.max_unreadable} or "
                 f"too many in a row; mend or remove them ({saved}):\n  {listed}"
             )
         number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
@@ -610,7 +610,7 @@ def command_line(process: Process, command: str) -> str:
     return f"{launcher} sparkme.{command} {shlex.join(sys.argv[1:])}".strip()
 
 
-def start_wandb(config: dict[str, Any], folder: Path) -> Any:
+def start_wandb(settings: TrainingSettings, folder: Path) -> Any:
     """A run of Weights & Biases, which a resumed run continues.
 
     Raises:
@@ -621,15 +621,24 @@ def start_wandb(config: dict[str, Any], folder: Path) -> Any:
     path = folder / "wandb-run-id"
     try:
         name = path.read_text().strip() if path.is_file() else ""
-        run = wandb.init(project="sparkme", name=folder.name, dir=str(folder), config=config, id=name or None, resume="allow")
+        run = wandb.init(
+            project="sparkme", name=folder.name, dir=str(folder), config=to_config(settings), id=name or None, resume="allow"
+        )
         path.write_text(run.id + "\n")
     except Exception as error:  # of the service, of the network, of the settings
         raise UserError(f"--wandb: {first_line(error)}; leave it out, or set WANDB_MODE=offline") from error
     return run
 
 
-def run_training(create: Callable[[], Training], hang_seconds: float) -> int:
-    """Sets a training up and runs it, and ends this process's part among others. Returns the exit code."""
+class Outcome(NamedTuple):
+    """How a training ended: the exit code, and the run's folder."""
+
+    code: int
+    folder: Path
+
+
+def run_training(create: Callable[[], Training], hang_seconds: float) -> Outcome:
+    """Sets a training up and runs it, and ends this process's part among others."""
     try:
         with user_errors(), Watchdog(hang_seconds).watch():
             training = create()
@@ -638,4 +647,4 @@ def run_training(create: Callable[[], Training], hang_seconds: float) -> int:
         stop_process(in_order=False)
         raise
     stop_process()
-    return code
+    return Outcome(code, training.folder.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -30,21 +29,22 @@ from sparkme.data.limits import limit_pixels
 from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns, Files, ImageSource, find_source
 from sparkme.data.sources.files import demo_photographs
-from sparkme.data.statistics import Statistics
+from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.errors import UserError, python_command
 from sparkme.files import replaced_when_whole
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.networks.names import library_of
+from sparkme.settings.declare import as_text, flag_of
+from sparkme.settings.pretrain import RECIPES, PretrainSettings, choose_recipe, resolve
 from sparkme.state_dict import state_dict_of
 from sparkme.training.build import build_network
-from sparkme.training.config import FIXED, OLDER, RECIPES, as_text, output_folder, resolve_config
 from sparkme.training.device import prepare_device
 from sparkme.training.distributed import Process, distribute, find_pixels_together, start_process
 from sparkme.training.features import knn_accuracy, pooled_features
 from sparkme.training.folder import RunFolder, check_same_run
 from sparkme.training.graph import GraphedLoss
 from sparkme.training.log import RunLog
-from sparkme.training.loop import Training, run_training
+from sparkme.training.loop import Outcome, Training, run_training
 from sparkme.training.optimizer import create_optimizer, learning_rate, weight_decay
 from sparkme.weights.checkpoint import load_weights, print_trial
 from sparkme.weights.prefixes import Choice, Wanted, find_weights, shortened
@@ -54,96 +54,102 @@ from sparkme.weights.spark import beside_encoder
 MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to measure on
 
 
-def pretrain(args: argparse.Namespace) -> int:
-    """Trains, or continues, the run that the arguments describe. Returns the exit code."""
-    process = start_process(args.device)
-    return run_training(lambda: Pretraining(args, process), args.hang_seconds)
+def pretrain(asked: PretrainSettings) -> Outcome:
+    """Trains, or continues, the run that is asked for."""
+    process = start_process(asked.device)
+    return run_training(lambda: Pretraining(asked, process), asked.hang_seconds)
 
 
 class Pretraining(Training):
     """One pretraining run.
 
     Args:
-        args: the command line.
+        asked: the settings that the user gives.
         process: this process.
 
     Raises:
         UserError, ValueError: what was asked for cannot be done; says what to change.
     """
 
+    settings: PretrainSettings
     network: MaskedAutoencoder
     loss_name = "loss on hidden patches"
 
-    def __init__(self, args: argparse.Namespace, process: Process) -> None:
-        prepare_device(process.device, tf32=args.tf32)
-        limit_pixels(args.max_pixels)
-        self.process = process
-        self.folder = folder = RunFolder(output_folder(args), args, command="pretrain", process=process)
+    def __init__(self, asked: PretrainSettings, process: Process) -> None:
+        prepare_device(process.device, tf32=asked.tf32)
+        limit_pixels(asked.max_pixels)
+        self.asked, self.process = asked, process
+        self.folder = folder = RunFolder(asked.run_folder(), asked, process)
         index = folder.path / "images.npz"
-        images: ImageSource = Files.of(demo_photographs()) if args.data is None else find_source(
-            args.data, leave_out=folder.path, root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
-            index=index, columns=Columns(args.image_column),
-        )  # fmt: skip
+        images = self._find_images(index)
         process.check_same(len(images), "number of images")
-        self.config = config = resolve_config(args, len(images), process.machine, folder.saved_config)
-        check_background(config["background"])
-        self.recipe_reason = config.pop("recipe_reason")
-        if folder.saved_config is not None:
-            check_same_run(folder.saved_config, config, folder.newest, FIXED, OLDER)
-            for name in ("init", "weights_key", "adapt_stem"):  # it has started so, whatever the command says now
-                config[name] = folder.saved_config.get(name)
-        self.pixels, self.seen = self._find_pixels(images, args)
+        self.saved = saved = folder.saved_as(PretrainSettings)
+        self.settings = resolve(asked, len(images), process.machine, saved)
+        check_background(self.settings.background)
+        if saved is not None and folder.saved_config is not None:
+            check_same_run(folder.saved_config, self.settings, folder.newest)
+            # It has started so, whatever the command says now.
+            self.settings = replace(self.settings, init=saved.init, weights_key=saved.weights_key, adapt_stem=saved.adapt_stem)
+        self.pixels, self.seen = self._find_pixels(images)
         self.statistics = self._find_statistics(images)
-        self.probe_split = self._find_probe_data(args)
-        self.probe_pixels, self.probe_seen = self._find_probe_pixels(args)
-
-        torch.manual_seed(config["seed"])
-        self.network = build_network(config, folder.saved.get("proof") if folder.saved is not None else None)
+        self.probe_split = self._find_probe_data()
+        self.probe_pixels, self.probe_seen = self._find_probe_pixels()
+        self._build()
+        self.resume()
+        self.network, self.model = distribute(self.network, process, self._prepare)
+        settings = self.settings
+        self.dataset = CropDataset(
+            images, self.network.input_size, min_scale=settings.crop_scale, seed=settings.seed, channels=settings.channels,
+            background=settings.background, reduced_jpeg=settings.reduced_jpeg, pixels=self.pixels,
+        )  # fmt: skip
         if process.is_main:
-            print_trial(self.network.encoder, folder.newest)
+            folder.prepare(settings, pictures=("reconstructions/epoch_*.png", "images.npz"))
+            images.write_index(index)
+            self._introduce()
+
+    def _find_images(self, index: Path) -> ImageSource:
+        asked = self.asked
+        if asked.data is None:
+            return Files.of(demo_photographs())
+        return find_source(
+            asked.data, leave_out=self.folder.path, root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
+            index=index, columns=Columns(asked.image_column),
+        )  # fmt: skip
+
+    def _build(self) -> None:
+        """The network, with the weights that it starts from, and its optimizer."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        self.network = build_network(settings, self.folder.saved.get("proof") if self.folder.saved is not None else None)
+        if self.process.is_main:
+            print_trial(self.network.encoder, self.folder.newest)
         self._check_batch_norm()
         self.init_report = ""
         self.graphed: GraphedLoss | None = None
-        if args.init and folder.saved is None:
-            choice = Choice(args.weights_key, args.adapt_stem)
-            self.init_report = load_initial_weights(self.network, args.init, config["model"], choice)
-        self.network.to(process.device)
-        self.network.encoder.set_engine(config["engine"])
+        if settings.init and self.saved is None:
+            choice = Choice(settings.weights_key, settings.adapt_stem)
+            self.init_report = load_initial_weights(self.network, settings.init, settings.model, choice)
+        self.network.to(self.process.device)
+        self.network.encoder.set_engine(settings.engine)
         self.optimizer = create_optimizer(
-            config["optimizer"], self.network, beta2=config["beta2"], clip_grad=config["clip_grad"] or None
+            settings.optimizer, self.network, beta2=settings.beta2, clip_grad=settings.clip_grad or None
         )
-        self.clip_norm = config["clip_grad"] if config["optimizer"] == "adamw" else None  # LAMB clips by itself
-        self.steps_per_epoch = config["samples_per_epoch"] // config["batch_size"]
-        self.total_steps = config["epochs"] * self.steps_per_epoch
-        self.poor_loss = 1.0 if config["norm_pix_loss"] else None  # of patches whose mean is 0 and variance 1
+        self.clip_norm = settings.clip_grad if settings.optimizer == "adamw" else None  # LAMB clips by itself
+        self.steps_per_epoch = settings.samples_per_epoch // settings.batch_size
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.poor_loss = 1.0 if settings.norm_pix_loss else None  # of patches whose mean is 0 and variance 1
         if not any(p.requires_grad for p in self.network.encoder.parameters()):
             raise UserError(
-                f"--model {config['model']}: all its parameters are frozen (requires_grad is False): nothing to train"
+                f"--model {settings.model}: all its parameters are frozen (requires_grad is False): nothing to train"
             )
-        self.resume()
-        self.network, self.model = distribute(self.network, process, self._prepare)
-        self.dataset = CropDataset(
-            images,
-            self.network.input_size,
-            min_scale=config["crop_scale"],
-            seed=config["seed"],
-            channels=config["channels"],
-            background=config["background"],
-            reduced_jpeg=config["reduced_jpeg"],
-            pixels=self.pixels,
-        )
-        if process.is_main:
-            folder.prepare(config, pictures=("reconstructions/epoch_*.png", "images.npz"))
-            images.write_index(index)
-            self._introduce(args)
 
     def batches(self, steps: range) -> Iterable[Batch]:
-        config, process = self.config, self.process
+        settings, process = self.settings, self.process
         sampler = EpochSampler(
-            len(self.dataset), config["samples_per_epoch"], config["batch_size"], config["seed"],
+            len(self.dataset), settings.samples_per_epoch, settings.batch_size, settings.seed,
             steps, process.rank, process.world, blocks=self.dataset.source.blocks, window=self.dataset.source.window,
         )  # fmt: skip
-        return create_loader(self.dataset, sampler, workers=config["workers"], pin_memory=process.device.type == "cuda")
+        return create_loader(self.dataset, sampler, workers=settings.workers, pin_memory=process.device.type == "cuda")
 
     def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
         (images,) = tensors  # (B, C, H, W) bytes, or floats in [0, 1]
@@ -155,28 +161,24 @@ class Pretraining(Training):
         return loss
 
     def rates(self, step: int) -> dict[str, float]:
-        config, total = self.config, self.total_steps
-        peak = config["base_lr"] * config["batch_size"] / 256
-        warmup = round(config["warmup_epochs"] * self.steps_per_epoch)
-        decay, decay_end = config["weight_decay"], config["weight_decay_end"]
-        ends = RECIPES[config["recipe"]].rate_ends
-        return {
-            "learning_rate": learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total, start=ends[0], end=ends[1]),
-            "weight_decay": weight_decay(step, start=decay, end=decay_end, total_steps=total),
-        }
+        settings, total = self.settings, self.total_steps
+        warmup = round(settings.warmup_epochs * self.steps_per_epoch)
+        start, end = RECIPES[settings.recipe].rate_ends
+        rate = learning_rate(step, peak=settings.peak_rate, warmup_steps=warmup, total_steps=total, start=start, end=end)
+        decay = weight_decay(step, start=settings.weight_decay, end=settings.weight_decay_end, total_steps=total)
+        return {"learning_rate": rate, "weight_decay": decay}
 
     def is_due(self, epoch: int) -> bool:
-        draws = epoch > 0 and self._is_due("panel_epochs", epoch)
-        return draws or self._is_due("probe_epochs", epoch)
+        draws = epoch > 0 and self._is_due(self.settings.panel_epochs, epoch)
+        return draws or self._is_due(self.settings.probe_epochs, epoch)
 
-    def _is_due(self, name: str, epoch: int) -> bool:
-        every = self.config[name]
-        return bool(every) and (epoch % every == 0 or epoch == self.config["epochs"])
+    def _is_due(self, every: int, epoch: int) -> bool:
+        return bool(every) and (epoch % every == 0 or epoch == self.settings.epochs)
 
     def report(self, epoch: int, log: RunLog | None) -> None:
-        if self._is_due("probe_epochs", epoch):
+        if self._is_due(self.settings.probe_epochs, epoch):
             self._probe(epoch, log)
-        if log and epoch and self._is_due("panel_epochs", epoch):
+        if log and epoch and self._is_due(self.settings.panel_epochs, epoch):
             self._draw_panel(log, epoch)
 
     def last_words(self, checkpoint: Path) -> str:
@@ -188,16 +190,16 @@ class Pretraining(Training):
     def _probe(self, epoch: int, log: RunLog | None) -> None:
         """kNN accuracy of the deepest map on the labelled images of --probe-data; the processes share the images."""
         assert self.probe_split is not None
-        config, process, network = self.config, self.process, self.network
+        settings, process, network = self.settings, self.process, self.network
         stride = network.encoder.strides[-1]
         parts: list[tuple[Tensor, Tensor]] = []
         for part in (self.probe_split.train, self.probe_split.val):
             images = WholeImages(
-                part.images, network.input_size, channels=config["channels"], background=config["background"],
+                part.images, network.input_size, channels=settings.channels, background=settings.background,
                 pixels=self.probe_pixels,
             )  # fmt: skip
             share = range(process.rank, len(part), process.world)
-            batches = whole_batches(images, batch_size=64, workers=config["workers"], share=share)
+            batches = whole_batches(images, batch_size=64, workers=settings.workers, share=share)
             with self.precision():
                 found = pooled_features(network.encoder, batches, self.statistics, process.device)
             for problem in found.unreadable if epoch == 0 else ():
@@ -213,11 +215,11 @@ class Pretraining(Training):
         from sparkme.reporting.panel import reconstruction_panel  # noqa: PLC0415  (matplotlib, in the first process alone)
 
         images = preview_images(
-            self.dataset.source, self.network.input_size, 6, self.config["channels"], self.config["background"], self.pixels
+            self.dataset.source, self.network.input_size, 6, self.settings.channels, self.settings.background, self.pixels
         ).to(self.process.device)
         if not len(images):
             return
-        generator = torch.Generator().manual_seed(self.config["seed"])
+        generator = torch.Generator().manual_seed(self.settings.seed)
         active = self.network.random_active(len(images), generator)
         with self.precision():
             panel = reconstruction_panel(
@@ -227,50 +229,47 @@ class Pretraining(Training):
             save_image(panel, temporary, format="png")
         log.picture("reconstructions", panel, self.step)
 
-    def _find_pixels(self, images: ImageSource, args: argparse.Namespace) -> tuple[Pixels, str]:
+    def _find_pixels(self, images: ImageSource) -> tuple[Pixels, str]:
         """How the images' numbers become values, and for people what they are; a run that goes on stays with what it has."""
-        config, saved = self.config, self.folder.saved_config
+        settings, saved = self.settings, self.saved
         found, seen = find_pixels_together(
-            self.process, images, config["channels"], config["background"], known=pixels_of(saved) if saved else None,
-            given=args.value_range, upright=args.upright,
+            self.process, images, settings.channels, settings.background, known=pixels_of(saved) if saved else None,
+            given=settings.value_range, upright=settings.upright,
         )  # fmt: skip
-        config |= {"value_range": found.ranges, "upright": found.upright}
+        self.settings = replace(settings, value_range=found.ranges, upright=found.upright)
         return found, seen
 
     def _find_statistics(self, images: ImageSource) -> Statistics:
         """Mean and deviation that images are normalised by: the command's, ImageNet's for colour, or estimated once."""
-        config = self.config
-        if config["mean"] is None:
-            found = Statistics()
-            if config["channels"] != 3:
-                found = estimate_statistics(
-                    images, config["channels"], config["background"], seed=config["seed"], pixels=self.pixels
-                )
-            config |= {"mean": [*found.mean], "std": [*found.std]}
-        return Statistics(tuple(config["mean"]), tuple(config["std"]))
+        settings = self.settings
+        if settings.mean is None:
+            found = estimate_statistics(images, settings.channels, settings.background, seed=settings.seed, pixels=self.pixels)
+            self.settings = replace(settings, mean=found.mean, std=found.std)
+        return statistics_of(self.settings)
 
-    def _find_probe_data(self, args: argparse.Namespace) -> Split | None:
+    def _find_probe_data(self) -> Split | None:
         """Labelled images to measure the encoder on; of many, some at random."""
-        if self.config["probe_data"] is None:
+        settings = self.settings
+        if settings.probe_data is None:
             return None
         split = find_labelled(
-            self.config["probe_data"], seed=self.config["seed"], flag="--probe-data", cache=args.shard_cache,
-            cache_gib=args.shard_cache_gib, columns=Columns(label=args.label_column),
+            settings.probe_data, seed=settings.seed, flag="--probe-data", cache=settings.shard_cache,
+            cache_gib=settings.shard_cache_gib, columns=Columns(label=settings.label_column),
         )  # fmt: skip
 
         def some(part: Labelled, most: int) -> Labelled:
-            drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(self.config["seed"]))
+            drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(settings.seed))
             return part.subset(drawn[:most].sort().values)
 
         return Split(some(split.train, MOST_PROBED[0]), some(split.val, MOST_PROBED[1]), split.note)
 
-    def _find_probe_pixels(self, args: argparse.Namespace) -> tuple[Pixels, str]:
+    def _find_probe_pixels(self) -> tuple[Pixels, str]:
         """As the run's own; numbers of kinds that its images do not have are looked at by themselves."""
         if self.probe_split is None:
             return self.pixels, ""
         return find_pixels_together(
-            self.process, self.probe_split.train.images, self.config["channels"], self.config["background"], known=self.pixels,
-            given=args.value_range, upright=args.upright, flag="--probe-data",
+            self.process, self.probe_split.train.images, self.settings.channels, self.settings.background, known=self.pixels,
+            given=self.asked.value_range, upright=self.asked.upright, flag="--probe-data",
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -281,74 +280,72 @@ class Pretraining(Training):
         self.optimizer.load_state_dict(saved["optimizer"])
 
     def _prepare(self) -> None:
-        if self.config["checkpoint_activations"]:
-            if self.config["compile"]:
+        if self.settings.checkpoint_activations:
+            if self.settings.compile:
                 raise UserError("--compile and --checkpoint-activations do not go together; use one of them")
             if not self.network.encoder.checkpoint_blocks():
-                raise UserError(f"--checkpoint-activations: {self.config['model']} has no rows of blocks; leave it out")
-        for flag in ("compile", "cuda_graph"):
-            if self.config[flag] and self.network.encoder.engine.name == "minkowski":
-                raise UserError(
-                    f"--{flag.replace('_', '-')} cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense"
-                )
-        if self.config["compile"]:
+                raise UserError(f"--checkpoint-activations: {self.settings.model} has no rows of blocks; leave it out")
+        for name in ("compile", "cuda_graph"):
+            if getattr(self.settings, name) and self.network.encoder.engine.name == "minkowski":
+                raise UserError(f"{flag_of(name)} cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
+        if self.settings.compile:
             self.network.compile_parts()
-        if self.config["cuda_graph"]:
+        if self.settings.cuda_graph:
             self._capture()
 
     def _capture(self) -> None:
         """Puts the forward and the backward pass into a CUDA graph; before the first images are loaded, by threads that may not
         call CUDA meanwhile."""
-        config, process = self.config, self.process
+        settings, process = self.settings, self.process
         if process.device.type != "cuda":
             raise UserError("--cuda-graph needs a GPU; leave it out")
         if process.world > 1:
             raise UserError(f"--cuda-graph trains in one process, not in {process.world}; leave it out")
-        for flag in ("accumulate", "compile", "checkpoint_activations"):
-            if config[flag] > (1 if flag == "accumulate" else 0):
-                raise UserError(f"--cuda-graph and --{flag.replace('_', '-')} do not go together; use one of them")
-        size = config["batch_size"], config["channels"], *self.network.input_size
-        precision = torch.bfloat16 if config["precision"] == "bf16" else None
+        for name in ("accumulate", "compile", "checkpoint_activations"):
+            if getattr(settings, name) > (1 if name == "accumulate" else 0):
+                raise UserError(f"--cuda-graph and {flag_of(name)} do not go together; use one of them")
+        size = settings.batch_size, settings.channels, *self.network.input_size
+        precision = torch.bfloat16 if settings.precision == "bf16" else None
         self.graphed = GraphedLoss(self.network.train(), torch.zeros(size, device=process.device), precision)
 
     def _check_batch_norm(self) -> None:
         """A batch norm needs two numbers to average. The deepest map, which is the smallest, must have as many pixels."""
-        config, encoder = self.config, self.network.encoder
-        per_pass = config["batch_size"] // (self.process.world * config["accumulate"])
-        pixels = per_pass * self.network.keep * (self.network.patch // encoder.strides[-1]) ** 2
+        settings, encoder = self.settings, self.network.encoder
+        pixels = settings.images_per_pass * self.network.keep * (self.network.patch // encoder.strides[-1]) ** 2
         if pixels < 2 and encoder.norm == "bn":
             raise UserError(
-                f"--batch-size {config['batch_size']} leaves batch norm one visible pixel at stride {encoder.strides[-1]}; "
+                f"--batch-size {settings.batch_size} leaves batch norm one visible pixel at stride {encoder.strides[-1]}; "
                 "raise it or --input-size, or lower --mask-ratio"
             )
 
-    def _introduce(self, args: argparse.Namespace) -> None:
+    def _introduce(self) -> None:
         """Prints what will be done, and why where something was chosen."""
-        config, network, process = self.config, self.network, self.process
+        settings, network, process = self.settings, self.network, self.process
         encoder, total = network.encoder, math.prod(network.num_patches)
-        rate = config["base_lr"] * config["batch_size"] / 256
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
-        in_float32 = "" if encoder.engine.bf16 or config["precision"] == "float32" else "; the encoder computes in float32"
-        data = config["data"] or "scikit-image, its photographs"
-        where = f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, list) and len(data) > 3 else as_text(data)
+        in_float32 = "" if encoder.engine.bf16 or settings.precision == "float32" else "; the encoder computes in float32"
+        data = settings.data or "scikit-image, its photographs"
+        where = (
+            f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, tuple) and len(data) > 3 else as_text(data)
+        )
         lines = {
-            "data": f"{len(self.dataset)} images in {where}, {config['samples_per_epoch']} crops an epoch",
+            "data": f"{len(self.dataset)} images in {where}, {settings.samples_per_epoch} crops an epoch",
             "images": self.seen,
-            "recipe": RECIPES[config["recipe"]].name + self.recipe_reason,
-            "network": f"{config['model']}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
+            "recipe": RECIPES[settings.recipe].name + choose_recipe(self.asked.recipe, settings.num_images, self.saved)[1],
+            "network": f"{settings.model}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
             f"{total} patches of {network.patch} pixels visible ({100 * network.keep / total:.0f} %)"
             + (f"; left out: {', '.join(encoder.head[:4])}{' ...' * (len(encoder.head) > 4)}" if encoder.head else ""),
-            "training": f"{config['epochs']} epochs of {self.steps_per_epoch} steps, batch {config['batch_size']}, peak "
-            f"learning rate {rate:.2g}",
-            "machine": f"{process.world} x {process.device.type}{threads}, {config['precision']}"
-            + (", compiled: the first steps take minutes" if config["compile"] else ""),
+            "training": f"{settings.epochs} epochs of {self.steps_per_epoch} steps, batch {settings.batch_size}, peak "
+            f"learning rate {settings.peak_rate:.2g}",
+            "machine": f"{process.world} x {process.device.type}{threads}, {settings.precision}"
+            + (", compiled: the first steps take minutes" if settings.compile else ""),
             "engine": f"{encoder.engine.name}: {encoder.engine_reason}{in_float32}",
             "output": f"{self.folder.path}" + (f", resumed after step {self.step}" if self.folder.saved else ""),
         }
         if self.init_report:
             lines["init"] = self.init_report
         if self.probe_split is not None:
-            lines["probe"] = f"kNN every {config['probe_epochs']} epochs on {config['probe_data']}: {self.probe_split.note}; "
+            lines["probe"] = f"kNN every {settings.probe_epochs} epochs on {settings.probe_data}: {self.probe_split.note}; "
             lines["probe"] += self.probe_seen
         for name, text in lines.items():
             print(f"{name:9s} {text}")
@@ -356,13 +353,14 @@ class Pretraining(Training):
             print(f"{'note':9s} {remark}")
         for remark in self.probe_split.remarks if self.probe_split else ():
             print(f"{'note':9s} --probe-data: {remark}")
-        self.folder.print_changes(config)
-        if rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
-            rates = "take --recipe small" if config["recipe"] == "spark" else "raise --base-lr"
+        self.folder.print_changes(settings)
+        if settings.peak_rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
+            rates = "take --recipe small" if settings.recipe == "spark" else "raise --base-lr"
             advice = f"{rates}, or raise --epochs or --samples-per-epoch"
             print(f"{'note':9s} {self.total_steps} steps at this rate will hardly move the weights; {advice}")
-        if args.init and self.folder.saved and str(args.init) != str(config["init"]):
-            print(f"{'note':9s} --init {args.init} is not used: this run goes on from its checkpoint")
+        init = self.asked.init
+        if init and self.saved and init != settings.init:
+            print(f"{'note':9s} --init {init} is not used: this run goes on from its checkpoint")
         sys.stdout.flush()
 
 

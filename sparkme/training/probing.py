@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from sparkme.data.sources import Columns
 from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError, user_errors
 from sparkme.files import replaced_when_whole
-from sparkme.training.config import default_workers
+from sparkme.settings.commands import ProbeSettings
+from sparkme.settings.declare import to_config
+from sparkme.settings.shared import checked_range, default_workers, fixed_size
 from sparkme.training.distributed import start_process, stop_process
 from sparkme.training.features import Features, knn_accuracy, linear_accuracy, pooled_features
 from sparkme.weights.prefixes import Choice
 from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
-def probe(args: argparse.Namespace) -> int:
-    """Measures, prints a table and writes the numbers. Returns the exit code."""
+def probe(args: ProbeSettings) -> list[dict[str, Any]]:
+    """Measures, prints a table and writes the numbers. Returns the rows of the table, see `measure`."""
     limit_pixels(args.max_pixels)
     process = start_process(args.device)
     if process.world > 1:
@@ -43,7 +46,7 @@ def probe(args: argparse.Namespace) -> int:
     if args.shots is not None:
         split.train.shots(args.shots, args.seed)  # refused now if there are fewer
     main_weights = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
-    args.input_size = [*(args.input_size or main_weights.input_size or (224,))]  # one for all rows
+    args = replace(args, input_size=fixed_size(args.input_size or main_weights.input_size or (224,)))  # one for all rows
     # Of other files the model is theirs, and --model is for those that do not say it.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
     print(f"data      {args.data}: {split.note}; {class_counts(split.train)}")
@@ -53,8 +56,8 @@ def probe(args: argparse.Namespace) -> int:
     told = ""
     for pretrained in (main_weights, *others):
         pixels, seen = find_pixels(
-            split.train.images, pretrained.channels, pretrained.background, known=pretrained.pixels, given=args.value_range,
-            upright=args.upright,
+            split.train.images, pretrained.channels, pretrained.background, known=pretrained.pixels,
+            given=checked_range(args.value_range), upright=args.upright,
         )  # fmt: skip
         if seen != told:  # by weights of another run
             print(f"images    {seen}")
@@ -70,13 +73,12 @@ def probe(args: argparse.Namespace) -> int:
             records.append({"weights": pretrained.origin, "model": pretrained.model, **score})
     print(table(records))
     if args.output:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        content = {"config": settings, "classes": split.train.classes, "num_train": len(split.train), "num_val": len(split.val),
-                   "scores": records}  # fmt: skip
+        content = {"config": to_config(args), "classes": split.train.classes, "num_train": len(split.train),
+                   "num_val": len(split.val), "scores": records}  # fmt: skip
         with replaced_when_whole(args.output) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         print(f"wrote {args.output}")
-    return 0
+    return records
 
 
 def _read_other(path: Path, like: Pretrained) -> Pretrained:
@@ -88,7 +90,7 @@ def _read_other(path: Path, like: Pretrained) -> Pretrained:
         return read_pretrained(path, like.model)
 
 
-def chosen_strides(stages: list[str], strides: list[int]) -> list[int]:
+def chosen_strides(stages: Sequence[str], strides: list[int]) -> list[int]:
     """The strides that --stage names.
 
     Raises:
@@ -103,7 +105,7 @@ def chosen_strides(stages: list[str], strides: list[int]) -> list[int]:
 
 
 def extract(
-    pretrained: Pretrained, args: argparse.Namespace, parts: list[Labelled], device: torch.device, pixels: Pixels
+    pretrained: Pretrained, args: ProbeSettings, parts: list[Labelled], device: torch.device, pixels: Pixels
 ) -> list[Features]:
     """Features of whole images under some weights."""
     encoder, taken = pretrained.encoder(args.seed)
@@ -135,7 +137,7 @@ def whole_size(size: list[int] | tuple[int, ...], patch: int) -> tuple[int, int]
 
 
 def measure(
-    train: Features, val: Features, stride: int, train_set: Labelled, val_set: Labelled, args: argparse.Namespace
+    train: Features, val: Features, stride: int, train_set: Labelled, val_set: Labelled, args: ProbeSettings
 ) -> dict[str, Any]:
     """Scores of one map, from 0 to 1, with their standard errors: over the draws of --shots or, without, of a share of so many
     images."""

@@ -14,6 +14,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from sparkme.errors import UserError
+from sparkme.settings.finetune import FinetuneSettings
 
 
 class LabelLoss(nn.Module):
@@ -23,17 +24,17 @@ class LabelLoss(nn.Module):
         return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
 
 
-def create_loss(config: dict[str, Any]) -> tuple[Any, nn.Module]:
+def create_loss(settings: FinetuneSettings) -> tuple[Any, nn.Module]:
     """timm's mixup and cutmix, or None; and the loss of scores and labels."""
-    if config["several_labels"]:
+    if settings.several_labels:
         return None, LabelLoss()
-    mixed = config["mixup"] or config["cutmix"]
+    mixed = settings.mixup or settings.cutmix
     mix = Mixup(
-        config["mixup"], config["cutmix"], label_smoothing=config["smoothing"], num_classes=config["num_classes"]
+        settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=settings.num_classes
     ) if mixed else None  # fmt: skip
-    if config["loss"] == "bce":
-        return mix, BinaryCrossEntropy(smoothing=config["smoothing"])
-    return mix, SoftTargetCrossEntropy() if mixed else nn.CrossEntropyLoss(label_smoothing=config["smoothing"])
+    if settings.loss == "bce":
+        return mix, BinaryCrossEntropy(smoothing=settings.smoothing)
+    return mix, SoftTargetCrossEntropy() if mixed else nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
 
 
 def create_measure(classes: list[str], several_labels: bool) -> Measure:

@@ -14,6 +14,8 @@ from torch import nn
 
 from sparkme.errors import UserError, first_line, unreadable_reason
 from sparkme.networks.create import create_encoder
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.weights.files import archive_damage
 
@@ -72,19 +74,33 @@ def encoder_of(checkpoint: dict[str, Any], path: Path) -> SparseEncoder:
         UserError: its configuration does not describe a network, or not the one whose weights it holds.
     """
     with described(checkpoint, path):
-        encoder = build_encoder(checkpoint["config"], checkpoint.get("proof"))
+        encoder = build_encoder(settings_in(checkpoint, path), checkpoint.get("proof"))
         weights = {n.removeprefix("encoder."): v for n, v in checkpoint["model"].items() if n.startswith("encoder.")}
         load_weights(encoder, weights)
     print_trial(encoder, path)
     return encoder
 
 
-def build_encoder(config: dict[str, Any], proof: Mapping[str, Any] | None = None) -> SparseEncoder:
-    """The encoder that `config` (of config.json, or of a checkpoint) describes, with random weights.
+def build_encoder(settings: PretrainSettings, proof: Mapping[str, Any] | None = None) -> SparseEncoder:
+    """The encoder that settings describe, with random weights.
 
     `proof` is what the checkpoint keeps of its trial, see `sparkme.sparsify`.
     """
-    return create_encoder(config["model"], in_channels=config.get("channels", 3), drop_path=config["drop_path"], proof=proof)
+    return create_encoder(settings.model, in_channels=settings.channels, drop_path=settings.drop_path, proof=proof)
+
+
+def settings_in(checkpoint: dict[str, Any], path: Path) -> PretrainSettings:
+    """The settings of a checkpoint.
+
+    Raises:
+        UserError: they describe no network.
+    """
+    with described(checkpoint, path):
+        settings = from_config(PretrainSettings, checkpoint["config"])
+        for name in ("model", "input_size", "mask_ratio", "decoder_width", "drop_path"):
+            if getattr(settings, name) is None:
+                raise KeyError(name)
+    return settings
 
 
 def load_weights(network: nn.Module, state: dict[str, Any]) -> None:

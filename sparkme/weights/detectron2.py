@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkme.data.statistics import statistics_of
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.weights.format import Format
 from sparkme.weights.names import Table, resnet_rules
 
@@ -29,9 +30,9 @@ class Detectron2(Format):
         """What `MODEL.WEIGHTS` takes: arrays, whose names detectron2 matches by their endings."""
         return {"model": {n: v.numpy() for n, v in state.items()}, "__author__": "sparkme", "matching_heuristics": True}
 
-    def notes(self, config: dict[str, Any]) -> dict[str, str]:
-        mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(config))
-        images = "RGB: INPUT.FORMAT RGB" if config.get("channels", 3) == 3 else f"images of {config['channels']} channels"
+    def notes(self, settings: PretrainSettings) -> dict[str, str]:
+        mean, std = ([round(255 * v, 3) for v in values] for values in statistics_of(settings))
+        images = "RGB: INPUT.FORMAT RGB" if settings.channels == 3 else f"images of {settings.channels} channels"
         text = f"trained on {images}, MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std}, MODEL.RESNETS.STRIDE_IN_1X1 False; "
         return {"detectron2": f"{text}num_batches_tracked is left out"}
 

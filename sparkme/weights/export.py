@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +14,64 @@ from sparkme.data.statistics import statistics_of
 from sparkme.errors import UserError, user_errors
 from sparkme.networks.create import create_dense
 from sparkme.networks.names import library_of
+from sparkme.settings.declare import check, to_config
+from sparkme.settings.pretrain import RECIPES, PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.state_dict import state_dict_of
-from sparkme.weights.checkpoint import load_checkpoint, run_folder
+from sparkme.weights.checkpoint import load_checkpoint, run_folder, settings_in
 from sparkme.weights.files import write_state_dict
 from sparkme.weights.format import Format
 from sparkme.weights.formats import FORMATS
 from sparkme.weights.hub import HUB_FILES, write_hub_folder
 from sparkme.weights.libraries import origin_of, translate
+from sparkme.weights.settings import ExportSettings
 from sparkme.weights.verify import TOLERANCE, recalibrate, verify
 
 
-def export(
-    args: argparse.Namespace,
-    *,
-    network_of: Callable[[dict[str, Any], Path], Any],
-    references: Mapping[str, str],
-    made_by: str,
-) -> int:
-    """Writes the weights, and says how they are loaded. Returns the exit code.
+def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path], Any], made_by: str) -> Path | None:
+    """Writes the weights, and says how they are loaded.
 
     Args:
-        args: the command line.
+        args: what was asked for.
         network_of: makes the network of a checkpoint, with its weights, whose `encoder` is exported; see `sparkme.training`.
-        references: by recipe, the method and where it was published, for the file's metadata.
-        made_by: the version of this project, likewise.
+        made_by: the version of this project, for the file's metadata.
+
+    Returns:
+        The file or the hub folder; None if the weights did not pass the check, which is printed.
     """
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
-    config = checkpoint["config"]
-    if not isinstance(config.get("model"), str):
-        raise UserError(f"{args.checkpoint} does not say of which network it is")
-    target = args.to or library_of(config["model"])
+    settings = settings_in(checkpoint, args.checkpoint)
+    model = settings.model
+    target = args.to or library_of(model)
     form = FORMATS.get(target, Format("its own"))
-    output, beside = check_output(args, config, form)
+    output, beside = check_output(args, settings, form)
 
     network = network_of(checkpoint, args.checkpoint)
     encoder: SparseEncoder = network.encoder
-    dense = dense_network(encoder, args, config)
+    dense = dense_network(encoder, args, settings)
     own = encoder.dense_state_dict()
     with user_errors():
-        weights = translate(own, origin_of(library_of(config["model"]), own), target)
-    theirs, missing = library_network(form, target, weights, dense, config["model"], encoder.in_channels)
-    if args.verify and not is_verified(theirs, encoder, (config["input_size"][0], config["input_size"][1])):
-        return 1
+        weights = translate(own, origin_of(library_of(model), own), target)
+    theirs, missing = library_network(form, target, weights, dense, model, encoder.in_channels)
+    if args.verify and not is_verified(theirs, encoder, settings.size):
+        return None
 
-    metadata = describe(config, checkpoint["step"], args, target, encoder.proof)
-    metadata |= {"method": references[config.get("recipe", "spark")], "made_by": made_by, **form.notes(config)}
+    metadata = describe(settings, checkpoint["step"], args, target, encoder.proof)
+    metadata |= {"method": RECIPES[settings.recipe].reference, "made_by": made_by, **form.notes(settings)}
     if args.hub_folder:
-        write_hub_folder(args.hub_folder, config, weights, metadata, args.push_to_hub)
-        return 0
+        write_hub_folder(args.hub_folder, settings, weights, metadata, args.push_to_hub)
+        return args.hub_folder
     write_state_dict(output, form.content(form.state(weights, state_dict_of(network))), metadata)
     if output.suffix != ".safetensors":  # the others have no place for it
         beside.write_text(json.dumps(metadata, indent=2) + "\n")
     verified = "verified" if args.verify else "NOT verified"
     left = f"; left to you, the classifier: {', '.join(missing)}" if missing else ""
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, {verified}){left}")
-    print(f"load it:\n\n{form.loading(output, config['model'], encoder.in_channels)}")
-    return 0
+    print(f"load it:\n\n{form.loading(output, model, encoder.in_channels)}")
+    return output
 
 
-def check_output(args: argparse.Namespace, config: dict[str, Any], form: Format) -> tuple[Path, Path]:
+def check_output(args: ExportSettings, settings: PretrainSettings, form: Format) -> tuple[Path, Path]:
     """The files to write: the weights, and beside them what another than a .safetensors file has no place for.
 
     Raises:
@@ -86,9 +83,8 @@ def check_output(args: argparse.Namespace, config: dict[str, Any], form: Format)
         raise UserError("--hub-folder writes its own files; leave out --output")
     if args.hub_folder and form is not FORMATS["timm"]:
         raise UserError("--hub-folder is timm's form of a model; use it with --to timm")
-    if args.recalibrate_images < 2:
-        raise UserError(f"--recalibrate-images {args.recalibrate_images} must be at least 2")
-    name = config["model"].replace(":", "-")
+    check(args)
+    name = settings.model.replace(":", "-")
     output = args.output or run_folder(args.checkpoint) / f"{name}{form.suffixes[0]}"
     if output.suffix not in form.suffixes:
         allowed = " or ".join(suffix for suffix in form.suffixes if suffix != ".pt")
@@ -104,7 +100,7 @@ def check_output(args: argparse.Namespace, config: dict[str, Any], form: Format)
     return output, beside
 
 
-def dense_network(encoder: SparseEncoder, args: argparse.Namespace, config: dict[str, Any]) -> nn.Module:
+def dense_network(encoder: SparseEncoder, args: ExportSettings, settings: PretrainSettings) -> nn.Module:
     """The ordinary network that the encoder was made from, with its weights; batch norms of both recalibrated, if asked for.
 
     Raises:
@@ -112,14 +108,14 @@ def dense_network(encoder: SparseEncoder, args: argparse.Namespace, config: dict
     """
     if not all(value.isfinite().all() for value in encoder.dense_state_dict().values()):
         raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
-    model = config["model"]
+    model = settings.model
     with user_errors():
         dense = create_dense(model, in_channels=encoder.in_channels)
     _, unexpected = nn.Module.load_state_dict(dense, encoder.dense_state_dict(), strict=False)  # not a method of its own class
     if unexpected:
         raise UserError(f"{library_of(model)}'s {model} has no weights {', '.join(unexpected[:5])}; is it another version?")
     if args.recalibrate_bn:
-        recalibrate(dense, args.recalibrate_bn, config, args.recalibrate_images)
+        recalibrate(dense, args.recalibrate_bn, settings, args.recalibrate_images)
         encoder.load_dense_state_dict(state_dict_of(dense))
     return dense
 
@@ -158,28 +154,28 @@ def is_verified(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int])
 
 
 def describe(
-    config: dict[str, Any], step: int, args: argparse.Namespace, target: str, proof: dict[str, Any] | None
+    settings: PretrainSettings, step: int, args: ExportSettings, target: str, proof: dict[str, Any] | None
 ) -> dict[str, str]:
     """Where the weights come from, and the proof of their network, for the file's metadata."""
-    settings = (
+    config, kept = to_config(settings), (
         "input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"
     )  # fmt: skip
     notes = {
         "format": "pt",
-        "network": config["model"],
-        "model": f"{library_of(config['model'])} {config['model']}, encoder without classifier, names of {target}",
-        "recipe": json.dumps({k: config.get(k) for k in settings}),
+        "network": settings.model,
+        "model": f"{library_of(settings.model)} {settings.model}, encoder without classifier, names of {target}",
+        "recipe": json.dumps({k: config.get(k) for k in kept}),
         "source": f"{args.checkpoint.name}, step {step}",
         "verified": str(args.verify).lower(),
         "batch_norm": "recalibrated on whole images" if args.recalibrate_bn else "as pretrained, on visible patches",
-        "channels": str(config.get("channels", 3)),
-        "mean": json.dumps(statistics_of(config).mean),
-        "std": json.dumps(statistics_of(config).std),
-        "background": config.get("background", "white"),
-        "value_range": json.dumps(config.get("value_range")),
-        "upright": json.dumps(config.get("upright", True)),
-        "input_size": json.dumps(config["input_size"]),
-        "drop_path": str(config["drop_path"]),
+        "channels": str(settings.channels),
+        "mean": json.dumps(statistics_of(settings).mean),
+        "std": json.dumps(statistics_of(settings).std),
+        "background": settings.background,
+        "value_range": json.dumps(settings.value_range),
+        "upright": json.dumps(settings.upright),
+        "input_size": json.dumps(settings.input_size),
+        "drop_path": str(settings.drop_path),
     }
     if proof is not None:
         notes["proof"] = json.dumps(proof)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.weights.names import Table
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Format:
         """What a file holds of it."""
         return state
 
-    def notes(self, config: dict[str, Any]) -> dict[str, str]:
+    def notes(self, settings: PretrainSettings) -> dict[str, str]:
         """What the library has to be told of the run, for the file's metadata."""
         return {}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparkme.data.statistics import statistics_of
 from sparkme.errors import UserError, first_line
+from sparkme.settings.pretrain import PretrainSettings
 
 HUB_FILES = ("config.json", "model.safetensors", "README.md")
 
@@ -36,13 +37,13 @@ The licence of these weights is for whoever publishes them to choose, with regar
 
 
 def write_hub_folder(
-    folder: Path, config: dict[str, Any], state: dict[str, Tensor], metadata: dict[str, str], repository: str | None
+    folder: Path, settings: PretrainSettings, state: dict[str, Tensor], metadata: dict[str, str], repository: str | None
 ) -> None:
     """Writes config, weights and model card, and sends them where a repository is named.
 
     Args:
         folder: where they go.
-        config: of the run.
+        settings: of the run.
         state: the encoder's weights under timm's names.
         metadata: of an exported file, for the card.
         repository: of the hub, NAME/REPO.
@@ -53,7 +54,7 @@ def write_hub_folder(
     import timm  # noqa: PLC0415  (half a second, for hub folders alone)
     from timm.models._hub import save_for_hf  # noqa: PLC0415
 
-    plain, channels, statistics = config["model"].removeprefix("timm:"), config.get("channels", 3), statistics_of(config)
+    plain, channels, statistics = settings.model.removeprefix("timm:"), settings.channels, statistics_of(settings)
     model = timm.create_model(plain, pretrained=False, num_classes=0, in_chans=channels)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected:
@@ -61,7 +62,7 @@ def write_hub_folder(
     if missing:  # norms between the last map and the classifier
         print(f"not pretrained, as timm makes them new: {', '.join(missing[:5])}")
     preprocessing = {
-        "input_size": [channels, config["input_size"][0], config["input_size"][1]],
+        "input_size": [channels, *settings.size],
         "mean": list(statistics.mean),
         "std": list(statistics.std),
         "interpolation": "bicubic",
@@ -69,7 +70,7 @@ def write_hub_folder(
     }
     try:
         save_for_hf(model, str(folder), data_config=preprocessing, safe_serialization=True)
-        if config["model"] == f"timm:{plain}":
+        if settings.model == f"timm:{plain}":
             file = folder / "config.json"
             kept = {name: metadata[name] for name in ("drop_path", "proof") if name in metadata}
             file.write_text(json.dumps(json.loads(file.read_text()) | {"sparkme": kept}, indent=2) + "\n")

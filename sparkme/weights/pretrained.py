@@ -18,6 +18,9 @@ from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.errors import UserError, first_line
 from sparkme.networks.create import Classifier, add_drop_path, create_dense, create_encoder, find_classifier
 from sparkme.networks.names import library_of
+from sparkme.settings.declare import from_config
+from sparkme.settings.saved import read_settings
+from sparkme.settings.shared import PixelSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.state_dict import state_dict_of
 from sparkme.weights.checkpoint import encoder_of, load_checkpoint, print_trial
@@ -208,7 +211,7 @@ def _pretrained(
 def _pixels(notes: dict[str, str]) -> Pixels | None:
     """What sparkme.export or sparkme.finetune wrote; earlier, they wrote other things only."""
     kept: dict[str, Any] = {name: json.loads(notes[name]) for name in ("value_range", "upright") if name in notes}
-    return pixels_of(kept) if "background" in notes else None
+    return pixels_of(from_config(PixelSettings, kept)) if "background" in notes else None
 
 
 def weights_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -223,18 +226,17 @@ def weights_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _from_checkpoint(checkpoint: dict[str, Any], path: Path, choice: Choice) -> Pretrained:
-    config = checkpoint["config"]
     proof, drop_path = None, 0.0
-    if config.get("command") == "finetune":
-        state = weights_in(checkpoint, path)
-    else:
-        encoder = encoder_of(checkpoint, path)
-        state, proof, drop_path = encoder.dense_state_dict(), encoder.proof, config["drop_path"]
     try:
-        size = config["input_size"]
+        settings = read_settings(checkpoint["config"])
+        if settings.command == "finetune":
+            state = weights_in(checkpoint, path)
+        else:
+            encoder = encoder_of(checkpoint, path)
+            state, proof, drop_path = encoder.dense_state_dict(), encoder.proof, settings.drop_path
         return Pretrained(
-            config["model"], state, f"{path} (step {checkpoint['step']})", config.get("channels", 3), statistics_of(config),
-            config.get("background", "white"), (size[0], size[1]), choice, pixels_of(config), drop_path, proof,
+            settings.model, state, f"{path} (step {checkpoint['step']})", settings.channels, statistics_of(settings),
+            settings.background, settings.size, choice, pixels_of(settings), drop_path, proof,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
@@ -244,12 +246,12 @@ def _notes(path: Path) -> dict[str, str]:
     """What sparkme.export, or timm, wrote beside or into a file of weights."""
     try:
         if path.is_dir():
-            config = json.loads((path / "config.json").read_text())
-            settings = config["pretrained_cfg"]
-            size = settings["input_size"]
-            notes = {"network": f"timm:{config['architecture']}", "channels": str(size[0]), "input_size": json.dumps(size[1:]),
-                     "mean": json.dumps(settings["mean"]), "std": json.dumps(settings["std"])}  # fmt: skip
-            return notes | config.get("sparkme", {})
+            timms = json.loads((path / "config.json").read_text())
+            images = timms["pretrained_cfg"]
+            size = images["input_size"]
+            notes = {"network": f"timm:{timms['architecture']}", "channels": str(size[0]), "input_size": json.dumps(size[1:]),
+                     "mean": json.dumps(images["mean"]), "std": json.dumps(images["std"])}  # fmt: skip
+            return notes | timms.get("sparkme", {})
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return dict(file.metadata() or {})

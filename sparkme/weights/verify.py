@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from sparkme.data.limits import limit_pixels
 from sparkme.data.sources.files import find_images
 from sparkme.data.statistics import statistics_of
 from sparkme.errors import UserError
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
@@ -56,22 +56,22 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).abs().max() / expected.abs().max())
 
 
-def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int) -> None:
+def recalibrate(dense: nn.Module, data: Path, settings: PretrainSettings, count: int) -> None:
     """Estimates batch norm's running statistics anew, on whole images: those of pretraining saw visible patches, with their
     borders. Prints how far they moved.
 
     Raises:
         UserError: no images there.
     """
-    limit_pixels(config.get("max_pixels"))
+    limit_pixels(settings.max_pixels)
     paths = find_images(data, flag="--recalibrate-bn")
     norms = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
     if not norms:
         print("the network has no batch norm: nothing to recalibrate")
         return
-    statistics = statistics_of(config)
+    statistics = statistics_of(settings)
     step = max(1, len(paths) // count)
-    chosen, size = paths[::step][:count], (config["input_size"][0], config["input_size"][1])
+    chosen, size = paths[::step][:count], settings.size
     before = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}  # type: ignore[union-attr]
     dense.eval()
     for norm in norms.values():
@@ -82,9 +82,7 @@ def recalibrate(dense: nn.Module, data: Path, config: dict[str, Any], count: int
     with torch.no_grad():
         for start in tqdm(range(0, len(chosen), 32), desc="recalibrating batch norm", disable=not sys.stderr.isatty()):
             group = chosen[start : start + 32]
-            images = preview_images(
-                group, size, len(group), config.get("channels", 3), config.get("background", "white"), pixels_of(config)
-            )
+            images = preview_images(group, size, len(group), settings.channels, settings.background, pixels_of(settings))
             if len(images) > 1:
                 dense(normalise(images, statistics))
                 seen += len(images)

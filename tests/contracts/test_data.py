@@ -14,6 +14,8 @@ from sparkme.data.dataset import CropDataset, collate, denormalise, estimate_sta
 from sparkme.data.images import load_image
 from sparkme.data.statistics import Statistics
 from sparkme.pretrain import main
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training.build import build_network
 from sparkme.weights.checkpoint import load_checkpoint
 
@@ -119,7 +121,7 @@ def test_a_run_on_images_of_other_channels_resumes_with_its_statistics(
     assert main([*words, "--epochs", "2"]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["mean"] == config["mean"]
     saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    network = build_network(saved["config"])
+    network = build_network(from_config(PretrainSettings, saved["config"]))
     network.load_state_dict(saved["model"])
     assert network.encoder.in_channels == channels
     assert Image.open(tmp_path / "run" / "reconstructions" / "epoch_0002.png").mode == "RGB"

@@ -12,6 +12,8 @@ import sparkme
 from benchmarks import plot
 from sparkme import export
 from sparkme.pretrain import main
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training.build import build_network
 from sparkme.weights.checkpoint import load_checkpoint
 
@@ -89,7 +91,7 @@ def test_the_documents_own_network_can_be_pretrained(tmp_path: Path, monkeypatch
     assert main([*words, "--epochs", "1"]) == 0
     assert main([*words, "--epochs", "2"]) == 0
     saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    build_network(saved["config"]).load_state_dict(saved["model"])
+    build_network(from_config(PretrainSettings, saved["config"])).load_state_dict(saved["model"])
     assert export.main(["run/checkpoints/last.pt", "--output", "weights.pth"]) == 0
     network = sys.modules["mynet"].small_net()
     assert not network.load_state_dict(torch.load("weights.pth", weights_only=True), strict=False).unexpected_keys

@@ -49,11 +49,13 @@ def test_exported_weights_load_into_torchvision(
     assert json.loads(metadata["recipe"])["mask_ratio"] == 0.6
 
     # The trained network itself, with every patch visible, against torchvision's.
+    from sparkme.settings.declare import from_config
+    from sparkme.settings.pretrain import PretrainSettings
     from sparkme.training.build import build_network
     from sparkme.weights.checkpoint import load_checkpoint
 
     saved = load_checkpoint(path)
-    network = build_network(saved["config"]).eval()
+    network = build_network(from_config(PretrainSettings, saved["config"])).eval()
     network.load_state_dict(saved["model"])
     images = torch.randn(2, 3, 64, 64)
     sparse = network.encoder(images, torch.ones(2, 1, 2, 2, dtype=torch.bool))[-1].dense()

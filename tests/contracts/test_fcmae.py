@@ -19,8 +19,9 @@ import sparkme.export
 from sparkme.errors import UserError
 from sparkme.methods.fcmae import FCMAE
 from sparkme.pretrain import main
+from sparkme.settings.declare import from_config, to_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training.build import build_network
-from sparkme.training.config import FIXED, OLDER
 from sparkme.training.folder import check_same_run
 from sparkme.training.optimizer import parameter_groups
 from sparkme.weights.checkpoint import load_checkpoint
@@ -143,9 +144,10 @@ def test_the_number_of_visible_patches_is_rounded_down() -> None:
 
 def test_initial_values() -> None:
     """.02 in the encoder, whatever its own library makes; in the decoder torch's truncated normal, of deviation .88."""
-    config = {"recipe": "fcmae", "model": "resnet18", "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 128, "patch": None,
-              "input_size": [64, 64], "norm_pix_loss": True}  # fmt: skip
-    model = build_network(config)
+    model = build_network(PretrainSettings(
+        recipe="fcmae", model="resnet18", drop_path=0.0, mask_ratio=0.5, decoder_width=128, input_size=(64, 64),
+        norm_pix_loss=True,
+    ))  # fmt: skip
     for name, value in model.encoder.dense_state_dict().items():
         if value.ndim == 4:
             assert 0.019 < value.std() < 0.021 and value.abs().max() < 0.2, name
@@ -197,7 +199,7 @@ def test_its_recipe_trains_resumes_and_is_rebuilt(tmp_path: Path, capsys: pytest
     assert "recipe    FCMAE" in capsys.readouterr().out
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rates[-1] == 0 < rates[1]
-    network = build_network(saved["config"])
+    network = build_network(from_config(PretrainSettings, saved["config"]))
     network.load_state_dict(saved["model"])
     assert isinstance(network, FCMAE) and network.decoder.conv_dw.weight.shape[0] == 512
     assert (tmp_path / "reconstructions" / "epoch_0002.png").is_file()
@@ -218,8 +220,8 @@ def test_flags_of_the_other_recipe_are_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_checkpoint_that_names_no_recipe_is_of_spark() -> None:
-    config = dict.fromkeys(FIXED)
-    older = {name: value for name, value in config.items() if name != "recipe"}
-    check_same_run(older, {**config, "recipe": "spark"}, None, FIXED, OLDER)
+    older = to_config(PretrainSettings())
+    del older["recipe"]
+    check_same_run(older, PretrainSettings(recipe="spark"), None)
     with pytest.raises(UserError, match="was trained with --recipe spark, now it is fcmae"):
-        check_same_run(older, {**config, "recipe": "fcmae"}, None, FIXED, OLDER)
+        check_same_run(older, PretrainSettings(recipe="fcmae"), None)

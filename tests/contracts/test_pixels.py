@@ -27,7 +27,9 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import ImageSource
 from sparkme.data.survey import find_pixels
 from sparkme.errors import UserError
-from sparkme.training.config import check_value_range
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
+from sparkme.settings.shared import checked_range
 from sparkme.training.distributed import Process, find_pixels_together
 from sparkme.training.health import Health
 from sparkme.weights.checkpoint import load_checkpoint
@@ -408,7 +410,7 @@ def test_many_pixels_outside_of_the_range_are_told_once_whenever_they_come(tmp_p
     batch = collate([dataset[0, draw] for draw in range(4)])
     assert batch.images is not None and 2 < batch.outside < 4 and float(batch.images.max()) <= 1
 
-    looked = Health(SimpleNamespace(config={"batch_size": 4, "input_size": [8, 8]}))  # type: ignore[arg-type]
+    looked = Health(SimpleNamespace(settings=PretrainSettings(batch_size=4, input_size=(8, 8))))  # type: ignore[arg-type]
     good = [Batch(torch.rand(4, 1, 8, 8), (), outside=0.001) for _ in range(100)]
     assert not [text for other in good for text in looked.of_batch(other)]
     (text,) = [text for _ in range(20) for text in looked.of_batch(batch)]
@@ -458,7 +460,7 @@ def test_a_run_keeps_the_range_and_goes_on_with_it(
 @pytest.mark.parametrize("values", [[5.0, 5.0], [9.0, 1.0], [float("nan"), 1.0], [0.0, float("inf")], [0.0, 1e300]])
 def test_what_is_no_range_is_refused(values: list[float]) -> None:
     with pytest.raises(UserError, match=r"--value-range .*: takes two finite numbers, the lower one first"):
-        check_value_range(values)
+        checked_range(values)
 
 
 def test_every_command_looks_at_the_flag(deep: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,7 +497,7 @@ def test_later_commands_read_images_as_the_run_did(
     deep: tuple[Path, Path], used: list[Pixels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, checkpoint = deep
-    kept = pixels_of(load_checkpoint(checkpoint)["config"])
+    kept = pixels_of(from_config(PretrainSettings, load_checkpoint(checkpoint)["config"]))
     assert kept.ranges is not None
 
     def reads_as(pixels: Pixels, words: str) -> None:
@@ -522,7 +524,7 @@ def test_later_commands_read_images_as_the_run_did(
 
 
 def test_runs_that_did_not_ask_go_on_as_they_were(tmp_path: Path) -> None:
-    assert pixels_of({"channels": 3}) == Pixels(None, True)
+    assert pixels_of(from_config(PretrainSettings, {"channels": 3})) == Pixels(None, True)
     path = save(tmp_path / "a.png", scene(0, 65535).astype(np.uint16))
-    read = load_image(path, 1, "white", pixels_of({}))
+    read = load_image(path, 1, "white", pixels_of(from_config(PretrainSettings, {})))
     assert np.abs(read[0].numpy() * 65535 - np.asarray(Image.open(path))).max() < 0.01

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sparkme
+import sparkme.pretrain
 from sparkme.sparse.forms import SPARSE_FORMS
 
 COMMANDS = sorted(p.stem for p in Path(sparkme.__file__).parent.glob("*.py") if 'if __name__ == "__main__":' in p.read_text())
@@ -69,6 +70,13 @@ def test_help_imports_nothing_but_python(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistyped_flag_imports_nothing_but_python(command: str) -> None:
     assert imported_by(f"sparkme.{command}", "--no-such-flag")[:2] == (2, ["sparkme"])
+
+
+def test_a_mistyped_flag_names_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, text in (("--epohcs=3", "--epohcs=3; did you mean --epochs? (--help"), ("--zzz", "arguments: --zzz (--help")):
+        with pytest.raises(SystemExit):
+            sparkme.pretrain.main([word])
+        assert text in capsys.readouterr().err
 
 
 def test_names_of_networks_are_listed_without_their_libraries() -> None:

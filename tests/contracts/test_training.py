@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from commands import asked
 from pictures import make_images
 from PIL import Image
 
@@ -23,9 +24,11 @@ from sparkme.errors import UserError
 from sparkme.networks.create import create_encoder
 from sparkme.ops import triton_conv
 from sparkme.seeds import derived_seed, seed_step
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import RECIPES, SMALL_CROPS, SMALL_EPOCHS, PretrainSettings, choose_recipe, resolve
+from sparkme.settings.shared import Machine
 from sparkme.text import duration
 from sparkme.training.checkpoint import Checkpoints
-from sparkme.training.config import RECIPES, SMALL_CROPS, SMALL_EPOCHS, Machine, choose_recipe, create_parser, resolve_config
 from sparkme.training.device import prepare_device
 from sparkme.training.log import earlier_runs
 from sparkme.training.optimizer import create_optimizer, learning_rate, parameter_groups, weight_decay
@@ -293,22 +296,22 @@ def test_the_recipe_follows_the_number_of_images_and_a_run_keeps_its_own() -> No
     name, reason = choose_recipe("auto", 100_000, None)
     assert name == "spark" and "not less than 100,000" in reason
     assert choose_recipe("spark", 10, None) == ("spark", "") and choose_recipe("fcmae", 10**6, None)[0] == "fcmae"
-    assert choose_recipe("auto", 10, {"recipe": "fcmae"})[0] == "fcmae" and choose_recipe("auto", 10, {})[0] == "spark"
+    assert choose_recipe("auto", 10, PretrainSettings(recipe="fcmae"))[0] == "fcmae"
+    assert choose_recipe("auto", 10, from_config(PretrainSettings, {}))[0] == "spark"
 
 
 def test_a_small_set_gets_its_own_rate_and_as_many_epochs_as_it_needs(tmp_path: Path) -> None:
     data = make_images(tmp_path / "images")
 
-    def config(*words: str) -> dict[str, Any]:
-        args = create_parser().parse_args(["--data", str(data), *words])
-        return resolve_config(args, 6 if "--recipe" not in words else 10**6, Machine())
+    def resolved(*words: object) -> PretrainSettings:
+        return resolve(asked("--data", data, *words), 6 if "--recipe" not in words else 10**6, Machine())
 
-    small = config()
-    assert small["recipe"] == "small" and small["base_lr"] == RECIPES["small"].defaults["base_lr"]
-    assert small["epochs"] == math.ceil(SMALL_CROPS / 6) and small["warmup_epochs"] == 40
-    assert config("--samples-per-epoch", str(10**6))["epochs"] == SMALL_EPOCHS and config("--epochs", "7")["epochs"] == 7
-    paper = config("--recipe", "spark")
-    assert (paper["epochs"], paper["base_lr"], paper["decoder_width"]) == (1600, 2e-4, 768)
+    small = resolved()
+    assert small.recipe == "small" and small.base_lr == RECIPES["small"].defaults["base_lr"]
+    assert small.epochs == math.ceil(SMALL_CROPS / 6) and small.warmup_epochs == 40
+    assert resolved("--samples-per-epoch", 10**6).epochs == SMALL_EPOCHS and resolved("--epochs", 7).epochs == 7
+    paper = resolved("--recipe", "spark")
+    assert (paper.epochs, paper.base_lr, paper.decoder_width) == (1600, 2e-4, 768)
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -317,7 +320,7 @@ def test_float32_products_follow_one_rule(tf32: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction
     try:
-        prepare_device(torch.device("cuda"), tf32=create_parser().parse_args(["--tf32"] if tf32 else []).tf32)
+        prepare_device(torch.device("cuda"), tf32=asked(*["--tf32"] * tf32).tf32)
         assert matmul.allow_tf32 == cudnn.allow_tf32 == tf32 and triton_conv._precision(torch.float32) == (
             "tf32" if tf32 else "ieee"
         )

@@ -20,6 +20,8 @@ from sparkme.data.images import load_image
 from sparkme.reporting import panel
 from sparkme.reporting.mask_pattern import LEAKED, draw_mask_pattern, share, trace_mask
 from sparkme.reporting.visualize import reconstruct
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints
 from sparkme.visualize import create_parser, main
@@ -35,7 +37,9 @@ def save(folder: Path, **changes: Any) -> Path:
     """A checkpoint of a network with random weights."""
     torch.manual_seed(0)
     config = CONFIG | changes
-    return Checkpoints(folder, 1).save({"model": build_network(config).state_dict(), "config": config}, 7)
+    return Checkpoints(folder, 1).save(
+        {"model": build_network(from_config(PretrainSettings, config)).state_dict(), "config": config}, 7
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> sparkme.SparK:
     saved = load_checkpoint(checkpoint)
-    network = build_network(saved["config"])
+    network = build_network(from_config(PretrainSettings, saved["config"]))
     network.load_state_dict(saved["model"])
     return network.eval()
 
@@ -169,7 +173,7 @@ def test_statistics_that_cannot_be_are_refused(model: sparkme.SparK) -> None:
     images, active = torch.randn(1, 3, 64, 96), oracle.random_active(1, (2, 3), 2)
     with pytest.raises(ValueError, match="'guessed' must be one of true, predicted"):
         model.reconstruct(images, active, statistics="guessed")
-    plain = build_network(CONFIG | FCMAE | {"norm_pix_loss": False}).train()
+    plain = build_network(from_config(PretrainSettings, CONFIG | FCMAE | {"norm_pix_loss": False})).train()
     with pytest.raises(ValueError, match="no statistics to predict"):
         panel.reconstruction_panel(plain, images, active, patch_statistics="predicted")
     assert plain.training

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparkme.pretrain import main
+from sparkme import finetune
+from sparkme.pretrain import create_parser, main
+from sparkme.settings.declare import from_flags
+from sparkme.settings.finetune import FinetuneSettings
+from sparkme.settings.pretrain import PretrainSettings
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
 SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
@@ -15,6 +19,15 @@ SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "
 # The same of fine-tuning.
 QUICK = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1",
          "--eval-epochs", "1", "--epochs", "2"]  # fmt: skip
+
+
+def asked(*words: object) -> PretrainSettings:
+    """What a command line of sparkme.pretrain asks for."""
+    return from_flags(PretrainSettings, create_parser().parse_args([*map(str, words)]))
+
+
+def asked_to_finetune(*words: object) -> FinetuneSettings:
+    return from_flags(FinetuneSettings, finetune.create_parser().parse_args([*map(str, words)]))
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

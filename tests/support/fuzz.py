@@ -158,10 +158,7 @@ def main() -> int:
     parsers = {}
     for command in dict.fromkeys(COMMANDS):
         module = importlib.import_module(f"sparkme.{command}")
-        make = (
-            getattr(module, "create_parser", None) or importlib.import_module("sparkme.training.finetune_config").create_parser
-        )
-        parsers[command] = make()
+        parsers[command] = module.create_parser()
     used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
     resource.setrlimit(resource.RLIMIT_DATA, (used + LIMIT_BYTES, used + LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))

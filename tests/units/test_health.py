@@ -1,5 +1,6 @@
 """What a run says of itself: each warning once, where it is due, and none where all is well."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from sparkme.data.dataset import Batch
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training import health
 from sparkme.training.health import Health, more_workers
 
@@ -14,9 +16,9 @@ WELL = {"loss": 0.7, "loader_wait": 0.01, "images_per_s": 100.0}
 
 
 def training(device: str = "cpu", **config: Any) -> Any:
-    settings = {"warmup_epochs": 2, "workers": 2, "batch_size": 16, "input_size": [64, 64], **config}
+    settings = replace(PretrainSettings(warmup_epochs=2, workers=2, batch_size=16, input_size=(64, 64)), **config)
     return SimpleNamespace(
-        config=settings, poor_loss=1.0, steps_per_epoch=50, process=SimpleNamespace(device=torch.device(device))
+        settings=settings, poor_loss=1.0, steps_per_epoch=50, process=SimpleNamespace(device=torch.device(device))
     )
 
 

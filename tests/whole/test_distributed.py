@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from commands import SMALL, losses
+from commands import SMALL, asked, asked_to_finetune, losses
 from networks import Count
 from processes import free_port, join, run_two
 from timm.layers.norm_act import BatchNormAct2d
@@ -18,9 +18,7 @@ import sparkme
 from sparkme.data.dataset import Batch
 from sparkme.networks.create import add_drop_path, create_encoder
 from sparkme.sparse.batch_norm import BatchNorm, share_batch_norms
-from sparkme.training.config import create_parser
 from sparkme.training.distributed import distribute, start_process, stop_process, store_of_this_start
-from sparkme.training.finetune_config import create_parser as finetune_parser
 from sparkme.training.finetuning import Finetuning
 from sparkme.training.loop import Loop
 from sparkme.training.pretraining import Pretraining
@@ -174,7 +172,7 @@ def test_shared_batch_norms_equal_torchs_of_the_whole_batch(operators: bool, tmp
 def train(rank: int, folder: str, port: int) -> None:
     join(rank, port)
     process = start_process("cpu")
-    run = Pretraining(create_parser().parse_args([*SMALL, "--accumulate", "2", "--output", folder]), process)
+    run = Pretraining(asked(*SMALL, "--accumulate", 2, "--output", folder), process)
     assert Loop(run).run() == 0
     torch.save(dict(run.network.named_parameters()), Path(folder, f"{rank}.pt"))
 
@@ -190,7 +188,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
     gradients = []
     for accumulate in (1, parts):
         flags = [*SMALL, "--model", "convnext_tiny", "--drop-path", "0", "--accumulate", accumulate, "--output", tmp_path]
-        run = Pretraining(create_parser().parse_args([*map(str, flags)]), start_process("cpu"))
+        run = Pretraining(asked(*flags), start_process("cpu"))
         for module in run.network.decoder.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
@@ -240,7 +238,7 @@ def measure(rank: int, data: str, folder: str, port: int) -> None:
     join(rank, port)
     words = ["--from-scratch", "--model", "timm:test_resnet", "--data", data, "--input-size", "64", "--batch-size", "8",
              "--workers", "0", "--output", f"{folder}/run"]  # fmt: skip
-    run = Finetuning(finetune_parser().parse_args(words), start_process("cpu"))
+    run = Finetuning(asked_to_finetune(*words), start_process("cpu"))
     for name, buffer in run.network.named_buffers():
         if name.endswith("running_mean"):
             buffer.fill_(rank)
@@ -261,7 +259,7 @@ def train_on_shards(rank: int, folder: str, port: int) -> None:
     join(rank, port)
     words = [*SMALL, "--data", f"{folder}/part-{{0..3}}.tar", "--samples-per-epoch", "24", "--epochs", "1", "--drop-path", "0",
              "--model", "convnext_tiny", "--shard-cache", f"{folder}/cache", "--output", f"{folder}/run"]  # fmt: skip
-    run = Pretraining(create_parser().parse_args(words), start_process("cpu"))
+    run = Pretraining(asked(*words), start_process("cpu"))
     read: list[int] = []
     right = run.dataset.source.read
     run.dataset.source.read = lambda number: read.append(number) or right(number)  # type: ignore[method-assign,func-returns-value]
@@ -303,7 +301,7 @@ def train_compiled(rank: int, folder: str, ports: list[int]) -> None:
         join(rank, port)
         words = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--epochs", "2", "--panel-epochs", "0"]
         words += ["--output", f"{folder}/{name}", *(["--compile"] if name == "compiled" else [])]
-        assert Loop(Pretraining(create_parser().parse_args(words), start_process("cpu"))).run() == 0
+        assert Loop(Pretraining(asked(*words), start_process("cpu"))).run() == 0
         stop_process()
 
 

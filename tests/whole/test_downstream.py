@@ -11,6 +11,8 @@ import torchvision
 from safetensors.torch import load_file
 
 from sparkme import export
+from sparkme.settings.declare import from_config
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.training.build import build_network
 from sparkme.training.checkpoint import Checkpoints
 
@@ -25,7 +27,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         torch.manual_seed(0)
         config = {"recipe": "spark", "model": model, "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 32, "patch": None,
                   "input_size": [64, 64], "densify_norm": "auto"}  # fmt: skip
-        network = build_network(config)
+        network = build_network(from_config(PretrainSettings, config))
         with torch.no_grad():  # no value is what a library's own initialisation would make it
             for value in network.state_dict().values():
                 if value.is_floating_point():

@@ -1,0 +1,99 @@
+"""What a call in Python gets of a run that it trained: its folder, its curves, and its network once that is asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparkme.settings.finetune import FinetuneSettings
+from sparkme.settings.pretrain import PretrainSettings
+from sparkme.settings.saved import read_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparkme.sparse.encoder import SparseEncoder
+
+
+class Curve(NamedTuple):
+    """A number over a run: lists of equal length."""
+
+    steps: list[int]
+    epochs: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run of pretraining.
+
+    Attributes:
+        folder: where it lives.
+        finished: whether it is trained to its end; else it was stopped, and the same call continues it.
+    """
+
+    folder: Path
+    finished: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest one."""
+        return self.folder / "checkpoints" / "last.pt"
+
+    @property
+    def settings(self) -> PretrainSettings | FinetuneSettings:
+        """All of them, with every default filled in."""
+        return read_settings(json.loads((self.folder / "config.json").read_text()))
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        """What was measured, by name: `loss`, `learning_rate`, `images_per_s` and others."""
+        found: dict[str, Curve] = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            step, epoch = record.pop("step"), record.pop("epoch")
+            for name, value in record.items():
+                curve = found.setdefault(name, Curve([], [], []))
+                curve.steps.append(step)
+                curve.epochs.append(epoch)
+                curve.values.append(value)
+        return found
+
+    @cached_property
+    def encoder(self) -> SparseEncoder:
+        """The sparse encoder with the newest weights, in eval mode on the CPU."""
+        from sparkme.weights.pretrained import load_encoder  # noqa: PLC0415  (torch, which the command line does not need)
+
+        return load_encoder(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class FinetunedRun(TrainingRun):
+    """A run of fine-tuning."""
+
+    @property
+    def weights(self) -> Path:
+        """Those of the best epoch that was measured."""
+        return self.folder / "best.safetensors"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What was measured last and at best, and of each class."""
+        results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        return results
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The ordinary dense network with its classifier and the best weights, in eval mode on the CPU."""
+        from safetensors.torch import load_file  # noqa: PLC0415  (torch)
+
+        from sparkme.networks.create import create_dense  # noqa: PLC0415
+
+        settings = self.settings
+        assert isinstance(settings, FinetuneSettings)
+        network = create_dense(settings.model, in_channels=settings.channels, num_classes=settings.num_classes)
+        network.load_state_dict(load_file(self.weights))
+        return network.eval()

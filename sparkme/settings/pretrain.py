@@ -1,0 +1,319 @@
+"""The settings of `sparkme.pretrain`: its recipes, and what each setting becomes where the command line does not say."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparkme.errors import UserError
+from sparkme.networks.names import paper_drop_path
+from sparkme.settings.declare import (
+    as_text,
+    check,
+    filled,
+    found,
+    in_data,
+    in_machine,
+    in_network,
+    in_optimisation,
+    in_output,
+    setting,
+    varied,
+)
+from sparkme.settings.shared import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_CHANNELS,
+    EngineSettings,
+    Machine,
+    PixelSettings,
+    SourceSettings,
+    TrainingSettings,
+    WeightSettings,
+    check_batch,
+    check_warmup,
+    check_workers,
+    checked_range,
+    default_workers,
+    fixed_size,
+    source_argument,
+    with_precision,
+)
+
+PAPER_BATCH, PAPER_WARMUP = 4096, 40
+SMALL_SET = 100_000  # images, below which the recipe `small` is the default
+SMALL_CROPS, SMALL_EPOCHS = 400_000, 100  # that it trains on in a run, and the least number of epochs
+DEMO_CROPS, DEMO_CROP_SCALE = 512, 0.1  # of scikit-image's photographs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published method with its settings, which stand wherever the command line says nothing else.
+
+    Attributes:
+        name: for people.
+        reference: the paper.
+        defaults: by the settings' names.
+        crop_scale: of a data set; the few photographs of the demo have their own.
+        rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
+        largest_batch: up to which the batch grows with the number of processes.
+    """
+
+    name: str
+    reference: str
+    defaults: dict[str, Any]
+    crop_scale: float
+    rate_ends: tuple[float, float]
+    largest_batch: int = PAPER_BATCH
+
+
+_SPARK = {
+    "model": "resnet50", "epochs": 1600, "mask_ratio": 0.6, "decoder_width": 768, "norm_pix_loss": True,
+    "optimizer": "lamb", "base_lr": 2e-4, "weight_decay": 0.04, "weight_decay_end": 0.2, "clip_grad": 5.0,
+}  # fmt: skip
+RECIPES = {
+    "spark": Recipe(
+        "SparK",
+        "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
+        _SPARK,
+        crop_scale=0.67,
+        rate_ends=(0.005, 0.001),
+    ),
+    # Found by measurement, see benchmarks/results/small_data.json.
+    "small": Recipe(
+        "SparK for small sets",
+        "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
+        _SPARK | {"epochs": None, "decoder_width": 128, "base_lr": 0.04},
+        crop_scale=0.67,
+        rate_ends=(0.005, 0.001),
+        largest_batch=256,
+    ),
+    "fcmae": Recipe(
+        "FCMAE",
+        "FCMAE (Woo et al., ConvNeXt V2, CVPR 2023), arXiv:2301.00808",
+        {
+            "model": "timm:convnextv2_tiny", "epochs": 800, "mask_ratio": 0.6, "decoder_width": 512, "norm_pix_loss": True,
+            "optimizer": "adamw", "base_lr": 1.5e-4, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0,
+            "beta2": 0.95, "drop_path": 0.0,
+        },
+        crop_scale=0.2,
+        rate_ends=(0.0, 0.0),
+    ),
+}  # fmt: skip
+
+
+def _together(values: Iterable[Any]) -> str:
+    """For --help: the value in each recipe."""
+    texts = ["by the number of images" if value is None else str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+
+OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in RECIPES.values()) for name in _SPARK}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSettings, SourceSettings):
+    """The settings of a run of pretraining."""
+
+    # fmt: off
+    recipe: str = setting(
+        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: of ConvNeXt V2", "auto",
+        otherwise=f"auto: small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True, older="spark")
+    data: str | tuple[str, ...] | None = in_data(
+        "images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
+        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset; or several of these, whose images come "
+        "together", otherwise="scikit-image's photographs", metavar="SOURCE", parse=source_argument, nargs="+", extends=True)
+    samples_per_epoch: int = in_data(
+        "crops in an epoch", otherwise=f"the number of images; {DEMO_CROPS} for the photographs", metavar="N", at_least=1,
+        fixed=True)
+    channels: int = in_data(
+        "channels of the images: 3 for colour, 1 for grey, or as many as .npy arrays or the pages of TIFF files have", 3,
+        metavar="C", at_least=1, at_most=MAX_CHANNELS, fixed=True, older=3)
+    mean: tuple[float, ...] = in_data(
+        "mean of each channel, of values from 0 to 1", otherwise="ImageNet's with 3 channels, else estimated once", metavar="M",
+        nargs="+")
+    std: tuple[float, ...] = in_data("standard deviation of each channel", otherwise="as the mean", metavar="S", nargs="+")
+    background: str = in_data("colour behind transparent images, a name or #rrggbb", "white", metavar="COLOUR", older="white")
+    crop_scale: float = varied(
+        TrainingSettings, "crop_scale",
+        otherwise=f"{_together(r.crop_scale for r in RECIPES.values())}; {DEMO_CROP_SCALE} for the photographs")
+    model: str = varied(
+        TrainingSettings, "model",
+        help="a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory")
+    init: Path | None = in_network(
+        "start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official SparK "
+        "code, or a checkpoint of this project; behind whatever prefix", metavar="FILE")
+    input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", default=(224,))
+    patch: int | None = in_network(
+        "side of a patch", otherwise="the network's total stride, 32", metavar="PIXELS", at_least=1, fixed=True)
+    mask_ratio: float = in_network("share of patches to hide")
+    decoder_width: int = in_network("channels of the decoder's input", fixed=True)
+    norm_pix_loss: bool = in_network(
+        "compare patches after mean and standard deviation of each are taken away; SparK always does", otherwise="on")
+    densify_norm: str = in_network(
+        "norm before mask tokens are filled in, with SparK", "auto", otherwise="auto: the network's own kind",
+        choices=("auto", "bn", "ln", "none"), fixed=True)
+    drop_path: float = varied(TrainingSettings, "drop_path", otherwise="SparK's for this model, else 0")
+    warmup_epochs: float = varied(
+        TrainingSettings, "warmup_epochs", otherwise=f"{PAPER_WARMUP}, at most a tenth of --epochs")
+    batch_size: int = varied(
+        TrainingSettings, "batch_size", otherwise="128 per GPU or 32 per CPU process, up to "
+        f"{_together(recipe.largest_batch for recipe in RECIPES.values())} and the number of samples")
+    weight_decay: float = varied(TrainingSettings, "weight_decay", help="weight decay at the start")
+    weight_decay_end: float = in_optimisation(
+        "weight decay at the end, by a cosine", at_least=0)
+    beta2: float = in_optimisation(
+        "second moment's decay", otherwise="0.999 for ConvNeXts with SparK, else 0.95", at_least=0, below=1, fixed=True)
+
+    compile: bool = in_machine(
+        "torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)", False)
+    cuda_graph: bool = in_machine(
+        "queue each step's forward and backward pass as one CUDA graph: faster where the host is slower than the GPU; for one "
+        "process", False)
+    checkpoint_activations: bool = in_machine(
+        "keep only what goes into the encoder's blocks, and compute them again for the gradient: less memory, more time", False)
+
+    output: Path = varied(TrainingSettings, "output", otherwise="runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE")
+    panel_epochs: int = in_output(
+        "draw reconstructions every N epochs; 0 never", otherwise="ten times in a run", metavar="N", at_least=0)
+    probe_data: str | None = in_output(
+        "labelled images, a folder for each class or a .csv, to measure the frozen encoder's kNN accuracy on while it trains",
+        otherwise="none", metavar="LABELLED", parse=source_argument)
+    probe_epochs: int = in_output("measure it every K epochs", otherwise="ten times in a run", metavar="K", at_least=1)
+    command: str = found(default="pretrain")
+    num_images: int = found()
+    # fmt: on
+
+    def run_folder(self) -> Path:
+        """The run folder that is asked for, or the one that the model and the size stand for."""
+        fcmae = self.recipe == "fcmae"
+        model = re.sub(r"[^\w.]+", "-", self.model or RECIPES["fcmae" if fcmae else "spark"].defaults["model"])
+        return self.output or Path("runs", f"{'fcmae-' * fcmae}{model}-{'x'.join(map(str, self.input_size))}")
+
+
+GROUPS = ("data", "images", "network", "optimisation", "machine", "output")
+
+
+def choose_recipe(asked: str, num_images: int, saved: PretrainSettings | None) -> tuple[str, str]:
+    """The recipe's name, and why it is that one where it was not asked for.
+
+    Args:
+        asked: a name, or `auto`.
+        num_images: found in the data.
+        saved: the settings of the run to continue, which stays with its recipe.
+    """
+    if asked != "auto":
+        return asked, ""
+    if saved is not None:
+        return saved.recipe, ", as before"
+    if num_images < SMALL_SET:
+        return "small", f", since there are {num_images:,} images, less than {SMALL_SET:,}; --recipe spark is the paper's"
+    return "spark", f", since there are {num_images:,} images, not less than {SMALL_SET:,}"
+
+
+def resolve(
+    asked: PretrainSettings, num_images: int, machine: Machine, saved: PretrainSettings | None = None
+) -> PretrainSettings:
+    """The settings with every default filled in, but for what is to be found in the pixels.
+
+    Args:
+        asked: on the command line.
+        num_images: found in the data.
+        machine: where it runs.
+        saved: the settings of the run to continue; what follows from the number of images stays as it was there.
+
+    Raises:
+        UserError: values that are out of range or do not fit together; names the flag.
+    """
+    check(asked)
+    check_workers(asked.workers)
+    _check_together(asked)
+    name, _ = choose_recipe(asked.recipe, num_images, saved)
+    settings = replace(
+        asked,
+        recipe=name,
+        output=asked.run_folder(),
+        num_images=num_images,
+        processes=machine.processes,
+        data=asked.data[0] if isinstance(asked.data, tuple) and len(asked.data) == 1 else asked.data,
+        input_size=fixed_size(asked.input_size),
+        value_range=checked_range(asked.value_range),
+    )
+    settings = _with_statistics(filled(settings, RECIPES[name].defaults), saved)
+    if name != "fcmae" and not settings.norm_pix_loss:
+        raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
+    settings = with_precision(_with_batch(_with_epochs(settings, saved), machine, saved), machine)
+    settings = filled(settings, {"workers": default_workers(on_gpu=machine.on_gpu)})
+    check_warmup(settings)
+    check_batch(settings)
+    if settings.batch_size > settings.samples_per_epoch:
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {settings.samples_per_epoch} crops of an epoch; lower it, or "
+            f"raise --samples-per-epoch to at least {settings.batch_size}"
+        )
+    return settings
+
+
+def _check_together(asked: PretrainSettings) -> None:
+    """Raises UserError for flags that another one is missing for."""
+    if (asked.weights_key or asked.adapt_stem) and not asked.init:
+        raise UserError("--weights-key and --adapt-stem say how --init is read, which is missing")
+    if asked.probe_epochs is not None and not asked.probe_data:
+        raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
+    if asked.label_column is not None and not asked.probe_data:
+        raise UserError("--label-column needs --probe-data: pretraining itself takes no labels")
+    if asked.recipe == "fcmae" and asked.densify_norm != "auto":
+        raise UserError(f"--densify-norm {asked.densify_norm} is for SparK (--recipe spark or small); FCMAE has no norm there")
+
+
+def _with_statistics(settings: PretrainSettings, saved: PretrainSettings | None) -> PretrainSettings:
+    """With the mean and the standard deviation of the run to continue, if its channels are the same, or ImageNet's."""
+    if saved is not None and saved.channels == settings.channels:
+        settings = filled(settings, {"mean": saved.mean, "std": saved.std})
+    if settings.channels == 3 and settings.mean is None and settings.std is None:
+        settings = replace(settings, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    for name in ("mean", "std"):
+        values: tuple[float, ...] | None = getattr(settings, name)
+        if values is None:
+            continue
+        if len(values) != settings.channels:
+            raise UserError(f"--{name} takes {settings.channels} numbers, one for each of --channels; got {len(values)}")
+        if any(not 0 <= v <= 1 for v in values):
+            raise UserError(f"--{name} {as_text(values)}: pixels are numbers from 0 to 1, so these are, too; divide by 255")
+    if settings.std is not None and 0 in settings.std:
+        raise UserError(f"--std {as_text(settings.std)} must be above 0")
+    if (settings.mean is None) != (settings.std is None):
+        raise UserError("--mean and --std go together; give both or none")
+    return settings
+
+
+def _with_epochs(settings: PretrainSettings, saved: PretrainSettings | None) -> PretrainSettings:
+    """With what follows from the model, the number of images and the number of epochs."""
+    demo = settings.data is None
+    before = saved.samples_per_epoch if saved is not None else None
+    settings = filled(settings, {"samples_per_epoch": before or (DEMO_CROPS if demo else settings.num_images)})
+    settings = filled(settings, {"epochs": max(SMALL_EPOCHS, math.ceil(SMALL_CROPS / max(1, settings.samples_per_epoch)))})
+    tenth = max(1, settings.epochs // 10)
+    return filled(settings, {
+        "crop_scale": DEMO_CROP_SCALE if demo else RECIPES[settings.recipe].crop_scale,
+        "warmup_epochs": min(PAPER_WARMUP, settings.epochs / 10),
+        "drop_path": paper_drop_path(settings.model),
+        "beta2": 0.999 if settings.model.removeprefix("timm:").startswith("convnext") else 0.95,
+        "max_unreadable": max(10, settings.num_images // 100),
+        "panel_epochs": tenth,
+        "probe_epochs": tenth if settings.probe_data else 0,
+    })  # fmt: skip
+
+
+def _with_batch(settings: PretrainSettings, machine: Machine, saved: PretrainSettings | None) -> PretrainSettings:
+    """With the batch of the run to continue or, of a new one, what the machine and the number of samples allow."""
+    if saved is not None:
+        settings = filled(settings, {"batch_size": saved.batch_size})
+    largest = RECIPES[settings.recipe].largest_batch
+    wanted = min(largest, (128 if machine.on_gpu else 32) * machine.processes, settings.samples_per_epoch)
+    share = machine.processes * settings.accumulate  # the batch is a multiple of it
+    return filled(settings, {"batch_size": max(wanted // share, 1) * share})

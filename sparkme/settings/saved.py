@@ -1,0 +1,110 @@
+"""The settings of a run that was saved, whichever command's it is, and which of them are not the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from sparkme.settings import finetune, pretrain
+from sparkme.settings.declare import Difference, Settings, filled, from_config, settings_of, to_config
+from sparkme.settings.finetune import FinetuneSettings
+from sparkme.settings.pretrain import PretrainSettings
+from sparkme.settings.shared import MOST_WORKERS, Machine
+
+# Settings that say what is trained on what, and settings that others follow from, as the warm-up from the epochs.
+NAMED = ("data", "model", "recipe", "channels", "probe_data", "from_scratch")
+LEADING = ("epochs", "samples_per_epoch", "batch_size", "accumulate", "shots")
+
+
+def class_of(config: Mapping[str, Any]) -> type[PretrainSettings] | type[FinetuneSettings]:
+    """Whose settings a config has; one that names no command is of pretraining."""
+    return FinetuneSettings if config.get("command") == "finetune" else PretrainSettings
+
+
+def read_settings(config: Mapping[str, Any]) -> PretrainSettings | FinetuneSettings:
+    """The settings in config.json or in a checkpoint.
+
+    Raises:
+        TypeError: a value is of another kind than the setting.
+    """
+    cls: type[Any] = class_of(config)
+    settings: PretrainSettings | FinetuneSettings = from_config(cls, config)
+    return settings
+
+
+def not_default(config: Mapping[str, Any], *, exactly: bool = False) -> list[Difference]:
+    """The settings of a run that are not the defaults of its command and recipe, as far as these can be known.
+
+    Args:
+        config: of a run, which may be damaged.
+        exactly: also those that follow from the machine, such as the precision, with which a run would go on otherwise
+            on another one.
+    """
+    defaults = _defaults(config)
+    found = []
+    for name, about in settings_of(class_of(config)).items():
+        value, default = config.get(name), defaults.get(name)
+        default = about.older if default is None else default
+        if value is None or about.is_found or not about.saved or name == "output" or _same(value, default):
+            continue
+        if (name == "value_range" and isinstance(value, dict)) or (name == "probe_epochs" and not config.get("probe_data")):
+            continue  # found in the data; of nothing
+        if (exactly and name != "workers") or not _is_of_the_machine(config, name, value):
+            found.append(Difference(name, value, default))
+    return found
+
+
+def _same(value: Any, default: Any) -> bool:
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
+
+
+def _is_of_the_machine(config: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a setting may well be what the machine or the data made of a default."""
+    if name == "precision":
+        return value in ("float32", "bf16")
+    if name == "workers":
+        return isinstance(value, int) and 1 <= value <= MOST_WORKERS
+    return name == "model" and config.get("command") == "finetune" and not config.get("from_scratch")
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What each setting of the run is if the command line does not say it."""
+    given = {name: config[name] for name in NAMED + LEADING if config.get(name) is not None}
+    named = {name: value for name, value in given.items() if name in NAMED}
+    plain, recipe = _plain(config)
+    base = following = to_config(plain)
+    with suppress(Exception):  # settings of a damaged run can fail anywhere
+        base = following = to_config(_resolved(config, named))
+        following = to_config(_resolved(config, given))
+    kept = {name: getattr(plain, name, None) for name in NAMED} | {"recipe": recipe}
+    return following | {name: base.get(name) for name in LEADING} | kept
+
+
+def _plain(config: Mapping[str, Any]) -> tuple[Settings, str]:
+    """What is declared, with the defaults of the run's recipe; and the recipe that it would take by itself."""
+    images, model = config.get("num_train_images", config.get("num_train", config.get("num_images"))), str(config.get("model"))
+    is_known = isinstance(images, int)
+    if config.get("command") == "finetune":
+        recipe = "small" if is_known and images < finetune.SMALL_SET else "paper"
+        is_small = config.get("recipe", recipe) == "small"
+        defaults = finetune.SMALL if is_small else finetune.paper_recipe(model, _norm_of(model)).defaults
+        return filled(FinetuneSettings(), defaults), recipe
+    recipe = "small" if is_known and images < pretrain.SMALL_SET else "spark"
+    named = str(config.get("recipe", recipe))
+    return filled(PretrainSettings(), pretrain.RECIPES[named].defaults if named in pretrain.RECIPES else {}), recipe
+
+
+def _resolved(config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """The settings of the same data, if only these are given."""
+    if config.get("command") != "finetune":
+        return pretrain.resolve(from_config(PretrainSettings, given), int(config.get("num_images") or 0), Machine())
+    found = {name: config.get(name) for name in ("num_classes", "several_labels", "channels")}
+    found |= {"num_train_images": config.get("num_train_images", config.get("num_train")), "input_size": [224]}
+    asked = from_config(FinetuneSettings, {**given, **found})
+    return finetune.resolve(asked, finetune.choose_recipe(asked, _norm_of(asked.model)), Machine())
+
+
+def _norm_of(model: str) -> str:
+    """The kind of a network's norms; the network itself would say, and take long to make."""
+    return "ln" if "convnext" in model else "bn"
