@@ -35,9 +35,3 @@ class SparseMap(TensorLike):
     def minkowski(self) -> ME.SparseTensor:
         """The same features as a MinkowskiEngine sparse tensor, with coordinates (sample, y, x) in input pixels."""
         return to_minkowski(RowFeatures.of_rows(self.rows, self.grid, self.stride))
-
-    def snapshot(self) -> SparseMap:
-        """The map as it is now, (B, C, H, W); what happens to this one in place later does not reach it."""
-        if sorted(self.dims) != sorted("BCHW"):
-            raise NotImplementedError(f"a map {self.dims} cannot be an output of the encoder")
-        return SparseMap(self.features, self.engine, None, "BCHW")

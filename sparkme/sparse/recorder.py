@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from sparkme.sparse.working_map import is_map
-
 
 class Recorder:
     """Collects the maps of the hierarchy during one run of the encoder.
@@ -29,5 +27,5 @@ class Recorder:
         self.counts[i] += 1
         if self.counts[i] == self.calls[i]:
             with torch.enable_grad():  # what reads it may be frozen; the map is not
-                self.maps[i] = value.snapshot() if is_map(value) else value.clone()
+                self.maps[i] = value.snapshot() if hasattr(value, "snapshot") else value.clone()  # a tensor has none
         return len(self.maps) == len(self.calls)

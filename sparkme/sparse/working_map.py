@@ -15,7 +15,6 @@ from sparkme.sparse.grid import Grid
 from sparkme.sparse.storage import Storage
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
     from sparkme.sparse.recorder import Recorder
 
 
@@ -239,6 +238,12 @@ class WorkingMap:
         self.storage.write(new.storage.held)
         return self
 
+    def snapshot(self) -> Self:
+        """The map as it is now, (B, C, H, W); what happens to this one in place later does not reach it."""
+        if sorted(self.dims) != sorted("BCHW"):
+            raise NotImplementedError(f"a map {self.dims} cannot be an output of the encoder")
+        return type(self)(self.features, self.engine, None, "BCHW")
+
 
 def _with_graph_of(old: Features, new: Features) -> Features:
     """The new values with the old ones' graph: what torch makes of an operation in place that is called without gradients."""
@@ -248,9 +253,9 @@ def _with_graph_of(old: Features, new: Features) -> Features:
     return new.replace(data)
 
 
-def is_map(value: Any) -> TypeGuard[SparseMap]:
+def is_map(value: Any) -> TypeGuard[WorkingMap]:
     return issubclass(type(value), WorkingMap)
 
 
-def first_map(values: Sequence[Any]) -> SparseMap:
+def first_map(values: Sequence[Any]) -> WorkingMap:
     return next(value for value in values if is_map(value))

@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # its like, and `sparkme` itself, which gives the public names. What any room may import, and what imports none, comes last.
 COMMANDS = {"", "doctor", "export", "finetune", "pretrain", "probe", "report", "visualize"}
 SUPPORT = {"errors", "files", "machine", "screen", "seeds", "state_dict", "text", "watchdog"}
-ROWS = (COMMANDS, {"reporting", "methods", "training"}, {"data", "weights", "networks"}, {"sparse"}, {"ops"}, SUPPORT)
+ROWS = (
+    COMMANDS, {"reporting", "methods", "training", "results"}, {"data", "weights"}, {"settings"}, {"networks"}, {"sparse"},
+    {"ops"}, SUPPORT,
+)  # fmt: skip
 BUILT = "sparkme._C"  # the extension, which is no Python module
 
 

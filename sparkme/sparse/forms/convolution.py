@@ -27,7 +27,7 @@ from sparkme.sparse.working_map import Padding, is_map
 from sparkme.state_dict import state_dict_of
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 FUNCTIONS = Functions()
 
@@ -208,8 +208,8 @@ def is_depthwise(weight: Tensor, groups: int) -> bool:
 
 
 def padded_window(
-    x: SparseMap, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1, *, ceil_mode: bool = False
-) -> tuple[SparseMap, Window]:
+    x: WorkingMap, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1, *, ceil_mode: bool = False
+) -> tuple[WorkingMap, Window]:
     """The window of a layer after `F.pad`, which becomes part of it, and the map without it."""
     if x.padding is None:
         return x, Window.of(_hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation),
@@ -229,12 +229,12 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_padding(x: SparseMap) -> None:
+def _check_padding(x: WorkingMap) -> None:
     if x.padding is not None and x.padding.value != 0:
         raise NotImplementedError(f"a convolution after padding with {x.padding.value:g} has no sparse form, only with zero")
 
 
-def _check_channels(x: SparseMap) -> None:
+def _check_channels(x: WorkingMap) -> None:
     if x.dims != "BCHW":
         raise NotImplementedError(f"a convolution of a map with axes {x.dims} has no sparse form, only of BCHW")
 
@@ -242,7 +242,7 @@ def _check_channels(x: SparseMap) -> None:
 @FUNCTIONS.form_of("conv2d")
 def conv2d(
     x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> SparseMap:
+) -> WorkingMap:
     """Convolution with a (C_out, C_in / groups, kh, kw) weight that the network worked out itself."""
     if not is_map(x):
         raise NotImplementedError("conv2d with a map as its weight has no sparse form")
@@ -259,7 +259,7 @@ def conv2d(
 
 
 @FUNCTIONS.form_of("linear")
-def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
+def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> WorkingMap:
     """Along the channels, the last axis."""
     if not is_map(x):
         raise NotImplementedError("a linear layer with a map as its weight has no sparse form")
@@ -273,7 +273,7 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> SparseMap:
 
 
 @FUNCTIONS.form_of("pad")
-def pad(x: SparseMap, pad: Any, mode: str = "constant", value: float | None = None) -> SparseMap:
+def pad(x: WorkingMap, pad: Any, mode: str = "constant", value: float | None = None) -> WorkingMap:
     """Waits for the window that reads it; zeros for more channels are there at once."""
     sides: list[int] = [*pad, *[0] * (4 - len(pad))]
     (left, right, top, bottom), rest = sides[:4], sides[4:]

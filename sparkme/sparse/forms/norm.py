@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from timm.layers.grn import GlobalResponseNorm
     from timm.layers.norm_act import BatchNormAct2d
 
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 FUNCTIONS = Functions()
 
@@ -55,7 +55,7 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
             raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
         if (waiting := fused(x, "batch_norm", self.bn)) is not None:
             return waiting
-        return x.with_rows(self.bn(x.rows))
+        return x.with_rows(self.bn(x.features.rows()))
 
     def _dense(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
@@ -141,17 +141,17 @@ class _GlobalResponse(torch.autograd.Function):
 
 
 @FUNCTIONS.form_of("batch_norm")
-def batch_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
+def batch_norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
     """Over the visible pixels of the batch."""
     if x.dims != "BCHW":
         raise NotImplementedError(f"batch norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-    return x.with_rows(F.batch_norm(x.rows, *args, **kwargs))
+    return x.with_rows(F.batch_norm(x.features.rows(), *args, **kwargs))
 
 
 @FUNCTIONS.form_of("layer_norm")
 def layer_norm(
-    x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> SparseMap:
+    x: WorkingMap, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> WorkingMap:
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
         raise NotImplementedError(
@@ -162,7 +162,7 @@ def layer_norm(
 
 
 @FUNCTIONS.form_of("rms_norm")
-def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> SparseMap:
+def rms_norm(x: WorkingMap, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> WorkingMap:
     """Over the channels of each pixel, the last axis."""
     if len(normalized_shape) != 1 or not x.dims.endswith("C"):
         raise NotImplementedError(
@@ -173,8 +173,8 @@ def rms_norm(x: SparseMap, normalized_shape: Any, weight: Tensor | None = None, 
 
 @FUNCTIONS.form_of("group_norm")
 def group_norm(
-    x: SparseMap, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> SparseMap:
+    x: WorkingMap, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> WorkingMap:
     """Over the visible pixels of each sample, group by group of the channels."""
     if x.dims != "BCHW":
         raise NotImplementedError(f"group norm of a map with axes {x.dims} has no sparse form, only of BCHW")
@@ -182,7 +182,7 @@ def group_norm(
 
 
 @FUNCTIONS.form_of("instance_norm")
-def instance_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
+def instance_norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
     """Over the visible pixels of each sample, channel by channel."""
     if x.dims != "BCHW":
         raise NotImplementedError(f"instance norm of a map with axes {x.dims} has no sparse form, only of BCHW")
@@ -190,6 +190,6 @@ def instance_norm(x: SparseMap, *args: Any, **kwargs: Any) -> SparseMap:
 
 
 @FUNCTIONS.form_of("normalize")
-def normalize(x: SparseMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> SparseMap:
+def normalize(x: WorkingMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> WorkingMap:
     """Channels of unit length."""
     return x.with_rows(F.normalize(x.row_axes, p, 2 + x.channel(dim), eps))

@@ -16,7 +16,7 @@ from sparkme.sparse.fusion import fused
 from sparkme.sparse.working_map import first_map, is_map
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 FUNCTIONS = Functions()
 
@@ -78,9 +78,9 @@ class _Pointwise:
         self.in_place = in_place
         self.hidden = _POINTWISE[name]
 
-    def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseMap:
+    def __call__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> WorkingMap:
         if self._returns_its_input(args, kwargs):
-            same: SparseMap = args[0]
+            same: WorkingMap = args[0]
             return same
         values = (*args, *kwargs.values())
         first = first_map(values)
@@ -97,7 +97,7 @@ class _Pointwise:
             return True
         return self.name in ("dropout", "alpha_dropout") and _drops_nothing(*args[1:], **kwargs)
 
-    def _result(self, out: SparseMap, args: tuple[Any, ...], *, inplace: bool) -> SparseMap:
+    def _result(self, out: WorkingMap, args: tuple[Any, ...], *, inplace: bool) -> WorkingMap:
         if not (inplace or self.in_place):
             return out
         if not is_map(args[0]):
@@ -113,7 +113,7 @@ def _drops_nothing(p: float = 0.5, training: bool = True) -> bool:
 
 
 @FUNCTIONS.form_of("prelu")
-def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
+def prelu(x: WorkingMap, weight: Tensor) -> WorkingMap:
     """A slope for each channel, which is axis 1."""
     shape = [1] * x.ndim
     shape[1] = weight.numel()
@@ -122,18 +122,18 @@ def prelu(x: SparseMap, weight: Tensor) -> SparseMap:
 
 
 @FUNCTIONS.form_of("glu")
-def glu(x: SparseMap, dim: int = -1) -> SparseMap:
+def glu(x: WorkingMap, dim: int = -1) -> WorkingMap:
     """Half of the channels, times the sigmoid of the other half."""
     return x.with_values(F.glu(x.values, x.channel(dim) + x.channel_axis))
 
 
 @FUNCTIONS.form_of("dropout2d", "feature_dropout")
-def dropout2d(x: SparseMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseMap:
+def dropout2d(x: WorkingMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> WorkingMap:
     """Whole channels of each sample."""
     if _drops_nothing(p, training):
         return x
     noise: Any = F.dropout(torch.ones(*x.shape[:2], *(1,) * (x.ndim - 2), dtype=x.dtype, device=x.device), p, training)
-    out: SparseMap = x * noise
+    out: WorkingMap = x * noise
     return x.write(out) if inplace else out
 
 
@@ -153,7 +153,7 @@ def _converted(method: str) -> Callable[..., Any]:
 
 
 def _created(method: str) -> Callable[..., Tensor]:
-    def create(x: SparseMap, *args: Any, **kwargs: Any) -> Tensor:
+    def create(x: WorkingMap, *args: Any, **kwargs: Any) -> Tensor:
         """A dense tensor of the map's type, such as the noise of drop path."""
         made: Tensor = getattr(torch.empty(0, dtype=x.dtype, device=x.device), method)(*args, **kwargs)
         return made

@@ -23,7 +23,7 @@ from sparkme.sparse.window import Window, pair
 from sparkme.sparse.working_map import is_map
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 FUNCTIONS = Functions()
 
@@ -64,9 +64,9 @@ def _minkowski_pooling(kind: Any, layer: Any, pool: nn.MaxPool2d | nn.AvgPool2d)
 
 @FUNCTIONS.form_of("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(
-    x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    x: WorkingMap, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     return_indices: bool = False,
-) -> SparseMap:  # fmt: skip
+) -> WorkingMap:  # fmt: skip
     """Maximum over the visible pixels of the window."""
     if return_indices:
         raise NotImplementedError("max_pool2d with return_indices has no sparse form, only without")
@@ -77,17 +77,17 @@ def max_pool2d(
     if x.padding is None or x.padding.value == -float("inf") or window.border != "zeros":
         return out
     # What was padded takes part, unlike the padding of the pooling itself.
-    outside = _reaches_out(bare.grid, bare.stride, window)
-    return out.with_rows(torch.where(outside, out.rows.clamp(min=x.padding.value), out.rows))
+    outside, rows = _reaches_out(bare.grid, bare.stride, window), out.features.rows()
+    return out.with_rows(torch.where(outside, rows.clamp(min=x.padding.value), rows))
 
 
-def _is_global(x: SparseMap, kernel_size: Any, padding: Any) -> bool:
+def _is_global(x: WorkingMap, kernel_size: Any, padding: Any) -> bool:
     """Whether a window is the whole map, which has more than one pixel."""
     size = pair(kernel_size)
     return x.padding is None and size == tuple(x.grid.size(x.stride)) and not any(pair(padding)) and size != (1, 1)
 
 
-def _bounded(x: SparseMap, window: Window) -> Window:
+def _bounded(x: WorkingMap, window: Window) -> Window:
     if window.border != "zeros":
         raise NotImplementedError(f"pooling after padding with mode={window.border!r} has no sparse form, only with 'constant'")
     return window
@@ -107,9 +107,9 @@ def _reaches_out(grid: Grid, stride: int, window: Window) -> Tensor:
 
 @FUNCTIONS.form_of("avg_pool2d")
 def avg_pool2d(
-    x: SparseMap, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    x: WorkingMap, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
-) -> SparseMap:  # fmt: skip
+) -> WorkingMap:  # fmt: skip
     """Sum over the window, in which hidden pixels count as zeros, over what torch divides by in a whole image."""
     size = pair(kernel_size)
     if _is_global(x, size, padding):
@@ -134,27 +134,27 @@ def avg_pool2d(
 
 
 @FUNCTIONS.form_of("adaptive_avg_pool2d")
-def adaptive_avg_pool2d(x: SparseMap, output_size: Any) -> Any:
+def adaptive_avg_pool2d(x: WorkingMap, output_size: Any) -> Any:
     """To one pixel: the mean over the visible pixels of each sample."""
     return _adaptive(x, output_size, mean)
 
 
 @FUNCTIONS.form_of("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
-def adaptive_max_pool2d(x: SparseMap, output_size: Any, return_indices: bool = False) -> Any:
+def adaptive_max_pool2d(x: WorkingMap, output_size: Any, return_indices: bool = False) -> Any:
     """As `adaptive_avg_pool2d`, the maximum."""
     if return_indices:
         raise NotImplementedError("adaptive_max_pool2d with return_indices has no sparse form, only without")
     return _adaptive(x, output_size, amax)
 
 
-def _adaptive(x: SparseMap, output_size: Any, pool: Callable[..., Any]) -> Any:
+def _adaptive(x: WorkingMap, output_size: Any, pool: Callable[..., Any]) -> Any:
     sizes = (output_size, output_size) if output_size is None or isinstance(output_size, int) else tuple(output_size)
     if sizes != (1, 1):
         raise NotImplementedError(f"adaptive pooling to {sizes} pixels mixes patches; only to 1 has a sparse form")
     return pool(x, (-2, -1), keepdim=True)
 
 
-def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, dim: Any, keepdim: bool) -> Any:
+def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: WorkingMap, dim: Any, keepdim: bool) -> Any:
     """Applies a reduction, `function(values, axes)` that keeps the axes, over the visible pixels of each sample or of the
     batch, over channels, or both.
 
@@ -191,40 +191,40 @@ def reduce(function: Callable[[Tensor, tuple[int, ...]], Tensor], x: SparseMap, 
 
 
 @FUNCTIONS.form_of("mean")
-def mean(x: SparseMap, dim: Any = None, keepdim: bool = False, *more: Any, dtype: Any = None) -> Any:
+def mean(x: WorkingMap, dim: Any = None, keepdim: bool = False, *more: Any, dtype: Any = None) -> Any:
     return reduce(lambda v, axes: v.mean(axes, keepdim=True, dtype=dtype), x, dim, keepdim)
 
 
 @FUNCTIONS.form_of("sum")
-def sum_(x: SparseMap, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def sum_(x: WorkingMap, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     return reduce(lambda v, axes: v.sum(axes, keepdim=True, dtype=dtype), x, dim, keepdim)
 
 
 @FUNCTIONS.form_of("amax")
-def amax(x: SparseMap, dim: Any = (), keepdim: bool = False) -> Any:
+def amax(x: WorkingMap, dim: Any = (), keepdim: bool = False) -> Any:
     return reduce(lambda v, axes: v.amax(axes, keepdim=True), x, dim, keepdim)
 
 
 @FUNCTIONS.form_of("amin")
-def amin(x: SparseMap, dim: Any = (), keepdim: bool = False) -> Any:
+def amin(x: WorkingMap, dim: Any = (), keepdim: bool = False) -> Any:
     return reduce(lambda v, axes: v.amin(axes, keepdim=True), x, dim, keepdim)
 
 
 @FUNCTIONS.form_of("var")
-def var(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
+def var(x: WorkingMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
     """The variance over the visible pixels; without the correction it equals the mean of squares less the squared mean."""
     correction = correction if unbiased is None else int(unbiased)
     return reduce(lambda v, axes: v.var(axes, correction=correction, keepdim=True), x, dim, keepdim)
 
 
 @FUNCTIONS.form_of("std")
-def std(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
+def std(x: WorkingMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
     correction = correction if unbiased is None else int(unbiased)
     return reduce(lambda v, axes: v.std(axes, correction=correction, keepdim=True), x, dim, keepdim)
 
 
 @FUNCTIONS.form_of("var_mean")
-def var_mean(x: SparseMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
+def var_mean(x: WorkingMap, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: int = 1) -> Any:
     return var(x, dim, unbiased, keepdim, correction=correction), mean(x, dim, keepdim)
 
 
@@ -242,8 +242,8 @@ def min_(x: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None) -
 class Extreme(NamedTuple):
     """What torch.max and torch.min give along an axis."""
 
-    values: SparseMap
-    indices: SparseMap
+    values: WorkingMap
+    indices: WorkingMap
 
 
 def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., Any]) -> Any:
@@ -259,7 +259,7 @@ def _extreme(x: Any, dim: Any, keepdim: bool, name: str, of_two: Callable[..., A
 
 @FUNCTIONS.form_of("norm", "vector_norm")
 def norm(
-    x: SparseMap, p: Any = 2, dim: Any = None, keepdim: bool = False, out: None = None, dtype: Any = None, *, ord: Any = None
+    x: WorkingMap, p: Any = 2, dim: Any = None, keepdim: bool = False, out: None = None, dtype: Any = None, *, ord: Any = None
 ) -> Any:
     """The norm over the visible pixels of each sample (GRN), or over channels."""
     order = ord if ord is not None else 2 if p in (None, "fro") else p
@@ -267,7 +267,7 @@ def norm(
 
 
 @FUNCTIONS.form_of("softmax")
-def softmax(x: SparseMap, dim: int | None = None, *args: Any, **kwargs: Any) -> SparseMap:
+def softmax(x: WorkingMap, dim: int | None = None, *args: Any, **kwargs: Any) -> WorkingMap:
     """Over an axis of channels, as between the branches of selective kernels, or over all visible pixels of a sample."""
     if dim is None or x.dims[x.axis(dim)] not in "CP":
         raise NotImplementedError(
@@ -294,7 +294,7 @@ def matmul(x: Any, other: Any) -> Any:
 
 @FUNCTIONS.form_of("interpolate", "upsample")
 def interpolate(
-    x: SparseMap, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
+    x: WorkingMap, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
 ) -> Any:
     """Nearest upsampling by a whole number: each pixel is repeated within its patch."""
     h, w = x.shape[-2:]

@@ -14,7 +14,7 @@ from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.working_map import first_map, is_map
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 FUNCTIONS = Functions()
 
@@ -22,7 +22,7 @@ _REMEDY = "only channels can be moved, pixels stay where they are"
 
 
 @FUNCTIONS.form_of("cat", "concat", "concatenate")
-def cat(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
+def cat(tensors: Sequence[Any], dim: int = 0) -> WorkingMap:
     """Channels side by side; tensors that hold a number for each channel are spread over the pixels."""
     like = first_map(tensors)
     at = like.channel(dim) + like.channel_axis
@@ -38,21 +38,21 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
 
 
 @FUNCTIONS.form_of("stack")
-def stack(tensors: Sequence[Any], dim: int = 0) -> SparseMap:
+def stack(tensors: Sequence[Any], dim: int = 0) -> WorkingMap:
     """A new axis of channels."""
     first = first_map(tensors)
     return cat([unsqueeze(value, dim) for value in tensors], dim % (first.ndim + 1))
 
 
 @FUNCTIONS.form_of("unsqueeze")
-def unsqueeze(x: SparseMap, dim: int) -> SparseMap:
+def unsqueeze(x: WorkingMap, dim: int) -> WorkingMap:
     dim = dim % (x.ndim + 1)
     at = x.dims[:dim].count("C") + x.channel_axis
     return x.view_of(x.values.unsqueeze(at), x.dims[:dim] + "C" + x.dims[dim:])
 
 
 @FUNCTIONS.form_of("squeeze")
-def squeeze(x: SparseMap, dim: int) -> SparseMap:
+def squeeze(x: WorkingMap, dim: int) -> WorkingMap:
     if x.shape[dim] != 1:
         return x
     at = x.channel(dim) + x.channel_axis
@@ -60,7 +60,7 @@ def squeeze(x: SparseMap, dim: int) -> SparseMap:
 
 
 @FUNCTIONS.form_of("narrow")
-def narrow(x: SparseMap, dim: int, start: int, length: int) -> SparseMap:
+def narrow(x: WorkingMap, dim: int, start: int, length: int) -> WorkingMap:
     axis = x.channel(dim)
     start = start % x.shape[dim] if start < 0 else start
     span = (start, start + length) if x.dims.count("C") == 1 else None
@@ -68,7 +68,7 @@ def narrow(x: SparseMap, dim: int, start: int, length: int) -> SparseMap:
 
 
 @FUNCTIONS.form_of("split", "split_with_sizes")
-def split(x: SparseMap, split_size_or_sections: Any = None, dim: int = 0, *, split_size: Any = None) -> tuple[SparseMap, ...]:
+def split(x: WorkingMap, split_size_or_sections: Any = None, dim: int = 0, *, split_size: Any = None) -> tuple[WorkingMap, ...]:
     sizes = split_size if split_size_or_sections is None else split_size_or_sections
     total = x.shape[dim]
     x.channel(dim)
@@ -79,12 +79,12 @@ def split(x: SparseMap, split_size_or_sections: Any = None, dim: int = 0, *, spl
 
 
 @FUNCTIONS.form_of("chunk")
-def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
+def chunk(x: WorkingMap, chunks: int, dim: int = 0) -> tuple[WorkingMap, ...]:
     return split(x, -(-x.shape[dim] // chunks), dim)
 
 
 @FUNCTIONS.form_of("tensor_split")
-def tensor_split(x: SparseMap, indices_or_sections: Any, dim: int = 0) -> tuple[SparseMap, ...]:
+def tensor_split(x: WorkingMap, indices_or_sections: Any, dim: int = 0) -> tuple[WorkingMap, ...]:
     total, parts = x.shape[dim], indices_or_sections
     edges = [total * i // parts for i in range(parts + 1)] if isinstance(parts, int) else [0, *parts, total]
     if isinstance(parts, int):  # the first ones are the larger ones
@@ -94,30 +94,30 @@ def tensor_split(x: SparseMap, indices_or_sections: Any, dim: int = 0) -> tuple[
 
 
 @FUNCTIONS.form_of("unbind")
-def unbind(x: SparseMap, dim: int = 0) -> tuple[SparseMap, ...]:
+def unbind(x: WorkingMap, dim: int = 0) -> tuple[WorkingMap, ...]:
     return tuple(select(x, dim, i) for i in range(x.shape[x.axis(dim)]))
 
 
 @FUNCTIONS.form_of("select")
-def select(x: SparseMap, dim: int, index: int) -> SparseMap:
+def select(x: WorkingMap, dim: int, index: int) -> WorkingMap:
     dim = x.axis(dim)
     at = x.channel(dim) + x.channel_axis
     return x.view_of(x.values.select(at, index), x.dims[:dim] + x.dims[dim + 1 :])
 
 
 @FUNCTIONS.form_of("index_select")
-def index_select(x: SparseMap, dim: int, index: Tensor) -> SparseMap:
+def index_select(x: WorkingMap, dim: int, index: Tensor) -> WorkingMap:
     return x.with_values(x.values.index_select(x.channel(dim) + x.channel_axis, index))
 
 
 @FUNCTIONS.form_of("flip")
-def flip(x: SparseMap, *dims: Any) -> SparseMap:
+def flip(x: WorkingMap, *dims: Any) -> WorkingMap:
     axes = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return x.with_values(x.values.flip([x.channel(d) + x.channel_axis for d in axes]))
 
 
 @FUNCTIONS.form_of("__getitem__")
-def getitem(x: SparseMap, index: Any) -> SparseMap:
+def getitem(x: WorkingMap, index: Any) -> WorkingMap:
     """Slices, numbers and lists of numbers for channels; of H and W everything, or one pixel of every square block."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [part for part in parts if part is Ellipsis]:
@@ -155,7 +155,7 @@ def getitem(x: SparseMap, index: Any) -> SparseMap:
     return out
 
 
-def _one_of_every_block(x: SparseMap, parts: list[Any]) -> tuple[SparseMap, list[Any]]:
+def _one_of_every_block(x: WorkingMap, parts: list[Any]) -> tuple[WorkingMap, list[Any]]:
     """For `x[..., i::r, j::r]`: the map with the pixels of its r x r blocks as channels, and the index of one of them."""
     axes = [i for i, part in enumerate(parts) if part is not None]
     places = {label: axes[d] for d, label in enumerate(x.dims[: len(axes)]) if label in "HW"}
@@ -174,7 +174,7 @@ def _one_of_every_block(x: SparseMap, parts: list[Any]) -> tuple[SparseMap, list
 
 
 @FUNCTIONS.form_of("permute")
-def permute(x: SparseMap, *dims: Any) -> SparseMap:
+def permute(x: WorkingMap, *dims: Any) -> WorkingMap:
     order = [x.axis(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
     labels = "".join(x.dims[d] for d in order)
     if sorted(order) != list(range(x.ndim)) or labels[0] != "B" or labels.find("H") > labels.find("W"):
@@ -188,7 +188,7 @@ def permute(x: SparseMap, *dims: Any) -> SparseMap:
 
 
 @FUNCTIONS.form_of("transpose", "swapaxes", "swapdims")
-def transpose(x: SparseMap, dim0: int, dim1: int) -> SparseMap:
+def transpose(x: WorkingMap, dim0: int, dim1: int) -> WorkingMap:
     order = list(range(x.ndim))
     a, b = x.axis(dim0), x.axis(dim1)
     order[a], order[b] = b, a
@@ -196,14 +196,14 @@ def transpose(x: SparseMap, dim0: int, dim1: int) -> SparseMap:
 
 
 @FUNCTIONS.form_of("movedim", "moveaxis")
-def movedim(x: SparseMap, source: int, destination: int) -> SparseMap:
+def movedim(x: WorkingMap, source: int, destination: int) -> WorkingMap:
     order = [d for d in range(x.ndim) if d != x.axis(source)]
     order.insert(x.axis(destination), x.axis(source))
     return permute(x, order)
 
 
 @FUNCTIONS.form_of("expand")
-def expand(x: SparseMap, *sizes: Any) -> SparseMap:
+def expand(x: WorkingMap, *sizes: Any) -> WorkingMap:
     wanted = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     own = list(x.shape)
     if len(wanted) != len(own) or any(w not in (-1, n) and (n != 1 or x.dims[d] != "C")
@@ -231,7 +231,7 @@ def expand_as(x: Any, other: Any) -> Any:
 
 
 @FUNCTIONS.form_of("repeat")
-def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
+def repeat(x: WorkingMap, *sizes: Any) -> WorkingMap:
     times = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     if len(times) != x.ndim or any(n != 1 and label != "C" for n, label in zip(times, x.dims)):
         raise NotImplementedError(f"repeat{tuple(times)} of a map {x.dims}: only channels can be repeated")
@@ -242,30 +242,30 @@ def repeat(x: SparseMap, *sizes: Any) -> SparseMap:
 
 
 @FUNCTIONS.form_of("repeat_interleave")
-def repeat_interleave(x: SparseMap, repeats: int, dim: int) -> SparseMap:
+def repeat_interleave(x: WorkingMap, repeats: int, dim: int) -> WorkingMap:
     return x.with_values(x.values.repeat_interleave(repeats, x.channel(dim) + x.channel_axis))
 
 
 @FUNCTIONS.form_of("flatten")
-def flatten(x: SparseMap, start_dim: int = 0, end_dim: int = -1) -> SparseMap:
+def flatten(x: WorkingMap, start_dim: int = 0, end_dim: int = -1) -> WorkingMap:
     start, end = x.axis(start_dim), x.axis(end_dim)
     shape = list(x.shape)
     return view(x, [*shape[:start], torch.Size(shape[start : end + 1]).numel(), *shape[end + 1 :]])
 
 
 @FUNCTIONS.form_of("unflatten")
-def unflatten(x: SparseMap, dim: int, sizes: Any) -> SparseMap:
+def unflatten(x: WorkingMap, dim: int, sizes: Any) -> WorkingMap:
     shape, at = list(x.shape), x.axis(dim)
     return view(x, [*shape[:at], *sizes, *shape[at + 1 :]])
 
 
 @FUNCTIONS.form_of("channel_shuffle")
-def channel_shuffle(x: SparseMap, groups: int) -> SparseMap:
+def channel_shuffle(x: WorkingMap, groups: int) -> WorkingMap:
     return flatten(transpose(unflatten(x, 1, (groups, -1)), 1, 2), 1, 2)
 
 
 @FUNCTIONS.form_of("pixel_unshuffle")
-def pixel_unshuffle(x: SparseMap, downscale_factor: int) -> SparseMap:
+def pixel_unshuffle(x: WorkingMap, downscale_factor: int) -> WorkingMap:
     b, c, h, w = x.shape
     r = downscale_factor
     blocks = view(x, [b, c, h // r, r, w // r, r])
@@ -273,20 +273,20 @@ def pixel_unshuffle(x: SparseMap, downscale_factor: int) -> SparseMap:
 
 
 @FUNCTIONS.form_of("view", "reshape")
-def view(x: SparseMap, *shape: Any) -> SparseMap:
+def view(x: WorkingMap, *shape: Any) -> WorkingMap:
     """Splits and joins channels; splits H and W together into smaller ones and the pixels of a block."""
     sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)
     if not all(isinstance(size, int) for size in sizes):
         raise NotImplementedError(f"view of a map as {shape[0]} has no sparse form, only as a shape; x.to(dtype) converts")
     if -1 in sizes:
         known = torch.Size(size for size in sizes if size != -1).numel()
-        sizes[sizes.index(-1)] = x.numel() // max(1, known)
+        sizes[sizes.index(-1)] = x.shape.numel() // max(1, known)
     if sizes == list(x.shape):
         return x
     return _regroup(x, _groups(x, sizes))
 
 
-def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
+def _groups(x: WorkingMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
     """Which axes become which: the labels of some neighbouring axes and the sizes they turn into, for all of them."""
     refusal = NotImplementedError(f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)}: {_REMEDY}")
     old, new = list(zip(x.dims, x.shape)), list(sizes)
@@ -334,7 +334,7 @@ def _groups(x: SparseMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
     return found
 
 
-def _has_spare(x: SparseMap, sizes: list[int], labels: str) -> bool:
+def _has_spare(x: WorkingMap, sizes: list[int], labels: str) -> bool:
     """Whether the first of the wanted sizes, a one, is none of the pixels that come next."""
     if not sizes or sizes[0] != 1:
         return False
@@ -343,7 +343,7 @@ def _has_spare(x: SparseMap, sizes: list[int], labels: str) -> bool:
     return len(sizes) > len(labels)
 
 
-def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
+def _regroup(x: WorkingMap, groups: list[tuple[str, list[int]]]) -> WorkingMap:
     first = x.channel_axis
     channels = [size for labels, into in groups if set(labels) == {"C"} for size in into]
     joined = {"HW": "P", "P": "HW"}
@@ -366,7 +366,7 @@ def _regroup(x: SparseMap, groups: list[tuple[str, list[int]]]) -> SparseMap:
     return _blocks(out, blocks[0])
 
 
-def _blocks(x: SparseMap, r: int) -> SparseMap:
+def _blocks(x: WorkingMap, r: int) -> WorkingMap:
     """(.., H, .., W, ..) as (.., H / r, r, .., W / r, r, ..): the pixels of a block are new axes of channels."""
     p = x.grid.pixels(x.stride)
     if p % r:

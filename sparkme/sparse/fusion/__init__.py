@@ -32,7 +32,7 @@ from sparkme.sparse.fusion.densify import densified
 from sparkme.sparse.fusion.waiting import Unwritten
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 __all__ = ["Unwritten", "densified", "fused"]
 
@@ -46,7 +46,7 @@ _CLAMPS: dict[str, tuple[tuple[float, ...], float]] = {
 _FOLLOWS = {*_CLAMPS, "gelu", "add", "mul", "multiply", "linear", "batch_norm"}
 
 
-def fused(x: SparseMap, name: str, *others: Any, **kwargs: Any) -> SparseMap | None:
+def fused(x: WorkingMap, name: str, *others: Any, **kwargs: Any) -> WorkingMap | None:
     """A layer's or a function's result, still to be written; None where it is to be computed at once.
 
     Args:
@@ -63,7 +63,9 @@ def fused(x: SparseMap, name: str, *others: Any, **kwargs: Any) -> SparseMap | N
     return None if longer is None else x.replace(longer)
 
 
-def _followed(waiting: Unwritten, x: SparseMap, name: str, others: tuple[Any, ...], kwargs: dict[str, Any]) -> Unwritten | None:
+def _followed(
+    waiting: Unwritten, x: WorkingMap, name: str, others: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Unwritten | None:
     """What waits, with the function at its end; None where it does not fit."""
     if name in _CLAMPS:
         arguments, ceiling = _CLAMPS[name]

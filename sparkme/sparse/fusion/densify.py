@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 
-def densified(x: SparseMap, rows: Tensor, fill: Tensor, projection: nn.Module) -> Tensor:
+def densified(x: WorkingMap, rows: Tensor, fill: Tensor, projection: nn.Module) -> Tensor:
     """Rows of visible pixels with a mask token at hidden ones, projected.
 
     Args:

@@ -13,16 +13,16 @@ from torch import Tensor
 from sparkme import ops
 from sparkme.sparse.engines.base import autocast
 from sparkme.sparse.features import RowFeatures
-from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+from sparkme.sparse.fusion.waiting import Unwritten, as_rows
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 
-def begin(x: SparseMap, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
+def begin(x: WorkingMap, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
     if not x.engine.fuses_products(x.dtype, x.device):
         return None
-    features = rows_of(x)
+    features = as_rows(x.flat)
     return UnwrittenLinear(features.replace(autocast(features.data)), weight, bias)
 
 

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from sparkme.sparse.batch_norm import BATCH_NORM, normalise, normalises_batch, processes_of, statistics_of_batch
 from sparkme.sparse.features import RowFeatures
-from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+from sparkme.sparse.fusion.waiting import Unwritten, as_rows
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 
-def begin(x: SparseMap, bn: BATCH_NORM) -> Unwritten | None:
+def begin(x: WorkingMap, bn: BATCH_NORM) -> Unwritten | None:
     if not can_wait(bn) or not x.engine.fuses_norms(x.dtype, x.device):
         return None
-    return UnwrittenNorm(rows_of(x), bn, recomputed=x.engine.fuses_products(x.dtype, x.device))
+    return UnwrittenNorm(as_rows(x.flat), bn, recomputed=x.engine.fuses_products(x.dtype, x.device))
 
 
 def can_wait(bn: BATCH_NORM) -> bool:

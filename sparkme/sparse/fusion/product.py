@@ -12,16 +12,16 @@ from sparkme import ops
 from sparkme.sparse.batch_norm import BATCH_NORM, move_running_statistics, normalises_batch, processes_of
 from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.fusion.norm import UnwrittenNorm, can_wait
-from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+from sparkme.sparse.fusion.waiting import Unwritten, as_rows
 from sparkme.sparse.window import Window
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 ROWS_PER_CHANNEL = 8  # that there have to be, so that products of weights alone do not count
 
 
-def begin(x: SparseMap, kernel: Tensor, bias: Tensor | None, window: Window, groups: int) -> Unwritten | None:
+def begin(x: WorkingMap, kernel: Tensor, bias: Tensor | None, window: Window, groups: int) -> Unwritten | None:
     """Where it is 1x1, to at least twice as many channels, of enough pixels, and its sums are exact."""
     inside, outside = kernel.shape[-2:]
     fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
@@ -30,7 +30,7 @@ def begin(x: SparseMap, kernel: Tensor, bias: Tensor | None, window: Window, gro
     exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
     if not exact or not torch.is_grad_enabled() or not x.engine.fuses_products(x.dtype, x.device):
         return None
-    return UnwrittenProduct(rows_of(x), kernel.flatten(0, -2))
+    return UnwrittenProduct(as_rows(x.flat), kernel.flatten(0, -2))
 
 
 class UnwrittenProduct(Unwritten):

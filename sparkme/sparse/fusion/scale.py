@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sparkme import ops
 from sparkme.sparse.features import RowFeatures
-from sparkme.sparse.fusion.waiting import Unwritten, rows_of
+from sparkme.sparse.fusion.waiting import Unwritten, as_rows
 
 if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
+    from sparkme.sparse.working_map import WorkingMap
 
 
-def begin(x: SparseMap, *others: Any, **kwargs: Any) -> Unwritten | None:
+def begin(x: WorkingMap, *others: Any, **kwargs: Any) -> Unwritten | None:
     """Where the only other argument is a number for each channel."""
     engine, where = x.engine, (x.dtype, x.device)
     if len(others) != 1 or kwargs or type(others[0]) is type(x) or not isinstance(others[0], Tensor) or others[0].ndim == 0:
@@ -25,7 +25,7 @@ def begin(x: SparseMap, *others: Any, **kwargs: Any) -> Unwritten | None:
         return None
     scale = x.operand(others[0])
     fits = scale.shape == (1, 1, x.channels) and scale.dtype == x.dtype
-    return UnwrittenScale(rows_of(x), scale.flatten()) if fits else None
+    return UnwrittenScale(as_rows(x.flat), scale.flatten()) if fits else None
 
 
 class UnwrittenScale(Unwritten):

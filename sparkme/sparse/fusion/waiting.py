@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparkme.sparse.batch_norm import BATCH_NORM
-from sparkme.sparse.features import RowFeatures
+from sparkme.sparse.features import Features, RowFeatures
 from sparkme.sparse.grid import in_inference_mode
-
-if TYPE_CHECKING:
-    from sparkme.sparse.map import SparseMap
 
 
 class Modes(NamedTuple):
@@ -44,9 +41,8 @@ class Modes(NamedTuple):
             yield
 
 
-def rows_of(x: SparseMap) -> RowFeatures:
-    """What a map holds, of an engine on rows, as all are that fuse anything."""
-    features = x.flat
+def as_rows(features: Features) -> RowFeatures:
+    """What a map holds of an engine on rows, as all are that fuse anything."""
     assert isinstance(features, RowFeatures)
     return features
 
