@@ -163,7 +163,7 @@ class WrongInBf16(CudaExtEngine):
 
     def convolution(self, x, kernel, bias, *geometry):  # type: ignore[no-untyped-def]
         out = super().convolution(x, kernel, bias, *geometry)
-        return out._replace(data=1.05 * out.data) if out.data.dtype == torch.bfloat16 and bias is not None else out
+        return out.replace(1.05 * out.data) if out.data.dtype == torch.bfloat16 and bias is not None else out
 
 
 def test_a_contender_that_is_wrong_in_bf16_only_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
