@@ -8,10 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparkme.settings.finetune import FinetuneSettings
-from sparkme.settings.pretrain import PretrainSettings
-from sparkme.settings.saved import read_settings
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -44,8 +40,10 @@ class TrainingRun:
         return self.folder / "checkpoints" / "last.pt"
 
     @property
-    def settings(self) -> PretrainSettings | FinetuneSettings:
-        """All of them, with every default filled in."""
+    def settings(self) -> Any:
+        """A `PretrainSettings` or a `FinetuneSettings`, with every default filled in."""
+        from sparkme.settings.saved import read_settings  # noqa: PLC0415  (every command's settings)
+
         return read_settings(json.loads((self.folder / "config.json").read_text()))
 
     @property
@@ -93,7 +91,6 @@ class FinetunedRun(TrainingRun):
         from sparkme.networks.create import create_dense  # noqa: PLC0415
 
         settings = self.settings
-        assert isinstance(settings, FinetuneSettings)
         network = create_dense(settings.model, in_channels=settings.channels, num_classes=settings.num_classes)
         network.load_state_dict(load_file(self.weights))
         return network.eval()

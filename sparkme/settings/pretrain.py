@@ -247,15 +247,7 @@ def resolve(
     if name != "fcmae" and not settings.norm_pix_loss:
         raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
     settings = with_precision(_with_batch(_with_epochs(settings, saved), machine, saved), machine)
-    settings = filled(settings, {"workers": default_workers(on_gpu=machine.on_gpu)})
-    check_warmup(settings)
-    check_batch(settings)
-    if settings.batch_size > settings.samples_per_epoch:
-        raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {settings.samples_per_epoch} crops of an epoch; lower it, or "
-            f"raise --samples-per-epoch to at least {settings.batch_size}"
-        )
-    return settings
+    return filled(settings, {"workers": default_workers(on_gpu=machine.on_gpu)})
 
 
 def _check_together(asked: PretrainSettings) -> None:
@@ -298,7 +290,7 @@ def _with_epochs(settings: PretrainSettings, saved: PretrainSettings | None) -> 
     settings = filled(settings, {"samples_per_epoch": before or (DEMO_CROPS if demo else settings.num_images)})
     settings = filled(settings, {"epochs": max(SMALL_EPOCHS, math.ceil(SMALL_CROPS / max(1, settings.samples_per_epoch)))})
     tenth = max(1, settings.epochs // 10)
-    return filled(settings, {
+    settings = filled(settings, {
         "crop_scale": DEMO_CROP_SCALE if demo else RECIPES[settings.recipe].crop_scale,
         "warmup_epochs": min(PAPER_WARMUP, settings.epochs / 10),
         "drop_path": paper_drop_path(settings.model),
@@ -307,6 +299,8 @@ def _with_epochs(settings: PretrainSettings, saved: PretrainSettings | None) -> 
         "panel_epochs": tenth,
         "probe_epochs": tenth if settings.probe_data else 0,
     })  # fmt: skip
+    check_warmup(settings)
+    return settings
 
 
 def _with_batch(settings: PretrainSettings, machine: Machine, saved: PretrainSettings | None) -> PretrainSettings:
@@ -316,4 +310,11 @@ def _with_batch(settings: PretrainSettings, machine: Machine, saved: PretrainSet
     largest = RECIPES[settings.recipe].largest_batch
     wanted = min(largest, (128 if machine.on_gpu else 32) * machine.processes, settings.samples_per_epoch)
     share = machine.processes * settings.accumulate  # the batch is a multiple of it
-    return filled(settings, {"batch_size": max(wanted // share, 1) * share})
+    settings = filled(settings, {"batch_size": max(wanted // share, 1) * share})
+    check_batch(settings)
+    if settings.batch_size > settings.samples_per_epoch:
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {settings.samples_per_epoch} crops of an epoch; lower it, or "
+            f"raise --samples-per-epoch to at least {settings.batch_size}"
+        )
+    return settings
