@@ -32,7 +32,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     asked = from_flags(ProbeSettings, create_parser().parse_args(argv))
-    return run_command(lambda: int(not run(asked)), watch=True)
+    return run_command(lambda: int(run(asked) is None), watch=True)
 
 
 def run(asked: ProbeSettings) -> list[dict[str, Any]]:
