@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparkme import _C, Grid, ops
-from sparkme.ops import reference
 
 # Relative to the reference in float64 on the same, already rounded numbers.
 TOLERANCE = {
@@ -78,7 +77,7 @@ def test_neighbour_table(window: str, pixels: int, visible: str) -> None:
     size, stride, dilation = WINDOWS[window]
     grid = grid_of(visible)
     for transposed, table in zip((False, True), tables(grid, pixels, window), strict=True):
-        expected = reference.neighbour_table(grid.slots, grid.patches, pixels, list(size), stride, dilation, transposed)
+        expected = ops.neighbour_table_reference(grid.slots, grid.patches, pixels, list(size), stride, dilation, transposed)
         assert table.dtype == torch.int32 and torch.equal(table, expected)
 
 
@@ -97,7 +96,7 @@ def test_sparse_conv(window: str, visible: str, groups: int, dtype: torch.dtype)
     table, inverse = tables(grid, 4, window)
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
         torch.randn(len(inverse), 6), torch.randn(taps, 6 // groups, 4), dtype=dtype,
     )  # fmt: skip
 
@@ -112,7 +111,7 @@ def test_sparse_conv_of_many_channels(window: str, channels: tuple[int, int], gr
     inside, outside = channels
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
         torch.randn(len(inverse), inside), torch.randn(table.shape[1], inside // groups, outside), dtype=dtype,
     )  # fmt: skip
 
@@ -123,7 +122,7 @@ def test_sparse_conv_in_several_blocks_of_columns() -> None:
     assert len(inverse) * 49 * 8 * 8 > 2 * 2**23  # bytes of columns, over two blocks of cuda_ext/csrc/cpu/convolution.cpp
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, 1),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, 1),
         torch.randn(len(inverse), 8), torch.randn(49, 8, 5), dtype=torch.float64,
     )  # fmt: skip
 
@@ -138,7 +137,7 @@ def test_depthwise_conv(window: str, pixels: int, visible: str, channels: int, d
     sites = grid.slots, grid.patches, pixels
     compare(
         lambda r, k, b=None: ops.depthwise_conv(r, k, b, *sites, size, stride=stride, dilation=dilation),
-        lambda r, k, b=None: reference.depthwise_conv(r, k, b, *sites, list(size), stride, dilation),
+        lambda r, k, b=None: ops.depthwise_conv_reference(r, k, b, *sites, list(size), stride, dilation),
         torch.randn(len(grid.patches) * pixels**2, channels), torch.randn(size[0] * size[1], channels),
         *([torch.randn(channels)] if visible == "some" else []), dtype=dtype,
     )  # fmt: skip
@@ -153,7 +152,7 @@ def test_pooling(pool: str, window: str, visible: str, dtype: torch.dtype) -> No
     rows = torch.randperm(len(inverse) * 7).view(-1, 7) / 16 - 9  # no two are equal, also in bfloat16
     rows = rows if pool == "avg_pool" or dtype != torch.bfloat16 else rows[:36].repeat(len(rows) // 36 + 1, 1)[: len(rows)]
     compare(
-        lambda r: getattr(ops, pool)(r, table, inverse), lambda r: getattr(reference, pool)(r, table, inverse), rows,
+        lambda r: getattr(ops, pool)(r, table, inverse), lambda r: getattr(ops, f"{pool}_reference")(r, table, inverse), rows,
         dtype=dtype,
     )  # fmt: skip
 
@@ -179,14 +178,14 @@ def test_voxelise_and_densify(visible: str, layout: torch.memory_format, dtype: 
     grid = grid_of(visible)
     sites = grid.slots, grid.patches, 4
     compare(
-        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites), lambda x: reference.voxelise(x, *sites),
+        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites), lambda x: ops.voxelise_reference(x, *sites),
         torch.randn(2, 5, 8, 12), dtype=dtype,
     )  # fmt: skip
     rows = torch.randn(grid.num_rows(8), 5)
-    compare(lambda r: ops.densify(r, *sites), lambda r: reference.densify(r, *sites, None), rows, dtype=dtype)
+    compare(lambda r: ops.densify(r, *sites), lambda r: ops.densify_reference(r, *sites, None), rows, dtype=dtype)
     compare(
-        lambda r, fill: ops.densify(r, *sites, fill), lambda r, fill: reference.densify(r, *sites, fill), rows, torch.randn(5),
-        dtype=dtype,
+        lambda r, fill: ops.densify(r, *sites, fill), lambda r, fill: ops.densify_reference(r, *sites, fill),
+        rows, torch.randn(5), dtype=dtype,
     )  # fmt: skip
     assert ops.densify(rows, *sites).is_contiguous(memory_format=torch.channels_last)
 
@@ -196,8 +195,8 @@ def test_voxelise_and_densify(visible: str, layout: torch.memory_format, dtype: 
 def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, k, m = shape
     inputs = torch.randn(n, k), torch.randn(k, m)
-    compare(ops.linear, lambda r, w: reference.linear(r, w, None), *inputs, dtype=dtype)
-    compare(ops.linear, reference.linear, *inputs, torch.randn(m), dtype=dtype)
+    compare(ops.linear, lambda r, w: ops.linear_reference(r, w, None), *inputs, dtype=dtype)
+    compare(ops.linear, ops.linear_reference, *inputs, torch.randn(m), dtype=dtype)
     every_other = torch.randn(2 * n, 2 * k)[::2, ::2]
     expected = every_other.double() @ inputs[1].double()
     assert oracle.relative_error(ops.linear(every_other, inputs[1]).double(), expected) < 1e-5
@@ -244,7 +243,7 @@ def test_batch_norm(n: int, c: int, follows: str, training: bool, dtype: torch.d
 
     def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         given = r if "residual" in options else None
-        out = reference.batch_norm(x, mean, deviation, w, b, factor, given, ceiling, training)
+        out = ops.batch_norm_reference(x, mean, deviation, w, b, factor, given, ceiling, training)
         return out + 0 * r.sum()
 
     compare(ours, theirs, rows, weight, bias, residual, dtype=dtype, atol=3e-2 if dtype == torch.bfloat16 else None)
@@ -289,7 +288,7 @@ def test_linear_batch_norm(n: int, k: int, c: int, follows: str, dtype: torch.dt
     _, weight, bias, factor, residual = norm_inputs(n, c, options, dtype)
     rows, kernel, ceiling = torch.randn(n, k).relu() + 0.1, torch.randn(k, c), options.get("ceiling")
     statistics = ops.product_statistics(rows.to(dtype), kernel.to(dtype))
-    expected = reference.product_statistics(rows.to(dtype).double(), kernel.to(dtype).double())
+    expected = ops.product_statistics_reference(rows.to(dtype).double(), kernel.to(dtype).double())
     for x, y in zip(statistics, expected, strict=True):
         assert oracle.relative_error(x.double(), y) < TOLERANCE[dtype]
 
@@ -301,7 +300,8 @@ def test_linear_batch_norm(n: int, k: int, c: int, follows: str, dtype: torch.dt
     def theirs(x: Tensor, k: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         given, (row_mean, gram, mean, variance) = r if "residual" in options else None, expected
         deviation = (variance + 1e-5).rsqrt()
-        return reference.linear_batch_norm(x, k, row_mean, gram, mean, deviation, w, b, factor, given, ceiling) + 0 * r.sum()
+        out = ops.linear_batch_norm_reference(x, k, row_mean, gram, mean, deviation, w, b, factor, given, ceiling)
+        return out + 0 * r.sum()
 
     compare(ours, theirs, rows, kernel, weight, bias, residual, dtype=dtype)
 
@@ -312,16 +312,16 @@ def test_mlp(n: int, c: int, h: int, dtype: torch.dtype) -> None:
     inputs = torch.randn(n, c), torch.randn(h, c) / c**0.5, torch.randn(h), torch.randn(c, h) / h**0.5, torch.randn(c)
     atol = 1.5e-2 if dtype == torch.bfloat16 else None  # three roundings one after the other
     factor, residual = torch.rand(2 if n % 2 == 0 else 1), torch.randn(n, c)
-    compare(ops.mlp, lambda *a: reference.mlp(*a, None, None, None)[0], *inputs, dtype=dtype, atol=atol)
-    compare(ops.mlp, lambda *a: reference.mlp(*a, None, None)[0], *inputs, torch.rand(c), dtype=dtype, atol=atol)
+    compare(ops.mlp, lambda *a: ops.mlp_reference(*a, None, None, None)[0], *inputs, dtype=dtype, atol=atol)
+    compare(ops.mlp, lambda *a: ops.mlp_reference(*a, None, None)[0], *inputs, torch.rand(c), dtype=dtype, atol=atol)
     compare(
         lambda *a: ops.mlp(*a[:-1], factor=factor, residual=a[-1]),
-        lambda *a: reference.mlp(*a[:-1], factor, a[-1])[0],
+        lambda *a: ops.mlp_reference(*a[:-1], factor, a[-1])[0],
         *inputs, torch.rand(c), residual, dtype=dtype, atol=atol,
     )  # fmt: skip
     compare(
         lambda *a: ops.mlp(*a[:-1], residual=a[-1].view(n, 1, c)),
-        lambda *a: reference.mlp(*a[:-1], None, None, a[-1])[0],
+        lambda *a: ops.mlp_reference(*a[:-1], None, None, a[-1])[0],
         *inputs, residual, dtype=dtype, atol=atol,
     )  # fmt: skip
 

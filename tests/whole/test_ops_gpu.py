@@ -9,7 +9,6 @@ from sites import make_sites, normal, relative_error
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.ops import reference
 
 _REASON = "torch sees no GPU" if not torch.cuda.is_available() else ops.unavailable(on_gpu=True)
 if _REASON:
@@ -55,7 +54,7 @@ def compare(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs:
 def sites_and_tables(keep: int, pixels: int, size: tuple[int, int], stride: int, dilation: int) -> list[Tensor]:
     """Slots, patches, and both tables, on the CPU."""
     sites = make_sites(keep, keep, batch=4)
-    return [*sites, *(reference.neighbour_table(*sites, pixels, size, stride, dilation, t) for t in (False, True))]
+    return [*sites, *(ops.neighbour_table_reference(*sites, pixels, size, stride, dilation, t) for t in (False, True))]
 
 
 @pytest.mark.parametrize("keep", [1, 5, 12])
@@ -77,7 +76,7 @@ def test_sparse_conv(
     on_gpu = table.cuda(), inverse.cuda()
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, *on_gpu, groups),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
         normal(1, len(inverse), channels[0], dtype=dtype),
         normal(2, size[0] * size[1], channels[0] // groups, channels[1], dtype=dtype),
     )
@@ -89,7 +88,7 @@ def test_sparse_conv_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = table.cuda(), inverse.cuda()
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, *on_gpu),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, 1),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, 1),
         normal(1, len(inverse), 64, dtype=torch.float32),
         normal(2, 9, 64, 128, dtype=torch.float32),
         tolerance=2e-3,
@@ -106,7 +105,7 @@ def test_depthwise_conv(pixels: int, size: tuple[int, int], channels: int, dtype
         on_gpu = slots.cuda(), patches.cuda(), pixels, size
         compare(
             lambda rows, kernel: ops.depthwise_conv(rows, kernel, None, *on_gpu),  # noqa: B023
-            lambda rows, kernel: reference.depthwise_conv(rows, kernel, None, slots, patches, pixels, list(size), 1, 1),  # noqa: B023
+            lambda rows, kernel: ops.depthwise_conv_reference(rows, kernel, None, slots, patches, pixels, list(size), 1, 1),  # noqa: B023
             normal(1, len(patches) * pixels**2, channels, dtype=dtype),
             normal(2, size[0] * size[1], channels, dtype=dtype),
         )
@@ -121,7 +120,9 @@ def test_depthwise_conv_of_any_window(
     on_gpu, options = (slots.cuda(), patches.cuda(), pixels, size), {"stride": stride, "dilation": dilation}
     compare(
         lambda rows, kernel: ops.depthwise_conv(rows, kernel, None, *on_gpu, **options),
-        lambda rows, kernel: reference.depthwise_conv(rows, kernel, None, slots, patches, pixels, list(size), stride, dilation),
+        lambda rows, kernel: ops.depthwise_conv_reference(
+            rows, kernel, None, slots, patches, pixels, list(size), stride, dilation
+        ),
         normal(1, len(patches) * pixels**2, 72, dtype=dtype),
         normal(2, size[0] * size[1], 72, dtype=dtype),
     )
@@ -156,7 +157,7 @@ def test_pooling(pixels: int, size: tuple[int, int], stride: int, channels: int,
     # No two numbers of a channel are equal within reach of each other, also in bfloat16.
     rows = (torch.arange(len(inverse)) * 37 % 251 - 125).view(-1, 1).repeat(1, channels).to(dtype)
     for name in ("max_pool", "avg_pool"):
-        ours, theirs = getattr(ops, name), getattr(reference, name)
+        ours, theirs = getattr(ops, name), getattr(ops, f"{name}_reference")
         compare(lambda r: ours(r, *on_gpu), lambda r: theirs(r, table, inverse), rows)  # noqa: B023
 
 
@@ -179,19 +180,19 @@ def test_voxelise_and_densify(pixels: int, channels: int, dtype: torch.dtype) ->
     for memory in (torch.contiguous_format, torch.channels_last):
         compare(
             lambda x: ops.voxelise(x.contiguous(memory_format=memory), *on_gpu),  # noqa: B023
-            lambda x: reference.voxelise(x, *sites),
+            lambda x: ops.voxelise_reference(x, *sites),
             dense,
         )
     rows, fill = normal(2, len(patches) * pixels**2, channels, dtype=dtype), normal(3, channels, dtype=dtype)
-    compare(lambda r: ops.densify(r, *on_gpu), lambda r: reference.densify(r, *sites, None), rows)
-    compare(lambda r, f: ops.densify(r, *on_gpu, f), lambda r, f: reference.densify(r, *sites, f), rows, fill)
+    compare(lambda r: ops.densify(r, *on_gpu), lambda r: ops.densify_reference(r, *sites, None), rows)
+    compare(lambda r, f: ops.densify(r, *on_gpu, f), lambda r, f: ops.densify_reference(r, *sites, f), rows, fill)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(dtype: torch.dtype) -> None:
     rows, kernel, bias = normal(1, 300, 64, dtype=dtype), normal(2, 64, 96, dtype=dtype), normal(3, 96, dtype=dtype)
-    compare(lambda r, k: ops.linear(r, k), lambda r, k: reference.linear(r, k, None), rows, kernel)
-    compare(ops.linear, reference.linear, rows, kernel, bias)
+    compare(lambda r, k: ops.linear(r, k), lambda r, k: ops.linear_reference(r, k, None), rows, kernel)
+    compare(ops.linear, ops.linear_reference, rows, kernel, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,7 +221,7 @@ def test_batch_norm(count: int, channels: int, options: dict[str, Any], training
 
     def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         given = r if "residual" in options else None
-        return reference.batch_norm(x, *numbers, w, b, factor, given, ceiling, training) + 0 * r
+        return ops.batch_norm_reference(x, *numbers, w, b, factor, given, ceiling, training) + 0 * r
 
     affine = normal(4, channels, dtype=dtype), normal(5, channels, dtype=dtype)
     compare(ours, theirs, rows, *affine, normal(6, count, channels, dtype=dtype), tolerance=max(loose, 2 * TOLERANCE[dtype]))
