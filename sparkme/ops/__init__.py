@@ -16,8 +16,7 @@ trusted: make them with `sparkme.Grid` and `neighbour_table`.
 
 The families, each a module here and files of the same name in cuda_ext/csrc:
 
-    tables         neighbour_table
-    patches        voxelise, densify
+    patches        neighbour_table, voxelise, densify
     convolution    sparse_conv
     depthwise      depthwise_conv
     pooling        max_pool, avg_pool
@@ -46,7 +45,6 @@ from sparkme.ops.linear_layers import *
 from sparkme.ops.norm import *
 from sparkme.ops.patches import *
 from sparkme.ops.pooling import *
-from sparkme.ops.tables import *
 
 try:
     from sparkme import _C  # type: ignore[attr-defined]  # noqa: F401  (registers the kernels)

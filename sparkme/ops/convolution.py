@@ -1,13 +1,11 @@
 """The sparse convolution over a neighbour table. CUDA's kernels are Triton's, in `sparkme.ops.triton_conv`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from sparkme.ops import triton_conv
 from sparkme.ops.library import LIBRARY, check_same, check_tables, define
-from sparkme.ops.tables import gather
+from sparkme.ops.patches import gather
 
 __all__ = ["sparse_conv", "sparse_conv_reference"]
 

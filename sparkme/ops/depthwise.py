@@ -1,12 +1,10 @@
 """The depthwise convolution, patch by patch with its halo."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from sparkme.ops.library import check_channels, check_patches, check_same, define
-from sparkme.ops.tables import gather, neighbour_table_reference
+from sparkme.ops.patches import gather, neighbour_table_reference
 
 __all__ = ["depthwise_conv", "depthwise_conv_reference"]
 

@@ -4,8 +4,6 @@ An operator has a schema and shapes here in Python, and kernels elsewhere: those
 registered by the extension `sparkme._C` (cuda_ext/csrc), CUDA's convolution by `sparkme.ops.convolution`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

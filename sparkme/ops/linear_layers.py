@@ -1,7 +1,5 @@
 """Linear layers, alone, together with a batch norm, and as the MLP of a ConvNeXt block."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -59,11 +57,11 @@ def _mlp_grad(
     grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
     factor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    biases = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
-    none = rows.new_empty(0, dtype=sum_type(rows.dtype))
     return (
-        rows.new_empty(rows.shape), weight1.new_empty(weight1.shape), biases[0], weight2.new_empty(weight2.shape), biases[1],
-        none if scale is None else scale.new_empty(scale.shape),
+        rows.new_empty(rows.shape),
+        weight1.new_empty(weight1.shape), weight1.new_empty(weight1.shape[0]),
+        weight2.new_empty(weight2.shape), weight2.new_empty(weight2.shape[0]),
+        rows.new_empty(0, dtype=sum_type(rows.dtype)) if scale is None else scale.new_empty(scale.shape),
     )  # fmt: skip
 
 

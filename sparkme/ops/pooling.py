@@ -1,14 +1,12 @@
 """Pooling over a neighbour table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sparkme.ops.library import check_tables, define
-from sparkme.ops.tables import gather
+from sparkme.ops.patches import gather
 
 __all__ = ["Pooling", "avg_pool", "avg_pool_reference", "max_pool", "max_pool_reference"]
 

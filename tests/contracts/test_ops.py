@@ -10,6 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from operator_calls import DIFFERENTIABLE, NAMES, calls, detached, overload, results, without_rows
 from torch import Tensor
 
 from sparkme import _C, Grid, ops
@@ -347,90 +348,26 @@ def test_gelu_of_large_numbers_and_nan() -> None:
     assert torch.allclose(out, torch.nn.functional.gelu(x), atol=1e-6, equal_nan=True)
 
 
-def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """One call of every operator, as torch sees it: the overload and its arguments."""
-    grid = grid_of(visible)
-    table, inverse = tables(grid, 4, "3x3 s2")
-    sites = grid.slots, grid.patches, 4
-    window = [3, 3], 2, 1
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-    def numbers(*shape: int) -> Tensor:
-        return (torch.rand(*shape, dtype=torch.promote_types(dtype, torch.float32)) + 0.5).detach()
-
-    def norm(channels: int) -> tuple[Tensor, ...]:
-        """Mean, inverse deviation, weight, bias."""
-        return numbers(channels), numbers(channels), random(channels), random(channels)
-
-    op = torch.ops.sparkme
-    rows, n_out = random(len(inverse), 4), len(table)
-    like, factor, product = random(len(rows), 4), numbers(2), (numbers(4), numbers(4, 4))
-    mlp = random(16, 4), random(16), random(5, 16), random(5), random(5)
-    taken = op.max_pool(rows.detach(), table, inverse)[1]
-    return {
-        "neighbour_table": (op.neighbour_table.default, (*sites, *window, False)),
-        "sparse_conv": (op.sparse_conv.default, (rows, random(9, 2, 6), table, inverse, 2)),
-        "sparse_conv_grad_rows": (op.sparse_conv_grad_rows.default, (random(n_out, 6), random(9, 2, 6), table, inverse, 2)),
-        "sparse_conv_grad_kernel": (op.sparse_conv_grad_kernel.default, (rows, random(n_out, 6), table, 2)),
-        "depthwise_conv": (op.depthwise_conv.default, (rows, random(9, 4), random(4), *sites, *window)),
-        "depthwise_conv_grad_rows": (op.depthwise_conv_grad_rows.default, (random(n_out, 4), random(9, 4), *sites, *window)),
-        "depthwise_conv_grad_kernel": (op.depthwise_conv_grad_kernel.default, (rows, random(n_out, 4), *sites, *window)),
-        "max_pool": (op.max_pool.default, (rows, table, inverse)),
-        "max_pool_grad_rows": (op.max_pool_grad_rows.default, (random(n_out, 4), taken, inverse)),
-        "avg_pool": (op.avg_pool.default, (rows, table, inverse)),
-        "voxelise": (op.voxelise.default, (random(2, 4, 8, 12), *sites)),
-        "densify": (op.densify.default, (rows, *sites, random(4))),
-        "linear": (op.linear.default, (rows, random(4, 5), random(5))),
-        "batch_statistics": (op.batch_statistics.default, (rows,)),
-        "norm_statistics": (op.norm_statistics.default, (rows, 1e-5, numbers(4), numbers(4), 0.1)),
-        "batch_norm": (op.batch_norm.default, (rows, *norm(4), factor, like, inf, False)),
-        "batch_norm_grad_sums": (op.batch_norm_grad_sums.default, (random(len(rows), 4), rows, like, *norm(4), factor, inf)),
-        "batch_norm_grad_rows": (op.batch_norm_grad_rows.default,
-                                 (random(len(rows), 4), rows, *norm(4), factor, 1.0, numbers(2, 4), 7.0)),
-        "product_statistics": (op.product_statistics.default, (rows, random(4, 8))),
-        "linear_batch_norm": (op.linear_batch_norm.default,
-                              (rows, random(4, 8), *product, *norm(8), factor, random(len(rows), 8), inf)),
-        "linear_batch_norm_grad": (op.linear_batch_norm_grad.default,
-                                   (random(len(rows), 8), rows, random(4, 8), random(len(rows), 8), *product, *norm(8)[:3],
-                                    factor, inf)),
-        "layer_norm": (op.layer_norm.default, (rows, random(4), random(4), 1e-6)),
-        "layer_norm_grad": (op.layer_norm_grad.default, (random(len(rows), 4), rows, numbers(len(rows), 2), random(4))),
-        "mlp": (op.mlp.default, (rows, *mlp, factor, random(len(rows), 5))),
-        "mlp_grad": (op.mlp_grad.default, (random(len(rows), 5), rows, random(len(rows), 16), mlp[0], *mlp[2:], factor)),
-    }  # fmt: skip
-
-
-DIFFERENTIABLE = ("sparse_conv", "depthwise_conv", "max_pool", "avg_pool", "voxelise", "densify", "linear", "batch_norm",
-                  "layer_norm", "mlp")  # fmt: skip
-SEVERAL = ("max_pool", "layer_norm", "mlp")  # results, of which the first has a gradient
-
-
-def test_every_operator_is_in_the_lists() -> None:
+def test_every_operator_is_called() -> None:
     defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparkme::")}
-    assert defined == set(calls())
+    assert defined == set(NAMES)
 
 
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
-    overload, arguments = calls()[name]
-    if name not in DIFFERENTIABLE:
-        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(overload, arguments)
+    arguments = calls()[name]
+    torch.library.opcheck(overload(name), arguments if name in DIFFERENTIABLE else detached(arguments))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name: str) -> None:
-    overload, arguments = calls()[name]
-    first = (lambda *a: overload(*a)[0]) if name in SEVERAL else overload
-    assert torch.autograd.gradcheck(first, arguments, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *a: results(overload(name)(*a))[0], calls()[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", NAMES)
 def test_non_contiguous_input_gives_the_same(name: str, dtype: torch.dtype) -> None:
-    overload, arguments = calls(dtype)[name]
+    arguments = calls(dtype)[name]
 
     def spread(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -439,24 +376,15 @@ def test_non_contiguous_input_gives_the_same(name: str, dtype: torch.dtype) -> N
         wide[..., ::2] = value.detach()
         return wide[..., ::2]
 
-    expected, got = overload(*arguments), overload(*map(spread, arguments))
-    for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
+    expected, got = overload(name)(*arguments), overload(name)(*map(spread, arguments))
+    for x, y in zip(results(got), results(expected), strict=True):
         assert torch.equal(x, y) if not x.is_floating_point() else oracle.relative_error(x, y) < TOLERANCE[dtype] / 10
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", NAMES)
 def test_no_rows_at_all(name: str, dtype: torch.dtype) -> None:
-    overload, arguments = calls(dtype)[name]
-    shrink = {"rows", "grad", "dense", "out", "residual", "hidden", "table", "inverse", "taken", "slots", "patches",
-              "statistics"}  # fmt: skip
-    names = [argument.name for argument in overload._schema.arguments]
-    empty = [
-        a[:0].detach() if isinstance(a, Tensor) and n in shrink else a.detach() if isinstance(a, Tensor) else a
-        for n, a in zip(names, arguments, strict=True)
-    ]
-    result = overload(*empty)
-    for value in result if isinstance(result, tuple) else (result,):
+    for value in results(overload(name)(*without_rows(name, calls(dtype)[name]))):
         assert not value.any()  # of no rows, or the gradient of a weight
 
 

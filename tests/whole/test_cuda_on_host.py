@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_host import build
+from operator_calls import NAMES, calls, detached, overload, results
 from sites import make_sites, normal, relative_error
 from torch import Tensor
 
@@ -37,11 +38,8 @@ def ops() -> Any:
     path = os.environ.get("SPARKME_ON_HOST_LIBRARY") or build.kept_library()
     global _LIBRARY  # a library lives as long as its schemas
     _LIBRARY = torch.library.Library("sparkme_on_host", "DEF")
-    for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel",
-                 "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear", "batch_statistics",
-                 "norm_statistics", "batch_norm", "batch_norm_grad_sums", "batch_norm_grad_rows"):  # fmt: skip
-        schema = str(getattr(torch.ops.sparkme, name).default._schema)
-        _LIBRARY.define(schema.removeprefix("sparkme::"))
+    for name in NAMES:
+        _LIBRARY.define(str(overload(name)._schema).removeprefix("sparkme::"))
     ctypes.CDLL(str(path))
     return torch.ops.sparkme_on_host
 
@@ -59,7 +57,7 @@ def test_the_library_is_compiled_again_whatever_changes_of_what_is_read(
 
     def compile_library(folder: Path) -> Path:
         compiled.append(folder)
-        (folder / "table.d").write_text(f"table.o: {own / 'cuda' / 'table.cu'} \\\n {header}\n")
+        (folder / "operators.d").write_text(f"operators.o: {own / 'cuda' / 'operators.cu'} \\\n {header}\n")
         (folder / "on_host.so").write_bytes(header.read_bytes())
         return folder / "on_host.so"
 
@@ -89,6 +87,19 @@ def unwritten_memory_is_nan() -> Iterator[None]:
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     error = relative_error(actual, expected)
     assert error <= TOLERANCE[actual.dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("channels", [4, 24])  # 24: by the widest accesses
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_operator_gives_what_it_gives_on_the_cpu(ops: Any, dtype: torch.dtype, channels: int) -> None:
+    on_host = [name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"sparkme_on_host::{name}", "CPU")]
+    assert len(on_host) >= 15
+    for name in on_host:
+        of_cpu, of_cuda = (calls(dtype, channels=channels)[name] for _ in range(2))  # what one changes the other has to find
+        expected, got = overload(name)(*detached(of_cpu)), getattr(ops, name)(*detached(of_cuda))
+        for x, y in zip((*results(got), *of_cuda), (*results(expected), *of_cpu), strict=True):
+            if isinstance(x, Tensor):
+                assert x.dtype == y.dtype and relative_error(x, y) <= 2 * TOLERANCE[dtype], name
 
 
 KEEPS = [1, 5, 12]  # of 12 patches

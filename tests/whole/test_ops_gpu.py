@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from operator_calls import DIFFERENTIABLE, NAMES, calls, detached, overload, results, without_rows
 from sites import make_sites, normal, relative_error
 from torch import Tensor
 
@@ -227,87 +228,34 @@ def test_batch_norm(count: int, channels: int, options: dict[str, Any], training
     compare(ours, theirs, rows, *affine, normal(6, count, channels, dtype=dtype), tolerance=max(loose, 2 * TOLERANCE[dtype]))
 
 
-def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """One call of every operator."""
-    slots, patches, table, inverse = (x.cuda() for x in sites_and_tables(5, 4, (3, 3), 2, 1))
-    geometry = slots, patches, 4, [3, 3], 2, 1
-    op = torch.ops.sparkme
-    seeds = iter(range(100))
-
-    def leaf(*shape: int) -> Tensor:
-        return normal(next(seeds), *shape, dtype=dtype).cuda().requires_grad_()
-
-    n_in, n_out = len(inverse), len(table)
-    numbers = [normal(i, 32, dtype=torch.float32).abs().cuda() for i in range(4)]  # mean, deviation, weight, bias
-    norm = *numbers, torch.ones(4, device="cuda")  # and the factor of every sample
-    taken = op.max_pool(leaf(n_in, 32).detach(), table, inverse)[1]
-    return {
-        "neighbour_table": (op.neighbour_table, (*geometry, True)),
-        "sparse_conv": (op.sparse_conv, (leaf(n_in, 32), leaf(9, 32, 64), table, inverse, 1)),
-        "sparse_conv_grad_rows": (op.sparse_conv_grad_rows, (leaf(n_out, 64), leaf(9, 32, 64), table, inverse, 1)),
-        "sparse_conv_grad_kernel": (op.sparse_conv_grad_kernel, (leaf(n_in, 32), leaf(n_out, 64), table, 1)),
-        "depthwise_conv": (op.depthwise_conv, (leaf(n_in, 32), leaf(9, 32), leaf(32), *geometry)),
-        "depthwise_conv_grad_rows": (op.depthwise_conv_grad_rows, (leaf(n_out, 32), leaf(9, 32), *geometry)),
-        "depthwise_conv_grad_kernel": (op.depthwise_conv_grad_kernel, (leaf(n_in, 32), leaf(n_out, 32), *geometry)),
-        "max_pool": (op.max_pool, (leaf(n_in, 32), table, inverse)),
-        "max_pool_grad_rows": (op.max_pool_grad_rows, (leaf(n_out, 32), taken, inverse)),
-        "avg_pool": (op.avg_pool, (leaf(n_in, 32), table, inverse)),
-        "voxelise": (op.voxelise, (leaf(4, 32, 12, 16), slots, patches, 4)),
-        "densify": (op.densify, (leaf(n_in, 32), slots, patches, 4, leaf(32))),
-        "linear": (op.linear, (leaf(n_in, 32), leaf(32, 64), leaf(64))),
-        "batch_statistics": (op.batch_statistics, (leaf(n_in, 32).detach(),)),
-        "norm_statistics": (op.norm_statistics, (leaf(n_in, 32).detach(), 1e-5, *numbers[:2], 0.1)),
-        "batch_norm": (op.batch_norm, (leaf(n_in, 32), *norm, leaf(n_in, 32), 6.0, True)),
-        "batch_norm_grad_sums": (
-            op.batch_norm_grad_sums,
-            (leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), *norm, 6.0),
-        ),
-        "batch_norm_grad_rows": (
-            op.batch_norm_grad_rows,
-            (leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), *norm, 6.0, torch.ones(2, 32, device="cuda"), 7.0),
-        ),
-    }
+ON_CUDA = [name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"sparkme::{name}", "CUDA")]
 
 
-NAMES = [
-    "neighbour_table", "sparse_conv", "sparse_conv_grad_rows", "sparse_conv_grad_kernel", "depthwise_conv",
-    "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise",
-    "densify", "linear", "batch_statistics", "norm_statistics", "batch_norm",
-    "batch_norm_grad_sums", "batch_norm_grad_rows",
-]  # fmt: skip
+def call_on_gpu(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, tuple[Any, ...]]:
+    """The operator and its arguments. Gradients are not differentiated again."""
+    arguments = calls(dtype, "cuda", channels=32)[name]
+    return overload(name), arguments if name in DIFFERENTIABLE else detached(arguments)
 
 
-def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_opcheck(name: str) -> None:
-    operator, arguments = calls(torch.float32)[name]
-    # Gradients are not differentiated again.
-    torch.library.opcheck(operator.default, detached(arguments) if "grad" in name else arguments)
+    torch.library.opcheck(*call_on_gpu(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_no_rows(name: str) -> None:
-    operator, arguments = calls(torch.float32)[name]
-    names = [argument.name for argument in operator.default._schema.arguments]
-    whole = {"kernel", "fill", "bias", "mean", "inverse_deviation", "weight", "factor", "sums", "running_mean", "running_var"}
-    empty = [a[:0] if isinstance(a, Tensor) and n not in whole else a for n, a in zip(names, detached(arguments), strict=True)]
-    result = operator(*empty)
-    for value in result if isinstance(result, tuple) else (result,):
+    operator, arguments = call_on_gpu(name)
+    for value in results(operator(*without_rows(name, arguments))):
         assert not value.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
-    operator, arguments = calls(dtype)[name]
-    arguments = detached(arguments) if "grad" in name else arguments
+    operator, arguments = call_on_gpu(name, dtype)
 
     def run() -> None:
-        result = operator(*arguments)
-        first = result[0] if isinstance(result, tuple) else result
+        first = results(operator(*arguments))[0]
         if first.requires_grad:
             first.backward(torch.ones_like(first))
 
@@ -321,7 +269,7 @@ def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
 
 def test_another_stream_and_another_device() -> None:
     """Kernels are queued where torch says: after a long piece of work on the same stream they see its result."""
-    operator, arguments = calls(torch.bfloat16)["depthwise_conv"]
+    operator, arguments = call_on_gpu("depthwise_conv", torch.bfloat16)
     rows, *rest = detached(arguments)
     expected = operator(rows * 2, *rest)
     stream = torch.cuda.Stream()
@@ -374,7 +322,7 @@ def test_a_captured_training_step_equals_an_eager_one() -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    operator, arguments = calls(torch.float32)["depthwise_conv"]
+    operator, arguments = call_on_gpu("depthwise_conv")
 
     def layer(rows: Tensor, *rest: Any) -> Tensor:
         return torch.relu(operator(rows, *rest)) * 2

@@ -8,7 +8,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -72,17 +71,5 @@ at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at
   }
   return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
 }
-
-namespace {
-
-at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias) {
-  TORCH_CHECK_VALUE(rows.dim() == 2 && kernel.dim() == 2 && rows.size(1) == kernel.size(0), "kernel must be (", rows.size(-1),
-                    ", C_out)");
-  return gemm(rows, kernel, bias);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sparkme, CPU, m) { m.impl("linear", linear); }
 
 }  // namespace sparkme

@@ -1,10 +1,15 @@
 // Dense maps to rows and back, patch by patch.
-#include "operators.h"
+#include "tensors.h"
 
 namespace sparkme::cuda {
 namespace {
 
-constexpr int32_t kThreads = 256;
+// The map of a batch, in any memory format.
+template <typename T>
+struct Dense {
+  T *data;
+  int64_t stride_sample, stride_channel, stride_y, stride_x;  // in elements
+};
 
 // The first pixel of a visible patch in its image.
 __device__ __forceinline__ int64_t corner_of(const Sites &sites, int32_t patch, int32_t pixels, int64_t stride_sample,
@@ -83,16 +88,13 @@ __global__ void fill_map(T *dense, const T *rows, const T *fill, Sites sites, in
   }
 }
 
-}  // namespace
-
 template <typename T>
-void voxelise(T *rows, const Dense<const T> &dense, const Sites &sites, int64_t patches, int32_t pixels, int32_t channels,
-              Stream stream) {
-  const int64_t num_rows = patches * pixels * pixels;
+void copy_patches(T *rows, const Dense<const T> &dense, const Sites &sites, int64_t num_rows, int32_t pixels,
+                  int32_t channels) {
   if (num_rows == 0 || channels == 0) return;
   if (dense.stride_channel != 1) {
     const dim3 grid(ceil_div(num_rows, kTilePixels), ceil_div(channels, kTileChannels));
-    SPARKME_LAUNCH(transpose_pixels<T>, grid, dim3(kThreads), stream, rows, dense, sites, num_rows, pixels, channels);
+    SPARKME_LAUNCH(transpose_pixels<T>, grid, dim3(kThreads), current_stream(), rows, dense, sites, num_rows, pixels, channels);
     return;
   }
   constexpr int kWide = kWidest<T>;
@@ -100,32 +102,61 @@ void voxelise(T *rows, const Dense<const T> &dense, const Sites &sites, int64_t 
   const bool wide = aligned && fits_widest<T>(channels, rows, dense.data);
   const dim3 block = row_block(wide ? channels / kWide : channels, kThreads), grid(ceil_div(num_rows, block.y));
   if (wide) {
-    SPARKME_LAUNCH((copy_pixels<T, kWide>), grid, block, stream, rows, dense, sites, num_rows, pixels, channels);
+    SPARKME_LAUNCH((copy_pixels<T, kWide>), grid, block, current_stream(), rows, dense, sites, num_rows, pixels, channels);
   } else {
-    SPARKME_LAUNCH((copy_pixels<T, 1>), grid, block, stream, rows, dense, sites, num_rows, pixels, channels);
+    SPARKME_LAUNCH((copy_pixels<T, 1>), grid, block, current_stream(), rows, dense, sites, num_rows, pixels, channels);
   }
 }
 
-template <typename T>
-void densify(T *dense, const T *rows, const T *fill, const Sites &sites, int64_t samples, int32_t pixels, int32_t channels,
-             Stream stream) {
-  const int64_t num_pixels = samples * sites.f_h * sites.f_w * pixels * pixels;
-  if (num_pixels == 0 || channels == 0) return;
-  const bool wide = fits_widest<T>(channels, dense, rows, fill);
-  const dim3 block = row_block(wide ? channels / kWidest<T> : channels, kThreads), grid(ceil_div(num_pixels, block.y));
-  if (wide) {
-    SPARKME_LAUNCH((fill_map<T, kWidest<T>>), grid, block, stream, dense, rows, fill, sites, num_pixels, pixels, channels);
-  } else {
-    SPARKME_LAUNCH((fill_map<T, 1>), grid, block, stream, dense, rows, fill, sites, num_pixels, pixels, channels);
-  }
+at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels) {
+  const auto guard = on_device_of(dense, slots, patches);
+  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
+  const Sites &sites = geometry.sites;
+  TORCH_CHECK_VALUE(dense.dim() == 4 && dense.size(0) == slots_.size(0) && dense.size(2) == sites.f_h * pixels &&
+                        dense.size(3) == sites.f_w * pixels,
+                    "dense ", dense.sizes(), " does not fit slots ", slots_.sizes(), " of pixels=", pixels);
+  at::Tensor rows = at::empty({geometry.patches * pixels * pixels, dense.size(1)}, dense.options());
+  with_type(dense.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    // With one channel its stride is of no account, and copying pixels as they are is the faster way.
+    const Dense<const T> map = {dense.const_data_ptr<T>(), dense.stride(0), dense.size(1) == 1 ? 1 : dense.stride(1),
+                                dense.stride(2), dense.stride(3)};
+    copy_patches<T>(rows.mutable_data_ptr<T>(), map, sites, rows.size(0), geometry.pixels, channels_of(dense));
+  });
+  return rows;
 }
 
-#define SPARKME_INSTANTIATE(T)                                                                              \
-  template void voxelise<T>(T *, const Dense<const T> &, const Sites &, int64_t, int32_t, int32_t, Stream); \
-  template void densify<T>(T *, const T *, const T *, const Sites &, int64_t, int32_t, int32_t, Stream);
-SPARKME_INSTANTIATE(double)
-SPARKME_INSTANTIATE(float)
-SPARKME_INSTANTIATE(c10::BFloat16)
-#undef SPARKME_INSTANTIATE
+at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels,
+                   const Optional &fill) {
+  const auto guard = on_device_of(rows, slots, patches);
+  const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
+  const Sites &sites = geometry.sites;
+  check_rows("rows", rows_, geometry.patches * pixels * pixels);
+  at::Tensor background;
+  if (fill) {
+    TORCH_CHECK_VALUE(fill->dim() == 1 && fill->size(0) == rows_.size(1) && fill->device() == rows_.device(), "fill must be (",
+                      rows_.size(1), ",) on ", rows_.device(), ", got ", fill->sizes(), " on ", fill->device());
+    background = fill->to(rows_.scalar_type()).contiguous();
+  }
+  at::Tensor dense = at::empty({slots_.size(0), sites.f_h * pixels, sites.f_w * pixels, rows_.size(1)}, rows_.options());
+  with_width({dense, rows_, background}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    constexpr int V = decltype(width)::value;
+    const int64_t num_pixels = dense.numel() / rows_.size(1);
+    const dim3 block = row_block(rows_.size(1) / V, kThreads), grid(ceil_div(num_pixels, block.y));
+    SPARKME_LAUNCH((fill_map<T, V>), grid, block, current_stream(), dense.mutable_data_ptr<T>(), rows_.const_data_ptr<T>(),
+                   data_or_null<T>(background), sites, num_pixels, geometry.pixels, channels_of(rows_));
+  });
+  return dense.permute({0, 3, 1, 2});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
+  m.impl("voxelise", voxelise);
+  m.impl("densify", densify);
+}
 
 }  // namespace sparkme::cuda
