@@ -21,10 +21,7 @@
 namespace sparkme {
 namespace {
 
-using at::Tensor;
-using Number = std::optional<double>;
 using Context = torch::autograd::AutogradContext;
-using Sizes = at::IntArrayRef;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
@@ -49,7 +46,7 @@ auto kernel_of(Tensor (*)(Context *, Args...)) {
 
 template <typename F, typename... Args>
 auto kernel_of(variable_list (*)(Context *, Args...)) {
-  return +[](Args... args) -> std::tuple<Tensor, Tensor> {
+  return +[](Args... args) -> Pair {
     const variable_list out = F::apply(args...);
     return {out[0], out[1]};
   };

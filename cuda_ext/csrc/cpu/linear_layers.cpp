@@ -9,7 +9,7 @@
 namespace sparkme {
 namespace {
 
-at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias) {
+Tensor linear(const Tensor &rows, const Tensor &kernel, const Optional &bias) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && kernel.dim() == 2 && rows.size(1) == kernel.size(0), "kernel must be (", rows.size(-1),
                     ", C_out)");
   return gemm(rows, kernel, bias);
@@ -35,40 +35,38 @@ at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const Option
 
 constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of x
 
-void check_product(const at::Tensor &rows, const at::Tensor &kernel) {
+void check_product(const Tensor &rows, const Tensor &kernel) {
   TORCH_CHECK_VALUE(
       rows.dim() == 2 && kernel.dim() == 2 && rows.size(1) == kernel.size(0) && rows.scalar_type() == kernel.scalar_type(),
       "kernel must be (", rows.size(-1), ", C), got ", kernel.sizes());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> product_statistics(const at::Tensor &rows,
-                                                                              const at::Tensor &kernel) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> product_statistics(const Tensor &rows, const Tensor &kernel) {
   check_product(rows, kernel);
-  const at::Tensor rows_ = rows.contiguous();
+  const Tensor rows_ = rows.contiguous();
   const auto sums = sum_type(rows);
-  const at::Tensor row_mean = std::get<0>(batch_statistics(rows_));
-  const at::Tensor gram = gemm((rows_ - row_mean).to(rows_.scalar_type()).t(), rows_).to(sums);
-  const at::Tensor wide = kernel.to(sums);
-  const at::Tensor mean = gemm(row_mean.unsqueeze(0), wide).squeeze(0);
-  const at::Tensor squares = (wide * gemm(gram, wide)).sum(0, false, at::kDouble).to(sums);
-  const at::Tensor variance = squares.clamp_min(0) / static_cast<double>(std::max<int64_t>(1, rows_.size(0)));
+  const Tensor row_mean = std::get<0>(batch_statistics(rows_));
+  const Tensor gram = gemm((rows_ - row_mean).to(rows_.scalar_type()).t(), rows_).to(sums);
+  const Tensor wide = kernel.to(sums);
+  const Tensor mean = gemm(row_mean.unsqueeze(0), wide).squeeze(0);
+  const Tensor squares = (wide * gemm(gram, wide)).sum(0, false, at::kDouble).to(sums);
+  const Tensor variance = squares.clamp_min(0) / static_cast<double>(std::max<int64_t>(1, rows_.size(0)));
   return {row_mean, gram, mean, variance};
 }
 
-at::Tensor linear_batch_norm(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor & /*row_mean*/,
-                             const at::Tensor & /*gram*/, const at::Tensor &mean, const at::Tensor &inverse_deviation,
-                             const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
-                             std::optional<double> ceiling) {
+Tensor linear_batch_norm(const Tensor &rows, const Tensor &kernel, const Tensor & /*row_mean*/, const Tensor & /*gram*/,
+                         const Tensor &mean, const Tensor &inverse_deviation, const Optional &weight, const Optional &bias,
+                         const Optional &factor, const Optional &residual, Number ceiling) {
   check_product(rows, kernel);
-  const at::Tensor rows_ = rows.contiguous();
+  const Tensor rows_ = rows.contiguous();
   const int64_t num_rows = rows_.size(0), channels = kernel.size(1);
-  at::Tensor out = at::empty({num_rows, channels}, rows_.options());
+  Tensor out = at::empty({num_rows, channels}, rows_.options());
   const Optional added = residual ? Optional(residual_of(*residual, out)) : std::nullopt;
   const Norm norm(out, mean, inverse_deviation, weight, bias, factor, ceiling);
   const int64_t block = std::max<int64_t>(64, kBlockBytes / std::max<int64_t>(1, channels * rows_.element_size()));
   for (int64_t first = 0; first < num_rows; first += block) {
     const int64_t count = std::min(block, num_rows - first);
-    const at::Tensor product = gemm(rows_.narrow(0, first, count), kernel);
+    const Tensor product = gemm(rows_.narrow(0, first, count), kernel);
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "linear_batch_norm", [&] {
       const scalar_t *source = product.const_data_ptr<scalar_t>(), *residual_data = data_or_null<scalar_t>(added);
       scalar_t *target = out.mutable_data_ptr<scalar_t>();
@@ -85,12 +83,11 @@ at::Tensor linear_batch_norm(const at::Tensor &rows, const at::Tensor &kernel, c
 }
 
 // grad where 0 < out < ceiling, and the sum of that times the factor, for each channel.
-std::tuple<at::Tensor, at::Tensor> masked_and_summed(const at::Tensor &grad, const Optional &out, double ceiling,
-                                                     const Optional &factors, at::ScalarType sums) {
+Pair masked_and_summed(const Tensor &grad, const Optional &out, double ceiling, const Optional &factors, at::ScalarType sums) {
   const int64_t channels = grad.size(1);
   const Parts parts(grad.size(0));
-  const at::Tensor partial = at::empty({parts.count(), channels}, grad.options().dtype(sums));
-  at::Tensor masked = out ? at::empty_like(grad) : grad;
+  const Tensor partial = at::empty({parts.count(), channels}, grad.options().dtype(sums));
+  Tensor masked = out ? at::empty_like(grad) : grad;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad.scalar_type(), "column_sums", [&] {
     const scalar_t *out_data = data_or_null<scalar_t>(out);
     scalar_t *target = out ? masked.mutable_data_ptr<scalar_t>() : nullptr;
@@ -105,12 +102,13 @@ std::tuple<at::Tensor, at::Tensor> masked_and_summed(const at::Tensor &grad, con
   return {masked, partial.sum(0, false, at::kDouble).to(sums)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_batch_norm_grad(
-    const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &kernel, const Optional &out, const at::Tensor &row_mean,
-    const at::Tensor &gram, const at::Tensor &mean, const at::Tensor &inverse_deviation, const Optional &weight,
-    const Optional &factor, std::optional<double> ceiling) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_batch_norm_grad(const Tensor &grad, const Tensor &rows, const Tensor &kernel,
+                                                                  const Optional &out, const Tensor &row_mean,
+                                                                  const Tensor &gram, const Tensor &mean,
+                                                                  const Tensor &inverse_deviation, const Optional &weight,
+                                                                  const Optional &factor, Number ceiling) {
   check_product(rows, kernel);
-  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
+  const Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
   const auto sums = sum_type(rows), type = rows.scalar_type();
   Optional out_;
   if (out) {
@@ -119,20 +117,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_batch_norm_gra
   }
   const Optional factors = per_row(factor, grad_);
   auto [masked, sum] = masked_and_summed(grad_, out_, ceiling_or_nan(ceiling), factors, sums);
-  const at::Tensor g = factors ? (masked * factors->unsqueeze(1)).to(type) : masked;
+  const Tensor g = factors ? (masked * factors->unsqueeze(1)).to(type) : masked;
   const double num_rows = static_cast<double>(std::max<int64_t>(1, rows_.size(0)));
 
-  const at::Tensor wide = kernel.to(sums), products = gemm(rows_.t(), g).to(sums);
-  const at::Tensor second = ((wide * products).sum(0, false, at::kDouble).to(sums) - mean * sum) * inverse_deviation;
-  const at::Tensor scale = per_channel("weight", weight, grad_, 1) * inverse_deviation;
-  const at::Tensor slope = second * inverse_deviation / num_rows;
-  const at::Tensor grad_kernel = (products - row_mean.unsqueeze(1) * sum - gemm(gram, wide * slope)) * scale;
+  const Tensor wide = kernel.to(sums), products = gemm(rows_.t(), g).to(sums);
+  const Tensor second = ((wide * products).sum(0, false, at::kDouble).to(sums) - mean * sum) * inverse_deviation;
+  const Tensor scale = per_channel("weight", weight, grad_, 1) * inverse_deviation;
+  const Tensor slope = second * inverse_deviation / num_rows;
+  const Tensor grad_kernel = (products - row_mean.unsqueeze(1) * sum - gemm(gram, wide * slope)) * scale;
 
-  const at::Tensor scaled = wide * scale;
-  const at::Tensor m = gemm(wide * (scale * slope), wide.t());
-  const at::Tensor constant =
-      gemm(row_mean.unsqueeze(0), m).squeeze(0) - gemm(scaled, (sum / num_rows).unsqueeze(1)).squeeze(1);
-  const at::Tensor grad_rows = gemm(g, scaled.to(type).t(), constant.to(type)).sub_(gemm(rows_, m.to(type)));
+  const Tensor scaled = wide * scale;
+  const Tensor m = gemm(wide * (scale * slope), wide.t());
+  const Tensor constant = gemm(row_mean.unsqueeze(0), m).squeeze(0) - gemm(scaled, (sum / num_rows).unsqueeze(1)).squeeze(1);
+  const Tensor grad_rows = gemm(g, scaled.to(type).t(), constant.to(type)).sub_(gemm(rows_, m.to(type)));
   return {grad_rows, grad_kernel.to(type), at::stack({sum, second}), out ? masked : at::empty({0}, grad_.options())};
 }
 
@@ -150,7 +147,7 @@ constexpr int64_t kFewestRows = 512;                  // of a block: fewer would
 struct Blocks {
   int64_t rows, count;
 
-  explicit Blocks(const at::Tensor &hidden) : rows(hidden.size(0)) {
+  explicit Blocks(const Tensor &hidden) : rows(hidden.size(0)) {
     const int64_t bytes = rows * hidden.size(1) * hidden.element_size();
     count = std::clamp<int64_t>((bytes + kMlpBlockBytes - 1) / kMlpBlockBytes, 1, std::max<int64_t>(1, rows / kFewestRows));
   }
@@ -165,7 +162,7 @@ struct Blocks {
   }
 };
 
-void check_weights(const at::Tensor &rows, const at::Tensor &weight1, const at::Tensor &weight2) {
+void check_weights(const Tensor &rows, const Tensor &weight1, const Tensor &weight2) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && weight1.dim() == 2 && weight2.dim() == 2 && weight1.size(1) == rows.size(1) &&
                         weight2.size(1) == weight1.size(0),
                     "weights ", weight1.sizes(), " and ", weight2.sizes(), " do not fit rows ", rows.sizes());
@@ -177,8 +174,8 @@ void each_piece(int64_t numbers, const Body &body) {
   at::parallel_for(0, numbers, 8192, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
 }
 
-at::Tensor gelu_of(const at::Tensor &x) {
-  at::Tensor out = at::empty_like(x);
+Tensor gelu_of(const Tensor &x) {
+  Tensor out = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "mlp", [&] {
     const scalar_t *source = x.const_data_ptr<scalar_t>();
     scalar_t *target = out.mutable_data_ptr<scalar_t>();
@@ -189,8 +186,8 @@ at::Tensor gelu_of(const at::Tensor &x) {
 }
 
 // GELU of x; grad becomes its product with the derivative.
-at::Tensor gelu_with_grad(const at::Tensor &x, at::Tensor &grad) {
-  at::Tensor out = at::empty_like(x);
+Tensor gelu_with_grad(const Tensor &x, Tensor &grad) {
+  Tensor out = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "mlp_grad", [&] {
     const scalar_t *source = x.const_data_ptr<scalar_t>();
     scalar_t *target = out.mutable_data_ptr<scalar_t>(), *changed = grad.mutable_data_ptr<scalar_t>();
@@ -203,18 +200,18 @@ at::Tensor gelu_with_grad(const at::Tensor &x, at::Tensor &grad) {
 
 // What is done with the result: times the channel's and the sample's factor, plus the residual.
 struct Follows {
-  at::Tensor scale, shift;
+  Tensor scale, shift;
   Optional factors, residual;
 
-  Follows(const at::Tensor &out, const Optional &scale_, const Optional &factor, const Optional &residual_)
+  Follows(const Tensor &out, const Optional &scale_, const Optional &factor, const Optional &residual_)
       : scale(per_channel("scale", scale_, out, 1)), shift(at::zeros_like(scale)), factors(per_row(factor, out)) {
     if (residual_) residual = residual_of(*residual_, out);
   }
 
   // Of rows [first, ...), to their place.
-  void apply(const at::Tensor &rows, int64_t first, const at::Tensor &out) const {
+  void apply(const Tensor &rows, int64_t first, const Tensor &out) const {
     const int64_t channels = rows.size(1);
-    const at::Tensor rows_ = rows.contiguous();
+    const Tensor rows_ = rows.contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "mlp", [&] {
       using S = Sum<scalar_t>;
       const Parts parts(rows.size(0));
@@ -234,18 +231,17 @@ struct Follows {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> mlp(const at::Tensor &rows, const at::Tensor &weight1, const Optional &bias1,
-                                       const at::Tensor &weight2, const Optional &bias2, const Optional &scale,
-                                       const Optional &factor, const Optional &residual) {
+Pair mlp(const Tensor &rows, const Tensor &weight1, const Optional &bias1, const Tensor &weight2, const Optional &bias2,
+         const Optional &scale, const Optional &factor, const Optional &residual) {
   check_weights(rows, weight1, weight2);
-  const at::Tensor hidden = gemm(rows.contiguous(), weight1.t(), bias1).contiguous();
+  const Tensor hidden = gemm(rows.contiguous(), weight1.t(), bias1).contiguous();
   const Blocks blocks(hidden);
   const bool follows = scale || factor || residual;
-  at::Tensor out = blocks.count == 1 && !follows ? at::Tensor() : at::empty({rows.size(0), weight2.size(0)}, rows.options());
+  Tensor out = blocks.count == 1 && !follows ? Tensor() : at::empty({rows.size(0), weight2.size(0)}, rows.options());
   const std::optional<Follows> follow =
       follows ? std::optional<Follows>(std::in_place, out, scale, factor, residual) : std::nullopt;
   blocks.each([&](int64_t first, int64_t count) {
-    const at::Tensor part = gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2);
+    const Tensor part = gemm(gelu_of(hidden.narrow(0, first, count)), weight2.t(), bias2);
     if (follow) {
       follow->apply(part, first, out);
     } else if (out.defined()) {
@@ -258,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor> mlp(const at::Tensor &rows, const at::Tensor 
 }
 
 // sums += left' right, or = where it is the first.
-void add_product(const at::Tensor &left, const at::Tensor &right, at::Tensor &sums, bool first) {
+void add_product(const Tensor &left, const Tensor &right, Tensor &sums, bool first) {
   if (left.scalar_type() != at::kBFloat16) {
     add_outer_product(left, right, sums, first);
   } else if (first) {
@@ -269,15 +265,15 @@ void add_product(const at::Tensor &left, const at::Tensor &right, at::Tensor &su
 }
 
 // (C) of (N, C), perhaps times the rows' factors, in the type of sums.
-at::Tensor column_sums(const at::Tensor &rows, const Optional &factors = std::nullopt) {
+Tensor column_sums(const Tensor &rows, const Optional &factors = std::nullopt) {
   return std::get<1>(masked_and_summed(rows, std::nullopt, 0, factors, sum_type(rows)));
 }
 
 // From the gradient of the second weight without the scale: that of the scale, and with it.
 template <typename T>
-at::Tensor scaled_gradient(at::Tensor &grad_weight, const at::Tensor &weight, const at::Tensor &scale) {
+Tensor scaled_gradient(Tensor &grad_weight, const Tensor &weight, const Tensor &scale) {
   const int64_t width = weight.size(1);
-  at::Tensor grad_scale = at::empty({weight.size(0)}, grad_weight.options());
+  Tensor grad_scale = at::empty({weight.size(0)}, grad_weight.options());
   const T *weights = weight.const_data_ptr<T>();
   const Sum<T> *scales = scale.const_data_ptr<Sum<T>>();
   Sum<T> *grads = grad_weight.mutable_data_ptr<Sum<T>>(), *out = grad_scale.mutable_data_ptr<Sum<T>>();
@@ -289,37 +285,38 @@ at::Tensor scaled_gradient(at::Tensor &grad_weight, const at::Tensor &weight, co
   return grad_scale;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_grad(
-    const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &hidden, const at::Tensor &weight1,
-    const at::Tensor &weight2, const Optional &bias2, const Optional &scale, const Optional &factor) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_grad(const Tensor &grad, const Tensor &rows,
+                                                                    const Tensor &hidden, const Tensor &weight1,
+                                                                    const Tensor &weight2, const Optional &bias2,
+                                                                    const Optional &scale, const Optional &factor) {
   check_weights(rows, weight1, weight2);
   const Optional factors = per_row(factor, rows);
-  const at::Tensor grad_ = grad.contiguous(), rows_ = rows.contiguous(), hidden_ = hidden.contiguous();
+  const Tensor grad_ = grad.contiguous(), rows_ = rows.contiguous(), hidden_ = hidden.contiguous();
   const auto sums = sum_type(rows), type = rows.scalar_type();
   const auto options = rows_.options().dtype(sums);
   const Blocks blocks(hidden_);
-  at::Tensor grad_rows = blocks.count == 1 ? at::Tensor() : at::empty_like(rows_);
-  at::Tensor grad_weight1 = at::empty(weight1.sizes(), options), grad_weight2 = at::empty(weight2.sizes(), options);
-  at::Tensor grad_bias1;
+  Tensor grad_rows = blocks.count == 1 ? Tensor() : at::empty_like(rows_);
+  Tensor grad_weight1 = at::empty(weight1.sizes(), options), grad_weight2 = at::empty(weight2.sizes(), options);
+  Tensor grad_bias1;
   blocks.each([&](int64_t first, int64_t count) {
-    at::Tensor g = grad_.narrow(0, first, count);
+    Tensor g = grad_.narrow(0, first, count);
     if (factors) g = (g * factors->narrow(0, first, count).unsqueeze(1)).to(type);
-    at::Tensor wide = gemm(scale ? (g * *scale).to(type) : g, weight2).contiguous();
-    const at::Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
+    Tensor wide = gemm(scale ? (g * *scale).to(type) : g, weight2).contiguous();
+    const Tensor active = gelu_with_grad(hidden_.narrow(0, first, count), wide);
     add_product(g, active, grad_weight2, first == 0);
     add_product(wide, rows_.narrow(0, first, count), grad_weight1, first == 0);
-    const at::Tensor sum = column_sums(wide);
+    const Tensor sum = column_sums(wide);
     grad_bias1 = grad_bias1.defined() ? grad_bias1.add_(sum) : sum;
-    const at::Tensor part = gemm(wide, weight1);
+    const Tensor part = gemm(wide, weight1);
     if (grad_rows.defined()) {
       grad_rows.narrow(0, first, count).copy_(part);
     } else {
       grad_rows = part;
     }
   });
-  at::Tensor grad_bias2 = column_sums(grad_, factors), grad_scale = at::empty({0}, options);
+  Tensor grad_bias2 = column_sums(grad_, factors), grad_scale = at::empty({0}, options);
   if (scale) {
-    const at::Tensor scales = scale->to(sums).contiguous(), weight = weight2.contiguous();
+    const Tensor scales = scale->to(sums).contiguous(), weight = weight2.contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, type, "mlp_grad",
                                    [&] { grad_scale = scaled_gradient<scalar_t>(grad_weight2, weight, scales); });
     if (bias2) grad_scale.addcmul_(bias2->to(sums), grad_bias2);

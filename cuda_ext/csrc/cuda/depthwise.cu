@@ -26,19 +26,19 @@ int32_t tile_of(const Geometry &geometry) {
   return geometry.pixels % 8 == 0 ? 8 : geometry.pixels % 4 == 0 ? 4 : geometry.pixels % 2 == 0 ? 2 : 0;
 }
 
-at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias, const at::Tensor &slots,
-                              const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                              int64_t dilation, bool transposed) {
+Tensor convolve_depthwise(const Tensor &rows, const Tensor &kernel, const Optional &bias, const Tensor &slots,
+                          const Tensor &patches, int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation,
+                          bool transposed) {
   const auto guard = on_device_of(rows, kernel, slots, patches);
   check_types(rows, kernel);
-  const at::Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous();
-  const at::Tensor bias_ = bias ? bias->contiguous() : at::Tensor();
+  const Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous();
+  const Tensor bias_ = bias ? bias->contiguous() : Tensor();
   if (bias) {
     check_types(rows, *bias);
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows.size(1), "bias must be (", rows.size(1), ",)");
     TORCH_CHECK_VALUE(bias->device() == rows.device(), "bias must be on ", rows.device());
   }
-  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
   const Window &window = geometry.window;
   TORCH_CHECK_VALUE(window.height % 2 && window.width % 2, "kernel_size must be odd");
@@ -46,7 +46,7 @@ at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, 
   check_rows(transposed ? "grad" : "rows", rows_, transposed ? outputs : inputs);
   check_rows("kernel", kernel_, window.taps());
   TORCH_CHECK_VALUE(kernel_.size(1) == rows_.size(1), "kernel must have ", rows_.size(1), " channels, got ", kernel_.size(1));
-  at::Tensor out = at::empty({transposed ? inputs : outputs, rows_.size(1)}, rows_.options());
+  Tensor out = at::empty({transposed ? inputs : outputs, rows_.size(1)}, rows_.options());
   with_type(rows_.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (out.numel() == 0) return;
@@ -69,34 +69,31 @@ at::Tensor convolve_depthwise(const at::Tensor &rows, const at::Tensor &kernel, 
   return out;
 }
 
-at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias, const at::Tensor &slots,
-                          const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                          int64_t dilation) {
+Tensor depthwise_conv(const Tensor &rows, const Tensor &kernel, const Optional &bias, const Tensor &slots,
+                      const Tensor &patches, int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation) {
   return convolve_depthwise(rows, kernel, bias, slots, patches, pixels, kernel_size, stride, dilation, false);
 }
 
-at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &slots,
-                                    const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                                    int64_t dilation) {
+Tensor depthwise_conv_grad_rows(const Tensor &grad, const Tensor &kernel, const Tensor &slots, const Tensor &patches,
+                                int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation) {
   return convolve_depthwise(grad, kernel, std::nullopt, slots, patches, pixels, kernel_size, stride, dilation, true);
 }
 
-at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &slots,
-                                      const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                                      int64_t dilation) {
+Tensor depthwise_conv_grad_kernel(const Tensor &rows, const Tensor &grad, const Tensor &slots, const Tensor &patches,
+                                  int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation) {
   const auto guard = on_device_of(rows, grad, slots, patches);
   check_types(rows, grad);
-  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
-  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
+  const Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
   const int64_t side = pixels / stride;
   TORCH_CHECK_VALUE(geometry.window.height % 2 && geometry.window.width % 2, "kernel_size must be odd");
   check_rows("rows", rows_, geometry.patches * pixels * pixels);
   check_rows("grad", grad_, geometry.patches * side * side);
   TORCH_CHECK_VALUE(grad_.size(1) == rows_.size(1), "grad must have ", rows_.size(1), " channels, got ", grad_.size(1));
-  at::Tensor out = at::empty({geometry.window.taps(), rows_.size(1)}, rows_.options());
+  Tensor out = at::empty({geometry.window.taps(), rows_.size(1)}, rows_.options());
   // Given back when the operator returns, which is sound: the allocator hands it on in the order of the stream.
-  at::Tensor memory;
+  Tensor memory;
   const auto allocate = [&](int64_t bytes) {
     memory = at::empty({bytes}, rows_.options().dtype(at::kByte));
     return memory.mutable_data_ptr();

@@ -8,7 +8,7 @@
 namespace sparkme::cuda {
 namespace {
 
-at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const Optional &bias) {
+Tensor linear(const Tensor &rows, const Tensor &kernel, const Optional &bias) {
   const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
   return bias ? at::addmm(*bias, rows, kernel) : at::mm(rows, kernel);
 }

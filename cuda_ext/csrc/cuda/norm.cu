@@ -344,7 +344,7 @@ constexpr int32_t kSumBlocks = 2, kNormaliseBlocks = 8, kGradBlocks = 4;
 dim3 join_grid(int32_t channels) { return dim3(ceil_div(channels, 32)); }
 
 // A number per channel, or per sample, in the type of sums; undefined where there is none.
-at::Tensor numbers(const char *name, const Optional &value, int64_t size, const at::Tensor &rows) {
+Tensor numbers(const char *name, const Optional &value, int64_t size, const Tensor &rows) {
   if (!value) return {};
   TORCH_CHECK_VALUE(value->dim() == 1 && value->size(0) == size, name, " must be (", size, ",), got ", value->sizes());
   TORCH_CHECK_VALUE(value->device() == rows.device(), name, " must be on ", rows.device(), ", got ", value->device());
@@ -353,11 +353,11 @@ at::Tensor numbers(const char *name, const Optional &value, int64_t size, const 
 
 // What the kernels of a batch norm read, and whose memory it is.
 struct Norm {
-  at::Tensor rows, mean, deviation, weight, bias, factors;
+  Tensor rows, mean, deviation, weight, bias, factors;
   double ceiling;
 
-  Norm(const at::Tensor &rows_, const at::Tensor &mean_, const at::Tensor &inverse_deviation, const Optional &weight_,
-       const Optional &bias_, const Optional &factor, std::optional<double> ceiling_)
+  Norm(const Tensor &rows_, const Tensor &mean_, const Tensor &inverse_deviation, const Optional &weight_,
+       const Optional &bias_, const Optional &factor, Number ceiling_)
       : rows(rows_.contiguous()), ceiling(ceiling_or_nan(ceiling_)) {
     check_rows("rows", rows, rows.size(0));
     TORCH_CHECK_VALUE(rows.size(0) <= std::numeric_limits<int32_t>::max(), rows.size(0),
@@ -393,10 +393,10 @@ struct Norm {
 
 // `finish(statistics)` says what else than the mean is wanted.
 template <typename Finish>
-at::Tensor statistics_of(const at::Tensor &rows, const Finish &finish) {
-  const at::Tensor rows_ = rows.contiguous();
+Tensor statistics_of(const Tensor &rows, const Finish &finish) {
+  const Tensor rows_ = rows.contiguous();
   const int64_t count = rows_.size(0), channels = rows_.size(1);
-  at::Tensor mean = at::empty({channels}, rows_.options().dtype(sum_type(rows_)));
+  Tensor mean = at::empty({channels}, rows_.options().dtype(sum_type(rows_)));
   with_width({rows_}, [&](auto zero, auto width) {
     using T = decltype(zero);
     using S = Sum<T>;
@@ -405,7 +405,7 @@ at::Tensor statistics_of(const at::Tensor &rows, const Finish &finish) {
     wanted.mean = mean.mutable_data_ptr<S>();
     finish(wanted);
     const Division division(count, channels / V, kSumBlocks * multiprocessors());
-    const at::Tensor partial = at::empty({division.grid.y, 2, channels}, mean.options());
+    const Tensor partial = at::empty({division.grid.y, 2, channels}, mean.options());
     SPARKME_LAUNCH((statistics<T, V>), division.grid, division.block, current_stream(), partial.mutable_data_ptr<S>(),
                    rows_.const_data_ptr<T>(), count, division.part, channels_of(rows_));
     SPARKME_LAUNCH((join_statistics<T>), join_grid(channels), dim3(32, 32), current_stream(), wanted,
@@ -416,36 +416,36 @@ at::Tensor statistics_of(const at::Tensor &rows, const Finish &finish) {
 }
 
 // Two numbers per channel, for the statistics of no rows.
-std::tuple<at::Tensor, at::Tensor> zeros_of(const at::Tensor &rows) {
+Pair zeros_of(const Tensor &rows) {
   const auto options = rows.options().dtype(sum_type(rows));
   return {at::zeros({rows.size(1)}, options), at::zeros({rows.size(1)}, options)};
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
+Pair batch_statistics(const Tensor &rows) {
   const auto guard = on_device_of(rows);
   check_rows("rows", rows, rows.size(0));
   if (rows.size(0) == 0) return zeros_of(rows);
-  at::Tensor variance = at::empty({rows.size(1)}, rows.options().dtype(sum_type(rows)));
-  at::Tensor mean = statistics_of(rows, [&](auto &statistics) {
+  Tensor variance = at::empty({rows.size(1)}, rows.options().dtype(sum_type(rows)));
+  Tensor mean = statistics_of(rows, [&](auto &statistics) {
     using S = std::remove_pointer_t<decltype(statistics.mean)>;
     statistics.variance = variance.mutable_data_ptr<S>();
   });
   return {mean, variance};
 }
 
-std::tuple<at::Tensor, at::Tensor> norm_statistics(const at::Tensor &rows, double epsilon, const Optional &running_mean,
-                                                   const Optional &running_var, double momentum) {
+Pair norm_statistics(const Tensor &rows, double epsilon, const Optional &running_mean, const Optional &running_var,
+                     double momentum) {
   const auto guard = on_device_of(rows);
   check_rows("rows", rows, rows.size(0));
   if (rows.size(0) == 0) return zeros_of(rows);
   const auto type = sum_type(rows);
-  at::Tensor deviation = at::empty({rows.size(1)}, rows.options().dtype(type));
+  Tensor deviation = at::empty({rows.size(1)}, rows.options().dtype(type));
   check_running("running_mean", running_mean, deviation);
   check_running("running_var", running_var, deviation);
   // Those of another type, as of float64 weights under autocast, are copied there and back.
-  at::Tensor own_mean = running_mean ? running_mean->to(type).contiguous() : at::Tensor();
-  at::Tensor own_var = running_var ? running_var->to(type).contiguous() : at::Tensor();
-  at::Tensor mean = statistics_of(rows, [&](auto &statistics) {
+  Tensor own_mean = running_mean ? running_mean->to(type).contiguous() : Tensor();
+  Tensor own_var = running_var ? running_var->to(type).contiguous() : Tensor();
+  Tensor mean = statistics_of(rows, [&](auto &statistics) {
     using S = std::remove_pointer_t<decltype(statistics.mean)>;
     statistics.deviation = deviation.mutable_data_ptr<S>();
     statistics.running_mean = running_mean ? own_mean.mutable_data_ptr<S>() : nullptr;
@@ -459,13 +459,12 @@ std::tuple<at::Tensor, at::Tensor> norm_statistics(const at::Tensor &rows, doubl
   return {mean, deviation};
 }
 
-at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
-                      const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
-                      std::optional<double> ceiling, bool /*training*/) {
+Tensor batch_norm(const Tensor &rows, const Tensor &mean, const Tensor &inverse_deviation, const Optional &weight,
+                  const Optional &bias, const Optional &factor, const Optional &residual, Number ceiling, bool /*training*/) {
   const auto guard = on_device_of(rows, mean, inverse_deviation, residual.value_or(rows));
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
-  const at::Tensor added = residual ? residual_of(*residual, norm.rows) : at::Tensor();
-  at::Tensor out = at::empty_like(norm.rows);
+  const Tensor added = residual ? residual_of(*residual, norm.rows) : Tensor();
+  Tensor out = at::empty_like(norm.rows);
   with_width({out, norm.rows, added}, [&](auto zero, auto width) {
     using T = decltype(zero);
     constexpr int V = decltype(width)::value;
@@ -476,25 +475,24 @@ at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, const at::Tensor &rows, const Optional &out,
-                                                        const at::Tensor &mean, const at::Tensor &inverse_deviation,
-                                                        const Optional &weight, const Optional &bias, const Optional &factor,
-                                                        std::optional<double> ceiling) {
+Pair batch_norm_grad_sums(const Tensor &grad, const Tensor &rows, const Optional &out, const Tensor &mean,
+                          const Tensor &inverse_deviation, const Optional &weight, const Optional &bias, const Optional &factor,
+                          Number ceiling) {
   const auto guard = on_device_of(rows, grad, mean, inverse_deviation, out.value_or(rows));
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
-  const at::Tensor grad_ = grad.contiguous(), out_ = out ? out->contiguous() : at::Tensor();
+  const Tensor grad_ = grad.contiguous(), out_ = out ? out->contiguous() : Tensor();
   check_like("grad", grad_, norm.rows);
   if (out) check_like("out", out_, norm.rows);
-  at::Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
+  Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
   const auto options = norm.mean.options();
-  at::Tensor sums = rows.size(0) == 0 ? at::zeros({2, rows.size(1)}, options) : at::empty({2, rows.size(1)}, options);
+  Tensor sums = rows.size(0) == 0 ? at::zeros({2, rows.size(1)}, options) : at::empty({2, rows.size(1)}, options);
   with_width({grad_, norm.rows, out_, masked}, [&](auto zero, auto width) {
     using T = decltype(zero);
     using S = Sum<T>;
     constexpr int V = decltype(width)::value;
     const int32_t channels = channels_of(grad_);
     const Division division(grad_.size(0), channels / V, kSumBlocks * multiprocessors());
-    const at::Tensor partial = at::empty({division.grid.y, 2, channels}, options);
+    const Tensor partial = at::empty({division.grid.y, 2, channels}, options);
     SPARKME_LAUNCH((grad_sums<T, V>), division.grid, division.block, current_stream(),
                    out ? masked.mutable_data_ptr<T>() : nullptr, partial.mutable_data_ptr<S>(), norm.on_device<T>(),
                    grad_.const_data_ptr<T>(), data_or_null<T>(out_), division.part);
@@ -505,21 +503,20 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, 
   return {masked, sums};
 }
 
-at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &mean,
-                                const at::Tensor &inverse_deviation, const Optional &weight, const Optional &bias,
-                                const Optional &factor, std::optional<double> ceiling, const Optional &sums,
-                                std::optional<double> count) {
+Tensor batch_norm_grad_rows(const Tensor &grad, const Tensor &rows, const Tensor &mean, const Tensor &inverse_deviation,
+                            const Optional &weight, const Optional &bias, const Optional &factor, Number ceiling,
+                            const Optional &sums, Number count) {
   const auto guard = on_device_of(rows, grad, mean, inverse_deviation, sums.value_or(mean));
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
-  const at::Tensor grad_ = grad.contiguous();
+  const Tensor grad_ = grad.contiguous();
   check_like("grad", grad_, norm.rows);
-  at::Tensor sums_;
+  Tensor sums_;
   if (sums) {
     TORCH_CHECK_VALUE(sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == grad_.size(1), "sums must be (2, C), got ",
                       sums->sizes());
     sums_ = sums->to(sum_type(rows)).contiguous();
   }
-  at::Tensor grad_rows = at::empty_like(norm.rows);
+  Tensor grad_rows = at::empty_like(norm.rows);
   const double per_row = 1 / std::max(1.0, count.value_or(static_cast<double>(grad_.size(0))));
   with_width({grad_rows, norm.rows, grad_}, [&](auto zero, auto width) {
     using T = decltype(zero);

@@ -6,4 +6,3 @@
 #include "norm.cu"
 #include "patches.cu"
 #include "pooling.cu"
-#include "tables.cu"

@@ -1,8 +1,67 @@
-// Dense maps to rows and back, patch by patch.
+// Between dense maps and the rows of visible patches: copies there and back, and neighbour tables, which name for every row and
+// tap of a window the row on the other side of the convolution.
 #include "tensors.h"
 
 namespace sparkme::cuda {
 namespace {
+
+constexpr int32_t kTableRows = 64;    // of a block
+constexpr int32_t kTableTaps = 1024;  // that a block keeps the offsets of; those of larger windows are worked out each time
+
+// What would cost a division for every entry.
+struct Places {
+  int32_t patch[kTableRows], y[kTableRows], x[kTableRows];  // of the block's rows
+  int32_t down[kTableTaps], across[kTableTaps];             // from an output pixel's place in the input to what it reads
+};
+
+// Neighbouring threads write neighbouring entries.
+__global__ void fill_table(int32_t *table, Sites sites, Window window, int64_t num_rows, int32_t pixels, bool transposed) {
+  SPARKME_SHARED(Places, places);
+  const int32_t side = transposed ? pixels : pixels / window.stride, taps = window.taps();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTableRows;
+  const int32_t rows = static_cast<int32_t>(num_rows - first < kTableRows ? num_rows - first : kTableRows);
+  for (int32_t i = threadIdx.x; i < rows; i += kThreads) {
+    const int32_t row = static_cast<int32_t>(first + i), pixel = row % (side * side);
+    places.patch[i] = row / (side * side);
+    places.y[i] = pixel / side;
+    places.x[i] = pixel % side;
+  }
+  for (int32_t tap = threadIdx.x; tap < taps && tap < kTableTaps; tap += kThreads) {
+    places.down[tap] = window.down(tap);
+    places.across[tap] = window.across(tap);
+  }
+  __syncthreads();
+  const int32_t step_rows = kThreads / taps, step_taps = kThreads % taps;
+  int32_t row = threadIdx.x / taps, tap = threadIdx.x % taps;
+  for (int32_t i = threadIdx.x; i < rows * taps; i += kThreads) {
+    const int32_t down = tap < kTableTaps ? places.down[tap] : window.down(tap);
+    const int32_t across = tap < kTableTaps ? places.across[tap] : window.across(tap);
+    const int32_t patch = places.patch[row], y = places.y[row], x = places.x[row];
+    const int64_t found = transposed ? output_row(sites, window, patch, y - down, x - across, pixels)
+                                     : row_at(sites, patch, y * window.stride + down, x * window.stride + across, pixels);
+    table[first * taps + i] = static_cast<int32_t>(found);
+    row += step_rows;
+    tap += step_taps;
+    if (tap >= taps) {
+      tap -= taps;
+      ++row;
+    }
+  }
+}
+
+Tensor neighbour_table(const Tensor &slots, const Tensor &patches, int64_t pixels, Sizes kernel_size, int64_t stride,
+                       int64_t dilation, bool transposed) {
+  const auto guard = on_device_of(slots, patches);
+  const Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Geometry geometry = geometry_of(slots_, patches_, pixels, kernel_size, stride, dilation);
+  const int64_t side = transposed ? pixels : pixels / stride;
+  Tensor table = at::empty({geometry.patches * side * side, geometry.window.taps()}, slots_.options());
+  const int64_t num_rows = table.size(0);
+  if (num_rows == 0) return table;
+  SPARKME_LAUNCH(fill_table, dim3(ceil_div(num_rows, kTableRows)), dim3(kThreads), current_stream(),
+                 table.mutable_data_ptr<int32_t>(), geometry.sites, geometry.window, num_rows, geometry.pixels, transposed);
+  return table;
+}
 
 // The map of a batch, in any memory format.
 template <typename T>
@@ -108,15 +167,15 @@ void copy_patches(T *rows, const Dense<const T> &dense, const Sites &sites, int6
   }
 }
 
-at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels) {
+Tensor voxelise(const Tensor &dense, const Tensor &slots, const Tensor &patches, int64_t pixels) {
   const auto guard = on_device_of(dense, slots, patches);
-  const at::Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Tensor slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
   const Sites &sites = geometry.sites;
   TORCH_CHECK_VALUE(dense.dim() == 4 && dense.size(0) == slots_.size(0) && dense.size(2) == sites.f_h * pixels &&
                         dense.size(3) == sites.f_w * pixels,
                     "dense ", dense.sizes(), " does not fit slots ", slots_.sizes(), " of pixels=", pixels);
-  at::Tensor rows = at::empty({geometry.patches * pixels * pixels, dense.size(1)}, dense.options());
+  Tensor rows = at::empty({geometry.patches * pixels * pixels, dense.size(1)}, dense.options());
   with_type(dense.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     // With one channel its stride is of no account, and copying pixels as they are is the faster way.
@@ -127,20 +186,19 @@ at::Tensor voxelise(const at::Tensor &dense, const at::Tensor &slots, const at::
   return rows;
 }
 
-at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Tensor &patches, int64_t pixels,
-                   const Optional &fill) {
+Tensor densify(const Tensor &rows, const Tensor &slots, const Tensor &patches, int64_t pixels, const Optional &fill) {
   const auto guard = on_device_of(rows, slots, patches);
-  const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
+  const Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   const Geometry geometry = geometry_of(slots_, patches_, pixels, {1, 1}, 1, 1);
   const Sites &sites = geometry.sites;
   check_rows("rows", rows_, geometry.patches * pixels * pixels);
-  at::Tensor background;
+  Tensor background;
   if (fill) {
     TORCH_CHECK_VALUE(fill->dim() == 1 && fill->size(0) == rows_.size(1) && fill->device() == rows_.device(), "fill must be (",
                       rows_.size(1), ",) on ", rows_.device(), ", got ", fill->sizes(), " on ", fill->device());
     background = fill->to(rows_.scalar_type()).contiguous();
   }
-  at::Tensor dense = at::empty({slots_.size(0), sites.f_h * pixels, sites.f_w * pixels, rows_.size(1)}, rows_.options());
+  Tensor dense = at::empty({slots_.size(0), sites.f_h * pixels, sites.f_w * pixels, rows_.size(1)}, rows_.options());
   with_width({dense, rows_, background}, [&](auto zero, auto width) {
     using T = decltype(zero);
     constexpr int V = decltype(width)::value;
@@ -155,6 +213,7 @@ at::Tensor densify(const at::Tensor &rows, const at::Tensor &slots, const at::Te
 }  // namespace
 
 TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
+  m.impl("neighbour_table", neighbour_table);
   m.impl("voxelise", voxelise);
   m.impl("densify", densify);
 }

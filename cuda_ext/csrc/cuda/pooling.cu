@@ -11,7 +11,7 @@ constexpr uint8_t kNone = 255;  // no tap taken yet; a window has fewer
 struct Shape {
   dim3 block, grid;
 
-  Shape(const at::Tensor &rows, int64_t width)
+  Shape(const Tensor &rows, int64_t width)
       : block(row_block(rows.size(1) / width, kThreads)), grid(ceil_div(rows.size(0), block.y)) {}
 };
 
@@ -93,14 +93,14 @@ __global__ void avg_pool_rows(T *out, const T *rows, const int32_t *table, int64
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
+Pair max_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
   const auto guard = on_device_of(rows, table);
-  const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+  const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_rows("rows", rows_, rows_.size(0));
   check_table("table", table_);
   TORCH_CHECK_VALUE(table_.size(1) <= 255, "table has ", table_.size(1), " taps, at most 255 can be pooled");
-  at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
-  at::Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
+  Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
   with_width({out, rows_, taken}, [&](auto zero, auto width) {
     using T = decltype(zero);
     constexpr int V = decltype(width)::value;
@@ -112,14 +112,14 @@ std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Te
   return {out, taken};
 }
 
-at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, const at::Tensor &inverse) {
+Tensor max_pool_grad_rows(const Tensor &grad, const Tensor &taken, const Tensor &inverse) {
   const auto guard = on_device_of(grad, taken, inverse);
-  const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
+  const Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
   check_rows("grad", grad_, grad_.size(0));
   check_table("inverse", inverse_);
   TORCH_CHECK_VALUE(taken_.scalar_type() == at::kByte && taken_.sizes() == grad_.sizes(), "taken must be uint8 of ",
                     grad_.sizes(), ", got ", taken_.scalar_type(), " ", taken_.sizes());
-  at::Tensor out = at::empty({inverse_.size(0), grad_.size(1)}, grad_.options());
+  Tensor out = at::empty({inverse_.size(0), grad_.size(1)}, grad_.options());
   with_width({out, grad_, taken_}, [&](auto zero, auto width) {
     using T = decltype(zero);
     constexpr int V = decltype(width)::value;
@@ -131,12 +131,12 @@ at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, c
   return out;
 }
 
-at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
+Tensor avg_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
   const auto guard = on_device_of(rows, table);
-  const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+  const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_rows("rows", rows_, rows_.size(0));
   check_table("table", table_);
-  at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   with_width({out, rows_}, [&](auto zero, auto width) {
     using T = decltype(zero);
     constexpr int V = decltype(width)::value;

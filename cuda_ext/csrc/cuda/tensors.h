@@ -47,14 +47,14 @@ int32_t multiprocessors() { return on_host::kMultiprocessors; }
 
 // Makes everything that follows happen on the device of `first`, where the others have to be as well.
 template <typename... Tensors>
-DeviceGuard on_device_of(const at::Tensor &first, const Tensors &...others) {
+DeviceGuard on_device_of(const Tensor &first, const Tensors &...others) {
   TORCH_CHECK_VALUE(first.device().type() == kDevice, "expected a tensor on ", kDevice, ", got ", first.device());
   TORCH_CHECK_VALUE(((others.device() == first.device()) && ...), "all tensors must be on ", first.device());
   return DeviceGuard(first.device());
 }
 
 template <typename... Tensors>
-void check_types(const at::Tensor &first, const Tensors &...others) {
+void check_types(const Tensor &first, const Tensors &...others) {
   TORCH_CHECK_VALUE(((others.scalar_type() == first.scalar_type()) && ...), "all rows and kernels must be ",
                     first.scalar_type());
 }
@@ -78,12 +78,12 @@ void with_type(at::ScalarType type, F f) {
 // and V how many channels an access takes. That is as many as one instruction can, where it divides C and all addresses, else
 // one.
 template <typename F>
-void with_width(std::initializer_list<at::Tensor> tensors, const F &f) {
-  const at::Tensor &rows = *tensors.begin();
+void with_width(std::initializer_list<Tensor> tensors, const F &f) {
+  const Tensor &rows = *tensors.begin();
   with_type(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (rows.numel() == 0) return;
-    const bool wide = std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor &value) {
+    const bool wide = std::all_of(tensors.begin(), tensors.end(), [&](const Tensor &value) {
       return !value.defined() || fits_widest<T>(rows.size(-1), value.const_data_ptr());
     });
     if (wide) {
@@ -95,19 +95,19 @@ void with_width(std::initializer_list<at::Tensor> tensors, const F &f) {
 }
 
 template <typename T>
-const T *data_or_null(const at::Tensor &value) {
+const T *data_or_null(const Tensor &value) {
   return value.defined() ? value.const_data_ptr<T>() : nullptr;
 }
 
-int32_t channels_of(const at::Tensor &rows) { return static_cast<int32_t>(rows.size(1)); }
+int32_t channels_of(const Tensor &rows) { return static_cast<int32_t>(rows.size(1)); }
 
-void check_table(const char *name, const at::Tensor &table) {
+void check_table(const char *name, const Tensor &table) {
   TORCH_CHECK_VALUE(table.scalar_type() == at::kInt && table.dim() == 2, name, " must be (N, K) int32");
 }
 
 // Tensors are made contiguous by the caller, and kept by it while `Geometry` points into them.
-Geometry geometry_of(const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
-                     int64_t stride, int64_t dilation) {
+Geometry geometry_of(const Tensor &slots, const Tensor &patches, int64_t pixels, Sizes kernel_size, int64_t stride,
+                     int64_t dilation) {
   const Sites sites = sites_of(slots, patches);
   const Window window = window_of(kernel_size, stride, dilation);
   TORCH_CHECK_VALUE(window.height > 0 && window.width > 0 && dilation > 0, "kernel_size and dilation must be positive");
