@@ -16,12 +16,12 @@ trusted: make them with `sparkme.Grid` and `neighbour_table`.
 
 The families, each a module here and files of the same name in cuda_ext/csrc:
 
-    patches        neighbour_table, voxelise, densify
-    convolution    sparse_conv
-    depthwise      depthwise_conv
-    pooling        max_pool, avg_pool
-    norm           batch_statistics, norm_statistics, batch_norm, layer_norm
-    linear_layers  linear, product_statistics, linear_batch_norm, mlp
+    patches        between dense maps and rows; neighbour tables
+    convolution    over a neighbour table
+    depthwise      a filter for each channel, patch by patch
+    pooling        over a neighbour table
+    norm           batch norm, with what follows it in a residual block, and layer norm
+    linear_layers  products with a kernel, alone, with a batch norm, and two of them as an MLP
 
 A new operator of a family touches five files:
 
