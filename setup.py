@@ -103,9 +103,10 @@ def extension() -> dict[str, Any]:
         os.environ.update(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=target.architectures)  # read at the import below
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    # cpu/operators.cpp includes its neighbours, but not the inner loops: these have a file for each instruction set.
-    sources = ["cuda_ext/csrc/*.cpp", "cuda_ext/csrc/cpu/operators.cpp", "cuda_ext/csrc/cpu/kernels*.cpp"]
-    sources += ["cuda_ext/csrc/cuda/*.cu"] if home else []
+    # operators.cpp includes all families, but not the inner loops: these have a file for each instruction set. So does
+    # operators.cu, but for the depthwise convolution's kernels.
+    sources = ["cuda_ext/csrc/operators.cpp", "cuda_ext/csrc/cpu/kernels*.cpp"]
+    sources += ["cuda_ext/csrc/cuda/operators.cu", "cuda_ext/csrc/cuda/depthwise_*.cu"] if home else []
     options: dict[str, Any] = {
         "name": "sparkme._C",
         "sources": sorted(str(path.relative_to(ROOT)) for pattern in sources for path in ROOT.glob(pattern)),

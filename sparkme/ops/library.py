@@ -1,54 +1,33 @@
-"""The operators as torch knows them: schema, and shapes without data (fake).
+"""How an operator becomes known to torch, and what all of them check.
 
-The kernels are registered from elsewhere: for the CPU and, but for the convolution, for CUDA by the extension
-`sparkme._C` (cuda_ext/csrc), for CUDA's convolution by `sparkme.ops.triton_conv`. So are the gradients, by autograd.cpp. Call
-the functions of `sparkme.ops`, which check their arguments; those here are what they, autograd and torch.compile arrive at.
+An operator has a schema and shapes here in Python, and kernels elsewhere: those of the CPU and of CUDA, and the gradients, are
+registered by the extension `sparkme._C` (cuda_ext/csrc), CUDA's convolution by `sparkme.ops.convolution`.
 """
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("sparkme", "DEF")
+Shapes = TypeVar("Shapes", bound=Callable[..., Any])
 
-_PATCH_GEOMETRY = "Tensor slots, Tensor patches, int pixels, int[2] kernel_size, int stride, int dilation"
-_NORM = "Tensor mean, Tensor inverse_deviation, Tensor? weight, Tensor? bias"
-for _schema in (
-    f"neighbour_table({_PATCH_GEOMETRY}, bool transposed) -> Tensor",
-    "sparse_conv(Tensor rows, Tensor kernel, Tensor table, Tensor? inverse, int groups) -> Tensor",
-    "sparse_conv_grad_rows(Tensor grad, Tensor kernel, Tensor table, Tensor inverse, int groups) -> Tensor",
-    "sparse_conv_grad_kernel(Tensor rows, Tensor grad, Tensor table, int groups) -> Tensor",
-    f"depthwise_conv(Tensor rows, Tensor kernel, Tensor? bias, {_PATCH_GEOMETRY}) -> Tensor",
-    f"depthwise_conv_grad_rows(Tensor grad, Tensor kernel, {_PATCH_GEOMETRY}) -> Tensor",
-    f"depthwise_conv_grad_kernel(Tensor rows, Tensor grad, {_PATCH_GEOMETRY}) -> Tensor",
-    "max_pool(Tensor rows, Tensor table, Tensor inverse) -> (Tensor, Tensor)",
-    "max_pool_grad_rows(Tensor grad, Tensor taken, Tensor inverse) -> Tensor",
-    "avg_pool(Tensor rows, Tensor table, Tensor inverse) -> Tensor",
-    "voxelise(Tensor dense, Tensor slots, Tensor patches, int pixels) -> Tensor",
-    "densify(Tensor rows, Tensor slots, Tensor patches, int pixels, Tensor? fill) -> Tensor",
-    "linear(Tensor rows, Tensor kernel, Tensor? bias) -> Tensor",
-    "batch_statistics(Tensor rows) -> (Tensor, Tensor)",
-    "norm_statistics(Tensor rows, float epsilon, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> "
-    "(Tensor, Tensor)",
-    f"batch_norm(Tensor rows, {_NORM}, Tensor? factor, Tensor? residual, float? ceiling, bool training) -> Tensor",
-    f"batch_norm_grad_sums(Tensor grad, Tensor rows, Tensor? out, {_NORM}, Tensor? factor, float? ceiling) -> (Tensor, Tensor)",
-    f"batch_norm_grad_rows(Tensor grad, Tensor rows, {_NORM}, Tensor? factor, float? ceiling, Tensor? sums, "
-    "float? count) -> Tensor",
-    "product_statistics(Tensor rows, Tensor kernel) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"linear_batch_norm(Tensor rows, Tensor kernel, Tensor row_mean, Tensor gram, {_NORM}, Tensor? factor, Tensor? residual, "
-    "float? ceiling) -> Tensor",
-    "linear_batch_norm_grad(Tensor grad, Tensor rows, Tensor kernel, Tensor? out, Tensor row_mean, Tensor gram, Tensor mean, "
-    "Tensor inverse_deviation, Tensor? weight, Tensor? factor, float? ceiling) -> (Tensor, Tensor, Tensor, Tensor)",
-    "layer_norm(Tensor rows, Tensor? weight, Tensor? bias, float epsilon) -> (Tensor, Tensor)",
-    "layer_norm_grad(Tensor grad, Tensor rows, Tensor statistics, Tensor? weight) -> (Tensor, Tensor)",
-    "mlp(Tensor rows, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? scale, Tensor? factor, "
-    "Tensor? residual) -> (Tensor, Tensor)",
-    "mlp_grad(Tensor grad, Tensor rows, Tensor hidden, Tensor weight1, Tensor weight2, Tensor? bias2, Tensor? scale, "
-    "Tensor? factor) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-):
-    LIBRARY.define(_schema)
+LIBRARY = torch.library.Library("sparkme", "DEF")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def define(*mutates: str) -> Callable[[Shapes], Shapes]:
+    """Defines the operator `torch.ops.sparkme.NAME` by a function `_NAME`: its annotations are the schema, and what it makes of
+    tensors without data are the results' shapes and types (a fake implementation). `mutates`: arguments changed in place."""
+
+    def decorate(shapes: Shapes) -> Shapes:
+        name = shapes.__name__.removeprefix("_")
+        # The kernels take plain integers, so torch.compile must not keep them symbolic.
+        LIBRARY.define(name + torch.library.infer_schema(shapes, mutates_args=mutates).replace("SymInt", "int"))
+        torch.library.register_fake(f"sparkme::{name}", shapes, lib=LIBRARY)
+        return shapes
+
+    return decorate
 
 
 def sum_type(dtype: torch.dtype) -> torch.dtype:
@@ -56,178 +35,60 @@ def sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Shapes, without data.
+def check_float(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float64, float32 or bfloat16, got {value.dtype}")
 
 
-@torch.library.register_fake("sparkme::neighbour_table", lib=LIBRARY)
-def _(
-    slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int, dilation: int, transposed: bool
-) -> Tensor:
-    target = pixels if transposed else pixels // stride
-    return slots.new_empty(patches.shape[0] * target**2, kernel_size[0] * kernel_size[1], dtype=torch.int32)
+def check_rows(name: str, value: Tensor) -> None:
+    check_float(name, value)
+    if value.ndim != 2:
+        raise ValueError(f"{name} must be (N, C), got {tuple(value.shape)}")
 
 
-@torch.library.register_fake("sparkme::sparse_conv", lib=LIBRARY)
-def _(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | None, groups: int) -> Tensor:
-    return rows.new_empty(table.shape[0], kernel.shape[2])
+def check_device(name: str, value: Tensor, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, the rest on {other.device}")
 
 
-@torch.library.register_fake("sparkme::sparse_conv_grad_rows", lib=LIBRARY)
-def _(grad: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
-    return grad.new_empty(inverse.shape[0], kernel.shape[1] * groups)
+def check_same(name: str, value: Tensor, rows: Tensor) -> None:
+    if value.dtype != rows.dtype:
+        raise ValueError(f"{name} is {value.dtype}, rows are {rows.dtype}")
+    check_device(name, value, rows)
 
 
-@torch.library.register_fake("sparkme::sparse_conv_grad_kernel", lib=LIBRARY)
-def _(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
-    return grad.new_empty(table.shape[1], rows.shape[1] // groups, grad.shape[1])
+def check_channels(name: str, value: Tensor | None, channels: int, rows: Tensor, *, same: bool = False) -> None:
+    """That `value` is None or a number for each channel, on the rows' device. `same`: of the rows' type as well."""
+    if value is None:
+        return
+    if value.shape != (channels,):
+        raise ValueError(f"{name} must be ({channels},), got {tuple(value.shape)}")
+    (check_same if same else check_device)(name, value, rows)
 
 
-@torch.library.register_fake("sparkme::depthwise_conv", lib=LIBRARY)
-def _(
-    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int],
-    stride: int, dilation: int,
-) -> Tensor:  # fmt: skip
-    return rows.new_empty(patches.shape[0] * (pixels // stride) ** 2, rows.shape[1])
+def check_sites(slots: Tensor, patches: Tensor) -> None:
+    for name, value, ndim in (("slots", slots, 3), ("patches", patches, 1)):
+        if value.dtype != torch.int32 or value.ndim != ndim:
+            raise ValueError(f"{name} must be int32 with {ndim} dimensions, got {value.dtype} {tuple(value.shape)}")
+    check_device("patches", patches, slots)
 
 
-@torch.library.register_fake("sparkme::depthwise_conv_grad_rows", lib=LIBRARY)
-def _(
-    grad: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
-    dilation: int,
-) -> Tensor:  # fmt: skip
-    return grad.new_empty(patches.shape[0] * pixels**2, grad.shape[1])
+def check_patches(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> None:
+    """That `rows` are those of the visible patches."""
+    check_rows("rows", rows)
+    check_sites(slots, patches)
+    check_device("slots", slots, rows)
+    if pixels < 1 or len(rows) != len(patches) * pixels**2:
+        raise ValueError(f"rows must be {len(patches)} patches x {pixels}^2 pixels, got {len(rows)}")
 
 
-@torch.library.register_fake("sparkme::depthwise_conv_grad_kernel", lib=LIBRARY)
-def _(
-    rows: Tensor, grad: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
-    dilation: int,
-) -> Tensor:  # fmt: skip
-    return rows.new_empty(kernel_size[0] * kernel_size[1], rows.shape[1])
-
-
-@torch.library.register_fake("sparkme::max_pool", lib=LIBRARY)
-def _(rows: Tensor, table: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    out = rows.new_empty(table.shape[0], rows.shape[1])
-    return out, torch.empty_like(out, dtype=torch.uint8)
-
-
-@torch.library.register_fake("sparkme::max_pool_grad_rows", lib=LIBRARY)
-def _(grad: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
-    return grad.new_empty(inverse.shape[0], grad.shape[1])
-
-
-@torch.library.register_fake("sparkme::avg_pool", lib=LIBRARY)
-def _(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    return rows.new_empty(table.shape[0], rows.shape[1])
-
-
-@torch.library.register_fake("sparkme::voxelise", lib=LIBRARY)
-def _(dense: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> Tensor:
-    return dense.new_empty(patches.shape[0] * pixels**2, dense.shape[1])
-
-
-@torch.library.register_fake("sparkme::densify", lib=LIBRARY)
-def _(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Tensor | None) -> Tensor:
-    batch, f_h, f_w = slots.shape
-    return rows.new_empty(batch, f_h * pixels, f_w * pixels, rows.shape[1]).permute(0, 3, 1, 2)
-
-
-@torch.library.register_fake("sparkme::linear", lib=LIBRARY)
-def _(rows: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], kernel.shape[1])
-
-
-@torch.library.register_fake("sparkme::batch_statistics", lib=LIBRARY)
-def _(rows: Tensor) -> tuple[Tensor, Tensor]:
-    mean = rows.new_empty(rows.shape[1], dtype=sum_type(rows.dtype))
-    return mean, torch.empty_like(mean)
-
-
-@torch.library.register_fake("sparkme::norm_statistics", lib=LIBRARY)
-def _(
-    rows: Tensor, epsilon: float, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    like = rows.new_empty(0, dtype=sum_type(rows.dtype))
-    return like.new_empty(rows.shape[1]), like.new_empty(rows.shape[1])
-
-
-@torch.library.register_fake("sparkme::batch_norm", lib=LIBRARY)
-def _(
-    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
-    residual: Tensor | None, ceiling: float | None, training: bool,
-) -> Tensor:  # fmt: skip
-    return rows.new_empty(rows.shape)
-
-
-@torch.library.register_fake("sparkme::batch_norm_grad_sums", lib=LIBRARY)
-def _(
-    grad: Tensor, rows: Tensor, out: Tensor | None, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None,
-    bias: Tensor | None, factor: Tensor | None, ceiling: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sums = rows.new_empty(2, rows.shape[1], dtype=sum_type(rows.dtype))
-    return grad.new_empty(0 if out is None else grad.shape), sums
-
-
-@torch.library.register_fake("sparkme::batch_norm_grad_rows", lib=LIBRARY)
-def _(
-    grad: Tensor, rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None,
-    factor: Tensor | None, ceiling: float | None, sums: Tensor | None, count: float | None,
-) -> Tensor:  # fmt: skip
-    return rows.new_empty(rows.shape)
-
-
-@torch.library.register_fake("sparkme::product_statistics", lib=LIBRARY)
-def _(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inside, outside = kernel.shape
-    like = rows.new_empty(0, dtype=sum_type(rows.dtype))
-    return like.new_empty(inside), like.new_empty(inside, inside), like.new_empty(outside), like.new_empty(outside)
-
-
-@torch.library.register_fake("sparkme::linear_batch_norm", lib=LIBRARY)
-def _(
-    rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
-    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, ceiling: float | None,
-) -> Tensor:  # fmt: skip
-    return rows.new_empty(rows.shape[0], kernel.shape[1])
-
-
-@torch.library.register_fake("sparkme::linear_batch_norm_grad", lib=LIBRARY)
-def _(
-    grad: Tensor, rows: Tensor, kernel: Tensor, out: Tensor | None, row_mean: Tensor, gram: Tensor, mean: Tensor,
-    inverse_deviation: Tensor, weight: Tensor | None, factor: Tensor | None,
-    ceiling: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    sums = rows.new_empty(2, kernel.shape[1], dtype=sum_type(rows.dtype))
-    return rows.new_empty(rows.shape), kernel.new_empty(kernel.shape), sums, grad.new_empty(0 if out is None else grad.shape)
-
-
-@torch.library.register_fake("sparkme::layer_norm", lib=LIBRARY)
-def _(rows: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 2, dtype=sum_type(rows.dtype))
-
-
-@torch.library.register_fake("sparkme::layer_norm_grad", lib=LIBRARY)
-def _(grad: Tensor, rows: Tensor, statistics: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), rows.new_empty(2, rows.shape[1], dtype=sum_type(rows.dtype))
-
-
-@torch.library.register_fake("sparkme::mlp", lib=LIBRARY)
-def _(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
-    factor: Tensor | None, residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return rows.new_empty(rows.shape[0], weight2.shape[0]), rows.new_empty(rows.shape[0], weight1.shape[0])
-
-
-@torch.library.register_fake("sparkme::mlp_grad", lib=LIBRARY)
-def _(
-    grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
-    factor: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    biases = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
-    none = rows.new_empty(0, dtype=sum_type(rows.dtype))
-    return (
-        rows.new_empty(rows.shape), weight1.new_empty(weight1.shape), biases[0], weight2.new_empty(weight2.shape), biases[1],
-        none if scale is None else scale.new_empty(scale.shape),
-    )  # fmt: skip
+def check_tables(rows: Tensor, table: Tensor, inverse: Tensor | None) -> None:
+    check_rows("rows", rows)
+    for name, value in (("table", table), ("inverse", inverse)):
+        if value is None:
+            continue
+        if value.dtype != torch.int32 or value.ndim != 2:
+            raise ValueError(f"{name} must be (N, K) int32, got {value.dtype} {tuple(value.shape)}")
+        check_device(name, value, rows)
+    if inverse is not None and inverse.shape != (len(rows), table.shape[1]):
+        raise ValueError(f"inverse must be ({len(rows)}, {table.shape[1]}), got {tuple(inverse.shape)}")

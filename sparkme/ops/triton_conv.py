@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkme.ops.library import LIBRARY
-
 NARROW = 16  # fewer input channels than this, and columns are written down: taps and channels are one dimension of the product
 GATHERED_BYTES = 1 << 28  # of neighbours that the path without Triton holds at a time
 PARTIAL_BYTES = 1 << 26  # of partial sums of a kernel's gradient
@@ -59,10 +57,6 @@ def sparse_conv_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: i
     if not (_on_tensor_cores(rows) and len(table) and rows.numel() and grad.numel()):
         return _gathered_grad_kernel(rows, grad, table, groups)
     return _correlate(rows.contiguous(), grad.contiguous(), table.contiguous(), groups)
-
-
-for _function in (sparse_conv, sparse_conv_grad_rows, sparse_conv_grad_kernel):
-    LIBRARY.impl(_function.__name__, _function, "CUDA")
 
 
 def _check(rows: Tensor, kernel: Tensor, table: Tensor, groups: int, *, channels: int) -> None:

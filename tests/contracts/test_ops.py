@@ -10,10 +10,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from operator_calls import DIFFERENTIABLE, NAMES, calls, detached, overload, results, without_rows
 from torch import Tensor
 
 from sparkme import _C, Grid, ops
-from sparkme.ops import reference
 
 # Relative to the reference in float64 on the same, already rounded numbers.
 TOLERANCE = {
@@ -78,7 +78,7 @@ def test_neighbour_table(window: str, pixels: int, visible: str) -> None:
     size, stride, dilation = WINDOWS[window]
     grid = grid_of(visible)
     for transposed, table in zip((False, True), tables(grid, pixels, window), strict=True):
-        expected = reference.neighbour_table(grid.slots, grid.patches, pixels, list(size), stride, dilation, transposed)
+        expected = ops.neighbour_table_reference(grid.slots, grid.patches, pixels, list(size), stride, dilation, transposed)
         assert table.dtype == torch.int32 and torch.equal(table, expected)
 
 
@@ -97,7 +97,7 @@ def test_sparse_conv(window: str, visible: str, groups: int, dtype: torch.dtype)
     table, inverse = tables(grid, 4, window)
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
         torch.randn(len(inverse), 6), torch.randn(taps, 6 // groups, 4), dtype=dtype,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def test_sparse_conv_of_many_channels(window: str, channels: tuple[int, int], gr
     inside, outside = channels
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
         torch.randn(len(inverse), inside), torch.randn(table.shape[1], inside // groups, outside), dtype=dtype,
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_sparse_conv_in_several_blocks_of_columns() -> None:
     assert len(inverse) * 49 * 8 * 8 > 2 * 2**23  # bytes of columns, over two blocks of cuda_ext/csrc/cpu/convolution.cpp
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, 1),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, 1),
         torch.randn(len(inverse), 8), torch.randn(49, 8, 5), dtype=torch.float64,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_depthwise_conv(window: str, pixels: int, visible: str, channels: int, d
     sites = grid.slots, grid.patches, pixels
     compare(
         lambda r, k, b=None: ops.depthwise_conv(r, k, b, *sites, size, stride=stride, dilation=dilation),
-        lambda r, k, b=None: reference.depthwise_conv(r, k, b, *sites, list(size), stride, dilation),
+        lambda r, k, b=None: ops.depthwise_conv_reference(r, k, b, *sites, list(size), stride, dilation),
         torch.randn(len(grid.patches) * pixels**2, channels), torch.randn(size[0] * size[1], channels),
         *([torch.randn(channels)] if visible == "some" else []), dtype=dtype,
     )  # fmt: skip
@@ -153,7 +153,7 @@ def test_pooling(pool: str, window: str, visible: str, dtype: torch.dtype) -> No
     rows = torch.randperm(len(inverse) * 7).view(-1, 7) / 16 - 9  # no two are equal, also in bfloat16
     rows = rows if pool == "avg_pool" or dtype != torch.bfloat16 else rows[:36].repeat(len(rows) // 36 + 1, 1)[: len(rows)]
     compare(
-        lambda r: getattr(ops, pool)(r, table, inverse), lambda r: getattr(reference, pool)(r, table, inverse), rows,
+        lambda r: getattr(ops, pool)(r, table, inverse), lambda r: getattr(ops, f"{pool}_reference")(r, table, inverse), rows,
         dtype=dtype,
     )  # fmt: skip
 
@@ -179,14 +179,14 @@ def test_voxelise_and_densify(visible: str, layout: torch.memory_format, dtype: 
     grid = grid_of(visible)
     sites = grid.slots, grid.patches, 4
     compare(
-        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites), lambda x: reference.voxelise(x, *sites),
+        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites), lambda x: ops.voxelise_reference(x, *sites),
         torch.randn(2, 5, 8, 12), dtype=dtype,
     )  # fmt: skip
     rows = torch.randn(grid.num_rows(8), 5)
-    compare(lambda r: ops.densify(r, *sites), lambda r: reference.densify(r, *sites, None), rows, dtype=dtype)
+    compare(lambda r: ops.densify(r, *sites), lambda r: ops.densify_reference(r, *sites, None), rows, dtype=dtype)
     compare(
-        lambda r, fill: ops.densify(r, *sites, fill), lambda r, fill: reference.densify(r, *sites, fill), rows, torch.randn(5),
-        dtype=dtype,
+        lambda r, fill: ops.densify(r, *sites, fill), lambda r, fill: ops.densify_reference(r, *sites, fill),
+        rows, torch.randn(5), dtype=dtype,
     )  # fmt: skip
     assert ops.densify(rows, *sites).is_contiguous(memory_format=torch.channels_last)
 
@@ -196,8 +196,8 @@ def test_voxelise_and_densify(visible: str, layout: torch.memory_format, dtype: 
 def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, k, m = shape
     inputs = torch.randn(n, k), torch.randn(k, m)
-    compare(ops.linear, lambda r, w: reference.linear(r, w, None), *inputs, dtype=dtype)
-    compare(ops.linear, reference.linear, *inputs, torch.randn(m), dtype=dtype)
+    compare(ops.linear, lambda r, w: ops.linear_reference(r, w, None), *inputs, dtype=dtype)
+    compare(ops.linear, ops.linear_reference, *inputs, torch.randn(m), dtype=dtype)
     every_other = torch.randn(2 * n, 2 * k)[::2, ::2]
     expected = every_other.double() @ inputs[1].double()
     assert oracle.relative_error(ops.linear(every_other, inputs[1]).double(), expected) < 1e-5
@@ -244,7 +244,7 @@ def test_batch_norm(n: int, c: int, follows: str, training: bool, dtype: torch.d
 
     def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         given = r if "residual" in options else None
-        out = reference.batch_norm(x, mean, deviation, w, b, factor, given, ceiling, training)
+        out = ops.batch_norm_reference(x, mean, deviation, w, b, factor, given, ceiling, training)
         return out + 0 * r.sum()
 
     compare(ours, theirs, rows, weight, bias, residual, dtype=dtype, atol=3e-2 if dtype == torch.bfloat16 else None)
@@ -289,7 +289,7 @@ def test_linear_batch_norm(n: int, k: int, c: int, follows: str, dtype: torch.dt
     _, weight, bias, factor, residual = norm_inputs(n, c, options, dtype)
     rows, kernel, ceiling = torch.randn(n, k).relu() + 0.1, torch.randn(k, c), options.get("ceiling")
     statistics = ops.product_statistics(rows.to(dtype), kernel.to(dtype))
-    expected = reference.product_statistics(rows.to(dtype).double(), kernel.to(dtype).double())
+    expected = ops.product_statistics_reference(rows.to(dtype).double(), kernel.to(dtype).double())
     for x, y in zip(statistics, expected, strict=True):
         assert oracle.relative_error(x.double(), y) < TOLERANCE[dtype]
 
@@ -301,7 +301,8 @@ def test_linear_batch_norm(n: int, k: int, c: int, follows: str, dtype: torch.dt
     def theirs(x: Tensor, k: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         given, (row_mean, gram, mean, variance) = r if "residual" in options else None, expected
         deviation = (variance + 1e-5).rsqrt()
-        return reference.linear_batch_norm(x, k, row_mean, gram, mean, deviation, w, b, factor, given, ceiling) + 0 * r.sum()
+        out = ops.linear_batch_norm_reference(x, k, row_mean, gram, mean, deviation, w, b, factor, given, ceiling)
+        return out + 0 * r.sum()
 
     compare(ours, theirs, rows, kernel, weight, bias, residual, dtype=dtype)
 
@@ -312,16 +313,16 @@ def test_mlp(n: int, c: int, h: int, dtype: torch.dtype) -> None:
     inputs = torch.randn(n, c), torch.randn(h, c) / c**0.5, torch.randn(h), torch.randn(c, h) / h**0.5, torch.randn(c)
     atol = 1.5e-2 if dtype == torch.bfloat16 else None  # three roundings one after the other
     factor, residual = torch.rand(2 if n % 2 == 0 else 1), torch.randn(n, c)
-    compare(ops.mlp, lambda *a: reference.mlp(*a, None, None, None)[0], *inputs, dtype=dtype, atol=atol)
-    compare(ops.mlp, lambda *a: reference.mlp(*a, None, None)[0], *inputs, torch.rand(c), dtype=dtype, atol=atol)
+    compare(ops.mlp, lambda *a: ops.mlp_reference(*a, None, None, None)[0], *inputs, dtype=dtype, atol=atol)
+    compare(ops.mlp, lambda *a: ops.mlp_reference(*a, None, None)[0], *inputs, torch.rand(c), dtype=dtype, atol=atol)
     compare(
         lambda *a: ops.mlp(*a[:-1], factor=factor, residual=a[-1]),
-        lambda *a: reference.mlp(*a[:-1], factor, a[-1])[0],
+        lambda *a: ops.mlp_reference(*a[:-1], factor, a[-1])[0],
         *inputs, torch.rand(c), residual, dtype=dtype, atol=atol,
     )  # fmt: skip
     compare(
         lambda *a: ops.mlp(*a[:-1], residual=a[-1].view(n, 1, c)),
-        lambda *a: reference.mlp(*a[:-1], None, None, a[-1])[0],
+        lambda *a: ops.mlp_reference(*a[:-1], None, None, a[-1])[0],
         *inputs, residual, dtype=dtype, atol=atol,
     )  # fmt: skip
 
@@ -347,90 +348,26 @@ def test_gelu_of_large_numbers_and_nan() -> None:
     assert torch.allclose(out, torch.nn.functional.gelu(x), atol=1e-6, equal_nan=True)
 
 
-def calls(dtype: torch.dtype = torch.float64, visible: str = "some") -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """One call of every operator, as torch sees it: the overload and its arguments."""
-    grid = grid_of(visible)
-    table, inverse = tables(grid, 4, "3x3 s2")
-    sites = grid.slots, grid.patches, 4
-    window = [3, 3], 2, 1
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-    def numbers(*shape: int) -> Tensor:
-        return (torch.rand(*shape, dtype=torch.promote_types(dtype, torch.float32)) + 0.5).detach()
-
-    def norm(channels: int) -> tuple[Tensor, ...]:
-        """Mean, inverse deviation, weight, bias."""
-        return numbers(channels), numbers(channels), random(channels), random(channels)
-
-    op = torch.ops.sparkme
-    rows, n_out = random(len(inverse), 4), len(table)
-    like, factor, product = random(len(rows), 4), numbers(2), (numbers(4), numbers(4, 4))
-    mlp = random(16, 4), random(16), random(5, 16), random(5), random(5)
-    taken = op.max_pool(rows.detach(), table, inverse)[1]
-    return {
-        "neighbour_table": (op.neighbour_table.default, (*sites, *window, False)),
-        "sparse_conv": (op.sparse_conv.default, (rows, random(9, 2, 6), table, inverse, 2)),
-        "sparse_conv_grad_rows": (op.sparse_conv_grad_rows.default, (random(n_out, 6), random(9, 2, 6), table, inverse, 2)),
-        "sparse_conv_grad_kernel": (op.sparse_conv_grad_kernel.default, (rows, random(n_out, 6), table, 2)),
-        "depthwise_conv": (op.depthwise_conv.default, (rows, random(9, 4), random(4), *sites, *window)),
-        "depthwise_conv_grad_rows": (op.depthwise_conv_grad_rows.default, (random(n_out, 4), random(9, 4), *sites, *window)),
-        "depthwise_conv_grad_kernel": (op.depthwise_conv_grad_kernel.default, (rows, random(n_out, 4), *sites, *window)),
-        "max_pool": (op.max_pool.default, (rows, table, inverse)),
-        "max_pool_grad_rows": (op.max_pool_grad_rows.default, (random(n_out, 4), taken, inverse)),
-        "avg_pool": (op.avg_pool.default, (rows, table, inverse)),
-        "voxelise": (op.voxelise.default, (random(2, 4, 8, 12), *sites)),
-        "densify": (op.densify.default, (rows, *sites, random(4))),
-        "linear": (op.linear.default, (rows, random(4, 5), random(5))),
-        "batch_statistics": (op.batch_statistics.default, (rows,)),
-        "norm_statistics": (op.norm_statistics.default, (rows, 1e-5, numbers(4), numbers(4), 0.1)),
-        "batch_norm": (op.batch_norm.default, (rows, *norm(4), factor, like, inf, False)),
-        "batch_norm_grad_sums": (op.batch_norm_grad_sums.default, (random(len(rows), 4), rows, like, *norm(4), factor, inf)),
-        "batch_norm_grad_rows": (op.batch_norm_grad_rows.default,
-                                 (random(len(rows), 4), rows, *norm(4), factor, 1.0, numbers(2, 4), 7.0)),
-        "product_statistics": (op.product_statistics.default, (rows, random(4, 8))),
-        "linear_batch_norm": (op.linear_batch_norm.default,
-                              (rows, random(4, 8), *product, *norm(8), factor, random(len(rows), 8), inf)),
-        "linear_batch_norm_grad": (op.linear_batch_norm_grad.default,
-                                   (random(len(rows), 8), rows, random(4, 8), random(len(rows), 8), *product, *norm(8)[:3],
-                                    factor, inf)),
-        "layer_norm": (op.layer_norm.default, (rows, random(4), random(4), 1e-6)),
-        "layer_norm_grad": (op.layer_norm_grad.default, (random(len(rows), 4), rows, numbers(len(rows), 2), random(4))),
-        "mlp": (op.mlp.default, (rows, *mlp, factor, random(len(rows), 5))),
-        "mlp_grad": (op.mlp_grad.default, (random(len(rows), 5), rows, random(len(rows), 16), mlp[0], *mlp[2:], factor)),
-    }  # fmt: skip
-
-
-DIFFERENTIABLE = ("sparse_conv", "depthwise_conv", "max_pool", "avg_pool", "voxelise", "densify", "linear", "batch_norm",
-                  "layer_norm", "mlp")  # fmt: skip
-SEVERAL = ("max_pool", "layer_norm", "mlp")  # results, of which the first has a gradient
-
-
-def test_every_operator_is_in_the_lists() -> None:
+def test_every_operator_is_called() -> None:
     defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparkme::")}
-    assert defined == set(calls())
+    assert defined == set(NAMES)
 
 
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
-    overload, arguments = calls()[name]
-    if name not in DIFFERENTIABLE:
-        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(overload, arguments)
+    arguments = calls()[name]
+    torch.library.opcheck(overload(name), arguments if name in DIFFERENTIABLE else detached(arguments))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name: str) -> None:
-    overload, arguments = calls()[name]
-    first = (lambda *a: overload(*a)[0]) if name in SEVERAL else overload
-    assert torch.autograd.gradcheck(first, arguments, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *a: results(overload(name)(*a))[0], calls()[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", NAMES)
 def test_non_contiguous_input_gives_the_same(name: str, dtype: torch.dtype) -> None:
-    overload, arguments = calls(dtype)[name]
+    arguments = calls(dtype)[name]
 
     def spread(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -439,24 +376,15 @@ def test_non_contiguous_input_gives_the_same(name: str, dtype: torch.dtype) -> N
         wide[..., ::2] = value.detach()
         return wide[..., ::2]
 
-    expected, got = overload(*arguments), overload(*map(spread, arguments))
-    for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
+    expected, got = overload(name)(*arguments), overload(name)(*map(spread, arguments))
+    for x, y in zip(results(got), results(expected), strict=True):
         assert torch.equal(x, y) if not x.is_floating_point() else oracle.relative_error(x, y) < TOLERANCE[dtype] / 10
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", NAMES)
 def test_no_rows_at_all(name: str, dtype: torch.dtype) -> None:
-    overload, arguments = calls(dtype)[name]
-    shrink = {"rows", "grad", "dense", "out", "residual", "hidden", "table", "inverse", "taken", "slots", "patches",
-              "statistics"}  # fmt: skip
-    names = [argument.name for argument in overload._schema.arguments]
-    empty = [
-        a[:0].detach() if isinstance(a, Tensor) and n in shrink else a.detach() if isinstance(a, Tensor) else a
-        for n, a in zip(names, arguments, strict=True)
-    ]
-    result = overload(*empty)
-    for value in result if isinstance(result, tuple) else (result,):
+    for value in results(overload(name)(*without_rows(name, calls(dtype)[name]))):
         assert not value.any()  # of no rows, or the gradient of a weight
 
 

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_host import build
+from operator_calls import NAMES, calls, detached, overload, results
 from sites import make_sites, normal, relative_error
 from torch import Tensor
 
-import sparkme.ops  # noqa: F401  (defines the schemas)
-from sparkme.ops import reference
+from sparkme.ops import (
+    avg_pool_reference,
+    batch_norm_reference,
+    densify_reference,
+    depthwise_conv_reference,
+    max_pool_reference,
+    neighbour_table_reference,
+    norm_statistics_reference,
+    voxelise_reference,
+)
 
 pytestmark = pytest.mark.skipif(
     build.COMPILER is None, reason="no C++ compiler, so the CUDA sources cannot be compiled for the host"
@@ -29,11 +38,8 @@ def ops() -> Any:
     path = os.environ.get("SPARKME_ON_HOST_LIBRARY") or build.kept_library()
     global _LIBRARY  # a library lives as long as its schemas
     _LIBRARY = torch.library.Library("sparkme_on_host", "DEF")
-    for name in ("neighbour_table", "depthwise_conv", "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel",
-                 "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise", "densify", "linear", "batch_statistics",
-                 "norm_statistics", "batch_norm", "batch_norm_grad_sums", "batch_norm_grad_rows"):  # fmt: skip
-        schema = str(getattr(torch.ops.sparkme, name).default._schema)
-        _LIBRARY.define(schema.removeprefix("sparkme::"))
+    for name in NAMES:
+        _LIBRARY.define(str(overload(name)._schema).removeprefix("sparkme::"))
     ctypes.CDLL(str(path))
     return torch.ops.sparkme_on_host
 
@@ -51,7 +57,7 @@ def test_the_library_is_compiled_again_whatever_changes_of_what_is_read(
 
     def compile_library(folder: Path) -> Path:
         compiled.append(folder)
-        (folder / "table.d").write_text(f"table.o: {own / 'cuda' / 'table.cu'} \\\n {header}\n")
+        (folder / "operators.d").write_text(f"operators.o: {own / 'cuda' / 'operators.cu'} \\\n {header}\n")
         (folder / "on_host.so").write_bytes(header.read_bytes())
         return folder / "on_host.so"
 
@@ -83,6 +89,19 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert error <= TOLERANCE[actual.dtype], f"relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("channels", [4, 24])  # 24: by the widest accesses
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_operator_gives_what_it_gives_on_the_cpu(ops: Any, dtype: torch.dtype, channels: int) -> None:
+    on_host = [name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"sparkme_on_host::{name}", "CPU")]
+    assert len(on_host) >= 15
+    for name in on_host:
+        of_cpu, of_cuda = (calls(dtype, channels=channels)[name] for _ in range(2))  # what one changes the other has to find
+        expected, got = overload(name)(*detached(of_cpu)), getattr(ops, name)(*detached(of_cuda))
+        for x, y in zip((*results(got), *of_cuda), (*results(expected), *of_cpu), strict=True):
+            if isinstance(x, Tensor):
+                assert x.dtype == y.dtype and relative_error(x, y) <= 2 * TOLERANCE[dtype], name
+
+
 KEEPS = [1, 5, 12]  # of 12 patches
 WINDOWS = [  # kernel_size, stride, dilation
     ((1, 1), 1, 1), ((3, 3), 1, 1), ((7, 7), 1, 1), ((3, 5), 1, 1), ((5, 5), 1, 2),
@@ -99,7 +118,7 @@ def test_neighbour_table(ops: Any, keep: int, kernel_size: tuple[int, int], stri
             continue
         for transposed in (False, True):
             arguments = (*sites, pixels, kernel_size, stride, dilation, transposed)
-            assert torch.equal(ops.neighbour_table(*arguments), reference.neighbour_table(*arguments))
+            assert torch.equal(ops.neighbour_table(*arguments), neighbour_table_reference(*arguments))
 
 
 # pixels, channels, kernel_size, stride, dilation
@@ -123,7 +142,7 @@ def test_depthwise(
         kernel = normal(2, kernel_size[0] * kernel_size[1], channels, dtype=dtype)
         geometry = (slots, patches, pixels, kernel_size, stride, dilation)
         leaves = [rows.double().requires_grad_(), kernel.double().requires_grad_()]
-        expected = reference.depthwise_conv(*leaves, None, *geometry)
+        expected = depthwise_conv_reference(*leaves, None, *geometry)
         grad = normal(3, *expected.shape, dtype=dtype)
         expected_rows, expected_kernel = torch.autograd.grad(expected, leaves, grad.double())
         assert_close(ops.depthwise_conv(rows, kernel, None, *geometry), expected)
@@ -161,12 +180,12 @@ def test_barriers_suffice(ops: Any, pixels: int, monkeypatch: pytest.MonkeyPatch
 def test_pooling(ops: Any, pixels: int, kernel_size: tuple[int, int], stride: int, channels: int, dtype: torch.dtype) -> None:
     for keep in KEEPS:
         sites = make_sites(keep, keep)
-        table, inverse = (reference.neighbour_table(*sites, pixels, kernel_size, stride, 1, t) for t in (False, True))
+        table, inverse = (neighbour_table_reference(*sites, pixels, kernel_size, stride, 1, t) for t in (False, True))
         # Different values: where several are largest, the reference shares the gradient and the operator takes the first.
         order = torch.randperm(len(inverse) * channels, generator=torch.Generator().manual_seed(0))
         rows = (order.view(-1, channels) - 100).to(dtype)
         leaf = rows.double().requires_grad_()
-        largest, average = reference.max_pool(leaf, table, inverse), reference.avg_pool(leaf, table, inverse)
+        largest, average = max_pool_reference(leaf, table, inverse), avg_pool_reference(leaf, table, inverse)
         out, taken = ops.max_pool(rows, table, inverse)
         assert torch.equal(out.double(), largest)
         grad = normal(1, *out.shape, dtype=dtype)
@@ -198,7 +217,7 @@ def test_voxelise_and_densify(ops: Any, pixels: int, channels: int, dtype: torch
         slots, patches = make_sites(keep, keep)
         batch, f_h, f_w = slots.shape
         dense = normal(1, batch, channels, f_h * pixels, f_w * pixels, dtype=dtype)
-        expected = reference.voxelise(dense, slots, patches, pixels)
+        expected = voxelise_reference(dense, slots, patches, pixels)
         memories = [
             dense,
             dense.contiguous(memory_format=torch.channels_last),
@@ -210,11 +229,11 @@ def test_voxelise_and_densify(ops: Any, pixels: int, channels: int, dtype: torch
         memories.append(normal(1, 1, channels, 1, 1, dtype=dtype).expand_as(dense))
         for memory in memories:
             assert torch.equal(
-                ops.voxelise(memory, slots, patches, pixels), reference.voxelise(memory.contiguous(), slots, patches, pixels)
+                ops.voxelise(memory, slots, patches, pixels), voxelise_reference(memory.contiguous(), slots, patches, pixels)
             )
         for fill in (None, normal(2, channels, dtype=dtype), normal(2, channels, dtype=torch.float32)):
             map_ = ops.densify(expected, slots, patches, pixels, fill)
-            assert torch.equal(map_, reference.densify(expected, slots, patches, pixels, fill))
+            assert torch.equal(map_, densify_reference(expected, slots, patches, pixels, fill))
             assert map_.permute(0, 2, 3, 1).is_contiguous()
 
 
@@ -240,7 +259,7 @@ def test_batch_norm(ops: Any, count: int, channels: int, follows: str, dtype: to
         moved = [x.double().clone() for x in running]
         got, expected = (
             ops.norm_statistics(rows, 0.1, *running, 0.3),
-            reference.norm_statistics(rows.double(), 0.1, *moved, 0.3),
+            norm_statistics_reference(rows.double(), 0.1, *moved, 0.3),
         )
         for x, y in zip((*got, *running), (*expected, *moved), strict=True):
             assert relative_error(x, y) <= max(exact, 1e-7 if kind == torch.float32 else 0.0)
@@ -254,7 +273,7 @@ def test_batch_norm(ops: Any, count: int, channels: int, follows: str, dtype: to
     deviation = (rows.double().var(0, correction=0) + 1e-5).rsqrt()
     for training in (True, False):
         expected, unclamped = (
-            reference.batch_norm(leaves[0], own_mean, deviation, leaves[1], leaves[2], factor, given, end, training)
+            batch_norm_reference(leaves[0], own_mean, deviation, leaves[1], leaves[2], factor, given, end, training)
             for end in (ceiling, None)
         )
         numbers = mean, deviation, *affine
@@ -325,7 +344,7 @@ def test_memory_that_is_not_contiguous_or_not_aligned(ops: Any) -> None:
     slots, patches = make_sites(0, 5)
     geometry = (slots, patches, 4, (7, 7), 1, 1)
     rows, kernel = normal(1, len(patches) * 16, 64, dtype=torch.float32), normal(2, 49, 64, dtype=torch.float32)
-    expected = reference.depthwise_conv(rows.double(), kernel.double(), None, *geometry)
+    expected = depthwise_conv_reference(rows.double(), kernel.double(), None, *geometry)
     assert_close(ops.depthwise_conv(rows.t().contiguous().t(), kernel.t().contiguous().t(), None, *geometry), expected)
     shifted = torch.cat([torch.zeros(1), rows.flatten()])[1:].view_as(rows)  # contiguous, 4 bytes off
     assert shifted.is_contiguous() and shifted.data_ptr() % 16

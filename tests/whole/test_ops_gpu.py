@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from operator_calls import DIFFERENTIABLE, NAMES, calls, detached, overload, results, without_rows
 from sites import make_sites, normal, relative_error
 from torch import Tensor
 
 from sparkme import ops
-from sparkme.ops import reference
 
 _REASON = "torch sees no GPU" if not torch.cuda.is_available() else ops.unavailable(on_gpu=True)
 if _REASON:
@@ -55,7 +55,7 @@ def compare(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs:
 def sites_and_tables(keep: int, pixels: int, size: tuple[int, int], stride: int, dilation: int) -> list[Tensor]:
     """Slots, patches, and both tables, on the CPU."""
     sites = make_sites(keep, keep, batch=4)
-    return [*sites, *(reference.neighbour_table(*sites, pixels, size, stride, dilation, t) for t in (False, True))]
+    return [*sites, *(ops.neighbour_table_reference(*sites, pixels, size, stride, dilation, t) for t in (False, True))]
 
 
 @pytest.mark.parametrize("keep", [1, 5, 12])
@@ -77,7 +77,7 @@ def test_sparse_conv(
     on_gpu = table.cuda(), inverse.cuda()
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, *on_gpu, groups),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, groups),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
         normal(1, len(inverse), channels[0], dtype=dtype),
         normal(2, size[0] * size[1], channels[0] // groups, channels[1], dtype=dtype),
     )
@@ -89,7 +89,7 @@ def test_sparse_conv_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = table.cuda(), inverse.cuda()
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, *on_gpu),
-        lambda rows, kernel: reference.sparse_conv(rows, kernel, table, inverse, 1),
+        lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, 1),
         normal(1, len(inverse), 64, dtype=torch.float32),
         normal(2, 9, 64, 128, dtype=torch.float32),
         tolerance=2e-3,
@@ -106,7 +106,7 @@ def test_depthwise_conv(pixels: int, size: tuple[int, int], channels: int, dtype
         on_gpu = slots.cuda(), patches.cuda(), pixels, size
         compare(
             lambda rows, kernel: ops.depthwise_conv(rows, kernel, None, *on_gpu),  # noqa: B023
-            lambda rows, kernel: reference.depthwise_conv(rows, kernel, None, slots, patches, pixels, list(size), 1, 1),  # noqa: B023
+            lambda rows, kernel: ops.depthwise_conv_reference(rows, kernel, None, slots, patches, pixels, list(size), 1, 1),  # noqa: B023
             normal(1, len(patches) * pixels**2, channels, dtype=dtype),
             normal(2, size[0] * size[1], channels, dtype=dtype),
         )
@@ -121,7 +121,9 @@ def test_depthwise_conv_of_any_window(
     on_gpu, options = (slots.cuda(), patches.cuda(), pixels, size), {"stride": stride, "dilation": dilation}
     compare(
         lambda rows, kernel: ops.depthwise_conv(rows, kernel, None, *on_gpu, **options),
-        lambda rows, kernel: reference.depthwise_conv(rows, kernel, None, slots, patches, pixels, list(size), stride, dilation),
+        lambda rows, kernel: ops.depthwise_conv_reference(
+            rows, kernel, None, slots, patches, pixels, list(size), stride, dilation
+        ),
         normal(1, len(patches) * pixels**2, 72, dtype=dtype),
         normal(2, size[0] * size[1], 72, dtype=dtype),
     )
@@ -156,7 +158,7 @@ def test_pooling(pixels: int, size: tuple[int, int], stride: int, channels: int,
     # No two numbers of a channel are equal within reach of each other, also in bfloat16.
     rows = (torch.arange(len(inverse)) * 37 % 251 - 125).view(-1, 1).repeat(1, channels).to(dtype)
     for name in ("max_pool", "avg_pool"):
-        ours, theirs = getattr(ops, name), getattr(reference, name)
+        ours, theirs = getattr(ops, name), getattr(ops, f"{name}_reference")
         compare(lambda r: ours(r, *on_gpu), lambda r: theirs(r, table, inverse), rows)  # noqa: B023
 
 
@@ -179,19 +181,19 @@ def test_voxelise_and_densify(pixels: int, channels: int, dtype: torch.dtype) ->
     for memory in (torch.contiguous_format, torch.channels_last):
         compare(
             lambda x: ops.voxelise(x.contiguous(memory_format=memory), *on_gpu),  # noqa: B023
-            lambda x: reference.voxelise(x, *sites),
+            lambda x: ops.voxelise_reference(x, *sites),
             dense,
         )
     rows, fill = normal(2, len(patches) * pixels**2, channels, dtype=dtype), normal(3, channels, dtype=dtype)
-    compare(lambda r: ops.densify(r, *on_gpu), lambda r: reference.densify(r, *sites, None), rows)
-    compare(lambda r, f: ops.densify(r, *on_gpu, f), lambda r, f: reference.densify(r, *sites, f), rows, fill)
+    compare(lambda r: ops.densify(r, *on_gpu), lambda r: ops.densify_reference(r, *sites, None), rows)
+    compare(lambda r, f: ops.densify(r, *on_gpu, f), lambda r, f: ops.densify_reference(r, *sites, f), rows, fill)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(dtype: torch.dtype) -> None:
     rows, kernel, bias = normal(1, 300, 64, dtype=dtype), normal(2, 64, 96, dtype=dtype), normal(3, 96, dtype=dtype)
-    compare(lambda r, k: ops.linear(r, k), lambda r, k: reference.linear(r, k, None), rows, kernel)
-    compare(ops.linear, reference.linear, rows, kernel, bias)
+    compare(lambda r, k: ops.linear(r, k), lambda r, k: ops.linear_reference(r, k, None), rows, kernel)
+    compare(ops.linear, ops.linear_reference, rows, kernel, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,93 +222,40 @@ def test_batch_norm(count: int, channels: int, options: dict[str, Any], training
 
     def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         given = r if "residual" in options else None
-        return reference.batch_norm(x, *numbers, w, b, factor, given, ceiling, training) + 0 * r
+        return ops.batch_norm_reference(x, *numbers, w, b, factor, given, ceiling, training) + 0 * r
 
     affine = normal(4, channels, dtype=dtype), normal(5, channels, dtype=dtype)
     compare(ours, theirs, rows, *affine, normal(6, count, channels, dtype=dtype), tolerance=max(loose, 2 * TOLERANCE[dtype]))
 
 
-def calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """One call of every operator."""
-    slots, patches, table, inverse = (x.cuda() for x in sites_and_tables(5, 4, (3, 3), 2, 1))
-    geometry = slots, patches, 4, [3, 3], 2, 1
-    op = torch.ops.sparkme
-    seeds = iter(range(100))
-
-    def leaf(*shape: int) -> Tensor:
-        return normal(next(seeds), *shape, dtype=dtype).cuda().requires_grad_()
-
-    n_in, n_out = len(inverse), len(table)
-    numbers = [normal(i, 32, dtype=torch.float32).abs().cuda() for i in range(4)]  # mean, deviation, weight, bias
-    norm = *numbers, torch.ones(4, device="cuda")  # and the factor of every sample
-    taken = op.max_pool(leaf(n_in, 32).detach(), table, inverse)[1]
-    return {
-        "neighbour_table": (op.neighbour_table, (*geometry, True)),
-        "sparse_conv": (op.sparse_conv, (leaf(n_in, 32), leaf(9, 32, 64), table, inverse, 1)),
-        "sparse_conv_grad_rows": (op.sparse_conv_grad_rows, (leaf(n_out, 64), leaf(9, 32, 64), table, inverse, 1)),
-        "sparse_conv_grad_kernel": (op.sparse_conv_grad_kernel, (leaf(n_in, 32), leaf(n_out, 64), table, 1)),
-        "depthwise_conv": (op.depthwise_conv, (leaf(n_in, 32), leaf(9, 32), leaf(32), *geometry)),
-        "depthwise_conv_grad_rows": (op.depthwise_conv_grad_rows, (leaf(n_out, 32), leaf(9, 32), *geometry)),
-        "depthwise_conv_grad_kernel": (op.depthwise_conv_grad_kernel, (leaf(n_in, 32), leaf(n_out, 32), *geometry)),
-        "max_pool": (op.max_pool, (leaf(n_in, 32), table, inverse)),
-        "max_pool_grad_rows": (op.max_pool_grad_rows, (leaf(n_out, 32), taken, inverse)),
-        "avg_pool": (op.avg_pool, (leaf(n_in, 32), table, inverse)),
-        "voxelise": (op.voxelise, (leaf(4, 32, 12, 16), slots, patches, 4)),
-        "densify": (op.densify, (leaf(n_in, 32), slots, patches, 4, leaf(32))),
-        "linear": (op.linear, (leaf(n_in, 32), leaf(32, 64), leaf(64))),
-        "batch_statistics": (op.batch_statistics, (leaf(n_in, 32).detach(),)),
-        "norm_statistics": (op.norm_statistics, (leaf(n_in, 32).detach(), 1e-5, *numbers[:2], 0.1)),
-        "batch_norm": (op.batch_norm, (leaf(n_in, 32), *norm, leaf(n_in, 32), 6.0, True)),
-        "batch_norm_grad_sums": (
-            op.batch_norm_grad_sums,
-            (leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), *norm, 6.0),
-        ),
-        "batch_norm_grad_rows": (
-            op.batch_norm_grad_rows,
-            (leaf(n_in, 32).detach(), leaf(n_in, 32).detach(), *norm, 6.0, torch.ones(2, 32, device="cuda"), 7.0),
-        ),
-    }
+ON_CUDA = [name for name in NAMES if torch._C._dispatch_has_kernel_for_dispatch_key(f"sparkme::{name}", "CUDA")]
 
 
-NAMES = [
-    "neighbour_table", "sparse_conv", "sparse_conv_grad_rows", "sparse_conv_grad_kernel", "depthwise_conv",
-    "depthwise_conv_grad_rows", "depthwise_conv_grad_kernel", "max_pool", "max_pool_grad_rows", "avg_pool", "voxelise",
-    "densify", "linear", "batch_statistics", "norm_statistics", "batch_norm",
-    "batch_norm_grad_sums", "batch_norm_grad_rows",
-]  # fmt: skip
+def call_on_gpu(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, tuple[Any, ...]]:
+    """The operator and its arguments. Gradients are not differentiated again."""
+    arguments = calls(dtype, "cuda", channels=32)[name]
+    return overload(name), arguments if name in DIFFERENTIABLE else detached(arguments)
 
 
-def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_opcheck(name: str) -> None:
-    operator, arguments = calls(torch.float32)[name]
-    # Gradients are not differentiated again.
-    torch.library.opcheck(operator.default, detached(arguments) if "grad" in name else arguments)
+    torch.library.opcheck(*call_on_gpu(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_no_rows(name: str) -> None:
-    operator, arguments = calls(torch.float32)[name]
-    names = [argument.name for argument in operator.default._schema.arguments]
-    whole = {"kernel", "fill", "bias", "mean", "inverse_deviation", "weight", "factor", "sums", "running_mean", "running_var"}
-    empty = [a[:0] if isinstance(a, Tensor) and n not in whole else a for n, a in zip(names, detached(arguments), strict=True)]
-    result = operator(*empty)
-    for value in result if isinstance(result, tuple) else (result,):
+    operator, arguments = call_on_gpu(name)
+    for value in results(operator(*without_rows(name, arguments))):
         assert not value.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
-    operator, arguments = calls(dtype)[name]
-    arguments = detached(arguments) if "grad" in name else arguments
+    operator, arguments = call_on_gpu(name, dtype)
 
     def run() -> None:
-        result = operator(*arguments)
-        first = result[0] if isinstance(result, tuple) else result
+        first = results(operator(*arguments))[0]
         if first.requires_grad:
             first.backward(torch.ones_like(first))
 
@@ -320,7 +269,7 @@ def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
 
 def test_another_stream_and_another_device() -> None:
     """Kernels are queued where torch says: after a long piece of work on the same stream they see its result."""
-    operator, arguments = calls(torch.bfloat16)["depthwise_conv"]
+    operator, arguments = call_on_gpu("depthwise_conv", torch.bfloat16)
     rows, *rest = detached(arguments)
     expected = operator(rows * 2, *rest)
     stream = torch.cuda.Stream()
@@ -373,7 +322,7 @@ def test_a_captured_training_step_equals_an_eager_one() -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    operator, arguments = calls(torch.float32)["depthwise_conv"]
+    operator, arguments = call_on_gpu("depthwise_conv")
 
     def layer(rows: Tensor, *rest: Any) -> Tensor:
         return torch.relu(operator(rows, *rest)) * 2

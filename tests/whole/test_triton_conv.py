@@ -14,7 +14,8 @@ import torch
 from sites import make_sites, normal, relative_error
 from torch import Tensor
 
-from sparkme.ops import reference, triton_conv
+from sparkme import ops
+from sparkme.ops import triton_conv
 
 pytest.importorskip("triton", reason="this torch has no Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,11 +63,11 @@ def compare(
 ) -> None:  # fmt: skip
     sites = make_sites(pixels + keep, keep)
     geometry = (*sites, pixels, kernel_size, stride, dilation)
-    table, inverse = (reference.neighbour_table(*geometry, transposed) for transposed in (False, True))
+    table, inverse = (ops.neighbour_table_reference(*geometry, transposed) for transposed in (False, True))
     rows = normal(1, len(inverse), channels[0], dtype=dtype)
     kernel = normal(2, kernel_size[0] * kernel_size[1], channels[0] // groups, channels[1], dtype=dtype)
     leaves = [rows.double().requires_grad_(), kernel.double().requires_grad_()]
-    expected = reference.sparse_conv(*leaves, table, inverse, groups)
+    expected = ops.sparse_conv_reference(*leaves, table, inverse, groups)
     grad = normal(3, *expected.shape, dtype=dtype)
     expected_rows, expected_kernel = torch.autograd.grad(expected, leaves, grad.double())
     assert_close(triton_conv.sparse_conv(rows, kernel, table, None, groups), expected, dtype)

@@ -8,7 +8,7 @@
 namespace sparkme {
 
 // Whether all entries are in [low, high).
-inline void check_entries(const char *name, const at::Tensor &value, int64_t low, int64_t high) {
+inline void check_entries(const char *name, const Tensor &value, int64_t low, int64_t high) {
   const int32_t *entries = value.const_data_ptr<int32_t>();
   int32_t smallest = 0, largest = static_cast<int32_t>(low);
   for (int64_t i = 0; i < value.numel(); ++i) {
@@ -19,12 +19,12 @@ inline void check_entries(const char *name, const at::Tensor &value, int64_t low
                     smallest < low ? smallest : largest, ", allowed are ", low, " to ", high - 1);
 }
 
-inline void check_table(const char *name, const at::Tensor &table, int64_t num_sources) {
+inline void check_table(const char *name, const Tensor &table, int64_t num_sources) {
   check_int32(name, table, 2);
   check_entries(name, table, -1, num_sources);
 }
 
-inline Sites checked_sites(const at::Tensor &slots, const at::Tensor &patches) {
+inline Sites checked_sites(const Tensor &slots, const Tensor &patches) {
   const Sites sites = sites_of(slots, patches);
   check_entries("slots", slots, -1, patches.size(0));
   check_entries("patches", patches, 0, slots.numel());

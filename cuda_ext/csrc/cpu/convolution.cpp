@@ -48,7 +48,7 @@ int64_t block_rows(int64_t num_rows, int64_t row_bytes) {
 
 // The columns of rows [first, first + columns.size(0)), (n, K * width), of the channels [start, start + width).
 template <typename T>
-void gather(const at::Tensor &rows, const at::Tensor &table, int64_t first, int64_t start, int64_t width, at::Tensor &columns) {
+void gather(const Tensor &rows, const Tensor &table, int64_t first, int64_t start, int64_t width, Tensor &columns) {
   const int64_t taps = table.size(1), channels = rows.size(1);
   const T *source = rows.const_data_ptr<T>() + start;
   const int32_t *entries = table.const_data_ptr<int32_t>() + first * taps;
@@ -64,30 +64,29 @@ void gather(const at::Tensor &rows, const at::Tensor &table, int64_t first, int6
   });
 }
 
-at::Tensor columns_of(const at::Tensor &rows, const at::Tensor &table, int64_t first, int64_t count, int64_t start,
-                      int64_t width) {
-  at::Tensor columns = at::empty({count, table.size(1) * width}, rows.options());
+Tensor columns_of(const Tensor &rows, const Tensor &table, int64_t first, int64_t count, int64_t start, int64_t width) {
+  Tensor columns = at::empty({count, table.size(1) * width}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "sparse_conv",
                                  [&] { gather<scalar_t>(rows, table, first, start, width, columns); });
   return columns;
 }
 
 // Whether a product is computed directly: of rows with at least `channels` channels, over `depth` of them.
-bool directly(const at::Tensor &rows, int64_t channels, int64_t depth) {
+bool directly(const Tensor &rows, int64_t channels, int64_t depth) {
   const bool can = rows.scalar_type() != at::kBFloat16 || (kernels_of<c10::BFloat16>().panel_columns > 0 && depth % 2 == 0);
   return can && channels >= kFewChannels;
 }
 
-at::Tensor conv_by_columns(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table, int64_t groups) {
+Tensor conv_by_columns(const Tensor &rows, const Tensor &kernel, const Tensor &table, int64_t groups) {
   const int64_t taps = kernel.size(0), width = kernel.size(1), out_width = kernel.size(2) / groups;
   const int64_t num_rows = table.size(0), block = block_rows(num_rows, taps * width * rows.element_size());
-  at::Tensor out = at::empty({num_rows, kernel.size(2)}, rows.options());
+  Tensor out = at::empty({num_rows, kernel.size(2)}, rows.options());
   for (int64_t first = 0; first < num_rows; first += block) {
     const int64_t count = std::min(block, num_rows - first);
     for (int64_t group = 0; group < groups; ++group) {
-      const at::Tensor columns = columns_of(rows, table, first, count, group * width, width);
-      const at::Tensor part = kernel.narrow(2, group * out_width, out_width).reshape({taps * width, out_width});
-      const at::Tensor product = gemm(columns, part);
+      const Tensor columns = columns_of(rows, table, first, count, group * width, width);
+      const Tensor part = kernel.narrow(2, group * out_width, out_width).reshape({taps * width, out_width});
+      const Tensor product = gemm(columns, part);
       if (count == num_rows && groups == 1) return product;
       out.narrow(0, first, count).narrow(1, group * out_width, out_width).copy_(product);
     }
@@ -95,9 +94,8 @@ at::Tensor conv_by_columns(const at::Tensor &rows, const at::Tensor &kernel, con
   return out;
 }
 
-at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table,
-                       const std::optional<at::Tensor> &inverse, int64_t groups) {
-  const at::Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous(), table_ = table.contiguous();
+Tensor sparse_conv(const Tensor &rows, const Tensor &kernel, const Tensor &table, const Optional &inverse, int64_t groups) {
+  const Tensor rows_ = rows.contiguous(), kernel_ = kernel.contiguous(), table_ = table.contiguous();
   TORCH_CHECK_VALUE(groups > 0 && rows_.size(1) == kernel_.size(1) * groups && table_.size(1) == kernel_.size(0), "kernel ",
                     kernel_.sizes(), " does not fit rows ", rows_.sizes());
   check_table("table", table_, rows_.size(0));
@@ -105,15 +103,15 @@ at::Tensor sparse_conv(const at::Tensor &rows, const at::Tensor &kernel, const a
                                                            : conv_by_columns(rows_, kernel_, table_, groups);
 }
 
-at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &table,
-                                 const at::Tensor &inverse, int64_t groups) {
-  const at::Tensor grad_ = grad.contiguous(), kernel_ = kernel.contiguous(), table_ = table.contiguous();
+Tensor sparse_conv_grad_rows(const Tensor &grad, const Tensor &kernel, const Tensor &table, const Tensor &inverse,
+                             int64_t groups) {
+  const Tensor grad_ = grad.contiguous(), kernel_ = kernel.contiguous(), table_ = table.contiguous();
   const int64_t taps = kernel_.size(0), width = kernel_.size(1), out_width = kernel_.size(2) / groups;
   check_rows("grad", grad_, table_.size(0));
   TORCH_CHECK_VALUE(groups > 0 && grad_.size(1) == kernel_.size(2) && table_.size(1) == taps, "kernel ", kernel_.sizes(),
                     " does not fit grad ", grad_.sizes());
   check_table("table", table_, inverse.size(0));
-  const at::Tensor inverse_ = inverse.contiguous();
+  const Tensor inverse_ = inverse.contiguous();
   check_table("inverse", inverse_, grad_.size(0));
   const bool strided = inverse.size(0) > table_.size(0);  // three quarters of the columns would be zeros
   if (directly(grad_, strided ? kFewChannels : out_width, out_width))
@@ -121,30 +119,30 @@ at::Tensor sparse_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kerne
   if (strided)
     return sparse_conv_grad_rows(grad_.to(at::kFloat), kernel_.to(at::kFloat), table_, inverse_, groups)
         .to(grad_.scalar_type());
-  const at::Tensor turned =
+  const Tensor turned =
       groups == 1
           ? transposed(kernel_)
           : kernel_.view({taps, width, groups, out_width}).permute({0, 3, 2, 1}).reshape({taps, out_width, groups * width});
   return conv_by_columns(grad_, turned, inverse_, groups);
 }
 
-at::Tensor sparse_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &table, int64_t groups) {
-  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), table_ = table.contiguous();
+Tensor sparse_conv_grad_kernel(const Tensor &rows, const Tensor &grad, const Tensor &table, int64_t groups) {
+  const Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), table_ = table.contiguous();
   TORCH_CHECK_VALUE(groups > 0, "groups ", groups, " must be positive");
   const int64_t taps = table_.size(1), width = rows_.size(1) / groups, out_width = grad_.size(1) / groups;
   const int64_t num_rows = table_.size(0);
   check_rows("grad", grad_, num_rows);
   check_table("table", table_, rows_.size(0));
   if (directly(rows_, width, 0)) return outer_products(rows_, grad_, table_, groups);
-  at::Tensor out = at::empty({taps, width, groups * out_width}, grad_.options());
+  Tensor out = at::empty({taps, width, groups * out_width}, grad_.options());
   const int64_t block = block_rows(num_rows, taps * width * rows_.element_size());
   for (int64_t group = 0; group < groups; ++group) {
-    at::Tensor sum = at::zeros({out_width, taps * width}, grad_.options().dtype(sum_type(grad_)));
+    Tensor sum = at::zeros({out_width, taps * width}, grad_.options().dtype(sum_type(grad_)));
     for (int64_t first = 0; first < num_rows; first += block) {
       const int64_t count = std::min(block, num_rows - first);
-      const at::Tensor columns = columns_of(rows_, table_, first, count, group * width, width);
+      const Tensor columns = columns_of(rows_, table_, first, count, group * width, width);
       // This way round oneDNN is up to twice as fast, although the result has to be transposed.
-      const at::Tensor product = gemm(grad_.narrow(0, first, count).narrow(1, group * out_width, out_width).t(), columns);
+      const Tensor product = gemm(grad_.narrow(0, first, count).narrow(1, group * out_width, out_width).t(), columns);
       sum = first == 0 ? product.to(sum_type(grad_)) : sum.add_(product);
     }
     out.narrow(2, group * out_width, out_width).copy_(sum.t().view({taps, width, out_width}));

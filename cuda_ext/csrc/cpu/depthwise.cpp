@@ -20,7 +20,7 @@ class Tiles {
  public:
   // `pixels`: along a patch of the convolution's input. `spread`: the rows lie at every spread-th pixel only, the rest is zero;
   // so the gradient of a strided convolution is read.
-  Tiles(const Sites &sites, const Window &window, int32_t pixels, int32_t spread, const at::Tensor &rows)
+  Tiles(const Sites &sites, const Window &window, int32_t pixels, int32_t spread, const Tensor &rows)
       : sites_(sites),
         window_(window),
         pixels_(pixels),
@@ -60,19 +60,16 @@ class Tiles {
   std::vector<T> zero_;
 };
 
-at::Tensor in_sum_type(const at::Tensor &kernel) {
-  return kernel.to(kernel.scalar_type() == at::kBFloat16 ? at::kFloat : kernel.scalar_type()).contiguous();
-}
-
-at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
-                            const Sites &sites, int64_t num_patches, const Window &window, int64_t pixels, int64_t spread) {
-  const at::Tensor kernel_ = in_sum_type(kernel), bias_ = bias ? in_sum_type(*bias) : at::Tensor();
+Tensor convolve_patches(const Tensor &rows, const Tensor &kernel, const Optional &bias, const Sites &sites, int64_t num_patches,
+                        const Window &window, int64_t pixels, int64_t spread) {
+  const Tensor kernel_ = kernel.to(sum_type(kernel)).contiguous();
+  const Tensor bias_ = bias ? bias->to(sum_type(*bias)).contiguous() : Tensor();
   TORCH_CHECK_VALUE(window.height % 2 && window.width % 2, "kernel_size must be odd");
   TORCH_CHECK_VALUE(kernel_.dim() == 2 && kernel_.size(0) == window.taps() && kernel_.size(1) == rows.size(1),
                     "kernel must be (", window.taps(), ", ", rows.size(1), ")");
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == rows.size(1)), "bias must be (", rows.size(1), ",)");
   const int64_t area = (pixels / window.stride) * (pixels / window.stride), channels = rows.size(1);
-  at::Tensor out = at::empty({num_patches * area, channels}, rows.options());
+  Tensor out = at::empty({num_patches * area, channels}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "depthwise_conv", [&] {
     const Tiles<scalar_t> tiles(sites, window, pixels, spread, rows);
     at::parallel_for(0, num_patches, 1, [&](int64_t begin, int64_t end) {
@@ -87,30 +84,27 @@ at::Tensor convolve_patches(const at::Tensor &rows, const at::Tensor &kernel, co
   return out;
 }
 
-at::Tensor depthwise_conv(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias,
-                          const at::Tensor &slots, const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size,
-                          int64_t stride, int64_t dilation) {
-  const at::Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
+Tensor depthwise_conv(const Tensor &rows, const Tensor &kernel, const Optional &bias, const Tensor &slots,
+                      const Tensor &patches, int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation) {
+  const Tensor rows_ = rows.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("rows", rows_, patches_.size(0) * pixels * pixels);
   return convolve_patches(rows_, kernel, bias, checked_sites(slots_, patches_), patches_.size(0),
                           window_of(kernel_size, stride, dilation), pixels, 1);
 }
 
 // The convolution of the gradient, spread out to the input's pixels, with the kernel turned round.
-at::Tensor depthwise_conv_grad_rows(const at::Tensor &grad, const at::Tensor &kernel, const at::Tensor &slots,
-                                    const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                                    int64_t dilation) {
-  const at::Tensor grad_ = grad.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
+Tensor depthwise_conv_grad_rows(const Tensor &grad, const Tensor &kernel, const Tensor &slots, const Tensor &patches,
+                                int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation) {
+  const Tensor grad_ = grad.contiguous(), slots_ = slots.contiguous(), patches_ = patches.contiguous();
   check_rows("grad", grad_, patches_.size(0) * (pixels / stride) * (pixels / stride));
   return convolve_patches(grad_, kernel.flip(0), std::nullopt, checked_sites(slots_, patches_), patches_.size(0),
                           window_of(kernel_size, 1, dilation), pixels, stride);
 }
 
-at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &grad, const at::Tensor &slots,
-                                      const at::Tensor &patches, int64_t pixels, at::IntArrayRef kernel_size, int64_t stride,
-                                      int64_t dilation) {
-  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), slots_ = slots.contiguous(),
-                   patches_ = patches.contiguous();
+Tensor depthwise_conv_grad_kernel(const Tensor &rows, const Tensor &grad, const Tensor &slots, const Tensor &patches,
+                                  int64_t pixels, Sizes kernel_size, int64_t stride, int64_t dilation) {
+  const Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous(), slots_ = slots.contiguous(),
+               patches_ = patches.contiguous();
   const Sites sites = checked_sites(slots_, patches_);
   const Window window = window_of(kernel_size, stride, dilation);
   const int64_t num_patches = patches_.size(0), channels = rows_.size(1), area = (pixels / stride) * (pixels / stride);
@@ -120,8 +114,7 @@ at::Tensor depthwise_conv_grad_kernel(const at::Tensor &rows, const at::Tensor &
   // Partial sums of so many rows as a kernel's numbers are worth, whatever the number of threads: the result does not depend on
   // it.
   const int64_t num_parts = std::min(std::max<int64_t>(1, num_patches), std::clamp<int64_t>(num_patches * area / 128, 2, 16));
-  const auto sum_type = rows_.scalar_type() == at::kBFloat16 ? at::kFloat : rows_.scalar_type();
-  at::Tensor parts = at::zeros({num_parts, window.taps(), channels}, rows_.options().dtype(sum_type));
+  Tensor parts = at::zeros({num_parts, window.taps(), channels}, rows_.options().dtype(sum_type(rows_)));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "depthwise_conv_grad_kernel", [&] {
     const Tiles<scalar_t> tiles(sites, window, pixels, 1, rows_);
     at::parallel_for(0, num_parts, 1, [&](int64_t begin, int64_t end) {

@@ -8,7 +8,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -18,8 +17,8 @@
 namespace sparkme {
 namespace {
 
-using LinearPointwise = at::Tensor(const at::Tensor &, const at::Tensor &, const std::optional<at::Tensor> &, std::string_view,
-                                   c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+using LinearPointwise = Tensor(const Tensor &, const Tensor &, const Optional &, std::string_view,
+                               c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
 
 // torch's own door to oneDNN's inner product; absent where torch was built without it.
 const std::optional<c10::TypedOperatorHandle<LinearPointwise>> &onednn_linear() {
@@ -31,10 +30,10 @@ const std::optional<c10::TypedOperatorHandle<LinearPointwise>> &onednn_linear() 
   return handle;
 }
 
-at::Tensor row_major(const at::Tensor &matrix) { return matrix.stride(0) == 1 ? transposed(matrix.t()) : matrix.contiguous(); }
+Tensor row_major(const Tensor &matrix) { return matrix.stride(0) == 1 ? transposed(matrix.t()) : matrix.contiguous(); }
 
 // Row after row or column after column: with other strides oneDNN falls back to a loop that is a thousand times slower.
-at::Tensor packed(const at::Tensor &matrix) {
+Tensor packed(const Tensor &matrix) {
   return matrix.is_contiguous() || matrix.t().is_contiguous() ? matrix : matrix.contiguous();
 }
 
@@ -42,10 +41,10 @@ constexpr int64_t kLines = 16;  // rows that one thread transposes at least
 
 }  // namespace
 
-at::Tensor transposed(const at::Tensor &matrices) {
-  const at::Tensor matrices_ = matrices.contiguous();
+Tensor transposed(const Tensor &matrices) {
+  const Tensor matrices_ = matrices.contiguous();
   const int64_t height = matrices_.size(-2), width = matrices_.size(-1), area = height * width;
-  at::Tensor out = at::empty_like(matrices_.transpose(-2, -1), at::MemoryFormat::Contiguous);
+  Tensor out = at::empty_like(matrices_.transpose(-2, -1), at::MemoryFormat::Contiguous);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, matrices_.scalar_type(), "transposed", [&] {
     const scalar_t *source = matrices_.const_data_ptr<scalar_t>();
     scalar_t *target = out.mutable_data_ptr<scalar_t>();
@@ -61,7 +60,7 @@ at::Tensor transposed(const at::Tensor &matrices) {
   return out;
 }
 
-at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at::Tensor> &bias) {
+Tensor gemm(const Tensor &a, const Tensor &b, const Optional &bias) {
   const c10::impl::ExcludeDispatchKeyGuard keep_the_type(c10::autocast_dispatch_keyset);
   const bool empty = a.numel() == 0 || b.numel() == 0;
   if (a.scalar_type() == at::kFloat && !empty && !bias && a.stride(0) == 1 && a.t().is_contiguous() && b.is_contiguous())
@@ -72,17 +71,5 @@ at::Tensor gemm(const at::Tensor &a, const at::Tensor &b, const std::optional<at
   }
   return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
 }
-
-namespace {
-
-at::Tensor linear(const at::Tensor &rows, const at::Tensor &kernel, const std::optional<at::Tensor> &bias) {
-  TORCH_CHECK_VALUE(rows.dim() == 2 && kernel.dim() == 2 && rows.size(1) == kernel.size(0), "kernel must be (", rows.size(-1),
-                    ", C_out)");
-  return gemm(rows, kernel, bias);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sparkme, CPU, m) { m.impl("linear", linear); }
 
 }  // namespace sparkme

@@ -13,13 +13,13 @@
 #include <vector>
 
 namespace sparkme {
-std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows) {
-  const at::Tensor rows_ = rows.contiguous();
+Pair batch_statistics(const Tensor &rows) {
+  const Tensor rows_ = rows.contiguous();
   TORCH_CHECK_VALUE(rows_.dim() == 2, "rows must be (N, C), got ", rows_.sizes());
   const int64_t channels = rows_.size(1);
   const Parts parts(rows_.size(0));
-  at::Tensor mean = at::zeros({channels}, rows_.options().dtype(sum_type(rows_))), variance = at::zeros_like(mean);
-  const at::Tensor sums = at::empty({parts.count(), 2, channels}, mean.options());
+  Tensor mean = at::zeros({channels}, rows_.options().dtype(sum_type(rows_))), variance = at::zeros_like(mean);
+  const Tensor sums = at::empty({parts.count(), 2, channels}, mean.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "batch_statistics", [&] {
     using S = Sum<scalar_t>;
     const scalar_t *data = rows_.const_data_ptr<scalar_t>();
@@ -53,7 +53,7 @@ namespace {
 
 // As at::lerp_, towards `factor` times the value.
 template <typename S>
-void move(const Optional &running, const at::Tensor &value, S factor, S momentum) {
+void move(const Optional &running, const Tensor &value, S factor, S momentum) {
   if (!running) return;
   if (running->scalar_type() != value.scalar_type() || !running->is_contiguous()) {
     running->lerp_((value * static_cast<double>(factor)).to(running->scalar_type()), momentum);
@@ -64,13 +64,13 @@ void move(const Optional &running, const at::Tensor &value, S factor, S momentum
   for (int64_t c = 0; c < value.size(0); ++c) target[c] += momentum * (source[c] * factor - target[c]);
 }
 
-std::tuple<at::Tensor, at::Tensor> norm_statistics(const at::Tensor &rows, double epsilon, const Optional &running_mean,
-                                                   const Optional &running_var, double momentum) {
+Pair norm_statistics(const Tensor &rows, double epsilon, const Optional &running_mean, const Optional &running_var,
+                     double momentum) {
   const auto [mean, variance] = batch_statistics(rows);
   check_running("running_mean", running_mean, mean);
   check_running("running_var", running_var, mean);
   if (rows.size(0) == 0) return {mean, variance};
-  at::Tensor deviation = at::empty_like(mean);
+  Tensor deviation = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "norm_statistics", [&] {
     const scalar_t *variances = variance.const_data_ptr<scalar_t>();
     scalar_t *deviations = deviation.mutable_data_ptr<scalar_t>();
@@ -82,14 +82,13 @@ std::tuple<at::Tensor, at::Tensor> norm_statistics(const at::Tensor &rows, doubl
   return {mean, deviation};
 }
 
-at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::Tensor &inverse_deviation,
-                      const Optional &weight, const Optional &bias, const Optional &factor, const Optional &residual,
-                      std::optional<double> ceiling,
-                      bool /*training: whether the statistics are the rows' own, for the gradient*/) {
+Tensor batch_norm(const Tensor &rows, const Tensor &mean, const Tensor &inverse_deviation, const Optional &weight,
+                  const Optional &bias, const Optional &factor, const Optional &residual, Number ceiling,
+                  bool /*training: whether the statistics are the rows' own, for the gradient*/) {
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
   const Optional added = residual ? Optional(residual_of(*residual, norm.rows)) : std::nullopt;
   const Parts parts(norm.rows.size(0));
-  at::Tensor out = at::empty_like(norm.rows);
+  Tensor out = at::empty_like(norm.rows);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, out.scalar_type(), "batch_norm", [&] {
     const scalar_t *residual_data = data_or_null<scalar_t>(added);
     scalar_t *target = out.mutable_data_ptr<scalar_t>();
@@ -102,12 +101,11 @@ at::Tensor batch_norm(const at::Tensor &rows, const at::Tensor &mean, const at::
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, const at::Tensor &rows, const Optional &out,
-                                                        const at::Tensor &mean, const at::Tensor &inverse_deviation,
-                                                        const Optional &weight, const Optional &bias, const Optional &factor,
-                                                        std::optional<double> ceiling) {
+Pair batch_norm_grad_sums(const Tensor &grad, const Tensor &rows, const Optional &out, const Tensor &mean,
+                          const Tensor &inverse_deviation, const Optional &weight, const Optional &bias, const Optional &factor,
+                          Number ceiling) {
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
-  const at::Tensor grad_ = grad.contiguous();
+  const Tensor grad_ = grad.contiguous();
   check_like("grad", grad_, norm.rows);
   Optional out_;
   if (out) {
@@ -116,8 +114,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, 
   }
   const int64_t channels = grad_.size(1);
   const Parts parts(grad_.size(0));
-  const at::Tensor partial = at::empty({parts.count(), 2, channels}, norm.mean.options());
-  at::Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
+  const Tensor partial = at::empty({parts.count(), 2, channels}, norm.mean.options());
+  Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "batch_norm_grad_sums", [&] {
     const scalar_t *out_data = data_or_null<scalar_t>(out_);
     scalar_t *target = masked.mutable_data_ptr<scalar_t>();
@@ -129,29 +127,28 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor &grad, 
                                             out_data ? target + at : nullptr);
     });
   });
-  at::Tensor sums = partial.sum(0, false, at::kDouble);
+  Tensor sums = partial.sum(0, false, at::kDouble);
   sums.select(0, 1).mul_(norm.deviation);
   return {masked, sums.to(norm.mean.scalar_type())};
 }
 
-at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &mean,
-                                const at::Tensor &inverse_deviation, const Optional &weight, const Optional &bias,
-                                const Optional &factor, std::optional<double> ceiling, const Optional &sums,
-                                std::optional<double> count) {
+Tensor batch_norm_grad_rows(const Tensor &grad, const Tensor &rows, const Tensor &mean, const Tensor &inverse_deviation,
+                            const Optional &weight, const Optional &bias, const Optional &factor, Number ceiling,
+                            const Optional &sums, Number count) {
   const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
-  const at::Tensor grad_ = grad.contiguous();
+  const Tensor grad_ = grad.contiguous();
   check_like("grad", grad_, norm.rows);
-  at::Tensor constant = at::zeros_like(norm.mean), by_row = constant;
+  Tensor constant = at::zeros_like(norm.mean), by_row = constant;
   if (sums) {
     TORCH_CHECK_VALUE(sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == grad_.size(1), "sums must be (2, C), got ",
                       sums->sizes());
-    const at::Tensor means =
+    const Tensor means =
         (sums->to(norm.mean.scalar_type()) / -std::max(1.0, count.value_or(static_cast<double>(grad_.size(0)))));
     constant = (means[0] * norm.scale).contiguous();
     by_row = (means[1] * norm.scale * norm.deviation).contiguous();
   }
   const Parts parts(grad_.size(0));
-  at::Tensor grad_rows = at::empty_like(norm.rows);
+  Tensor grad_rows = at::empty_like(norm.rows);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "batch_norm_grad_rows", [&] {
     using S = Sum<scalar_t>;
     scalar_t *target = grad_rows.mutable_data_ptr<scalar_t>();
@@ -165,13 +162,12 @@ at::Tensor batch_norm_grad_rows(const at::Tensor &grad, const at::Tensor &rows, 
   return grad_rows;
 }
 
-std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor &rows, const Optional &weight, const Optional &bias,
-                                              double epsilon) {
-  const at::Tensor rows_ = rows.contiguous();
+Pair layer_norm(const Tensor &rows, const Optional &weight, const Optional &bias, double epsilon) {
+  const Tensor rows_ = rows.contiguous();
   TORCH_CHECK_VALUE(rows_.dim() == 2, "rows must be (N, C), got ", rows_.sizes());
   const int64_t channels = rows_.size(1);
-  const at::Tensor scale = per_channel("weight", weight, rows_, 1), shift = per_channel("bias", bias, rows_, 0);
-  at::Tensor out = at::empty_like(rows_), statistics = at::empty({rows_.size(0), 2}, scale.options());
+  const Tensor scale = per_channel("weight", weight, rows_, 1), shift = per_channel("bias", bias, rows_, 0);
+  Tensor out = at::empty_like(rows_), statistics = at::empty({rows_.size(0), 2}, scale.options());
   const Parts parts(rows_.size(0));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "layer_norm", [&] {
     using S = Sum<scalar_t>;
@@ -188,18 +184,17 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor &rows, const Opti
   return {out, statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor> layer_norm_grad(const at::Tensor &grad, const at::Tensor &rows, const at::Tensor &statistics,
-                                                   const Optional &weight) {
-  const at::Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
+Pair layer_norm_grad(const Tensor &grad, const Tensor &rows, const Tensor &statistics, const Optional &weight) {
+  const Tensor rows_ = rows.contiguous(), grad_ = grad.contiguous();
   check_like("grad", grad_, rows_);
   const int64_t channels = rows_.size(1);
-  const at::Tensor scale = per_channel("weight", weight, rows_, 1);
-  const at::Tensor statistics_ = statistics.to(scale.scalar_type()).contiguous();
+  const Tensor scale = per_channel("weight", weight, rows_, 1);
+  const Tensor statistics_ = statistics.to(scale.scalar_type()).contiguous();
   TORCH_CHECK_VALUE(statistics_.numel() == 2 * rows_.size(0), "statistics must be (", rows_.size(0), ", 2), got ",
                     statistics.sizes());
   const Parts parts(rows_.size(0));
-  at::Tensor grad_rows = at::empty_like(rows_);
-  const at::Tensor partial = at::empty({parts.count(), 2, channels}, scale.options());
+  Tensor grad_rows = at::empty_like(rows_);
+  const Tensor partial = at::empty({parts.count(), 2, channels}, scale.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "layer_norm_grad", [&] {
     using S = Sum<scalar_t>;
     const scalar_t *data = rows_.const_data_ptr<scalar_t>(), *grads = grad_.const_data_ptr<scalar_t>();

@@ -42,7 +42,7 @@ class Parts {
 };
 
 // A number per channel in the type of sums; `otherwise` where there is none.
-inline at::Tensor per_channel(const char *name, const Optional &value, const at::Tensor &rows, double otherwise) {
+inline Tensor per_channel(const char *name, const Optional &value, const Tensor &rows, double otherwise) {
   if (!value) return at::zeros({rows.size(1)}, rows.options().dtype(sum_type(rows))).fill_(otherwise);
   TORCH_CHECK_VALUE(value->dim() == 1 && value->size(0) == rows.size(1), name, " must be (", rows.size(1), ",), got ",
                     value->sizes());
@@ -50,7 +50,7 @@ inline at::Tensor per_channel(const char *name, const Optional &value, const at:
 }
 
 // The factor of every row, from that of every sample.
-inline Optional per_row(const Optional &factor, const at::Tensor &rows) {
+inline Optional per_row(const Optional &factor, const Tensor &rows) {
   if (!factor) return std::nullopt;
   TORCH_CHECK_VALUE(factor->dim() == 1 && factor->size(0) > 0 && rows.size(0) % factor->size(0) == 0, "factor ",
                     factor->sizes(), " must be one number for each sample of ", rows.size(0), " rows");
@@ -74,18 +74,18 @@ Sum<T> ceiling_in(double ceiling) {
 
 // What the kernels read, and whose memory it is.
 struct Norm {
-  at::Tensor rows, mean, deviation, weight, scale, shift;
+  Tensor rows, mean, deviation, weight, scale, shift;
   Optional factors;
   double ceiling;  // NaN for none
 
-  Norm(const at::Tensor &rows_, const at::Tensor &mean_, const at::Tensor &inverse_deviation, const Optional &weight_,
-       const Optional &bias, const Optional &factor, std::optional<double> ceiling_)
+  Norm(const Tensor &rows_, const Tensor &mean_, const Tensor &inverse_deviation, const Optional &weight_, const Optional &bias,
+       const Optional &factor, Number ceiling_)
       : rows(rows_.contiguous()), ceiling(ceiling_or_nan(ceiling_)) {
     TORCH_CHECK_VALUE(rows.dim() == 2, "rows must be (N, C), got ", rows.sizes());
     mean = per_channel("mean", mean_, rows, 0);
     deviation = per_channel("inverse_deviation", inverse_deviation, rows, 1);
     weight = per_channel("weight", weight_, rows, 1);
-    const at::Tensor offset = per_channel("bias", bias, rows, 0);
+    const Tensor offset = per_channel("bias", bias, rows, 0);
     scale = at::empty_like(mean);
     shift = at::empty_like(mean);
     AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "batch_norm", [&] {  // one loop instead of several operators
@@ -114,6 +114,6 @@ struct Norm {
 };
 
 // Mean and (biased) variance of each channel.
-std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor &rows);
+Pair batch_statistics(const Tensor &rows);
 
 }  // namespace sparkme

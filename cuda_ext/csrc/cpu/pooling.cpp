@@ -53,12 +53,12 @@ void max_pool_rows(const T *rows, const int32_t *table, T *out, uint8_t *taken, 
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
-  const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+Pair max_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
+  const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_table("table", table_, rows_.size(0));
   const int64_t channels = rows_.size(1), taps = table_.size(1);
-  at::Tensor out = at::empty({table_.size(0), channels}, rows_.options());
-  at::Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
+  Tensor out = at::empty({table_.size(0), channels}, rows_.options());
+  Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "max_pool", [&] {
     at::parallel_for(0, out.size(0), kGrain, [&](int64_t begin, int64_t end) {
       max_pool_rows(rows_.const_data_ptr<scalar_t>(), table_.const_data_ptr<int32_t>(), out.mutable_data_ptr<scalar_t>(),
@@ -68,12 +68,12 @@ std::tuple<at::Tensor, at::Tensor> max_pool(const at::Tensor &rows, const at::Te
   return {out, taken};
 }
 
-at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, const at::Tensor &inverse) {
-  const at::Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
+Tensor max_pool_grad_rows(const Tensor &grad, const Tensor &taken, const Tensor &inverse) {
+  const Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
   check_table("inverse", inverse_, grad_.size(0));
   TORCH_CHECK_VALUE(taken_.sizes() == grad_.sizes(), "taken must have the shape of grad");
   const int64_t channels = grad_.size(1), taps = inverse_.size(1);
-  at::Tensor out = at::empty({inverse_.size(0), channels}, grad_.options());
+  Tensor out = at::empty({inverse_.size(0), channels}, grad_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, grad_.scalar_type(), "max_pool_grad_rows", [&] {
     const int32_t *entries = inverse_.const_data_ptr<int32_t>();
     const scalar_t *source = grad_.const_data_ptr<scalar_t>();
@@ -99,10 +99,10 @@ at::Tensor max_pool_grad_rows(const at::Tensor &grad, const at::Tensor &taken, c
   return out;
 }
 
-at::Tensor avg_pool(const at::Tensor &rows, const at::Tensor &table, const at::Tensor &inverse) {
-  const at::Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+Tensor avg_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
+  const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_table("table", table_, rows_.size(0));
-  at::Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "avg_pool", [&] {
     using Sum = at::opmath_type<scalar_t>;
     const int64_t channels = rows_.size(1), taps = table_.size(1);

@@ -25,7 +25,7 @@ struct Matrices {
   int64_t taps, groups, depth, columns, stride, of_tap, of_group;
   bool transposed;
 
-  Matrices(const at::Tensor &kernel, int64_t groups, bool transposed)
+  Matrices(const Tensor &kernel, int64_t groups, bool transposed)
       : taps(kernel.size(0)),
         groups(groups),
         depth(transposed ? kernel.size(2) / groups : kernel.size(1)),
@@ -60,11 +60,10 @@ struct Cut {
 
 }  // namespace
 
-at::Tensor sum_of_products(const at::Tensor &rows, const at::Tensor &kernel, const at::Tensor &table, int64_t groups,
-                           bool transposed) {
+Tensor sum_of_products(const Tensor &rows, const Tensor &kernel, const Tensor &table, int64_t groups, bool transposed) {
   const Matrices matrices(kernel, groups, transposed);
   const int64_t num_rows = table.size(0), channels = rows.size(1), out_channels = groups * matrices.columns;
-  at::Tensor out = at::empty({num_rows, out_channels}, rows.options());
+  Tensor out = at::empty({num_rows, out_channels}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "sparse_conv", [&] {
     const scalar_t *data = rows.const_data_ptr<scalar_t>(), *weights = kernel.const_data_ptr<scalar_t>();
     const int32_t *entries = table.const_data_ptr<int32_t>();
@@ -127,7 +126,7 @@ namespace {
 // time, which stays in its cache for all of its strips. Where the sums are few the rows are shared out, too, and each part of
 // them has sums of its own.
 template <typename Find>
-void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor &result, int64_t groups, bool first_of_all,
+void correlate(const Tensor &left, const Tensor &right, const Tensor &result, int64_t groups, bool first_of_all,
                const Find &find) {
   const int64_t num_rows = right.size(0), channels = left.size(1), out_channels = right.size(1), taps = result.size(0);
   const int64_t width = channels / groups, out_width = out_channels / groups, strips = divide_up(width, kStrip);
@@ -140,7 +139,7 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
     if (first_of_all) result.zero_();
     return;
   }
-  const at::Tensor sums = parts == 1 ? result : at::empty({parts, taps, width, out_channels}, result.options());
+  const Tensor sums = parts == 1 ? result : at::empty({parts, taps, width, out_channels}, result.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, left.scalar_type(), "sparse_conv_grad_kernel", [&] {
     const scalar_t *left_data = left.const_data_ptr<scalar_t>(), *right_data = right.const_data_ptr<scalar_t>();
     Sum<scalar_t> *data = sums.mutable_data_ptr<Sum<scalar_t>>();
@@ -174,7 +173,7 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
   });
   if (parts == 1) return;
   if (first_of_all) {
-    at::sum_out(const_cast<at::Tensor &>(result), sums, 0);
+    at::sum_out(const_cast<Tensor &>(result), sums, 0);
   } else {
     result.add_(sums.sum(0));
   }
@@ -182,20 +181,20 @@ void correlate(const at::Tensor &left, const at::Tensor &right, const at::Tensor
 
 }  // namespace
 
-at::Tensor outer_products(const at::Tensor &left, const at::Tensor &right, const at::Tensor &table, int64_t groups) {
+Tensor outer_products(const Tensor &left, const Tensor &right, const Tensor &table, int64_t groups) {
   const int32_t *entries = table.const_data_ptr<int32_t>();
   const int64_t taps = table.size(1);
-  const at::Tensor sums = at::empty({taps, left.size(1) / groups, right.size(1)}, right.options().dtype(sum_type(right)));
+  const Tensor sums = at::empty({taps, left.size(1) / groups, right.size(1)}, right.options().dtype(sum_type(right)));
   correlate(left, right, sums, groups, true, [&](int64_t n, int64_t tap) { return entries[n * taps + tap]; });
   return sums.to(right.scalar_type());
 }
 
-void add_outer_product(const at::Tensor &left, const at::Tensor &right, const at::Tensor &sums, bool first) {
+void add_outer_product(const Tensor &left, const Tensor &right, const Tensor &sums, bool first) {
   correlate(left, right, sums.unsqueeze(0), 1, first, [](int64_t n, int64_t) { return n; });
 }
 
-at::Tensor outer_product(const at::Tensor &left, const at::Tensor &right) {
-  const at::Tensor sums = at::empty({left.size(1), right.size(1)}, right.options().dtype(sum_type(right)));
+Tensor outer_product(const Tensor &left, const Tensor &right) {
+  const Tensor sums = at::empty({left.size(1), right.size(1)}, right.options().dtype(sum_type(right)));
   add_outer_product(left, right, sums, true);
   return sums.to(right.scalar_type());
 }

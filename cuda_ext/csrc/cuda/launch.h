@@ -54,6 +54,15 @@ int32_t blocks_at_a_time(Kernel *kernel, int32_t threads) {
 #endif
 }
 
+// A convolution over the rows of visible patches.
+struct Geometry {
+  Sites sites;
+  Window window;
+  int64_t patches;          // visible ones
+  int32_t pixels;           // along a patch of the convolution's input
+  int32_t multiprocessors;  // of the device, which the size of some grids follows
+};
+
 // What sums are kept in.
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -85,6 +94,8 @@ bool fits_widest(int64_t channels, Pointers... pointers) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int32_t kThreads = 256;  // of most blocks
 
 // Threads along channels (x) for `vectors` accesses per row, the others along rows (y).
 inline dim3 row_block(int64_t vectors, int32_t threads) {

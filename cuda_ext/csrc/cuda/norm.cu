@@ -4,15 +4,37 @@
 // A block has a tile of channels (x, a vector each) and a part of the rows, over which its threads (y) take turns, so a thread
 // keeps the numbers of its channels in registers. Sums over a block's rows are in float32 (float64 for float64 rows), about
 // numbers near the mean; those of the parts are joined in float64, always in the same order.
+#include <ATen/ops/zeros.h>
+
 #include <cmath>
 
-#include "operators.h"
+#include "tensors.h"
 
 namespace sparkme::cuda {
 namespace {
 
-constexpr int32_t kThreads = 256;
-constexpr int32_t kLanes = 32;             // along channels
+// A batch norm of rows (count, channels), and what follows it. Numbers per channel are in the type of sums.
+template <typename T>
+struct NormRows {
+  const T *rows;
+  int64_t count;
+  int32_t channels;
+  const Sum<T> *mean, *deviation;  // the latter's inverse
+  const Sum<T> *weight, *bias;     // may be null
+  const Sum<T> *factors;           // of each sample; may be null
+  int32_t rows_per_sample;
+  Sum<T> ceiling;  // results are clamped to [0, ceiling]; NaN for not at all
+};
+
+// What becomes of the statistics of each channel; all but the mean may be null.
+template <typename S>
+struct Statistics {
+  S *mean, *variance, *deviation;  // (biased) variance; 1 / sqrt(variance + epsilon)
+  S *running_mean, *running_var;   // moved towards mean and `unbiased` times the variance, by `momentum`
+  S epsilon, unbiased, momentum;
+};
+
+constexpr int32_t kNormLanes = 32;         // along channels
 constexpr int32_t kJoinThreads = 32 * 32;  // of a block that joins parts: channels by parts
 
 // How a pass over (count, channels) rows is divided.
@@ -20,7 +42,8 @@ struct Division {
   dim3 block, grid;
   int64_t part;  // rows of a block
 
-  Division(int64_t count, int64_t vectors, int32_t blocks) : block(row_block(std::min<int64_t>(vectors, kLanes), kThreads)) {
+  Division(int64_t count, int64_t vectors, int32_t blocks)
+      : block(row_block(std::min<int64_t>(vectors, kNormLanes), kThreads)) {
     const int64_t tiles = ceil_div(vectors, block.x);
     const int64_t parts = std::min(ceil_div(blocks, tiles), ceil_div(count, block.y));
     part = ceil_div(ceil_div(count, std::min<int64_t>(parts, 65535)), block.y) * block.y;
@@ -188,7 +211,7 @@ template <typename T, int V>
 struct Channels {
   Sum<T> mean[V], scale[V], shift[V];
 
-  __device__ __forceinline__ Channels(const Norm<T> &norm, int32_t c) {
+  __device__ __forceinline__ Channels(const NormRows<T> &norm, int32_t c) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       mean[v] = norm.mean[c + v];
@@ -199,12 +222,12 @@ struct Channels {
 };
 
 template <typename T>
-__device__ __forceinline__ Sum<T> factor_of(const Norm<T> &norm, int64_t row) {
+__device__ __forceinline__ Sum<T> factor_of(const NormRows<T> &norm, int64_t row) {
   return norm.factors ? norm.factors[static_cast<int32_t>(row) / norm.rows_per_sample] : Sum<T>(1);
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) normalise(T *out, Norm<T> norm, const T *residual, int64_t part) {
+__global__ void __launch_bounds__(kThreads) normalise(T *out, NormRows<T> norm, const T *residual, int64_t part) {
   constexpr int kUnroll = 2;
   const int32_t c = (blockIdx.x * blockDim.x + threadIdx.x) * V, channels = norm.channels;
   if (c >= channels) return;
@@ -242,7 +265,7 @@ __device__ __forceinline__ S where_inside(S y, S ceiling, S grad) {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    grad_sums(T *masked, Sum<T> *partial, Norm<T> norm, const T *grad, const T *out, int64_t part) {
+    grad_sums(T *masked, Sum<T> *partial, NormRows<T> norm, const T *grad, const T *out, int64_t part) {
   constexpr int kUnroll = 2;
   const int32_t c = (blockIdx.x * blockDim.x + threadIdx.x) * V, channels = norm.channels;
   const bool clamps = norm.ceiling == norm.ceiling;
@@ -280,7 +303,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    grad_rows(T *result, Norm<T> norm, const T *grad, const Sum<T> *sums, Sum<T> per_row, int64_t part) {
+    norm_grad_rows(T *result, NormRows<T> norm, const T *grad, const Sum<T> *sums, Sum<T> per_row, int64_t part) {
   constexpr int kUnroll = 2;
   const int32_t c = (blockIdx.x * blockDim.x + threadIdx.x) * V, channels = norm.channels;
   if (c >= channels) return;
@@ -318,96 +341,203 @@ __global__ void __launch_bounds__(kThreads)
 // Blocks of a multiprocessor, as was fastest on an H200. Where parts have to be joined afterwards, few.
 constexpr int32_t kSumBlocks = 2, kNormaliseBlocks = 8, kGradBlocks = 4;
 
-// Calls f(std::integral_constant<int, V>) for the widest access that fits.
-template <typename T, typename F, typename... Pointers>
-void with_width(int32_t channels, const F &f, Pointers... pointers) {
-  if (fits_widest<T>(channels, pointers...)) {
-    f(std::integral_constant<int, kWidest<T>>());
-  } else {
-    f(std::integral_constant<int, 1>());
-  }
+dim3 join_grid(int32_t channels) { return dim3(ceil_div(channels, 32)); }
+
+// A number per channel, or per sample, in the type of sums; undefined where there is none.
+Tensor numbers(const char *name, const Optional &value, int64_t size, const Tensor &rows) {
+  if (!value) return {};
+  TORCH_CHECK_VALUE(value->dim() == 1 && value->size(0) == size, name, " must be (", size, ",), got ", value->sizes());
+  TORCH_CHECK_VALUE(value->device() == rows.device(), name, " must be on ", rows.device(), ", got ", value->device());
+  return value->to(sum_type(rows)).contiguous();
 }
 
-dim3 join_grid(int32_t channels) { return dim3(ceil_div(channels, 32)); }
+// What the kernels of a batch norm read, and whose memory it is.
+struct Norm {
+  Tensor rows, mean, deviation, weight, bias, factors;
+  double ceiling;
+
+  Norm(const Tensor &rows_, const Tensor &mean_, const Tensor &inverse_deviation, const Optional &weight_,
+       const Optional &bias_, const Optional &factor, Number ceiling_)
+      : rows(rows_.contiguous()), ceiling(ceiling_or_nan(ceiling_)) {
+    check_rows("rows", rows, rows.size(0));
+    TORCH_CHECK_VALUE(rows.size(0) <= std::numeric_limits<int32_t>::max(), rows.size(0),
+                      " rows are more than 32 bits can number");
+    const int64_t channels = rows.size(1);
+    mean = numbers("mean", mean_, channels, rows);
+    deviation = numbers("inverse_deviation", inverse_deviation, channels, rows);
+    weight = numbers("weight", weight_, channels, rows);
+    bias = numbers("bias", bias_, channels, rows);
+    if (factor) {
+      TORCH_CHECK_VALUE(factor->dim() == 1 && factor->size(0) > 0 && rows.size(0) % factor->size(0) == 0, "factor ",
+                        factor->sizes(), " must be one number for each sample of ", rows.size(0), " rows");
+      factors = numbers("factor", factor, factor->size(0), rows);
+    }
+  }
+
+  template <typename T>
+  NormRows<T> on_device() const {
+    using S = Sum<T>;
+    const int64_t samples = factors.defined() ? factors.size(0) : 1;
+    return {rows.const_data_ptr<T>(),
+            rows.size(0),
+            channels_of(rows),
+            mean.const_data_ptr<S>(),
+            deviation.const_data_ptr<S>(),
+            data_or_null<S>(weight),
+            data_or_null<S>(bias),
+            data_or_null<S>(factors),
+            static_cast<int32_t>(rows.size(0) / samples),
+            static_cast<S>(static_cast<T>(ceiling))};  // as what is clamped can hold it
+  }
+};
+
+// `finish(statistics)` says what else than the mean is wanted.
+template <typename Finish>
+Tensor statistics_of(const Tensor &rows, const Finish &finish) {
+  const Tensor rows_ = rows.contiguous();
+  const int64_t count = rows_.size(0), channels = rows_.size(1);
+  Tensor mean = at::empty({channels}, rows_.options().dtype(sum_type(rows_)));
+  with_width({rows_}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    using S = Sum<T>;
+    constexpr int V = decltype(width)::value;
+    Statistics<S> wanted = {};
+    wanted.mean = mean.mutable_data_ptr<S>();
+    finish(wanted);
+    const Division division(count, channels / V, kSumBlocks * multiprocessors());
+    const Tensor partial = at::empty({division.grid.y, 2, channels}, mean.options());
+    SPARKME_LAUNCH((statistics<T, V>), division.grid, division.block, current_stream(), partial.mutable_data_ptr<S>(),
+                   rows_.const_data_ptr<T>(), count, division.part, channels_of(rows_));
+    SPARKME_LAUNCH((join_statistics<T>), join_grid(channels), dim3(32, 32), current_stream(), wanted,
+                   partial.const_data_ptr<S>(), rows_.const_data_ptr<T>(), count, division.part,
+                   static_cast<int64_t>(division.grid.y), channels_of(rows_));
+  });
+  return mean;
+}
+
+// Two numbers per channel, for the statistics of no rows.
+Pair zeros_of(const Tensor &rows) {
+  const auto options = rows.options().dtype(sum_type(rows));
+  return {at::zeros({rows.size(1)}, options), at::zeros({rows.size(1)}, options)};
+}
+
+Pair batch_statistics(const Tensor &rows) {
+  const auto guard = on_device_of(rows);
+  check_rows("rows", rows, rows.size(0));
+  if (rows.size(0) == 0) return zeros_of(rows);
+  Tensor variance = at::empty({rows.size(1)}, rows.options().dtype(sum_type(rows)));
+  Tensor mean = statistics_of(rows, [&](auto &statistics) {
+    using S = std::remove_pointer_t<decltype(statistics.mean)>;
+    statistics.variance = variance.mutable_data_ptr<S>();
+  });
+  return {mean, variance};
+}
+
+Pair norm_statistics(const Tensor &rows, double epsilon, const Optional &running_mean, const Optional &running_var,
+                     double momentum) {
+  const auto guard = on_device_of(rows);
+  check_rows("rows", rows, rows.size(0));
+  if (rows.size(0) == 0) return zeros_of(rows);
+  const auto type = sum_type(rows);
+  Tensor deviation = at::empty({rows.size(1)}, rows.options().dtype(type));
+  check_running("running_mean", running_mean, deviation);
+  check_running("running_var", running_var, deviation);
+  // Those of another type, as of float64 weights under autocast, are copied there and back.
+  Tensor own_mean = running_mean ? running_mean->to(type).contiguous() : Tensor();
+  Tensor own_var = running_var ? running_var->to(type).contiguous() : Tensor();
+  Tensor mean = statistics_of(rows, [&](auto &statistics) {
+    using S = std::remove_pointer_t<decltype(statistics.mean)>;
+    statistics.deviation = deviation.mutable_data_ptr<S>();
+    statistics.running_mean = running_mean ? own_mean.mutable_data_ptr<S>() : nullptr;
+    statistics.running_var = running_var ? own_var.mutable_data_ptr<S>() : nullptr;
+    statistics.epsilon = static_cast<S>(epsilon);
+    statistics.unbiased = static_cast<S>(unbiased(rows.size(0)));
+    statistics.momentum = static_cast<S>(momentum);
+  });
+  if (running_mean && !own_mean.is_same(*running_mean)) running_mean->copy_(own_mean);
+  if (running_var && !own_var.is_same(*running_var)) running_var->copy_(own_var);
+  return {mean, deviation};
+}
+
+Tensor batch_norm(const Tensor &rows, const Tensor &mean, const Tensor &inverse_deviation, const Optional &weight,
+                  const Optional &bias, const Optional &factor, const Optional &residual, Number ceiling, bool /*training*/) {
+  const auto guard = on_device_of(rows, mean, inverse_deviation, residual.value_or(rows));
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
+  const Tensor added = residual ? residual_of(*residual, norm.rows) : Tensor();
+  Tensor out = at::empty_like(norm.rows);
+  with_width({out, norm.rows, added}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    constexpr int V = decltype(width)::value;
+    const Division division(out.size(0), out.size(1) / V, kNormaliseBlocks * multiprocessors());
+    SPARKME_LAUNCH((normalise<T, V>), division.grid, division.block, current_stream(), out.mutable_data_ptr<T>(),
+                   norm.on_device<T>(), data_or_null<T>(added), division.part);
+  });
+  return out;
+}
+
+Pair batch_norm_grad_sums(const Tensor &grad, const Tensor &rows, const Optional &out, const Tensor &mean,
+                          const Tensor &inverse_deviation, const Optional &weight, const Optional &bias, const Optional &factor,
+                          Number ceiling) {
+  const auto guard = on_device_of(rows, grad, mean, inverse_deviation, out.value_or(rows));
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
+  const Tensor grad_ = grad.contiguous(), out_ = out ? out->contiguous() : Tensor();
+  check_like("grad", grad_, norm.rows);
+  if (out) check_like("out", out_, norm.rows);
+  Tensor masked = out ? at::empty_like(grad_) : at::empty({0}, grad_.options());
+  const auto options = norm.mean.options();
+  Tensor sums = rows.size(0) == 0 ? at::zeros({2, rows.size(1)}, options) : at::empty({2, rows.size(1)}, options);
+  with_width({grad_, norm.rows, out_, masked}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    using S = Sum<T>;
+    constexpr int V = decltype(width)::value;
+    const int32_t channels = channels_of(grad_);
+    const Division division(grad_.size(0), channels / V, kSumBlocks * multiprocessors());
+    const Tensor partial = at::empty({division.grid.y, 2, channels}, options);
+    SPARKME_LAUNCH((grad_sums<T, V>), division.grid, division.block, current_stream(),
+                   out ? masked.mutable_data_ptr<T>() : nullptr, partial.mutable_data_ptr<S>(), norm.on_device<T>(),
+                   grad_.const_data_ptr<T>(), data_or_null<T>(out_), division.part);
+    SPARKME_LAUNCH((join_grad_sums<S>), join_grid(channels), dim3(32, 32), current_stream(), sums.mutable_data_ptr<S>(),
+                   partial.const_data_ptr<S>(), norm.deviation.const_data_ptr<S>(), static_cast<int64_t>(division.grid.y),
+                   channels);
+  });
+  return {masked, sums};
+}
+
+Tensor batch_norm_grad_rows(const Tensor &grad, const Tensor &rows, const Tensor &mean, const Tensor &inverse_deviation,
+                            const Optional &weight, const Optional &bias, const Optional &factor, Number ceiling,
+                            const Optional &sums, Number count) {
+  const auto guard = on_device_of(rows, grad, mean, inverse_deviation, sums.value_or(mean));
+  const Norm norm(rows, mean, inverse_deviation, weight, bias, factor, ceiling);
+  const Tensor grad_ = grad.contiguous();
+  check_like("grad", grad_, norm.rows);
+  Tensor sums_;
+  if (sums) {
+    TORCH_CHECK_VALUE(sums->dim() == 2 && sums->size(0) == 2 && sums->size(1) == grad_.size(1), "sums must be (2, C), got ",
+                      sums->sizes());
+    sums_ = sums->to(sum_type(rows)).contiguous();
+  }
+  Tensor grad_rows = at::empty_like(norm.rows);
+  const double per_row = 1 / std::max(1.0, count.value_or(static_cast<double>(grad_.size(0))));
+  with_width({grad_rows, norm.rows, grad_}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    using S = Sum<T>;
+    constexpr int V = decltype(width)::value;
+    const Division division(grad_.size(0), grad_.size(1) / V, kGradBlocks * multiprocessors());
+    SPARKME_LAUNCH((norm_grad_rows<T, V>), division.grid, division.block, current_stream(), grad_rows.mutable_data_ptr<T>(),
+                   norm.on_device<T>(), grad_.const_data_ptr<T>(), data_or_null<S>(sums_), static_cast<S>(per_row),
+                   division.part);
+  });
+  return grad_rows;
+}
 
 }  // namespace
 
-template <typename T>
-void batch_statistics(const Statistics<Sum<T>> &wanted, const T *rows, int64_t count, int32_t channels, int32_t multiprocessors,
-                      const Allocate &allocate, Stream stream) {
-  if (count == 0 || channels == 0) return;
-  with_width<T>(
-      channels,
-      [&](auto width) {
-        constexpr int V = decltype(width)::value;
-        const Division division(count, channels / V, kSumBlocks * multiprocessors);
-        auto *partial = static_cast<Sum<T> *>(allocate(sizeof(Sum<T>) * division.grid.y * 2 * channels));
-        SPARKME_LAUNCH((statistics<T, V>), division.grid, division.block, stream, partial, rows, count, division.part,
-                       channels);
-        SPARKME_LAUNCH((join_statistics<T>), join_grid(channels), dim3(32, 32), stream, wanted,
-                       static_cast<const Sum<T> *>(partial), rows, count, division.part, static_cast<int64_t>(division.grid.y),
-                       channels);
-      },
-      rows);
+TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
+  m.impl("batch_statistics", batch_statistics);
+  m.impl("norm_statistics", norm_statistics);
+  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm_grad_sums", batch_norm_grad_sums);
+  m.impl("batch_norm_grad_rows", batch_norm_grad_rows);
 }
-
-template <typename T>
-void batch_norm(T *out, const Norm<T> &norm, const T *residual, int32_t multiprocessors, Stream stream) {
-  if (norm.count == 0 || norm.channels == 0) return;
-  with_width<T>(
-      norm.channels,
-      [&](auto width) {
-        constexpr int V = decltype(width)::value;
-        const Division division(norm.count, norm.channels / V, kNormaliseBlocks * multiprocessors);
-        SPARKME_LAUNCH((normalise<T, V>), division.grid, division.block, stream, out, norm, residual, division.part);
-      },
-      out, norm.rows, residual);
-}
-
-template <typename T>
-void batch_norm_grad_sums(T *masked, Sum<T> *sums, const Norm<T> &norm, const T *grad, const T *out, int32_t multiprocessors,
-                          const Allocate &allocate, Stream stream) {
-  if (norm.count == 0 || norm.channels == 0) return;
-  with_width<T>(
-      norm.channels,
-      [&](auto width) {
-        constexpr int V = decltype(width)::value;
-        const Division division(norm.count, norm.channels / V, kSumBlocks * multiprocessors);
-        auto *partial = static_cast<Sum<T> *>(allocate(sizeof(Sum<T>) * division.grid.y * 2 * norm.channels));
-        SPARKME_LAUNCH((grad_sums<T, V>), division.grid, division.block, stream, masked, partial, norm, grad, out,
-                       division.part);
-        SPARKME_LAUNCH((join_grad_sums<Sum<T>>), join_grid(norm.channels), dim3(32, 32), stream, sums,
-                       static_cast<const Sum<T> *>(partial), norm.deviation, static_cast<int64_t>(division.grid.y),
-                       norm.channels);
-      },
-      norm.rows, grad, out, masked);
-}
-
-template <typename T>
-void batch_norm_grad_rows(T *result, const Norm<T> &norm, const T *grad, const Sum<T> *sums, double per_row,
-                          int32_t multiprocessors, Stream stream) {
-  if (norm.count == 0 || norm.channels == 0) return;
-  with_width<T>(
-      norm.channels,
-      [&](auto width) {
-        constexpr int V = decltype(width)::value;
-        const Division division(norm.count, norm.channels / V, kGradBlocks * multiprocessors);
-        SPARKME_LAUNCH((grad_rows<T, V>), division.grid, division.block, stream, result, norm, grad, sums,
-                       static_cast<Sum<T>>(per_row), division.part);
-      },
-      result, norm.rows, grad);
-}
-
-#define SPARKME_INSTANTIATE(T)                                                                                           \
-  template void batch_statistics<T>(const Statistics<Sum<T>> &, const T *, int64_t, int32_t, int32_t, const Allocate &,  \
-                                    Stream);                                                                             \
-  template void batch_norm<T>(T *, const Norm<T> &, const T *, int32_t, Stream);                                         \
-  template void batch_norm_grad_sums<T>(T *, Sum<T> *, const Norm<T> &, const T *, const T *, int32_t, const Allocate &, \
-                                        Stream);                                                                         \
-  template void batch_norm_grad_rows<T>(T *, const Norm<T> &, const T *, const Sum<T> *, double, int32_t, Stream);
-SPARKME_INSTANTIATE(double)
-SPARKME_INSTANTIATE(float)
-SPARKME_INSTANTIATE(c10::BFloat16)
-#undef SPARKME_INSTANTIATE
 
 }  // namespace sparkme::cuda

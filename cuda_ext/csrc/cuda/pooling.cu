@@ -1,18 +1,18 @@
 // Pooling over a neighbour table. Gradients gather over the inverse table, so that no two threads write one row and sums
 // have one order.
-#include "operators.h"
+#include "tensors.h"
 
 namespace sparkme::cuda {
 namespace {
 
-constexpr int32_t kThreads = 256;
 constexpr uint8_t kNone = 255;  // no tap taken yet; a window has fewer
 
-// The block (x: channels, y: rows) that a kernel over rows runs in, and its grid.
+// The block (x: channels, y: rows) that a kernel over rows runs in, and its grid, where an access takes `width` channels.
 struct Shape {
   dim3 block, grid;
 
-  Shape(int64_t rows, int64_t vectors) : block(row_block(vectors, kThreads)), grid(ceil_div(rows, block.y)) {}
+  Shape(const Tensor &rows, int64_t width)
+      : block(row_block(rows.size(1) / width, kThreads)), grid(ceil_div(rows.size(0), block.y)) {}
 };
 
 // NaN is larger than everything, and the first of equals stays.
@@ -93,56 +93,67 @@ __global__ void avg_pool_rows(T *out, const T *rows, const int32_t *table, int64
   }
 }
 
+Pair max_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
+  const auto guard = on_device_of(rows, table);
+  const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+  check_rows("rows", rows_, rows_.size(0));
+  check_table("table", table_);
+  TORCH_CHECK_VALUE(table_.size(1) <= 255, "table has ", table_.size(1), " taps, at most 255 can be pooled");
+  Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  Tensor taken = at::empty(out.sizes(), rows_.options().dtype(at::kByte));
+  with_width({out, rows_, taken}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    constexpr int V = decltype(width)::value;
+    const Shape shape(out, V);
+    SPARKME_LAUNCH((max_pool_rows<T, V>), shape.grid, shape.block, current_stream(), out.mutable_data_ptr<T>(),
+                   taken.mutable_data_ptr<uint8_t>(), rows_.const_data_ptr<T>(), table_.const_data_ptr<int32_t>(), out.size(0),
+                   static_cast<int32_t>(table_.size(1)), channels_of(out));
+  });
+  return {out, taken};
+}
+
+Tensor max_pool_grad_rows(const Tensor &grad, const Tensor &taken, const Tensor &inverse) {
+  const auto guard = on_device_of(grad, taken, inverse);
+  const Tensor grad_ = grad.contiguous(), taken_ = taken.contiguous(), inverse_ = inverse.contiguous();
+  check_rows("grad", grad_, grad_.size(0));
+  check_table("inverse", inverse_);
+  TORCH_CHECK_VALUE(taken_.scalar_type() == at::kByte && taken_.sizes() == grad_.sizes(), "taken must be uint8 of ",
+                    grad_.sizes(), ", got ", taken_.scalar_type(), " ", taken_.sizes());
+  Tensor out = at::empty({inverse_.size(0), grad_.size(1)}, grad_.options());
+  with_width({out, grad_, taken_}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    constexpr int V = decltype(width)::value;
+    const Shape shape(out, V);
+    SPARKME_LAUNCH((max_pool_grad<T, V>), shape.grid, shape.block, current_stream(), out.mutable_data_ptr<T>(),
+                   grad_.const_data_ptr<T>(), taken_.const_data_ptr<uint8_t>(), inverse_.const_data_ptr<int32_t>(), out.size(0),
+                   static_cast<int32_t>(inverse_.size(1)), channels_of(out));
+  });
+  return out;
+}
+
+Tensor avg_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
+  const auto guard = on_device_of(rows, table);
+  const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
+  check_rows("rows", rows_, rows_.size(0));
+  check_table("table", table_);
+  Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
+  with_width({out, rows_}, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    constexpr int V = decltype(width)::value;
+    const Shape shape(out, V);
+    SPARKME_LAUNCH((avg_pool_rows<T, V>), shape.grid, shape.block, current_stream(), out.mutable_data_ptr<T>(),
+                   rows_.const_data_ptr<T>(), table_.const_data_ptr<int32_t>(), out.size(0),
+                   static_cast<int32_t>(table_.size(1)), channels_of(out));
+  });
+  return out;
+}
+
 }  // namespace
 
-template <typename T>
-void max_pool(T *out, uint8_t *taken, const T *rows, const int32_t *table, int64_t targets, int32_t taps, int32_t channels,
-              Stream stream) {
-  if (targets == 0 || channels == 0) return;
-  // `taken` is read and written in packs of as many bytes as there are channels in a pack of T.
-  const bool wide = fits_widest<T>(channels, out, rows, taken);
-  const Shape shape(targets, wide ? channels / kWidest<T> : channels);
-  if (wide) {
-    SPARKME_LAUNCH((max_pool_rows<T, kWidest<T>>), shape.grid, shape.block, stream, out, taken, rows, table, targets, taps,
-                   channels);
-  } else {
-    SPARKME_LAUNCH((max_pool_rows<T, 1>), shape.grid, shape.block, stream, out, taken, rows, table, targets, taps, channels);
-  }
+TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
+  m.impl("max_pool", max_pool);
+  m.impl("max_pool_grad_rows", max_pool_grad_rows);
+  m.impl("avg_pool", avg_pool);
 }
-
-template <typename T>
-void max_pool_grad_rows(T *out, const T *grad, const uint8_t *taken, const int32_t *inverse, int64_t targets, int32_t taps,
-                        int32_t channels, Stream stream) {
-  if (targets == 0 || channels == 0) return;
-  const bool wide = fits_widest<T>(channels, out, grad, taken);
-  const Shape shape(targets, wide ? channels / kWidest<T> : channels);
-  if (wide) {
-    SPARKME_LAUNCH((max_pool_grad<T, kWidest<T>>), shape.grid, shape.block, stream, out, grad, taken, inverse, targets, taps,
-                   channels);
-  } else {
-    SPARKME_LAUNCH((max_pool_grad<T, 1>), shape.grid, shape.block, stream, out, grad, taken, inverse, targets, taps, channels);
-  }
-}
-
-template <typename T>
-void avg_pool(T *out, const T *rows, const int32_t *table, int64_t targets, int32_t taps, int32_t channels, Stream stream) {
-  if (targets == 0 || channels == 0) return;
-  const bool wide = fits_widest<T>(channels, out, rows);
-  const Shape shape(targets, wide ? channels / kWidest<T> : channels);
-  if (wide) {
-    SPARKME_LAUNCH((avg_pool_rows<T, kWidest<T>>), shape.grid, shape.block, stream, out, rows, table, targets, taps, channels);
-  } else {
-    SPARKME_LAUNCH((avg_pool_rows<T, 1>), shape.grid, shape.block, stream, out, rows, table, targets, taps, channels);
-  }
-}
-
-#define SPARKME_INSTANTIATE(T)                                                                                              \
-  template void max_pool<T>(T *, uint8_t *, const T *, const int32_t *, int64_t, int32_t, int32_t, Stream);                 \
-  template void max_pool_grad_rows<T>(T *, const T *, const uint8_t *, const int32_t *, int64_t, int32_t, int32_t, Stream); \
-  template void avg_pool<T>(T *, const T *, const int32_t *, int64_t, int32_t, int32_t, Stream);
-SPARKME_INSTANTIATE(double)
-SPARKME_INSTANTIATE(float)
-SPARKME_INSTANTIATE(c10::BFloat16)
-#undef SPARKME_INSTANTIATE
 
 }  // namespace sparkme::cuda

@@ -32,12 +32,12 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
 def commands(folder: Path, *flags: str) -> tuple[dict[Path, list[str]], list[str]]:
-    """What compiles each .cu file as C++, and what links the objects to folder/on_host.so."""
+    """What compiles the .cu files as C++, and what links the objects to folder/on_host.so."""
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     common = [str(COMPILER), "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", abi, *CHECKS, *flags]
     headers = ["-DSPARKME_ON_HOST", f"-I{HERE}", *(f"-isystem{path}" for path in include_paths("cpu"))]
-    # The slowest to compile are the largest, and start first.
-    sources = sorted(SOURCES.glob("*.cu"), key=lambda path: -path.stat().st_size)
+    # Those that setup.py compiles. The slowest start first.
+    sources = [SOURCES / "operators.cu", *sorted(SOURCES.glob("depthwise_*.cu"), key=lambda path: -path.stat().st_size)]
     objects = {source: str(folder / f"{source.stem}.o") for source in sources}
     compiling = {x: [*common, *headers, "-MD", "-x", "c++", "-c", str(x), "-o", to] for x, to in objects.items()}
     torch_libraries = Path(torch.__file__).parent / "lib"
