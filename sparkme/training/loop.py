@@ -309,11 +309,8 @@ class Loop:
     def _run(self) -> int:
         training, settings, process = self.training, self.settings, self.process
         if training.step >= training.total_steps:
-            if process.is_main:
-                print(
-                    f"nothing left to do: {self.folder.path} is trained for {settings.epochs} epochs; --no-resume starts anew"
-                )
-            return 0
+            trained = f"{self.folder.path} is trained for {settings.epochs} epochs"
+            return self._say(f"nothing left to do: {trained}; --no-resume starts anew")
         speed = Throughput(settings.batch_size, training.total_steps)
         first_step, self.last_save = training.step, time.monotonic()
         batches = iter(training.batches(range(training.step, training.total_steps)))
@@ -322,12 +319,7 @@ class Loop:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         training.model.train()
         if process.is_main:
-            self.log = RunLog(
-                self.folder.path, first_step=training.step, total_steps=training.total_steps,
-                steps_per_epoch=training.steps_per_epoch, bar=sys.stderr.isatty(), loss_name=training.loss_name,
-                tracker=start_wandb(settings, self.folder.path) if settings.wandb else None,
-            )  # fmt: skip
-            self.notes.add("started", training.step, command_line(process, settings.command))
+            self._open_log()
         if training.step == 0 and training.is_due(0):
             self._report(0)
         speed.restart(training.step)
@@ -351,20 +343,8 @@ class Loop:
             if stop or spoiled:
                 self._log(speed)
                 return self._leave(spoiled=spoiled)
-
             self.watchdog.expect(f"computing step {training.step + 1}", limit_s)
-            self.in_step = True
-            loss = training.train_step(batch)
-            self.in_step = False
-            if loss is None:
-                self._leave_out()
-            else:
-                self.losses.append(loss)
-            if self.log:
-                self.log.step()
-                self._check_saved(wait=False)
-                if first:
-                    self.checkpoints.make_room(training.state())
+            self._step(batch, first=first)
             epoch, in_epoch = divmod(training.step, training.steps_per_epoch)
             done = training.step == training.total_steps
             report = in_epoch == 0 and training.is_due(epoch)
@@ -377,26 +357,61 @@ class Loop:
             alone_s = STARTING_S if report else SAVING_S if save else 0.0
             if report:
                 self._report(epoch)
-            if save:
-                self.last_save = time.monotonic()
             if report or save:
-                self.watchdog.expect("saving", SAVING_S)
-            if self.log and save:
-                self._save_last() if done else self._save()
-            if self.log and (save or report):
-                self._write("loss.png", self.log.plot)
+                self._keep(save=save, done=done)
             if report:
                 speed.restart(training.step)
         if self.log:
-            skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
-            count, _ = training.not_finite
-            skipped += f"; steps that were not finite and left out: {count}" if count else ""
-            last = self.checkpoints.last
-            self.notes.add("done", training.step, f"done{skipped}")
-            self.log.finish(f"done: {last}{skipped}\n{training.last_words(last)}")
+            self._say_done(self.log)
         self.watchdog.expect("waiting for the first process to save", STARTING_S)
         process.agree(True)  # so that they leave together
         return 0
+
+    def _say(self, text: str) -> int:
+        if self.process.is_main:
+            print(text)
+        return 0
+
+    def _step(self, batch: Batch, *, first: bool) -> None:
+        self.in_step = True
+        loss = self.training.train_step(batch)
+        self.in_step = False
+        if loss is None:
+            self._leave_out()
+        else:
+            self.losses.append(loss)
+        if self.log:
+            self.log.step()
+            self._check_saved(wait=False)
+            if first:
+                self.checkpoints.make_room(self.training.state())
+
+    def _open_log(self) -> None:
+        training, settings = self.training, self.settings
+        self.log = RunLog(
+            self.folder.path, first_step=training.step, total_steps=training.total_steps,
+            steps_per_epoch=training.steps_per_epoch, bar=sys.stderr.isatty(), loss_name=training.loss_name,
+            tracker=start_wandb(settings, self.folder.path) if settings.wandb else None,
+        )  # fmt: skip
+        self.notes.add("started", training.step, command_line(self.process, settings.command))
+
+    def _keep(self, *, save: bool, done: bool) -> None:
+        """Saves a checkpoint, if that is due, and draws the curves."""
+        if save:
+            self.last_save = time.monotonic()
+        self.watchdog.expect("saving", SAVING_S)
+        if self.log and save:
+            self._save_last() if done else self._save()
+        if self.log:
+            self._write("loss.png", self.log.plot)
+
+    def _say_done(self, log: RunLog) -> None:
+        skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
+        count, _ = self.training.not_finite
+        skipped += f"; steps that were not finite and left out: {count}" if count else ""
+        last = self.checkpoints.last
+        self.notes.add("done", self.training.step, f"done{skipped}")
+        log.finish(f"done: {last}{skipped}\n{self.training.last_words(last)}")
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch. What ends the loader costs no step that was done."""
