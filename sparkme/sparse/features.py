@@ -37,10 +37,10 @@ class Features(ABC):
         channel_axis: the first channel axis of the data.
     """
 
+    data: Tensor
+    grid: Grid
+    stride: int
     channel_axis: int
-
-    def __init__(self, data: Tensor, grid: Grid, stride: int) -> None:
-        self.data, self.grid, self.stride = data, grid, stride
 
     @property
     def shape(self) -> torch.Size:
@@ -120,8 +120,7 @@ class RowFeatures(Features):
     channel_axis = 2
 
     def __init__(self, data: Tensor, grid: Grid, stride: int, again: Callable[[], Tensor] | None = None) -> None:
-        super().__init__(data, grid, stride)
-        self.again = again
+        self.data, self.grid, self.stride, self.again = data, grid, stride, again
 
     @property
     def channel_shape(self) -> torch.Size:
@@ -135,6 +134,10 @@ class RowFeatures(Features):
 
     def dense(self) -> Tensor:
         return self.grid.to_dense(self.rows(), self.stride)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, grid: Grid, stride: int) -> Self:
+        return cls(rows.view(grid.batch, -1, rows.shape[-1]), grid, stride)
 
     @classmethod
     def of_samples(cls, rows: Tensor, grid: Grid, stride: int) -> Self:
@@ -189,8 +192,7 @@ class DenseFeatures(Features):
     channel_axis = 1
 
     def __init__(self, data: Tensor, grid: Grid, stride: int, *, clean: bool = True) -> None:
-        super().__init__(data, grid, stride)
-        self.clean = clean
+        self.data, self.grid, self.stride, self.clean = data, grid, stride, clean
 
     @property
     def channel_shape(self) -> torch.Size:

@@ -23,9 +23,10 @@ ROWS_PER_CHANNEL = 8  # that there have to be, so that products of weights alone
 
 def begin(x: WorkingMap, kernel: Tensor, bias: Tensor | None, window: Window, groups: int) -> Unwritten | None:
     """Where it is 1x1, to at least twice as many channels, of enough pixels, and its sums are exact."""
+    if bias is not None or groups != 1 or window.kernel_size != (1, 1) or window.stride != 1 or not window.is_plain:
+        return None
     inside, outside = kernel.shape[-2:]
-    fits = window.kernel_size == (1, 1) and window.stride == 1 and window.is_plain and outside >= 2 * inside
-    if bias is not None or groups != 1 or not fits or x.grid.num_rows(x.stride) < ROWS_PER_CHANNEL * inside:
+    if outside < 2 * inside or x.grid.num_rows(x.stride) < ROWS_PER_CHANNEL * inside:
         return None
     exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
     if not exact or not torch.is_grad_enabled() or not x.engine.fuses_products(x.dtype, x.device):
