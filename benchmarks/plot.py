@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkme.errors import UserError, first_line, run_command
+from sparkme.settings.pretrain import RECIPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -31,7 +32,6 @@ ROWS = (
 WORK = {
     "encoder-forward": "Encoder, forward", "encoder": "Encoder, forward and backward", "step": "Whole training step",
 }  # fmt: skip
-METHODS = {"spark": "SparK", "fcmae": "FCMAE"}
 TUNED = "tuned masked-dense"
 COLOURS = {
     "cuda_ext": "#d1495b", "minkowski": "#edae49", "masked-dense": "#00798c", "masked-dense-nchw": "#66a5ad",
@@ -179,7 +179,7 @@ def hardware(record: dict[str, Any]) -> str:
 
 def method(case: dict[str, Any]) -> str:
     """The method and the width of its decoder; nothing for a case of an older file, which does not say."""
-    return f"{METHODS[case['recipe']]}, decoder width {case['decoder_width']}" if "recipe" in case else ""
+    return f"{RECIPES[case['recipe']].name}, decoder width {case['decoder_width']}" if "recipe" in case else ""
 
 
 def count(number: int, noun: str) -> str:
@@ -223,7 +223,7 @@ def summary(records: dict[str, dict[str, Any]]) -> str:
                 continue
             memory = [case["contenders"][who]["activation_bytes"] for who in ("cuda_ext", "masked-dense")]
             ratios = [f"{case['ratios'][who]:.2f}" if who in case["ratios"] else "-" for who in (TUNED, "official")]
-            work = "encoder" if what == "encoder" else f"whole step of {METHODS[case['recipe']]}"
+            work = "encoder" if what == "encoder" else f"whole step of {RECIPES[case['recipe']].name}"
             words = f"{work}, {case['model']}: {hardware(records[name])}, {precision(case)}"
             rows.append([words, *ratios, f"{memory[0] / memory[1]:.2f}"])
     return markdown(["", "x masked dense", "x official", "activation memory / masked dense"], rows)

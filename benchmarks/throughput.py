@@ -98,7 +98,8 @@ from sparkme.training.graph import GraphedLoss
 from sparkme.training.memory import keep_freed_memory
 from sparkme.training.optimizer import create_optimizer, update_schedule
 
-METHODS = ("spark", "fcmae")  # of sparkme.pretrain's recipes those that differ in what is computed
+# Of sparkme.pretrain's recipes those that differ in what is computed: the first of each method.
+METHODS = tuple(name for name in RECIPES if name == next(n for n, r in RECIPES.items() if r.method == RECIPES[name].method))
 WHAT = ("encoder-forward", "encoder", "step")
 ENGINE_OF = {  # the engine whose kernels run, and whose order of weights in memory is used
     "cuda_ext": "cuda_ext", "minkowski": "minkowski", "masked-dense": "masked-dense", "masked-dense-nchw": "masked-dense",

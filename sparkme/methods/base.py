@@ -1,4 +1,8 @@
-"""What SparK and FCMAE share: hide patches, predict them, compare. How they are predicted is theirs."""
+"""What all methods share: hide patches, predict them, compare. How they are predicted is a method's own.
+
+A method is a subclass with `create`, `num_visible` and `predict`, and a recipe in `sparkme.settings.pretrain` that names it.
+One with another target or loss overrides `forward`; one that paints no pixels overrides `paint`, for the pictures.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from sparkme.methods.loss import hidden_patch_loss, neighbour_statistics, patch_statistics
 from sparkme.methods.masking import random_active
 from sparkme.ops.patches import patchify, unpatchify
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.grid import Grid
 
@@ -49,6 +54,15 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"patch {self.patch} is not a multiple of the encoder's total stride {encoder.patch}")
         self.set_task(input_size, mask_ratio)
         self.encoder = encoder
+
+    @classmethod
+    def create(cls, encoder: SparseEncoder, settings: PretrainSettings) -> MaskedAutoencoder:
+        """The network that a run's settings describe.
+
+        Raises:
+            ValueError: a value is not possible.
+        """
+        raise NotImplementedError
 
     def set_task(self, input_size: int | tuple[int, int], mask_ratio: float) -> None:
         """Says how large the images are, and which share of their patches is hidden; the weights fit any.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.decoder import MAX_WIDTH
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.forms import SparseConv2d, SparseDepthwiseConv2d
 from sparkme.sparse.grid import Grid
@@ -53,6 +54,14 @@ class FCMAE(MaskedAutoencoder):
         self.decoder = ConvNeXtBlock(decoder_width, use_grn=True, ls_init_value=None)
         self.prediction = nn.Conv2d(decoder_width, self.stride**2 * encoder.in_channels, kernel_size=1)
         self._initialise()
+
+    @classmethod
+    def create(cls, encoder: SparseEncoder, settings: PretrainSettings) -> FCMAE:
+        initialise_encoder(encoder)
+        return cls(
+            encoder, input_size=settings.size, mask_ratio=settings.mask_ratio, decoder_width=settings.decoder_width,
+            patch=settings.patch, normalise_patches=settings.norm_pix_loss,
+        )  # fmt: skip
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
         """`int(num_patches * (1 - mask_ratio))`, as in the official code (models/fcmae.py), where SparK rounds."""

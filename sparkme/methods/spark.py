@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.decoder import Decoder
 from sparkme.methods.masking import num_visible
+from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.batch_norm import use_operators
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.fusion import densified
@@ -64,6 +65,13 @@ class SparK(MaskedAutoencoder):
         # Rows turn into channels_last maps by copying patches, and convolutions are fastest on those.
         self.densify_projs.to(memory_format=torch.channels_last)
         self.decoder.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def create(cls, encoder: SparseEncoder, settings: PretrainSettings) -> SparK:
+        return cls(
+            encoder, input_size=settings.size, mask_ratio=settings.mask_ratio, decoder_width=settings.decoder_width,
+            densify_norm=settings.densify_norm, patch=settings.patch,
+        )  # fmt: skip
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
         return num_visible(num_patches, mask_ratio)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,49 +52,63 @@ DEMO_CROPS, DEMO_CROP_SCALE = 512, 0.1  # of scikit-image's photographs
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published method with its settings, which stand wherever the command line says nothing else.
+    """A method with its settings, which stand wherever the command line says nothing else.
 
     Attributes:
         name: for people.
         reference: the paper.
+        method: module and class, a `sparkme.methods.base.MaskedAutoencoder`.
         defaults: by the settings' names.
         crop_scale: of a data set; the few photographs of the demo have their own.
         rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
         largest_batch: up to which the batch grows with the number of processes.
+        folder: what the names of run folders begin with.
+        without: settings that the method does not have: the value they must keep, and what to say about another, `{}`.
     """
 
     name: str
     reference: str
+    method: str
     defaults: dict[str, Any]
     crop_scale: float
     rate_ends: tuple[float, float]
     largest_batch: int = PAPER_BATCH
+    folder: str = ""
+    without: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
 
 _SPARK = {
     "model": "resnet50", "epochs": 1600, "mask_ratio": 0.6, "decoder_width": 768, "norm_pix_loss": True,
     "optimizer": "lamb", "base_lr": 2e-4, "weight_decay": 0.04, "weight_decay_end": 0.2, "clip_grad": 5.0,
 }  # fmt: skip
+_NOT_SPARK = {
+    "norm_pix_loss": (True, "--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches"),
+}
 RECIPES = {
     "spark": Recipe(
         "SparK",
         "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
+        "sparkme.methods.spark:SparK",
         _SPARK,
         crop_scale=0.67,
         rate_ends=(0.005, 0.001),
+        without=_NOT_SPARK,
     ),
     # Found by measurement, see benchmarks/results/small_data.json.
     "small": Recipe(
         "SparK for small sets",
         "SparK (Tian et al., ICLR 2023), arXiv:2301.03580",
+        "sparkme.methods.spark:SparK",
         _SPARK | {"epochs": None, "decoder_width": 128, "base_lr": 0.04},
         crop_scale=0.67,
         rate_ends=(0.005, 0.001),
         largest_batch=256,
+        without=_NOT_SPARK,
     ),
     "fcmae": Recipe(
         "FCMAE",
         "FCMAE (Woo et al., ConvNeXt V2, CVPR 2023), arXiv:2301.00808",
+        "sparkme.methods.fcmae:FCMAE",
         {
             "model": "timm:convnextv2_tiny", "epochs": 800, "mask_ratio": 0.6, "decoder_width": 512, "norm_pix_loss": True,
             "optimizer": "adamw", "base_lr": 1.5e-4, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip_grad": 0.0,
@@ -102,6 +116,8 @@ RECIPES = {
         },
         crop_scale=0.2,
         rate_ends=(0.0, 0.0),
+        folder="fcmae-",
+        without={"densify_norm": ("auto", "--densify-norm {} is for SparK (--recipe spark or small); FCMAE has no norm there")},
     ),
 }  # fmt: skip
 
@@ -190,9 +206,9 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
 
     def run_folder(self) -> Path:
         """The run folder that is asked for, or the one that the model and the size stand for."""
-        fcmae = self.recipe == "fcmae"
-        model = re.sub(r"[^\w.]+", "-", self.model or RECIPES["fcmae" if fcmae else "spark"].defaults["model"])
-        return self.output or Path("runs", f"{'fcmae-' * fcmae}{model}-{'x'.join(map(str, self.input_size))}")
+        recipe = RECIPES.get(self.recipe, RECIPES["spark"])
+        model = re.sub(r"[^\w.]+", "-", self.model or recipe.defaults["model"])
+        return self.output or Path("runs", f"{recipe.folder}{model}-{'x'.join(map(str, self.input_size))}")
 
 
 GROUPS = ("data", "images", "network", "optimisation", "machine", "output")
@@ -244,8 +260,9 @@ def resolve(
         value_range=checked_range(asked.value_range),
     )
     settings = _with_statistics(filled(settings, RECIPES[name].defaults), saved)
-    if name != "fcmae" and not settings.norm_pix_loss:
-        raise UserError("--no-norm-pix-loss is for --recipe fcmae; SparK always normalises patches")
+    for other, (value, text) in RECIPES[name].without.items():
+        if getattr(settings, other) != value:
+            raise UserError(text.format(getattr(settings, other)))
     settings = with_precision(_with_batch(_with_epochs(settings, saved), machine, saved), machine)
     return filled(settings, {"workers": default_workers(on_gpu=machine.on_gpu)})
 
@@ -258,8 +275,6 @@ def _check_together(asked: PretrainSettings) -> None:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
     if asked.label_column is not None and not asked.probe_data:
         raise UserError("--label-column needs --probe-data: pretraining itself takes no labels")
-    if asked.recipe == "fcmae" and asked.densify_norm != "auto":
-        raise UserError(f"--densify-norm {asked.densify_norm} is for SparK (--recipe spark or small); FCMAE has no norm there")
 
 
 def _with_statistics(settings: PretrainSettings, saved: PretrainSettings | None) -> PretrainSettings:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from sparkme.methods.base import MaskedAutoencoder
-from sparkme.methods.fcmae import FCMAE, initialise_encoder
-from sparkme.methods.spark import SparK
 from sparkme.settings.pretrain import RECIPES, PretrainSettings
 from sparkme.weights.checkpoint import build_encoder, described, load_weights, print_trial, settings_in
 
@@ -25,13 +24,8 @@ def build_network(settings: PretrainSettings, proof: Mapping[str, Any] | None = 
     """
     if settings.recipe not in RECIPES:
         raise ValueError(f"there is no recipe {settings.recipe!r}")
-    encoder = build_encoder(settings, proof)
-    options: dict[str, Any] = {name: getattr(settings, name) for name in ("mask_ratio", "decoder_width", "patch")}
-    options["input_size"] = settings.size
-    if settings.recipe == "fcmae":
-        initialise_encoder(encoder)
-        return FCMAE(encoder, normalise_patches=settings.norm_pix_loss, **options)
-    return SparK(encoder, densify_norm=settings.densify_norm, **options)
+    method: type[MaskedAutoencoder] = resolve_name(RECIPES[settings.recipe].method)
+    return method.create(build_encoder(settings, proof), settings)
 
 
 def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
