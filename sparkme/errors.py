@@ -19,7 +19,13 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line, too; --help prints the rest."""
+    """A mistake on the command line is one line, too; --help prints the rest, without a list of all flags before it."""
+
+    def format_help(self) -> str:
+        named = [action for action in self._actions if not action.option_strings]
+        words = [f"[{a.metavar or a.dest}]" if a.nargs in ("?", "*") else str(a.metavar or a.dest) for a in named]
+        self.usage = " ".join(["%(prog)s", *words, "[--flag VALUE ...]"])
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"^unrecognized arguments:.*?(--[\w-]+)", message)
