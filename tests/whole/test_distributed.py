@@ -190,7 +190,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int, tmp_path
         flags = [*SMALL, "--model", "convnext_tiny", "--drop-path", "0", "--accumulate", accumulate, "--output", tmp_path]
         run = Pretraining(asked(*flags), start_process("cpu"))
         for module in run.network.decoder.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
         run.network.double()
         run.optimizer.step = lambda run=run: gradients.append([p.grad.clone() for p in run.network.parameters()])
