@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
-from sparkme.machine import end_loaders, hear_sigterm, problem_of
+from sparkme.machine import end_loaders, hear_sigterm, problem_of, share_cores
 from sparkme.watchdog import IDLE_S, Watchdog
 
 T = TypeVar("T")
@@ -107,6 +107,7 @@ def run_command(command: Callable[[], int], *, watch: bool = False) -> int:
     With `watch` the process ends where it does nothing for `IDLE_S`; a training has its own watchdog.
     """
     hear_sigterm()
+    share_cores()
     try:
         with Watchdog(IDLE_S if watch else 0).watch():
             return _run_command(command)
@@ -132,6 +133,7 @@ def call_command(command: Callable[[], T]) -> T:
     Raises:
         UserError: something that the user can mend, in the code, on the disk or of the machine.
     """
+    share_cores()
     try:
         with _explained():
             return command()

@@ -363,3 +363,18 @@ def test_doctor_shows_the_size_of_shared_memory(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
     finding = doctor.check_shared_memory()
     assert "Read-only file system), so one process loads all images" in finding.text and "--shm-size=1g" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_give_their_cores_away_unless_the_user_says_otherwise(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run_command(lambda: 0) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+    os.environ.pop("GOMP_SPINCOUNT", None)
