@@ -52,7 +52,7 @@ help:
 	@echo 'make demo     set up, pretrain on photographs, export: the result is in $(DEMO_DIR)'
 	@echo 'make check    set up; linters, types and the fastest tests, within a minute'
 	@echo 'make test     set up; the tests of everything that runs in one process (tests/units, tests/contracts)'
-	@echo 'make test-all all tests: with processes that are killed, compilers and many networks (tests/whole), most of an hour'
+	@echo 'make test-all all tests: with processes that are killed, compilers and many networks (tests/whole), 20 minutes on two cores'
 	@echo 'make setup    only set up: $(VENV) with torch, MinkowskiEngine and sparkme'
 	@echo 'make wheels   write wheels of what was compiled to dist/wheels (or WHEELS=DIR), for machines of the same kind;'
 	@echo '              there `make setup WHEELS=DIR` installs from them, without a compiler'
