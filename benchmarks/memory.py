@@ -132,10 +132,16 @@ def count(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     free = {gb: (gb - args.reserve) * GB - fixed - 3 * 4 * parameters for gb in args.gpu}
     return {
-        "model": name, "recipe": args.recipe, "way": way, "parameters": parameters, "bytes": peaks, "fixed_bytes": round(fixed),
-        "bytes_per_image": round(slope), "off": peaks[2 * large] / (fixed + slope * 2 * large) - 1,
+        "model": name,
+        "recipe": args.recipe,
+        "way": way,
+        "parameters": parameters,
+        "bytes": peaks,
+        "fixed_bytes": round(fixed),
+        "bytes_per_image": round(slope),
+        "off": peaks[2 * large] / (fixed + slope * 2 * large) - 1,
         "largest_batch": {f"{gb:g}": max(0, int(left / slope)) for gb, left in free.items()},
-    }  # fmt: skip
+    }
 
 
 def time_steps(name: str, args: argparse.Namespace) -> list[float]:

@@ -233,9 +233,14 @@ def _examine(name: str) -> dict[str, Any]:
             scale = max(float(g.abs().max()) for g in first[1])
             of_maps = max(relative(x, y) for x, y in zip(rows, first[0], strict=True))
             of_gradients = max(float((x - y).abs().max()) / scale for x, y in zip(gradients, first[1], strict=True))
-            for kind, error in (("training", max(of_maps, of_gradients)),) if training else (
-                ("engines", of_maps), ("gradients", of_gradients),
-            ):  # fmt: skip
+            for kind, error in (
+                (("training", max(of_maps, of_gradients)),)
+                if training
+                else (
+                    ("engines", of_maps),
+                    ("gradients", of_gradients),
+                )
+            ):
                 errors[kind] = max(error, errors.get(kind, 0.0))
     encoder.zero_grad()
     bad = [f"{kind} {error:.1e}" for kind, error in errors.items() if not error <= LIMITS[dtype][kind]]

@@ -137,9 +137,14 @@ class _ConvNeXtBlock(nn.Module):
     """
 
     def __init__(
-        self, depthwise: nn.Module, norm: nn.Module, mlp: nn.Module, layer_scale: nn.Parameter | None, drop_path: nn.Module,
+        self,
+        depthwise: nn.Module,
+        norm: nn.Module,
+        mlp: nn.Module,
+        layer_scale: nn.Parameter | None,
+        drop_path: nn.Module,
         visibility: Visibility,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.depthwise, self.norm, self.mlp = depthwise, norm, mlp
         self.layer_scale, self.drop_path, self.visibility = layer_scale, drop_path, visibility

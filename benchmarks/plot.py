@@ -26,20 +26,33 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUMMARY = "<!-- summary:begin -->", "<!-- summary:end -->"
 # The rows of the summary: of which file, what kind of work, in which precision.
 ROWS = (
-    ("cpu_encoder.json", "encoder", "float32"), ("h200_graph.json", "encoder", "bf16"),
-    ("cpu_step.json", "step", "float32"), ("h200_graph.json", "step", "bf16"), ("cpu_step_fcmae.json", "step", "float32"),
-)  # fmt: skip
+    ("cpu_encoder.json", "encoder", "float32"),
+    ("h200_graph.json", "encoder", "bf16"),
+    ("cpu_step.json", "step", "float32"),
+    ("h200_graph.json", "step", "bf16"),
+    ("cpu_step_fcmae.json", "step", "float32"),
+)
 WORK = {
-    "encoder-forward": "Encoder, forward", "encoder": "Encoder, forward and backward", "step": "Whole training step",
-}  # fmt: skip
+    "encoder-forward": "Encoder, forward",
+    "encoder": "Encoder, forward and backward",
+    "step": "Whole training step",
+}
 TUNED = "tuned masked-dense"
 COLOURS = {
-    "cuda_ext": "#d1495b", "minkowski": "#edae49", "masked-dense": "#00798c", "masked-dense-nchw": "#66a5ad",
-    "rows-dense": "#30638e", "official": "#8d96a3",
-}  # fmt: skip
+    "cuda_ext": "#d1495b",
+    "minkowski": "#edae49",
+    "masked-dense": "#00798c",
+    "masked-dense-nchw": "#66a5ad",
+    "rows-dense": "#30638e",
+    "official": "#8d96a3",
+}
 STYLE: Any = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titleweight": "bold",
-}  # fmt: skip
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+}
 LINES = ("#d1495b", "#00798c", "#edae49", "#30638e", "#8d96a3", "#5d7052")
 
 
@@ -376,8 +389,11 @@ def draw_sweep(groups: list[list[dict[str, Any]]], record: dict[str, Any], path:
     axis = axes[0][0]
     highest = 1.0
     about: list[Callable[[dict[str, Any]], str]] = [
-        precision, method, lambda c: f"{c['input_size']} pixels", lambda c: f"batch {c['batch_size']}",
-    ]  # fmt: skip
+        precision,
+        method,
+        lambda c: f"{c['input_size']} pixels",
+        lambda c: f"batch {c['batch_size']}",
+    ]
     differ = [text for text in about if len({text(c) for of in groups for c in of}) > 1]
     for i, cases in enumerate(groups):
         points = sorted((case["mask_ratio"], case["ratios"][TUNED]) for case in cases if TUNED in case["ratios"])

@@ -79,12 +79,18 @@ def processes(args: argparse.Namespace, words: list[str]) -> int:
         medians = [statistics.median(values) for values in rates.values()]
         print(
             f"{recipe}, {model}, {args.batch_size} images a process, {args.precision}: {medians[0]:.2f} images/s with one, "
-            f"{medians[1]:.2f} with two, {medians[1] / medians[0]:.2f} times as many", flush=True,
-        )  # fmt: skip
-        record["cases"].append({
-            "recipe": recipe, "model": model, "images_per_process": args.batch_size, "images_per_s": rates,
-            "ratio": medians[1] / medians[0],
-        })  # fmt: skip
+            f"{medians[1]:.2f} with two, {medians[1] / medians[0]:.2f} times as many",
+            flush=True,
+        )
+        record["cases"].append(
+            {
+                "recipe": recipe,
+                "model": model,
+                "images_per_process": args.batch_size,
+                "images_per_s": rates,
+                "ratio": medians[1] / medians[0],
+            }
+        )
         write_json(args.json, record)
     return 0
 
@@ -98,12 +104,42 @@ def run(recipe: str, model: str, count: int, args: argparse.Namespace) -> list[f
     images = count * args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m", "sparkme.pretrain",
-            "--output", f"{folder}/run", "--recipe", recipe, "--model", model, "--batch-size", images,
-            "--samples-per-epoch", images * args.steps, "--epochs", 1, "--warmup-epochs", 0, "--log-steps", 1, "--workers", 0,
-            "--precision", args.precision, "--panel-epochs", 0, "--device", "cpu", "--input-size", args.input_size,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            count,
+            "-m",
+            "sparkme.pretrain",
+            "--output",
+            f"{folder}/run",
+            "--recipe",
+            recipe,
+            "--model",
+            model,
+            "--batch-size",
+            images,
+            "--samples-per-epoch",
+            images * args.steps,
+            "--epochs",
+            1,
+            "--warmup-epochs",
+            0,
+            "--log-steps",
+            1,
+            "--workers",
+            0,
+            "--precision",
+            args.precision,
+            "--panel-epochs",
+            0,
+            "--device",
+            "cpu",
+            "--input-size",
+            args.input_size,
             *(["--decoder-width", args.decoder_width] if args.decoder_width else []),
-        ]  # fmt: skip
+        ]
         done = subprocess.run([*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]

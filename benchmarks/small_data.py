@@ -64,16 +64,16 @@ def search(args: argparse.Namespace) -> int:
     data = args.data
     if data is None:
         data, extra = transfer.emoji(args.work / "emoji")
-    settings = {"data": str(args.data or transfer.EMOJI), "model": args.model, "input_size": args.input_size,
-                "base": args.base}  # fmt: skip
+    settings = {"data": str(args.data or transfer.EMOJI), "model": args.model, "input_size": args.input_size, "base": args.base}
     root, tables, parts = transfer.make_tables(data, args, settings)
     images = transfer.link_images(parts["train"], extra, args)
     path = args.json or args.work / "small_data.json"
     record = json.loads(path.read_text()) if path.exists() else {"trials": []}
     record |= {
-        **provenance(), "classes": parts["test"].classes,
+        **provenance(),
+        "classes": parts["test"].classes,
         "images": {"pretrained on": len(list(images.iterdir())), "labelled": len(parts["train"]), "test": len(parts["test"])},
-    }  # fmt: skip
+    }
     done = [trial["flags"] for trial in record["trials"] if {name: trial[name] for name in settings} == settings]
 
     def one(flags: str) -> None:
@@ -96,8 +96,22 @@ def trial(flags: str, data: Path, table: Path, images: Path, args: argparse.Name
     scores: dict[str, Any] = transfer.pretraining_of(folder / "checkpoints" / "last.pt")
     for name, words in (("all_labels", []), ("ten_labels_a_class", ["--shots", 10, "--draws", args.draws])):
         output = folder / f"{name}.json"
-        transfer.run("sparkme.probe", folder / "checkpoints" / "last.pt", "--data", data, "--labels", table, "--stage", "last",
-                     "--output", output, "--overwrite", *words, quiet=True, threads=1)  # fmt: skip
+        transfer.run(
+            "sparkme.probe",
+            folder / "checkpoints" / "last.pt",
+            "--data",
+            data,
+            "--labels",
+            table,
+            "--stage",
+            "last",
+            "--output",
+            output,
+            "--overwrite",
+            *words,
+            quiet=True,
+            threads=1,
+        )
         found = json.loads(output.read_text())["scores"][0]
         scores[name] = {key: round(found[key], 4) for key in ("knn", "knn_error", "linear", "linear_error")}
     shutil.rmtree(folder / "reconstructions", ignore_errors=True)

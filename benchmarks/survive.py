@@ -56,9 +56,32 @@ from sparkme.weights.checkpoint import load_checkpoint
 
 EPOCH = 25  # steps
 # A checkpoint of 0.1 GiB is begun every 0.3 s, if the one before is written.
-FLAGS = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4",
-         "--samples-per-epoch", str(4 * EPOCH), "--workers", "2", "--log-steps", "1", "--base-lr", "0.01", "--drop-path", "0.2",
-         "--warmup-epochs", "1", "--panel-epochs", "0", "--checkpoint-minutes", "0.005"]  # fmt: skip
+FLAGS = [
+    "--model",
+    "resnet18",
+    "--input-size",
+    "64",
+    "--decoder-width",
+    "32",
+    "--batch-size",
+    "4",
+    "--samples-per-epoch",
+    str(4 * EPOCH),
+    "--workers",
+    "2",
+    "--log-steps",
+    "1",
+    "--base-lr",
+    "0.01",
+    "--drop-path",
+    "0.2",
+    "--warmup-epochs",
+    "1",
+    "--panel-epochs",
+    "0",
+    "--checkpoint-minutes",
+    "0.005",
+]
 SESSION_S = 600.0  # that one start may take to get to its step
 
 
@@ -167,8 +190,18 @@ class Session:
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.steps, self.last = folder, 0, 0
-        command = [sys.executable, "-m", "sparkme.pretrain", *FLAGS, "--epochs", str(args.steps // EPOCH),
-                   "--device", args.device, "--output", str(folder)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sparkme.pretrain",
+            *FLAGS,
+            "--epochs",
+            str(args.steps // EPOCH),
+            "--device",
+            args.device,
+            "--output",
+            str(folder),
+        ]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, text=True, bufsize=1

@@ -102,9 +102,12 @@ from sparkme.training.optimizer import create_optimizer, update_schedule
 METHODS = tuple(name for name in RECIPES if name == next(n for n, r in RECIPES.items() if r.method == RECIPES[name].method))
 WHAT = ("encoder-forward", "encoder", "step")
 ENGINE_OF = {  # the engine whose kernels run, and whose order of weights in memory is used
-    "cuda_ext": "cuda_ext", "minkowski": "minkowski", "masked-dense": "masked-dense", "masked-dense-nchw": "masked-dense",
+    "cuda_ext": "cuda_ext",
+    "minkowski": "minkowski",
+    "masked-dense": "masked-dense",
+    "masked-dense-nchw": "masked-dense",
     "rows-dense": "masked-dense",
-}  # fmt: skip
+}
 CONTENDERS = (*ENGINE_OF, "official")
 TUNED = ("masked-dense", "masked-dense-nchw")
 SWEEP = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -319,10 +322,19 @@ def create_model(name: str, width: int, ratio: float, args: argparse.Namespace) 
     Raises:
         ValueError: an unknown name, or sizes, ratio or width that do not fit together.
     """
-    return build_network(PretrainSettings(**RECIPES[args.recipe].defaults | {
-        "recipe": args.recipe, "model": name, "drop_path": 0.0, "input_size": (args.input_size, args.input_size),
-        "mask_ratio": ratio_of_model(ratio, args), "decoder_width": width,
-    }))  # fmt: skip
+    return build_network(
+        PretrainSettings(
+            **RECIPES[args.recipe].defaults
+            | {
+                "recipe": args.recipe,
+                "model": name,
+                "drop_path": 0.0,
+                "input_size": (args.input_size, args.input_size),
+                "mask_ratio": ratio_of_model(ratio, args),
+                "decoder_width": width,
+            }
+        )
+    )
 
 
 def create_setting(
@@ -532,10 +544,10 @@ class Answer:
         missing = reference.gradients.keys() - self.gradients.keys()
         found = {
             "maps": max(self.map_errors(reference)),
-            "gradients": math.inf if missing else max(
-                relative(self.gradients[name], gradient) for name, gradient in reference.gradients.items()
-            ),
-        }  # fmt: skip
+            "gradients": math.inf
+            if missing
+            else max(relative(self.gradients[name], gradient) for name, gradient in reference.gradients.items()),
+        }
         if self.loss is not None and reference.loss is not None:
             found["loss"] = relative(self.loss, reference.loss)
         return found
@@ -578,9 +590,12 @@ def check_agreement(
         Those that agree, all errors, and why the others do not stay.
     """
     exact = replace(
-        setting, images=setting.images[:EXACT_IMAGES].double(), active=setting.active[:EXACT_IMAGES], compiled=False,
+        setting,
+        images=setting.images[:EXACT_IMAGES].double(),
+        active=setting.active[:EXACT_IMAGES],
+        compiled=False,
         shared=copy.deepcopy(setting.shared).double(),
-    )  # fmt: skip
+    )
     part = setting
     if len(setting.images) > AGREEING_IMAGES and not setting.compiled:  # another size would be compiled, too
         part = replace(setting, images=setting.images[:AGREEING_IMAGES], active=setting.active[:AGREEING_IMAGES])
@@ -641,9 +656,16 @@ def run_cases(
 ) -> Iterator[dict[str, Any]]:
     """Checks, times and prints one setting, a case for each kind of work."""
     about = {
-        "recipe": args.recipe, "model": name, "decoder_width": width, "input_size": args.input_size, "batch_size": batch_size,
-        "mask_ratio": ratio, "precision": precision, "compile": args.compile, "graph": args.graph,
-    }  # fmt: skip
+        "recipe": args.recipe,
+        "model": name,
+        "decoder_width": width,
+        "input_size": args.input_size,
+        "batch_size": batch_size,
+        "mask_ratio": ratio,
+        "precision": precision,
+        "compile": args.compile,
+        "graph": args.graph,
+    }
     print(
         f"\n{RECIPES[args.recipe].name}, {name}, decoder width {width}, {args.input_size} pixels, batch {batch_size}, "
         f"mask ratio {ratio:g}, {precision}",
@@ -684,7 +706,7 @@ def run_case(
         "encoder-forward": (Contender.encoder_forward, Contender.encoder_forward),
         "encoder": (Contender.encoder, Contender.encoder),
         "step": (Contender.step, Contender.forward_backward),
-    }  # fmt: skip
+    }
     work, weighed = kinds[what]
     graphs: dict[str, Callable[[], None]] = {}
 

@@ -102,10 +102,16 @@ def count(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for operator, moved in seen.bytes.items():
         kinds[kind_of(operator)] += moved
     return {
-        "model": name, "what": args.what, "engine": args.engine, "batch_size": args.batch_size, "input_size": args.input_size,
-        "precision": args.precision, "gigabytes": {kind: kinds[kind] / GB for kind in KINDS}, "operators": seen.calls,
+        "model": name,
+        "what": args.what,
+        "engine": args.engine,
+        "batch_size": args.batch_size,
+        "input_size": args.input_size,
+        "precision": args.precision,
+        "gigabytes": {kind: kinds[kind] / GB for kind in KINDS},
+        "operators": seen.calls,
         "largest": {operator: moved / GB for operator, moved in seen.bytes.most_common()},
-    }  # fmt: skip
+    }
 
 
 def run_pass(name: str, args: argparse.Namespace, seen: Traffic) -> None:

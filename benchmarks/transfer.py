@@ -111,10 +111,14 @@ def transfer(args: argparse.Namespace) -> int:
     scores = probe(checkpoint, root, tables["final"], args)
     finetuning = [compare(shots, checkpoint, root, tables, args) for shots in args.shots]
     record = {
-        **provenance(), "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "images": {name: len(part) for name, part in parts.items()}, "classes": parts["test"].classes,
-        "pretraining": pretraining_of(checkpoint), "probe": scores, "finetuning": finetuning,
-    }  # fmt: skip
+        **provenance(),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "images": {name: len(part) for name, part in parts.items()},
+        "classes": parts["test"].classes,
+        "pretraining": pretraining_of(checkpoint),
+        "probe": scores,
+        "finetuning": finetuning,
+    }
     path = args.json or args.work / "transfer.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(table(record))
@@ -222,8 +226,10 @@ def keep_settings(work: Path, settings: dict[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.is_file() else now
     for name, value in now.items():
         if before.get(name) != value:
-            raise UserError(f"{work} has runs with {name.replace('_', ' ')} {before.get(name)!r}, now it is {value!r}; choose "
-                            "another --work, or remove it")  # fmt: skip
+            raise UserError(
+                f"{work} has runs with {name.replace('_', ' ')} {before.get(name)!r}, now it is {value!r}; choose "
+                "another --work, or remove it"
+            )
     path.write_text(json.dumps(now, indent=2) + "\n")
 
 
@@ -243,8 +249,18 @@ def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Na
 
 def pretrain(images: Path, args: argparse.Namespace) -> Path:
     """Trains on images without labels. Returns the checkpoint."""
-    run("sparkme.pretrain", "--data", images, "--model", args.model, "--input-size", args.input_size,
-        "--output", args.work / "pretrained", *args.pretrain_flags.split())  # fmt: skip
+    run(
+        "sparkme.pretrain",
+        "--data",
+        images,
+        "--model",
+        args.model,
+        "--input-size",
+        args.input_size,
+        "--output",
+        args.work / "pretrained",
+        *args.pretrain_flags.split(),
+    )
     return args.work / "pretrained" / "checkpoints" / "last.pt"
 
 
@@ -255,8 +271,21 @@ def probe(checkpoint: Path, data: Path, table: Path, args: argparse.Namespace) -
         path = args.work / f"probe-{shots}.json"
         if not path.exists():
             few = ["--shots", shots] if shots else []
-            run("sparkme.probe", checkpoint, "--data", data, "--labels", table, "--compare", "random", "--input-size",
-                args.input_size, "--output", path, *few)  # fmt: skip
+            run(
+                "sparkme.probe",
+                checkpoint,
+                "--data",
+                data,
+                "--labels",
+                table,
+                "--compare",
+                "random",
+                "--input-size",
+                args.input_size,
+                "--output",
+                path,
+                *few,
+            )
         scores += [{"shots": shots, **score} for score in json.loads(path.read_text())["scores"]]
     return scores
 
@@ -268,10 +297,33 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
     def accuracy(side: str, factor: float, seed: int, table: str) -> float:
         folder = args.work / f"{side}-{shots}shots-rate{factor:g}-seed{seed}-{table}"
         if not (folder / "done").exists():
-            run("sparkme.finetune", checkpoint, "--data", data, "--labels", tables[table], "--input-size", args.input_size,
-                "--base-lr", own * factor, "--seed", seed, "--eval-epochs", 10**6, "--output", folder, "--workers", 0,
-                "--checkpoint-minutes", 10**6, *(["--from-scratch"] if side == "scratch" else []),
-                *(["--shots", shots] if shots else []), *args.finetune_flags.split(), quiet=True, threads=1)  # fmt: skip
+            run(
+                "sparkme.finetune",
+                checkpoint,
+                "--data",
+                data,
+                "--labels",
+                tables[table],
+                "--input-size",
+                args.input_size,
+                "--base-lr",
+                own * factor,
+                "--seed",
+                seed,
+                "--eval-epochs",
+                10**6,
+                "--output",
+                folder,
+                "--workers",
+                0,
+                "--checkpoint-minutes",
+                10**6,
+                *(["--from-scratch"] if side == "scratch" else []),
+                *(["--shots", shots] if shots else []),
+                *args.finetune_flags.split(),
+                quiet=True,
+                threads=1,
+            )
             shutil.rmtree(folder / "checkpoints")  # of many runs, each as large as the network
             (folder / "best.safetensors").unlink()
             (folder / "done").touch()
@@ -293,8 +345,10 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
         result[side] |= {"accuracies": values, "mean": mean(values), "standard_error": standard_error(values)}
     gains = [a - b for a, b in zip(*(result[side]["accuracies"] for side in SIDES), strict=True)]
     result["gain"] = {"mean": mean(gains), "standard_error": standard_error(gains)}
-    print(f"{shots or 'all'} labels a class: " + ", ".join(f"{side} {100 * result[side]['mean']:.1f} %" for side in SIDES),
-          flush=True)  # fmt: skip
+    print(
+        f"{shots or 'all'} labels a class: " + ", ".join(f"{side} {100 * result[side]['mean']:.1f} %" for side in SIDES),
+        flush=True,
+    )
     return result
 
 
@@ -413,8 +467,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for result in results:
             scores = [s for s in record["probe"] if s["shots"] == result["shots"]]
             deepest = max(s["stride"] for s in scores)
-            values += [100 * s["linear"] for s in scores
-                       if s["stride"] == deepest and (s["weights"] == "random weights") == is_random]  # fmt: skip
+            values += [
+                100 * s["linear"] for s in scores if s["stride"] == deepest and (s["weights"] == "random weights") == is_random
+            ]
         axes.plot(places, values, color=colour, linestyle="--", marker=".", linewidth=1.2, label=f"{label}: linear classifier")
     axes.set_xticks(places, [f"{result['shots']} a class" if result["shots"] else "all" for result in results])
     settings = record["settings"]

@@ -20,8 +20,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["FCMAE", "Grid", "SparK", "SparseEncoder", "SparseMap", "UnsupportedLayerError", "load_encoder",
-           "random_active", "sparsify"]  # fmt: skip
+__all__ = [
+    "FCMAE",
+    "Grid",
+    "SparK",
+    "SparseEncoder",
+    "SparseMap",
+    "UnsupportedLayerError",
+    "load_encoder",
+    "random_active",
+    "sparsify",
+]
 
 _MODULES = {
     "FCMAE": "sparkme.methods.fcmae",

@@ -60,9 +60,14 @@ def as_source(images: ImageSource | Sequence[Path]) -> ImageSource:
 
 
 def estimate_statistics(
-    images: ImageSource | Sequence[Path], channels: int, background: str, *, seed: int, count: int = 256,
+    images: ImageSource | Sequence[Path],
+    channels: int,
+    background: str,
+    *,
+    seed: int,
+    count: int = 256,
     pixels: Pixels = Pixels(),  # noqa: B008
-) -> Statistics:  # fmt: skip
+) -> Statistics:
     """Mean and deviation of each channel over all pixels of `count` images, drawn once.
 
     Raises:
@@ -138,10 +143,20 @@ class CropDataset(Dataset[Sample]):
     TRIES = 16
 
     def __init__(
-        self, images: ImageSource | Sequence[Path], size: tuple[int, int], *, min_scale: float, seed: int, channels: int = 3,
-        background: str = "white", flip: bool = True, augment: nn.Module | None = None, labels: Tensor | None = None,
-        reduced_jpeg: bool = True, pixels: Pixels = Pixels(),  # noqa: B008
-    ) -> None:  # fmt: skip
+        self,
+        images: ImageSource | Sequence[Path],
+        size: tuple[int, int],
+        *,
+        min_scale: float,
+        seed: int,
+        channels: int = 3,
+        background: str = "white",
+        flip: bool = True,
+        augment: nn.Module | None = None,
+        labels: Tensor | None = None,
+        reduced_jpeg: bool = True,
+        pixels: Pixels = Pixels(),  # noqa: B008
+    ) -> None:
         self.source = as_source(images)
         self.size = size
         self.seed = seed
@@ -333,9 +348,13 @@ def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def preview_images(
-    images: ImageSource | Sequence[Path], size: tuple[int, int], count: int, channels: int = 3, background: str = "white",
+    images: ImageSource | Sequence[Path],
+    size: tuple[int, int],
+    count: int,
+    channels: int = 3,
+    background: str = "white",
     pixels: Pixels = Pixels(),  # noqa: B008
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Centre crops of `count` images spread over the source, (B, C, H, W), as `collate` puts them together; unreadable ones are
     passed over."""
     source = as_source(images)

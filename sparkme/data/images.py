@@ -27,9 +27,14 @@ _JPEG, _ORIENTATION = b"\xff\xd8\xff", 0x0112  # the first bytes of a file, and 
 _GREY_PHOTOMETRIC, _CMYK_PHOTOMETRIC, _SIGNED, _UNSIGNED = (0, 1), 5, 2, 1  # numbers of the TIFF format
 # Back to how a file has it.
 _TURNED_BACK = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 class Stored(NamedTuple):
@@ -49,9 +54,13 @@ class OpenImage:
     """
 
     def __init__(
-        self, size: tuple[int, int], jpeg: Image.Image | None = None, decoded: Decoded | None = None,
-        orientation: int = 1, outside: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        size: tuple[int, int],
+        jpeg: Image.Image | None = None,
+        decoded: Decoded | None = None,
+        orientation: int = 1,
+        outside: float = 0.0,
+    ) -> None:
         self.size, self._jpeg, self._decoded, self._orientation, self.outside = size, jpeg, decoded, orientation, outside
         self.mirrored = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
 
@@ -76,8 +85,11 @@ class OpenImage:
 
 @contextmanager
 def open_image(
-    stored: Stored, channels: int = 3, background: str = "white", pixels: Pixels = Pixels()  # noqa: B008
-) -> Iterator[OpenImage]:  # fmt: skip
+    stored: Stored,
+    channels: int = 3,
+    background: str = "white",
+    pixels: Pixels = Pixels(),  # noqa: B008
+) -> Iterator[OpenImage]:
     """Opens an image of any number of channels, see `load_image`.
 
     Raises:
@@ -147,8 +159,11 @@ def load_rgb(path: Path, background: str = "white") -> Image.Image:
 
 
 def load_image(
-    stored: Stored | Path, channels: int = 3, background: str = "white", pixels: Pixels = Pixels()  # noqa: B008
-) -> Decoded:  # fmt: skip
+    stored: Stored | Path,
+    channels: int = 3,
+    background: str = "white",
+    pixels: Pixels = Pixels(),  # noqa: B008
+) -> Decoded:
     """Decodes an image of any number of channels.
 
     Args:

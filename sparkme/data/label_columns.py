@@ -17,8 +17,22 @@ from sparkme.errors import UserError
 
 TRAIN: tuple[str, ...] = ("train", "training")  # of any case
 VAL: tuple[str, ...] = ("val", "valid", "validation", "test", "testing", "eval", "dev")
-LABEL_HEADS = ("label", "labels", "class", "classes", "classname", "category", "categoryname", "target", "targets", "tag",
-               "tags", "classid", "labelid", "categoryid")  # fmt: skip
+LABEL_HEADS = (
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "classname",
+    "category",
+    "categoryname",
+    "target",
+    "targets",
+    "tag",
+    "tags",
+    "classid",
+    "labelid",
+    "categoryid",
+)
 _SPLIT_HEADS = ("split", "part", "set", "subset", "phase", "partition", "usage", "fold")
 _IS_VAL_HEADS = ("isvalid", "isval", "isvalidation", "istest")
 _INDEX_HEADS = ("", "unnamed0", "index")
@@ -95,8 +109,11 @@ def read_label_columns(table: Table, names: Sequence[str] | None = None, separat
         lines = [*_lines(table, columns)]
     known = [line for line in lines if any(cell.lower() not in _EMPTY for cell in line.cells)]
     if not known:
-        raise UserError(f"{table.path} has a head, but no lines with a label below it" if not lines else
-                        f"{table.path}: none of its {len(lines):,} lines has a label")  # fmt: skip
+        raise UserError(
+            f"{table.path} has a head, but no lines with a label below it"
+            if not lines
+            else f"{table.path}: none of its {len(lines):,} lines has a label"
+        )
     if len(columns.labels) == 1:
         targets = _of_one_column(table, columns, known, separator)
     else:
@@ -199,9 +216,14 @@ def _image(table: Table, number: int, name: str) -> str:
 
 def _refuse_twice(table: Table, before: _Line, line: _Line, name: str) -> None:
     labels = [",".join(each.cells)[:40] for each in (line, before)]
-    several = "" if labels[0] == labels[1] else (
-        f", there as {labels[1]!r}, here as {labels[0]!r}; leave one out, or write both into one line as a|b, and pass "
-        "--label-separator '|' to finetune")  # fmt: skip
+    several = (
+        ""
+        if labels[0] == labels[1]
+        else (
+            f", there as {labels[1]!r}, here as {labels[0]!r}; leave one out, or write both into one line as a|b, and pass "
+            "--label-separator '|' to finetune"
+        )
+    )
     raise UserError(
         f"{table.path}: line {line.number} names {name[:80]!r} again, after line {before.number}{several or '; leave one out'}"
     )

@@ -419,9 +419,15 @@ class WholeImages(Dataset[NumberedSample]):
     """
 
     def __init__(
-        self, images: ImageSource | Sequence[Path], size: tuple[int, int], *, channels: int = 3, background: str = "white",
-        pixels: Pixels = Pixels(), crop_share: float = 0.95,  # noqa: B008
-    ) -> None:  # fmt: skip
+        self,
+        images: ImageSource | Sequence[Path],
+        size: tuple[int, int],
+        *,
+        channels: int = 3,
+        background: str = "white",
+        pixels: Pixels = Pixels(),  # noqa: B008
+        crop_share: float = 0.95,
+    ) -> None:
         self.source, self.channels, self.background, self.pixels = as_source(images), channels, background, pixels
         self.resized = [round(side / crop_share) for side in size]
         self.crop = v2.Compose([v2.CenterCrop(size), v2.PILToTensor()])

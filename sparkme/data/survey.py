@@ -54,9 +54,15 @@ class Look(NamedTuple):
 
 
 def find_pixels(
-    images: ImageSource | Sequence[Path], channels: int, background: str, *, known: Pixels | None, given: list[float] | None,
-    upright: bool | None, flag: str = "--data",
-) -> tuple[Pixels, str]:  # fmt: skip
+    images: ImageSource | Sequence[Path],
+    channels: int,
+    background: str,
+    *,
+    known: Pixels | None,
+    given: list[float] | None,
+    upright: bool | None,
+    flag: str = "--data",
+) -> tuple[Pixels, str]:
     """How the images' numbers become values: as given, as known, or as some of the images let one estimate.
 
     Args:

@@ -59,9 +59,13 @@ class FCMAE(MaskedAutoencoder):
     def create(cls, encoder: SparseEncoder, settings: PretrainSettings) -> FCMAE:
         initialise_encoder(encoder)
         return cls(
-            encoder, input_size=settings.size, mask_ratio=settings.mask_ratio, decoder_width=settings.decoder_width,
-            patch=settings.patch, normalise_patches=settings.norm_pix_loss,
-        )  # fmt: skip
+            encoder,
+            input_size=settings.size,
+            mask_ratio=settings.mask_ratio,
+            decoder_width=settings.decoder_width,
+            patch=settings.patch,
+            normalise_patches=settings.norm_pix_loss,
+        )
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
         """`int(num_patches * (1 - mask_ratio))`, as in the official code (models/fcmae.py), where SparK rounds."""

@@ -69,9 +69,13 @@ class SparK(MaskedAutoencoder):
     @classmethod
     def create(cls, encoder: SparseEncoder, settings: PretrainSettings) -> SparK:
         return cls(
-            encoder, input_size=settings.size, mask_ratio=settings.mask_ratio, decoder_width=settings.decoder_width,
-            densify_norm=settings.densify_norm, patch=settings.patch,
-        )  # fmt: skip
+            encoder,
+            input_size=settings.size,
+            mask_ratio=settings.mask_ratio,
+            decoder_width=settings.decoder_width,
+            densify_norm=settings.densify_norm,
+            patch=settings.patch,
+        )
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
         return num_visible(num_patches, mask_ratio)

@@ -256,9 +256,15 @@ def with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:
     if type(old) is not nn.Conv2d or old.groups != 1:
         raise ValueError(f"--channels {in_channels}: layer {name!r} ({type(old).__name__}) cannot take other images than RGB")
     new = nn.Conv2d(
-        in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
-        bias=old.bias is not None, padding_mode=old.padding_mode,
-    )  # fmt: skip
+        in_channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        old.dilation,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+        padding_mode=old.padding_mode,
+    )
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
     return model

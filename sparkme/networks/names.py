@@ -11,9 +11,14 @@ from pathlib import Path
 # Drop path of the paper (models/__init__.py:34 of the official code), for torchvision's and timm's networks of these names;
 # other networks train without.
 PAPER_DROP_PATH = {
-    "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10, "resnet200": 0.15,
-    "convnext_small": 0.2, "convnext_base": 0.3, "convnext_large": 0.4,
-}  # fmt: skip
+    "resnet50": 0.05,
+    "resnet101": 0.08,
+    "resnet152": 0.10,
+    "resnet200": 0.15,
+    "convnext_small": 0.2,
+    "convnext_base": 0.3,
+    "convnext_large": 0.4,
+}
 
 
 def paper_drop_path(name: str) -> float:

@@ -11,32 +11,59 @@ __all__ = ["depthwise_conv", "depthwise_conv_reference"]
 
 @define()
 def _depthwise_conv(
-    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int],
-    stride: int, dilation: int,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    patches: Tensor,
+    pixels: int,
+    kernel_size: list[int],
+    stride: int,
+    dilation: int,
+) -> Tensor:
     return rows.new_empty(patches.shape[0] * (pixels // stride) ** 2, rows.shape[1])
 
 
 @define()
 def _depthwise_conv_grad_rows(
-    grad: Tensor, kernel: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
+    grad: Tensor,
+    kernel: Tensor,
+    slots: Tensor,
+    patches: Tensor,
+    pixels: int,
+    kernel_size: list[int],
+    stride: int,
     dilation: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return grad.new_empty(patches.shape[0] * pixels**2, grad.shape[1])
 
 
 @define()
 def _depthwise_conv_grad_kernel(
-    rows: Tensor, grad: Tensor, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int], stride: int,
+    rows: Tensor,
+    grad: Tensor,
+    slots: Tensor,
+    patches: Tensor,
+    pixels: int,
+    kernel_size: list[int],
+    stride: int,
     dilation: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return rows.new_empty(kernel_size[0] * kernel_size[1], rows.shape[1])
 
 
 def depthwise_conv(
-    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int,
-    kernel_size: tuple[int, int], *, stride: int = 1, dilation: int = 1,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    patches: Tensor,
+    pixels: int,
+    kernel_size: tuple[int, int],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+) -> Tensor:
     """Convolution with one odd-sized filter per channel, patch by patch with its halo.
 
     Args:
@@ -61,9 +88,16 @@ def depthwise_conv(
 
 
 def depthwise_conv_reference(
-    rows: Tensor, kernel: Tensor, bias: Tensor | None, slots: Tensor, patches: Tensor, pixels: int, kernel_size: list[int],
-    stride: int, dilation: int,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    patches: Tensor,
+    pixels: int,
+    kernel_size: list[int],
+    stride: int,
+    dilation: int,
+) -> Tensor:
     table = neighbour_table_reference(slots, patches, pixels, kernel_size, stride, dilation, False)
     out = torch.einsum("nkc,kc->nc", gather(rows, table), kernel)
     return out if bias is None else out + bias

@@ -10,9 +10,16 @@ from sparkme.ops.library import check_channels, check_rows, check_same, define, 
 from sparkme.ops.norm import batch_norm_reference, batch_statistics_reference, check_norm, follow
 
 __all__ = [
-    "ProductStatistics", "linear", "linear_batch_norm", "linear_batch_norm_reference", "linear_reference", "mlp",
-    "mlp_reference", "product_statistics", "product_statistics_reference",
-]  # fmt: skip
+    "ProductStatistics",
+    "linear",
+    "linear_batch_norm",
+    "linear_batch_norm_reference",
+    "linear_reference",
+    "mlp",
+    "mlp_reference",
+    "product_statistics",
+    "product_statistics_reference",
+]
 
 
 @define()
@@ -29,40 +36,72 @@ def _product_statistics(rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, T
 
 @define()
 def _linear_batch_norm(
-    rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
-    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, ceiling: float | None,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    kernel: Tensor,
+    row_mean: Tensor,
+    gram: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    ceiling: float | None,
+) -> Tensor:
     return rows.new_empty(rows.shape[0], kernel.shape[1])
 
 
 @define()
 def _linear_batch_norm_grad(
-    grad: Tensor, rows: Tensor, kernel: Tensor, out: Tensor | None, row_mean: Tensor, gram: Tensor, mean: Tensor,
-    inverse_deviation: Tensor, weight: Tensor | None, factor: Tensor | None, ceiling: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    rows: Tensor,
+    kernel: Tensor,
+    out: Tensor | None,
+    row_mean: Tensor,
+    gram: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    factor: Tensor | None,
+    ceiling: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = rows.new_empty(2, kernel.shape[1], dtype=sum_type(rows.dtype))
     return rows.new_empty(rows.shape), kernel.new_empty(kernel.shape), sums, grad.new_empty(0 if out is None else grad.shape)
 
 
 @define()
 def _mlp(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
-    factor: Tensor | None, residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0], weight2.shape[0]), rows.new_empty(rows.shape[0], weight1.shape[0])
 
 
 @define()
 def _mlp_grad(
-    grad: Tensor, rows: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
+    grad: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    scale: Tensor | None,
     factor: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         rows.new_empty(rows.shape),
-        weight1.new_empty(weight1.shape), weight1.new_empty(weight1.shape[0]),
-        weight2.new_empty(weight2.shape), weight2.new_empty(weight2.shape[0]),
+        weight1.new_empty(weight1.shape),
+        weight1.new_empty(weight1.shape[0]),
+        weight2.new_empty(weight2.shape),
+        weight2.new_empty(weight2.shape[0]),
         rows.new_empty(0, dtype=sum_type(rows.dtype)) if scale is None else scale.new_empty(scale.shape),
-    )  # fmt: skip
+    )
 
 
 def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,9 +140,17 @@ def product_statistics(rows: Tensor, kernel: Tensor) -> ProductStatistics:
 
 
 def linear_batch_norm(
-    rows: Tensor, kernel: Tensor, statistics: ProductStatistics, epsilon: float, weight: Tensor | None = None,
-    bias: Tensor | None = None, *, factor: Tensor | None = None, residual: Tensor | None = None, ceiling: float | None = None,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    kernel: Tensor,
+    statistics: ProductStatistics,
+    epsilon: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
+    ceiling: float | None = None,
+) -> Tensor:
     """`batch_norm` of rows @ kernel in training mode, which is neither kept nor ever whole; for kernels with more columns than
     rows. Kept for the gradient are the rows and, with ceiling, the result.
 
@@ -128,9 +175,16 @@ def linear_batch_norm(
 
 
 def mlp(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None = None,
-    *, factor: Tensor | None = None, residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    scale: Tensor | None = None,
+    *,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """factor * scale * (gelu(rows @ weight1' + bias1) @ weight2' + bias2) + residual. Of what is between the layers only the
     first one's result is kept.
 
@@ -171,16 +225,31 @@ def product_statistics_reference(rows: Tensor, kernel: Tensor) -> tuple[Tensor, 
 
 
 def linear_batch_norm_reference(
-    rows: Tensor, kernel: Tensor, row_mean: Tensor, gram: Tensor, mean: Tensor, inverse_deviation: Tensor,
-    weight: Tensor | None, bias: Tensor | None, factor: Tensor | None, residual: Tensor | None, ceiling: float | None,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    kernel: Tensor,
+    row_mean: Tensor,
+    gram: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    ceiling: float | None,
+) -> Tensor:
     return batch_norm_reference(rows @ kernel, mean, inverse_deviation, weight, bias, factor, residual, ceiling, True)
 
 
 def mlp_reference(
-    rows: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, scale: Tensor | None,
-    factor: Tensor | None, residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     hidden = F.linear(rows, weight1, bias1)
     out = F.linear(F.gelu(hidden), weight2, bias2)
     return follow(out if scale is None else out * scale, factor, residual), hidden

@@ -6,9 +6,15 @@ from torch import Tensor
 from sparkme.ops.library import check_channels, check_device, check_rows, check_same, define, sum_type
 
 __all__ = [
-    "batch_norm", "batch_norm_reference", "batch_statistics", "batch_statistics_reference", "layer_norm",
-    "layer_norm_reference", "norm_statistics", "norm_statistics_reference",
-]  # fmt: skip
+    "batch_norm",
+    "batch_norm_reference",
+    "batch_statistics",
+    "batch_statistics_reference",
+    "layer_norm",
+    "layer_norm_reference",
+    "norm_statistics",
+    "norm_statistics_reference",
+]
 
 
 @define()
@@ -26,26 +32,48 @@ def _norm_statistics(
 
 @define()
 def _batch_norm(
-    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
-    residual: Tensor | None, ceiling: float | None, training: bool,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    ceiling: float | None,
+    training: bool,
+) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
 @define()
 def _batch_norm_grad_sums(
-    grad: Tensor, rows: Tensor, out: Tensor | None, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None,
-    bias: Tensor | None, factor: Tensor | None, ceiling: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    rows: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    ceiling: float | None,
+) -> tuple[Tensor, Tensor]:
     sums = rows.new_empty(2, rows.shape[1], dtype=sum_type(rows.dtype))
     return grad.new_empty(0 if out is None else grad.shape), sums
 
 
 @define()
 def _batch_norm_grad_rows(
-    grad: Tensor, rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None,
-    factor: Tensor | None, ceiling: float | None, sums: Tensor | None, count: float | None,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    rows: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    ceiling: float | None,
+    sums: Tensor | None,
+    count: float | None,
+) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
@@ -84,9 +112,17 @@ def norm_statistics(
 
 
 def batch_norm(
-    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
-    training: bool, factor: Tensor | None = None, residual: Tensor | None = None, ceiling: float | None = None,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
+    ceiling: float | None = None,
+) -> Tensor:
     """Batch norm with what follows it in a residual block: factor * (weight * (rows - mean) * inverse_deviation + bias) +
     residual, clamped to [0, ceiling]. Only the rows are kept for the gradient, and with ceiling and residual the result.
 
@@ -158,9 +194,16 @@ def norm_statistics_reference(
 
 
 def batch_norm_reference(
-    rows: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, factor: Tensor | None,
-    residual: Tensor | None, ceiling: float | None, training: bool,
-) -> Tensor:  # fmt: skip
+    rows: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    ceiling: float | None,
+    training: bool,
+) -> Tensor:
     if training:  # the same values, with a gradient; the epsilon is what is left
         own_mean, own_variance = batch_statistics_reference(rows)
         epsilon = inverse_deviation**-2 - own_variance.detach()

@@ -28,9 +28,15 @@ def _densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Te
 
 
 def neighbour_table(
-    slots: Tensor, patches: Tensor, pixels: int, kernel_size: tuple[int, int], *, stride: int = 1, dilation: int = 1,
+    slots: Tensor,
+    patches: Tensor,
+    pixels: int,
+    kernel_size: tuple[int, int],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
     transposed: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Where the neighbours of every row are.
 
     Args:

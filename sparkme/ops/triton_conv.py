@@ -117,9 +117,12 @@ class Blocks:
 
     def options(self) -> dict[str, int]:
         return {
-            "BLOCK": self.rows, "BLOCK_IN": self.channels_in, "BLOCK_OUT": self.channels_out, "num_warps": self.warps,
+            "BLOCK": self.rows,
+            "BLOCK_IN": self.channels_in,
+            "BLOCK_OUT": self.channels_out,
+            "num_warps": self.warps,
             "num_stages": self.stages,
-        }  # fmt: skip
+        }
 
 
 def _fit(size: int, most: int) -> int:
@@ -196,9 +199,25 @@ def _convolve(
             apart //= 2
         row_blocks = apart * _ceil_div(_ceil_div(len(out), apart), blocks.rows)
         kernels.convolve[(row_blocks * groups * _ceil_div(out_width, blocks.channels_out),)](
-            out, rows, kernel, table, len(out), taps, groups, width, out_width, tap_stride, in_stride, out_stride, group_stride,
-            APART=apart, SKIP=skip, WIDE=wide, PRECISION=precision, **blocks.options(),
-        )  # fmt: skip
+            out,
+            rows,
+            kernel,
+            table,
+            len(out),
+            taps,
+            groups,
+            width,
+            out_width,
+            tap_stride,
+            in_stride,
+            out_stride,
+            group_stride,
+            APART=apart,
+            SKIP=skip,
+            WIDE=wide,
+            PRECISION=precision,
+            **blocks.options(),
+        )
 
 
 def _span(columns: int) -> int:
@@ -215,9 +234,18 @@ def _columns(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
             own = table[part]
             columns = rows.new_empty(len(own), span)
             kernels.gather_columns[(_ceil_div(own.numel(), block),)](
-                columns, rows, own, own.numel(), TAPS=taps, WIDTH=width, SPAN=span, WIDE=_wide(rows), BLOCK=block,
-                num_warps=4, num_stages=2,
-            )  # fmt: skip
+                columns,
+                rows,
+                own,
+                own.numel(),
+                TAPS=taps,
+                WIDTH=width,
+                SPAN=span,
+                WIDE=_wide(rows),
+                BLOCK=block,
+                num_warps=4,
+                num_stages=2,
+            )
             yield part, columns
 
 
@@ -249,9 +277,20 @@ def _correlate(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor
     wide = _wide(rows, grad, table)
     with _guard(rows):
         kernels.correlate[(tiles, taps, splits)](
-            partial, rows, grad, table, len(table), taps, groups, width, out_width, chunk, WIDE=wide, PRECISION=precision,
+            partial,
+            rows,
+            grad,
+            table,
+            len(table),
+            taps,
+            groups,
+            width,
+            out_width,
+            chunk,
+            WIDE=wide,
+            PRECISION=precision,
             **blocks.options(),
-        )  # fmt: skip
+        )
     total = (partial.sum(0) if splits > 1 else partial[0]).to(rows.dtype)
     return _split_groups(total, groups, merged)
 

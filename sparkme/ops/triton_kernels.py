@@ -21,9 +21,22 @@ def _block_rows(block, num_rows, BLOCK: tl.constexpr, APART: tl.constexpr):
 
 @triton.jit
 def _multiply_neighbours(
-    sums, rows, kernel, index, tap, channel, width, outs, out_width, row_stride, tap_stride, in_stride, out_stride,
-    BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    sums,
+    rows,
+    kernel,
+    index,
+    tap,
+    channel,
+    width,
+    outs,
+    out_width,
+    row_stride,
+    tap_stride,
+    in_stride,
+    out_stride,
+    BLOCK_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Adds rows[index, channel:] @ kernel[tap, channel:, outs]."""
     channels = channel + tl.arange(0, BLOCK_IN)
     left = tl.load(
@@ -41,10 +54,27 @@ def _multiply_neighbours(
 
 @triton.jit
 def convolve(
-    out, rows, kernel, table, num_rows, taps, groups, width, out_width, tap_stride, in_stride, out_stride, group_stride,
-    APART: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
+    out,
+    rows,
+    kernel,
+    table,
+    num_rows,
+    taps,
+    groups,
+    width,
+    out_width,
+    tap_stride,
+    in_stride,
+    out_stride,
+    group_stride,
+    APART: tl.constexpr,
+    SKIP: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
     """out[n, g, o] = the sum over taps and c of rows[table[n, tap], g, c] * kernel[tap, c, g, o], by the kernel's strides.
 
     SKIP: leave out a tap that no row of the block has.
@@ -70,9 +100,22 @@ def convolve(
                     index = index.to(tl.int64)
                 for channel in range(0, width, BLOCK_IN):
                     sums = _multiply_neighbours(
-                        sums, rows, kernel, index, tap, channel, width, outs, out_width, row_stride, tap_stride, in_stride,
-                        out_stride, BLOCK_IN, PRECISION,
-                    )  # fmt: skip
+                        sums,
+                        rows,
+                        kernel,
+                        index,
+                        tap,
+                        channel,
+                        width,
+                        outs,
+                        out_width,
+                        row_stride,
+                        tap_stride,
+                        in_stride,
+                        out_stride,
+                        BLOCK_IN,
+                        PRECISION,
+                    )
     else:
         # One loop over taps and channels, so that the loads of the next tap start while this one is multiplied.
         in_blocks = tl.cdiv(width, BLOCK_IN)
@@ -82,18 +125,38 @@ def convolve(
             if WIDE:
                 index = index.to(tl.int64)
             sums = _multiply_neighbours(
-                sums, rows, kernel, index, tap, step % in_blocks * BLOCK_IN, width, outs, out_width, row_stride, tap_stride,
-                in_stride, out_stride, BLOCK_IN, PRECISION,
-            )  # fmt: skip
+                sums,
+                rows,
+                kernel,
+                index,
+                tap,
+                step % in_blocks * BLOCK_IN,
+                width,
+                outs,
+                out_width,
+                row_stride,
+                tap_stride,
+                in_stride,
+                out_stride,
+                BLOCK_IN,
+                PRECISION,
+            )
     place = row[:, None] * (groups * out_width) + group * out_width + outs[None, :]
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=exists[:, None] & (outs[None, :] < out_width))
 
 
 @triton.jit
 def gather_columns(
-    columns, rows, table, entries, TAPS: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    columns,
+    rows,
+    table,
+    entries,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """columns[n, tap * WIDTH + c] = rows[table[n, tap], c], and zeros from TAPS * WIDTH to SPAN. `entries` of the table."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = entry < entries
@@ -110,9 +173,22 @@ def gather_columns(
 
 @triton.jit
 def correlate(
-    partial, rows, grad, table, num_rows, taps, groups, width, out_width, chunk,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
+    partial,
+    rows,
+    grad,
+    table,
+    num_rows,
+    taps,
+    groups,
+    width,
+    out_width,
+    chunk,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
     """partial[s, tap, c, g, o] = the sum over the rows n of chunk s of rows[table[n, tap], g, c] * grad[n, g, o]."""
     in_blocks, out_blocks = tl.cdiv(width, BLOCK_IN), tl.cdiv(out_width, BLOCK_OUT)
     tile, tap, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)

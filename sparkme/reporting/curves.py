@@ -177,24 +177,32 @@ def draw_chart(chart: Chart, x_range: tuple[float, float]) -> str:
     button = f'<button type="button" class="switch script" data-log="{escape(chart.name)}" aria-pressed="false" '
     button += 'title="logarithmic axis">log</button>'
     numbers = [
-        {"run": c.run, "style": f"c{c.style % COLOURS}", "label": c.label, "s": [*map(_round, c.steps)],
-         "x": [*map(_round, c.epochs)], "y": [*map(_round, c.values)]}
+        {
+            "run": c.run,
+            "style": f"c{c.style % COLOURS}",
+            "label": c.label,
+            "s": [*map(_round, c.steps)],
+            "x": [*map(_round, c.epochs)],
+            "y": [*map(_round, c.values)],
+        }
         for c in chart.curves
-    ]  # fmt: skip
+    ]
     data = json.dumps({"unit": chart.unit, "curves": numbers}, separators=(",", ":")).replace("<", "\\u003c")
     legend = ""
     if chart.legend:
         entries = (f"<li>{swatch(curve.style)} {escape(curve.label)}</li>" for curve in chart.curves)
         legend = f'<ul class="legend">{"".join(entries)}</ul>'
-    return "\n".join([
-        f'<figure class="chart" data-name="{escape(chart.name)}">',
-        f"<figcaption><h3>{escape(chart.title)}</h3>{last}{button if has_log else ''}</figcaption>",
-        *plots,
-        legend,
-        *(f'<p class="small">{escape(note)}</p>' for note in notes),
-        f'<script type="application/json">{data}</script>',
-        "</figure>",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f'<figure class="chart" data-name="{escape(chart.name)}">',
+            f"<figcaption><h3>{escape(chart.title)}</h3>{last}{button if has_log else ''}</figcaption>",
+            *plots,
+            legend,
+            *(f'<p class="small">{escape(note)}</p>' for note in notes),
+            f'<script type="application/json">{data}</script>',
+            "</figure>",
+        ]
+    )
 
 
 def _linear(chart: Chart, low: float, high: float) -> Axis:

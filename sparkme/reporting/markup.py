@@ -9,12 +9,24 @@ from html import escape
 from sparkme.text import shown
 
 SHARES = ("knn", "top1", "top5", "accuracy", "val_map")  # parts of the names of measurements from 0 to 1
-TITLES = {"loss": "loss", "knn": "kNN accuracy", "val_top1": "top-1 accuracy", "val_top5": "top-5 accuracy",
-          "val_top1_average": "top-1 accuracy, averaged weights", "val_top5_average": "top-5 accuracy, averaged weights",
-          "val_map": "mean average precision", "val_map_average": "mean average precision, averaged weights",
-          "learning_rate": "learning rate", "images_per_s": "images per second", "gradient_norm": "gradient norm",
-          "loader_wait": "time spent waiting for images", "memory_gib": "memory", "weight_decay": "weight decay",
-          "step_ms": "time of a step", "not_finite": "steps that were not finite"}  # fmt: skip
+TITLES = {
+    "loss": "loss",
+    "knn": "kNN accuracy",
+    "val_top1": "top-1 accuracy",
+    "val_top5": "top-5 accuracy",
+    "val_top1_average": "top-1 accuracy, averaged weights",
+    "val_top5_average": "top-5 accuracy, averaged weights",
+    "val_map": "mean average precision",
+    "val_map_average": "mean average precision, averaged weights",
+    "learning_rate": "learning rate",
+    "images_per_s": "images per second",
+    "gradient_norm": "gradient norm",
+    "loader_wait": "time spent waiting for images",
+    "memory_gib": "memory",
+    "weight_decay": "weight decay",
+    "step_ms": "time of a step",
+    "not_finite": "steps that were not finite",
+}
 
 
 def moment(seconds: float | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:

@@ -36,8 +36,13 @@ INK = "#222222"
 
 def draw_pattern(args: VisualizeSettings) -> int:
     """Draws what becomes of a mask in dense and in sparse convolutions. Returns the exit code."""
-    alone = {"a CHECKPOINT": args.checkpoint, "--statistics": args.statistics, "--max-images": args.max_images,
-             "--value-range": args.value_range, "--upright": args.upright}  # fmt: skip
+    alone = {
+        "a CHECKPOINT": args.checkpoint,
+        "--statistics": args.statistics,
+        "--max-images": args.max_images,
+        "--value-range": args.value_range,
+        "--upright": args.upright,
+    }
     if given := [name for name, value in alone.items() if value is not None]:
         raise UserError(f"--mask-pattern draws no reconstructions; leave out {', '.join(given)}")
     seeds, ratios, layers = chosen_seeds(args) or [0], args.mask_ratio or [0.6], 16 if args.layers is None else args.layers
@@ -50,8 +55,9 @@ def draw_pattern(args: VisualizeSettings) -> int:
     image = centre_crop(load_image(photograph, 3), chosen_size(args) or (224, 224))
     device = start_process(args.device).device
     with user_errors():
-        pattern = trace_mask(image, layers=layers, mask_ratio=ratios[0], patch=32, seed=seeds[0],
-                             engine=args.engine, device=device)  # fmt: skip
+        pattern = trace_mask(
+            image, layers=layers, mask_ratio=ratios[0], patch=32, seed=seeds[0], engine=args.engine, device=device
+        )
     make_folder(output)
     figure = draw_mask_pattern(pattern)
     with replaced_when_whole(output) as temporary:

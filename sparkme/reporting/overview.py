@@ -18,8 +18,10 @@ def head_of(run: Run, now: float) -> str:
     parts = [state_of(run, now, percent(run.share) if run.share is not None else "")]
     if run.share is not None:
         value = f"{100 * run.share:.1f}"
-        parts.append(f'<div class="progress" role="progressbar" aria-label="how far the run is" aria-valuemin="0" '
-                     f'aria-valuemax="100" aria-valuenow="{value}"><div style="width: {value}%"></div></div>')  # fmt: skip
+        parts.append(
+            f'<div class="progress" role="progressbar" aria-label="how far the run is" aria-valuemin="0" '
+            f'aria-valuemax="100" aria-valuenow="{value}"><div style="width: {value}%"></div></div>'
+        )
     parts += [facts(run, now), command(run, now)]
     return f'<section aria-label="overview">\n{chr(10).join(parts)}\n</section>'
 
@@ -36,8 +38,7 @@ def overview(runs: Sequence[Run], now: float) -> str:
     for i, run in enumerate(runs):
         left = run.seconds_left(now)
         link = f'<a href="#run-{i}" data-opens="run-{i}">{escape(run.name)}</a>'
-        cells = [f'<td class="name"><span class="named">{swatch(i)} {link}</span></td>',
-                 f'<td>{_badge(run, now)}</td>']  # fmt: skip
+        cells = [f'<td class="name"><span class="named">{swatch(i)} {link}</span></td>', f"<td>{_badge(run, now)}</td>"]
         values = [percent(run.share) if run.share is not None else ""]
         values += [nice(round(run.epoch, 2)) + (f" of {run.epochs:g}" if run.epochs else "") if run.epoch is not None else ""]
         values += [nice(run.last["loss"]) if "loss" in run.last else ""]

@@ -140,17 +140,24 @@ def check_rows(images: int, ratios: int, seeds: int, size: tuple[int, int]) -> N
     """Raises UserError where the picture would be too large to be opened."""
     rows, most = images * ratios * seeds, min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
     if rows > most:
-        raise UserError(f"{images} images, {ratios} mask ratios and {seeds} seeds are {rows} rows, more than {most} of "
-                        f"{size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size")  # fmt: skip
+        raise UserError(
+            f"{images} images, {ratios} mask ratios and {seeds} seeds are {rows} rows, more than {most} of "
+            f"{size[1]} x {size[0]} pixels; lower --max-images, --num-seeds or --size"
+        )
 
 
 def chosen_pixels(paths: list[Path], network: MaskedAutoencoder, settings: PretrainSettings, args: VisualizeSettings) -> Pixels:
     """How the images' numbers become values, and says what they are. What cannot be read is said later, image by image."""
     try:
         pixels, seen = find_pixels(
-            paths, network.encoder.in_channels, settings.background, known=pixels_of(settings),
-            given=checked_range(args.value_range), upright=args.upright, flag="IMAGE",
-        )  # fmt: skip
+            paths,
+            network.encoder.in_channels,
+            settings.background,
+            known=pixels_of(settings),
+            given=checked_range(args.value_range),
+            upright=args.upright,
+            flag="IMAGE",
+        )
     except UserError:
         return pixels_of(settings)
     print(f"images    {seen}")

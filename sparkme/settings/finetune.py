@@ -217,9 +217,10 @@ def resolve(
         defaults = {"warmup_epochs": settings.epochs / 10, "eval_epochs": max(1, settings.epochs // 20)}
         settings = filled(settings, defaults)
     settings = filled(settings, recipe.defaults)
-    settings = filled(settings, {
-        "workers": default_workers(on_gpu=machine.on_gpu), "max_unreadable": max(10, settings.num_train_images // 100)
-    })  # fmt: skip
+    settings = filled(
+        settings,
+        {"workers": default_workers(on_gpu=machine.on_gpu), "max_unreadable": max(10, settings.num_train_images // 100)},
+    )
     if asked.warmup_epochs is None:
         settings = replace(settings, warmup_epochs=min(settings.warmup_epochs, settings.epochs / 10))
     settings = with_precision(settings, machine)

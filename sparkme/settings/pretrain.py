@@ -305,15 +305,18 @@ def _with_epochs(settings: PretrainSettings, saved: PretrainSettings | None) -> 
     settings = filled(settings, {"samples_per_epoch": before or (DEMO_CROPS if demo else settings.num_images)})
     settings = filled(settings, {"epochs": max(SMALL_EPOCHS, math.ceil(SMALL_CROPS / max(1, settings.samples_per_epoch)))})
     tenth = max(1, settings.epochs // 10)
-    settings = filled(settings, {
-        "crop_scale": DEMO_CROP_SCALE if demo else RECIPES[settings.recipe].crop_scale,
-        "warmup_epochs": min(PAPER_WARMUP, settings.epochs / 10),
-        "drop_path": paper_drop_path(settings.model),
-        "beta2": 0.999 if settings.model.removeprefix("timm:").startswith("convnext") else 0.95,
-        "max_unreadable": max(10, settings.num_images // 100),
-        "panel_epochs": tenth,
-        "probe_epochs": tenth if settings.probe_data else 0,
-    })  # fmt: skip
+    settings = filled(
+        settings,
+        {
+            "crop_scale": DEMO_CROP_SCALE if demo else RECIPES[settings.recipe].crop_scale,
+            "warmup_epochs": min(PAPER_WARMUP, settings.epochs / 10),
+            "drop_path": paper_drop_path(settings.model),
+            "beta2": 0.999 if settings.model.removeprefix("timm:").startswith("convnext") else 0.95,
+            "max_unreadable": max(10, settings.num_images // 100),
+            "panel_epochs": tenth,
+            "probe_epochs": tenth if settings.probe_data else 0,
+        },
+    )
     check_warmup(settings)
     return settings
 

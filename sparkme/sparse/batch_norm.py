@@ -29,9 +29,16 @@ def processes_of(bn: nn.Module) -> int:
 
 
 def normalise(
-    bn: BATCH_NORM, rows: Tensor, mean: Tensor, deviation: Tensor, *, training: bool, factor: Tensor | None = None,
-    residual: Tensor | None = None, ceiling: float | None = None,
-) -> Tensor:  # fmt: skip
+    bn: BATCH_NORM,
+    rows: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    *,
+    training: bool,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
+    ceiling: float | None = None,
+) -> Tensor:
     """`ops.batch_norm` with a layer's weight and bias; `mean` and `deviation` are from `statistics_of_batch` if it trains."""
     if training and (processes := processes_of(bn)) > 1:
         residual = None if residual is None else residual.flatten(0, -2)
@@ -105,9 +112,17 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor,
-        deviation: Tensor, factor: Tensor | None, ceiling: float | None, processes: int,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        deviation: Tensor,
+        factor: Tensor | None,
+        ceiling: float | None,
+        processes: int,
+    ) -> Tensor:
         numbers = mean, deviation, weight, bias, factor
         out: Tensor = torch.ops.sparkme.batch_norm(rows, *numbers, residual, ceiling, True)
         # Only after a residual it cannot be worked out from the rows where the result was clamped.

@@ -207,8 +207,11 @@ class SparseEncoder(nn.Module):
         # Counters, which files of old versions of torch lack.
         state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
         missing = [name for name in own if name not in state]
-        wrong = [f"{n}: {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in own
-                 if n in state and state[n].shape != own[n].shape]  # fmt: skip
+        wrong = [
+            f"{n}: {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+            for n in own
+            if n in state and state[n].shape != own[n].shape
+        ]
         if missing or wrong:
             problems = [f"missing {', '.join(missing[:5])}"] if missing else []
             problems += [f"wrong shape {', '.join(wrong[:5])}"] if wrong else []

@@ -37,8 +37,19 @@ _OUTSIDE = {"open", "exec", "eval", "environ", "getenv", "__import__", "import_m
 _MOST = 100_000
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _PACKAGE = Path(__file__).resolve().parents[1]
-_UNIMPORTANT = {"__dict__", "__doc__", "__weakref__", "__annotations__", "__module__", "__firstlineno__", "_abc_impl",
-                "__annotate__", "__annotate_func__", "__annotations_cache__", "__static_attributes__"}  # fmt: skip
+_UNIMPORTANT = {
+    "__dict__",
+    "__doc__",
+    "__weakref__",
+    "__annotations__",
+    "__module__",
+    "__firstlineno__",
+    "_abc_impl",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__static_attributes__",
+}
 
 
 class NotProved(Exception):

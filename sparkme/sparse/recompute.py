@@ -29,9 +29,11 @@ def find_blocks(network: nn.Module, taps: Sequence[str]) -> list[str]:
         for child, _ in module.named_children()
     }
     found = [
-        name for name in in_a_row if sum(isinstance(m, SparseLayer) for m in network.get_submodule(name).modules()) > 1
+        name
+        for name in in_a_row
+        if sum(isinstance(m, SparseLayer) for m in network.get_submodule(name).modules()) > 1
         and not any(tap.startswith(f"{name}.") for tap in taps)
-    ]  # fmt: skip
+    ]
     return sorted(name for name in found if not any(other.startswith(f"{name}.") for other in found))
 
 

@@ -148,8 +148,35 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "add", "sub", "mul", "truediv", "pow", "radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv", "neg", "abs",
-    "gt", "ge", "lt", "le", "eq", "ne", "matmul", "pos", "invert", "and", "or", "xor", "rpow", "ipow",
-):  # fmt: skip
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "pow",
+    "radd",
+    "rsub",
+    "rmul",
+    "rtruediv",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "neg",
+    "abs",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "eq",
+    "ne",
+    "matmul",
+    "pos",
+    "invert",
+    "and",
+    "or",
+    "xor",
+    "rpow",
+    "ipow",
+):
     setattr(TensorLike, f"__{_name}__", _operator(f"__{_name}__"))
 TensorLike.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -74,9 +74,14 @@ def pooled_features(
 
 
 def knn_accuracy(
-    train: Tensor, labels: Tensor, val: Tensor, val_labels: Tensor, *, neighbours: int = NEIGHBOURS,
+    train: Tensor,
+    labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    *,
+    neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-) -> float:  # fmt: skip
+) -> float:
     """The share of images whose class wins the vote of their nearest neighbours, each weighing exp(cosine / temperature).
 
     Args:

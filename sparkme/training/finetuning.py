@@ -88,11 +88,18 @@ class Finetuning(Training):
         self.network, self.model = distribute(self.network, process)
         self.mix, self.criterion, self.erase = create_losses(settings, process.device)
         self.dataset = CropDataset(
-            self.train_set.images, self.size, min_scale=settings.crop_scale, seed=settings.seed,
-            channels=settings.channels, background=settings.background, flip=settings.flip,
-            augment=create_augment(settings.auto_augment), labels=self.train_set.labels, reduced_jpeg=settings.reduced_jpeg,
+            self.train_set.images,
+            self.size,
+            min_scale=settings.crop_scale,
+            seed=settings.seed,
+            channels=settings.channels,
+            background=settings.background,
+            flip=settings.flip,
+            augment=create_augment(settings.auto_augment),
+            labels=self.train_set.labels,
+            reduced_jpeg=settings.reduced_jpeg,
             pixels=self.pixels,
-        )  # fmt: skip
+        )
         if process.is_main:
             folder.prepare(settings, pictures=("confusion.png", "best.safetensors", "results.json"))
             self._introduce(pretrained, split, reason, taken)
@@ -100,19 +107,29 @@ class Finetuning(Training):
     def _find_data(self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None) -> Split:
         """The images, their classes, and how their numbers become values."""
         split = find_labelled(
-            asked.data, asked.labels, label_separator=asked.label_separator, val_share=asked.val_share, seed=asked.seed,
-            root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
+            asked.data,
+            asked.labels,
+            label_separator=asked.label_separator,
+            val_share=asked.val_share,
+            seed=asked.seed,
+            root=asked.root,
+            cache=asked.shard_cache,
+            cache_gib=asked.shard_cache_gib,
             columns=Columns(asked.image_column, asked.label_column),
-        )  # fmt: skip
+        )
         self.train_set = split.train.shots(asked.shots, asked.seed) if asked.shots is not None else split.train
         self.val_set = split.val
         self.classes = split.train.classes
         self.statistics = pretrained.statistics
         self.pixels, self.seen = find_pixels_together(
-            self.process, self.train_set.images, pretrained.channels, pretrained.background,
-            known=pixels_of(saved) if saved else pretrained.pixels, given=checked_range(asked.value_range),
+            self.process,
+            self.train_set.images,
+            pretrained.channels,
+            pretrained.background,
+            known=pixels_of(saved) if saved else pretrained.pixels,
+            given=checked_range(asked.value_range),
             upright=asked.upright,
-        )  # fmt: skip
+        )
         return split
 
     def _create_network(
@@ -140,9 +157,17 @@ class Finetuning(Training):
     def batches(self, steps: range) -> Iterable[Batch]:
         settings, process = self.settings, self.process
         sampler = EpochSampler(
-            len(self.dataset), len(self.dataset), settings.batch_size, settings.seed, steps, process.rank, process.world,
-            settings.repeats, self.dataset.source.blocks, self.dataset.source.window,
-        )  # fmt: skip
+            len(self.dataset),
+            len(self.dataset),
+            settings.batch_size,
+            settings.seed,
+            steps,
+            process.rank,
+            process.world,
+            settings.repeats,
+            self.dataset.source.blocks,
+            self.dataset.source.window,
+        )
         return create_loader(self.dataset, sampler, workers=settings.workers, pin_memory=process.device.type == "cuda")
 
     def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -290,17 +315,30 @@ class Finetuning(Training):
         settings = self.settings
         state = {name: value for name, value in state_dict_of(network).items() if isinstance(value, Tensor)}
         notes = {
-            "format": "pt", "network": settings.model, "num_classes": str(len(self.classes)),
-            "classes": json.dumps(self.classes), "channels": str(settings.channels), "mean": json.dumps(settings.mean),
-            "std": json.dumps(settings.std), "background": settings.background,
-            "input_size": json.dumps(settings.input_size), "several_labels": json.dumps(settings.several_labels),
-            "value_range": json.dumps(settings.value_range), "upright": json.dumps(settings.upright),
-        } | {name: str(value) for name, value in self.best.items() if name != "epoch"}  # fmt: skip
+            "format": "pt",
+            "network": settings.model,
+            "num_classes": str(len(self.classes)),
+            "classes": json.dumps(self.classes),
+            "channels": str(settings.channels),
+            "mean": json.dumps(settings.mean),
+            "std": json.dumps(settings.std),
+            "background": settings.background,
+            "input_size": json.dumps(settings.input_size),
+            "several_labels": json.dumps(settings.several_labels),
+            "value_range": json.dumps(settings.value_range),
+            "upright": json.dumps(settings.upright),
+        } | {name: str(value) for name, value in self.best.items() if name != "epoch"}
         write_state_dict(self.folder.path / "best.safetensors", state, notes)
 
     def _write_results(self, values: dict[str, float], epoch: int, measure: Measure) -> None:
-        results = {"epoch": epoch, "last": values, "best": self.best, "num_train": len(self.train_set),
-                   "num_val": measure.num_images, **measure.write(self.folder.path)}  # fmt: skip
+        results = {
+            "epoch": epoch,
+            "last": values,
+            "best": self.best,
+            "num_train": len(self.train_set),
+            "num_val": measure.num_images,
+            **measure.write(self.folder.path),
+        }
         with replaced_when_whole(self.folder.path / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -315,13 +353,21 @@ class Finetuning(Training):
     def _with_found(self, asked: FinetuneSettings, pretrained: Pretrained) -> FinetuneSettings:
         """With what the images are, and what the weights expect of them."""
         return replace(
-            asked, model=pretrained.model, num_train_images=len(self.train_set), num_val_images=len(self.val_set),
-            num_classes=len(self.classes), several_labels=self.train_set.has_several, channels=pretrained.channels,
-            mean=pretrained.statistics.mean, std=pretrained.statistics.std, background=pretrained.background,
-            value_range=self.pixels.ranges, upright=self.pixels.upright,
+            asked,
+            model=pretrained.model,
+            num_train_images=len(self.train_set),
+            num_val_images=len(self.val_set),
+            num_classes=len(self.classes),
+            several_labels=self.train_set.has_several,
+            channels=pretrained.channels,
+            mean=pretrained.statistics.mean,
+            std=pretrained.statistics.std,
+            background=pretrained.background,
+            value_range=self.pixels.ranges,
+            upright=self.pixels.upright,
             input_size=asked.input_size or pretrained.input_size or (224,),
             split_digest=split_digest(self.train_set, self.val_set),
-        )  # fmt: skip
+        )
 
     def _check_batch_norm(self) -> None:
         settings = self.settings

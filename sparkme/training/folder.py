@@ -119,8 +119,15 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resume:
-                written = ("checkpoints/*.pt", "checkpoints/*.damaged", "metrics.jsonl", "notes.jsonl", "tensorboard/events.*",
-                           "wandb-run-id", *pictures)  # fmt: skip
+                written = (
+                    "checkpoints/*.pt",
+                    "checkpoints/*.damaged",
+                    "metrics.jsonl",
+                    "notes.jsonl",
+                    "tensorboard/events.*",
+                    "wandb-run-id",
+                    *pictures,
+                )
                 for old in (path for pattern in written for path in self.path.glob(pattern)):
                     old.unlink()
             self.checkpoints.clean()

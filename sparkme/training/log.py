@@ -96,9 +96,16 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, *, first_step: int, total_steps: int, steps_per_epoch: int, bar: bool, loss_name: str,
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        bar: bool,
+        loss_name: str,
         tracker: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.loss_name, self.tracker = folder, loss_name, tracker
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.first_step, self.done = first_step, first_step
@@ -235,8 +242,15 @@ class RunLog:
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, label=unformatted(ended(name, 30)))
         epochs = [record["epoch"] for record in trained]
         dots = "o" if len(trained) < 5 else ""  # of which a line shows little
-        axes.plot(epochs, [record["loss"] for record in trained], color="tab:blue", marker=dots, markersize=3, linewidth=1.2,
-                  label="this run")  # fmt: skip
+        axes.plot(
+            epochs,
+            [record["loss"] for record in trained],
+            color="tab:blue",
+            marker=dots,
+            markersize=3,
+            linewidth=1.2,
+            label="this run",
+        )
         if earlier:
             axes.legend(frameon=False, fontsize="small")
         axes.set_title(unformatted(ended(str(self.folder), 60)))

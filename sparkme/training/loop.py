@@ -106,8 +106,12 @@ class Training(ABC):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside `step`."""
         count, steps = self.not_finite
-        return {"model": state_dict_of(self.network), "optimizer": self.optimizer.state_dict(),
-                "config": to_config(self.settings), "not_finite": {"count": count, "steps": steps}}  # fmt: skip
+        return {
+            "model": state_dict_of(self.network),
+            "optimizer": self.optimizer.state_dict(),
+            "config": to_config(self.settings),
+            "not_finite": {"count": count, "steps": steps},
+        }
 
     @abstractmethod
     def load(self, saved: dict[str, Any]) -> None:
@@ -389,10 +393,14 @@ class Loop:
     def _open_log(self) -> None:
         training, settings = self.training, self.settings
         self.log = RunLog(
-            self.folder.path, first_step=training.step, total_steps=training.total_steps,
-            steps_per_epoch=training.steps_per_epoch, bar=sys.stderr.isatty(), loss_name=training.loss_name,
+            self.folder.path,
+            first_step=training.step,
+            total_steps=training.total_steps,
+            steps_per_epoch=training.steps_per_epoch,
+            bar=sys.stderr.isatty(),
+            loss_name=training.loss_name,
             tracker=start_wandb(settings, self.folder.path) if settings.wandb else None,
-        )  # fmt: skip
+        )
         self.notes.add("started", training.step, command_line(self.process, settings.command))
 
     def _keep(self, *, save: bool, done: bool) -> None:
@@ -550,9 +558,10 @@ class Loop:
             self.refused[what] = text
         else:
             # Of all that is written a checkpoint takes most room.
-            before, self.refused = self.refused, {} if what == CHECKPOINT else {
-                other: why for other, why in self.refused.items() if other != what
-            }  # fmt: skip
+            before, self.refused = (
+                self.refused,
+                {} if what == CHECKPOINT else {other: why for other, why in self.refused.items() if other != what},
+            )
             if before and not self.refused:
                 self._warn("warning", f"{what} could be written again")
 

@@ -99,9 +99,15 @@ class Pretraining(Training):
         self.network, self.model = distribute(self.network, process, self._prepare)
         settings = self.settings
         self.dataset = CropDataset(
-            images, self.network.input_size, min_scale=settings.crop_scale, seed=settings.seed, channels=settings.channels,
-            background=settings.background, reduced_jpeg=settings.reduced_jpeg, pixels=self.pixels,
-        )  # fmt: skip
+            images,
+            self.network.input_size,
+            min_scale=settings.crop_scale,
+            seed=settings.seed,
+            channels=settings.channels,
+            background=settings.background,
+            reduced_jpeg=settings.reduced_jpeg,
+            pixels=self.pixels,
+        )
         if process.is_main:
             folder.prepare(settings, pictures=("reconstructions/epoch_*.png", "images.npz"))
             images.write_index(index)
@@ -112,9 +118,14 @@ class Pretraining(Training):
         if asked.data is None:
             return Files.of(demo_photographs())
         return find_source(
-            asked.data, leave_out=self.folder.path, root=asked.root, cache=asked.shard_cache, cache_gib=asked.shard_cache_gib,
-            index=index, columns=Columns(asked.image_column),
-        )  # fmt: skip
+            asked.data,
+            leave_out=self.folder.path,
+            root=asked.root,
+            cache=asked.shard_cache,
+            cache_gib=asked.shard_cache_gib,
+            index=index,
+            columns=Columns(asked.image_column),
+        )
 
     def _build(self) -> None:
         """The network, with the weights that it starts from, and its optimizer."""
@@ -146,9 +157,16 @@ class Pretraining(Training):
     def batches(self, steps: range) -> Iterable[Batch]:
         settings, process = self.settings, self.process
         sampler = EpochSampler(
-            len(self.dataset), settings.samples_per_epoch, settings.batch_size, settings.seed,
-            steps, process.rank, process.world, blocks=self.dataset.source.blocks, window=self.dataset.source.window,
-        )  # fmt: skip
+            len(self.dataset),
+            settings.samples_per_epoch,
+            settings.batch_size,
+            settings.seed,
+            steps,
+            process.rank,
+            process.world,
+            blocks=self.dataset.source.blocks,
+            window=self.dataset.source.window,
+        )
         return create_loader(self.dataset, sampler, workers=settings.workers, pin_memory=process.device.type == "cuda")
 
     def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
@@ -183,9 +201,11 @@ class Pretraining(Training):
 
     def last_words(self, checkpoint: Path) -> str:
         folder = self.folder.path
-        return (f"pictures: {folder / 'loss.png'}, {folder / 'reconstructions'}; on one page: "
-                f"{python_command()} -m sparkme.report {folder}\n"
-                f"next: {python_command()} -m sparkme.export {checkpoint}")  # fmt: skip
+        return (
+            f"pictures: {folder / 'loss.png'}, {folder / 'reconstructions'}; on one page: "
+            f"{python_command()} -m sparkme.report {folder}\n"
+            f"next: {python_command()} -m sparkme.export {checkpoint}"
+        )
 
     def _probe(self, epoch: int, log: RunLog | None) -> None:
         """kNN accuracy of the deepest map on the labelled images of --probe-data; the processes share the images."""
@@ -195,9 +215,12 @@ class Pretraining(Training):
         parts: list[tuple[Tensor, Tensor]] = []
         for part in (self.probe_split.train, self.probe_split.val):
             images = WholeImages(
-                part.images, network.input_size, channels=settings.channels, background=settings.background,
+                part.images,
+                network.input_size,
+                channels=settings.channels,
+                background=settings.background,
                 pixels=self.probe_pixels,
-            )  # fmt: skip
+            )
             share = range(process.rank, len(part), process.world)
             batches = whole_batches(images, batch_size=64, workers=settings.workers, share=share)
             with self.precision():
@@ -233,9 +256,14 @@ class Pretraining(Training):
         """How the images' numbers become values, and for people what they are; a run that goes on stays with what it has."""
         settings, saved = self.settings, self.saved
         found, seen = find_pixels_together(
-            self.process, images, settings.channels, settings.background, known=pixels_of(saved) if saved else None,
-            given=settings.value_range, upright=settings.upright,
-        )  # fmt: skip
+            self.process,
+            images,
+            settings.channels,
+            settings.background,
+            known=pixels_of(saved) if saved else None,
+            given=settings.value_range,
+            upright=settings.upright,
+        )
         self.settings = replace(settings, value_range=found.ranges, upright=found.upright)
         return found, seen
 
@@ -253,9 +281,13 @@ class Pretraining(Training):
         if settings.probe_data is None:
             return None
         split = find_labelled(
-            settings.probe_data, seed=settings.seed, flag="--probe-data", cache=settings.shard_cache,
-            cache_gib=settings.shard_cache_gib, columns=Columns(label=settings.label_column),
-        )  # fmt: skip
+            settings.probe_data,
+            seed=settings.seed,
+            flag="--probe-data",
+            cache=settings.shard_cache,
+            cache_gib=settings.shard_cache_gib,
+            columns=Columns(label=settings.label_column),
+        )
 
         def some(part: Labelled, most: int) -> Labelled:
             drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(settings.seed))
@@ -268,9 +300,15 @@ class Pretraining(Training):
         if self.probe_split is None:
             return self.pixels, ""
         return find_pixels_together(
-            self.process, self.probe_split.train.images, self.settings.channels, self.settings.background, known=self.pixels,
-            given=self.asked.value_range, upright=self.asked.upright, flag="--probe-data",
-        )  # fmt: skip
+            self.process,
+            self.probe_split.train.images,
+            self.settings.channels,
+            self.settings.background,
+            known=self.pixels,
+            given=self.asked.value_range,
+            upright=self.asked.upright,
+            flag="--probe-data",
+        )
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "proof": self.network.encoder.proof}

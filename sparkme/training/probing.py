@@ -37,10 +37,16 @@ def probe(args: ProbeSettings) -> list[dict[str, Any]]:
         stop_process()
         raise UserError("sparkme.probe runs in one process; start it with python")
     split = find_labelled(
-        args.data, args.labels, label_separator=args.label_separator, val_share=args.val_share, seed=args.seed,
-        root=args.root, cache=args.shard_cache, cache_gib=args.shard_cache_gib,
+        args.data,
+        args.labels,
+        label_separator=args.label_separator,
+        val_share=args.val_share,
+        seed=args.seed,
+        root=args.root,
+        cache=args.shard_cache,
+        cache_gib=args.shard_cache_gib,
         columns=Columns(args.image_column, args.label_column),
-    )  # fmt: skip
+    )
     if split.train.has_several:
         raise UserError("probe measures one class of each image, and these have several labels; use sparkme.finetune")
     if args.shots is not None:
@@ -56,9 +62,13 @@ def probe(args: ProbeSettings) -> list[dict[str, Any]]:
     told = ""
     for pretrained in (main_weights, *others):
         pixels, seen = find_pixels(
-            split.train.images, pretrained.channels, pretrained.background, known=pretrained.pixels,
-            given=checked_range(args.value_range), upright=args.upright,
-        )  # fmt: skip
+            split.train.images,
+            pretrained.channels,
+            pretrained.background,
+            known=pretrained.pixels,
+            given=checked_range(args.value_range),
+            upright=args.upright,
+        )
         if seen != told:  # by weights of another run
             print(f"images    {seen}")
             told = seen
@@ -73,8 +83,13 @@ def probe(args: ProbeSettings) -> list[dict[str, Any]]:
             records.append({"weights": pretrained.origin, "model": pretrained.model, **score})
     print(table(records))
     if args.output:
-        content = {"config": to_config(args), "classes": split.train.classes, "num_train": len(split.train),
-                   "num_val": len(split.val), "scores": records}  # fmt: skip
+        content = {
+            "config": to_config(args),
+            "classes": split.train.classes,
+            "num_train": len(split.train),
+            "num_val": len(split.val),
+            "scores": records,
+        }
         with replaced_when_whole(args.output) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         print(f"wrote {args.output}")

@@ -29,9 +29,11 @@ def create_loss(settings: FinetuneSettings) -> tuple[Any, nn.Module]:
     if settings.several_labels:
         return None, LabelLoss()
     mixed = settings.mixup or settings.cutmix
-    mix = Mixup(
-        settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=settings.num_classes
-    ) if mixed else None  # fmt: skip
+    mix = (
+        Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=settings.num_classes)
+        if mixed
+        else None
+    )
     if settings.loss == "bce":
         return mix, BinaryCrossEntropy(smoothing=settings.smoothing)
     return mix, SoftTargetCrossEntropy() if mixed else nn.CrossEntropyLoss(label_smoothing=settings.smoothing)

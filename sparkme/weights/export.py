@@ -157,9 +157,10 @@ def describe(
     settings: PretrainSettings, step: int, args: ExportSettings, target: str, proof: dict[str, Any] | None
 ) -> dict[str, str]:
     """Where the weights come from, and the proof of their network, for the file's metadata."""
-    config, kept = to_config(settings), (
-        "input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"
-    )  # fmt: skip
+    config, kept = (
+        to_config(settings),
+        ("input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"),
+    )
     notes = {
         "format": "pt",
         "network": settings.model,

@@ -103,28 +103,49 @@ def _empty_dict(*args: Any) -> dict[Any, Any]:
 # What torch's unpickler makes of the data that people keep beside their weights: containers, NumPy's numbers, or nothing.
 # No class of another library is imported for it, and none of its code runs.
 _DICTS = {
-    "easydict": "EasyDict", "addict.addict": "Dict", "yacs.config": "CfgNode", "fvcore.common.config": "CfgNode",
-    "detectron2.config.config": "CfgNode", "mmengine.config.config": "ConfigDict", "mmcv.utils.config": "ConfigDict",
-    "lightning_fabric.utilities.data": "AttributeDict", "lightning.fabric.utilities.data": "AttributeDict",
-    "pytorch_lightning.utilities.parsing": "AttributeDict", "lightning.pytorch.utilities.parsing": "AttributeDict",
-}  # fmt: skip
+    "easydict": "EasyDict",
+    "addict.addict": "Dict",
+    "yacs.config": "CfgNode",
+    "fvcore.common.config": "CfgNode",
+    "detectron2.config.config": "CfgNode",
+    "mmengine.config.config": "ConfigDict",
+    "mmcv.utils.config": "ConfigDict",
+    "lightning_fabric.utilities.data": "AttributeDict",
+    "lightning.fabric.utilities.data": "AttributeDict",
+    "pytorch_lightning.utilities.parsing": "AttributeDict",
+    "lightning.pytorch.utilities.parsing": "AttributeDict",
+}
 _PATHS = "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"
 _VALUES = {
-    "argparse": "Namespace", "types": "SimpleNamespace", "typing": "Any", "pathlib": _PATHS, "pathlib._local": _PATHS,
-    "datetime": "datetime date time timedelta timezone", "decimal": "Decimal", "fractions": "Fraction", "uuid": "UUID",
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "typing": "Any",
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+    "datetime": "datetime date time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "uuid": "UUID",
     "builtins": "int float bool str bytes list dict tuple frozenset bytearray complex slice range",
-    "torch.torch_version": "TorchVersion", "mmengine.logging.history_buffer": "HistoryBuffer",
-    "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.base": "ContainerMetadata Metadata",
+    "torch.torch_version": "TorchVersion",
+    "mmengine.logging.history_buffer": "HistoryBuffer",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.base": "ContainerMetadata Metadata",
     "omegaconf.nodes": "AnyNode IntegerNode FloatNode StringNode BooleanNode BytesNode PathNode",
-}  # fmt: skip
+}
 _NUMBERS = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
 _MAKERS = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
 PLAIN: tuple[Any, ...] = (
     *((OrderedDict, f"{module}.{name}") for module, name in _DICTS.items()),
     *((_Left, f"{module}.{name}") for module, names in _VALUES.items() for name in names.split()),
-    (_LeftList, "collections.deque"), (_empty_dict, "collections.defaultdict"), np.ndarray, np.dtype, *_NUMBERS,
+    (_LeftList, "collections.deque"),
+    (_empty_dict, "collections.defaultdict"),
+    np.ndarray,
+    np.dtype,
+    *_NUMBERS,
     *((make, f"numpy.{core}.multiarray.{name}") for name, make in _MAKERS.items() for core in ("core", "_core")),
-)  # fmt: skip
+)
 
 
 def archive_damage(path: Path) -> str | None:

@@ -90,8 +90,13 @@ def vector(value: Tensor) -> Tensor:
     return value.flatten()
 
 
-def resnet_rules(stem: str = "", stage: str = "layer{s}", norm: str = "bn{n}", shortcut: str = "downsample.0",
-                 shortcut_norm: str = "downsample.1") -> tuple[Rule, ...]:  # fmt: skip
+def resnet_rules(
+    stem: str = "",
+    stage: str = "layer{s}",
+    norm: str = "bn{n}",
+    shortcut: str = "downsample.0",
+    shortcut_norm: str = "downsample.1",
+) -> tuple[Rule, ...]:
     """A ResNet's names against torchvision's, from what a library calls its parts; `stage` may be a list of four."""
     rules = [Rule("conv1.weight", f"{stem}conv1.weight"), Rule("bn1.{p}", f"{stem}{norm.format(n=1)}.{{p}}")]
     for s in range(1, 5):

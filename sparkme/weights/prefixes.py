@@ -21,8 +21,21 @@ from sparkme.weights.libraries import Form, forms_of, shared_start
 from sparkme.weights.spark import ENCODER
 
 # Words of what is not trained itself but follows something that is. By default that is not taken where both are there.
-_FOLLOWERS = {"ema", "average", "averaged", "avg", "swa", "polyak", "shadow", "teacher", "momentum", "target", "key", "k",
-              "optimizer"}  # fmt: skip
+_FOLLOWERS = {
+    "ema",
+    "average",
+    "averaged",
+    "avg",
+    "swa",
+    "polyak",
+    "shadow",
+    "teacher",
+    "momentum",
+    "target",
+    "key",
+    "k",
+    "optimizer",
+}
 # What torch puts anywhere into names, which is taken off.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COUNTER = "num_batches_tracked"  # of batch norms, which files of old versions of torch lack

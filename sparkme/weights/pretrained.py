@@ -202,10 +202,18 @@ def _pretrained(
     size = json.loads(notes["input_size"]) if "input_size" in notes else None
     statistics = Statistics(*(tuple(json.loads(notes[name])) for name in ("mean", "std"))) if "mean" in notes else Statistics()
     return Pretrained(
-        model or notes["network"], tensors, str(path), int(notes.get("channels", 3)), statistics,
-        notes.get("background", "white"), (size[0], size[1]) if size else None, choice, _pixels(notes),
-        float(notes.get("drop_path", 0.0)), json.loads(notes["proof"]) if "proof" in notes else None,
-    )  # fmt: skip
+        model or notes["network"],
+        tensors,
+        str(path),
+        int(notes.get("channels", 3)),
+        statistics,
+        notes.get("background", "white"),
+        (size[0], size[1]) if size else None,
+        choice,
+        _pixels(notes),
+        float(notes.get("drop_path", 0.0)),
+        json.loads(notes["proof"]) if "proof" in notes else None,
+    )
 
 
 def _pixels(notes: dict[str, str]) -> Pixels | None:
@@ -235,9 +243,18 @@ def _from_checkpoint(checkpoint: dict[str, Any], path: Path, choice: Choice) -> 
             encoder = encoder_of(checkpoint, path)
             state, proof, drop_path = encoder.dense_state_dict(), encoder.proof, settings.drop_path
         return Pretrained(
-            settings.model, state, f"{path} (step {checkpoint['step']})", settings.channels, statistics_of(settings),
-            settings.background, settings.size, choice, pixels_of(settings), drop_path, proof,
-        )  # fmt: skip
+            settings.model,
+            state,
+            f"{path} (step {checkpoint['step']})",
+            settings.channels,
+            statistics_of(settings),
+            settings.background,
+            settings.size,
+            choice,
+            pixels_of(settings),
+            drop_path,
+            proof,
+        )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
 
@@ -249,8 +266,13 @@ def _notes(path: Path) -> dict[str, str]:
             timms = json.loads((path / "config.json").read_text())
             images = timms["pretrained_cfg"]
             size = images["input_size"]
-            notes = {"network": f"timm:{timms['architecture']}", "channels": str(size[0]), "input_size": json.dumps(size[1:]),
-                     "mean": json.dumps(images["mean"]), "std": json.dumps(images["std"])}  # fmt: skip
+            notes = {
+                "network": f"timm:{timms['architecture']}",
+                "channels": str(size[0]),
+                "input_size": json.dumps(size[1:]),
+                "mean": json.dumps(images["mean"]),
+                "std": json.dumps(images["std"]),
+            }
             return notes | timms.get("sparkme", {})
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:

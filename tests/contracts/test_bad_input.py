@@ -26,8 +26,18 @@ from sparkme.pretrain import main
 from sparkme.weights.checkpoint import load_checkpoint
 from sparkme.weights.files import read_tensors
 
-FLOATS = ("--warmup-epochs", "--checkpoint-minutes", "--weight-decay", "--weight-decay-end", "--clip-grad", "--base-lr",
-          "--beta2", "--mask-ratio", "--crop-scale", "--drop-path")  # fmt: skip
+FLOATS = (
+    "--warmup-epochs",
+    "--checkpoint-minutes",
+    "--weight-decay",
+    "--weight-decay-end",
+    "--clip-grad",
+    "--base-lr",
+    "--beta2",
+    "--mask-ratio",
+    "--crop-scale",
+    "--drop-path",
+)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -242,13 +252,21 @@ def damaged(run: Path, change: object, path: Path) -> Path:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s: s.pop("model"), lambda s: s.pop("step"), lambda s: s.update(step=-5), lambda s: s.update(config=None),
-        lambda s: s.update(config={}), lambda s: s.update(model={}), lambda s: s.update(model=[1]),
-        lambda s: s["model"].pop(next(iter(s["model"]))), lambda s: s["config"].update(recipe="x"),
-        lambda s: s["config"].update(decoder_width="x"), lambda s: s["config"].pop("mask_ratio"),
-        lambda s: s["config"].update(input_size=64), lambda s: s["model"].update(extra=torch.ones(1)),
+        lambda s: s.pop("model"),
+        lambda s: s.pop("step"),
+        lambda s: s.update(step=-5),
+        lambda s: s.update(config=None),
+        lambda s: s.update(config={}),
+        lambda s: s.update(model={}),
+        lambda s: s.update(model=[1]),
+        lambda s: s["model"].pop(next(iter(s["model"]))),
+        lambda s: s["config"].update(recipe="x"),
+        lambda s: s["config"].update(decoder_width="x"),
+        lambda s: s["config"].pop("mask_ratio"),
+        lambda s: s["config"].update(input_size=64),
+        lambda s: s["model"].update(extra=torch.ones(1)),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_checkpoint_is_refused_in_one_line(
     change: object, small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,9 +112,24 @@ def test_a_run_on_images_of_other_channels_resumes_with_its_statistics(
     (tmp_path / "data").mkdir()
     for i in range(4):
         save(tmp_path / "data" / f"{i}.npy", RANDOM.random((40, 72, channels)).astype(np.float32) * 0.5)
-    words = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--data", str(tmp_path / "data"),
-             "--channels", str(channels), "--output", str(tmp_path / "run"), "--input-size", "32", "64",
-             "--checkpoint-minutes", "0"]  # fmt: skip
+    words = [
+        *SMALL,
+        "--model",
+        "timm:test_resnet",
+        "--drop-path",
+        "0",
+        "--data",
+        str(tmp_path / "data"),
+        "--channels",
+        str(channels),
+        "--output",
+        str(tmp_path / "run"),
+        "--input-size",
+        "32",
+        "64",
+        "--checkpoint-minutes",
+        "0",
+    ]
     assert main([*words, "--epochs", "1"]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert len(config["mean"]) == channels and abs(config["mean"][0] - 0.25) < 0.02

@@ -62,8 +62,15 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         path, _, heading = target.partition("#")
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), f"{page.name}: {target}"
-        names = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in there.read_text().splitlines()
-                 if line.startswith("#")} if heading else set()  # fmt: skip
+        names = (
+            {
+                re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+                for line in there.read_text().splitlines()
+                if line.startswith("#")
+            }
+            if heading
+            else set()
+        )
         assert not heading or heading in names, f"{page.name}: {target}"
 
 

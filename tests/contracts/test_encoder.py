@@ -148,8 +148,9 @@ def test_one_visible_patch(engine: str) -> None:
     dense, encoder = random_model("resnet18"), random_encoder("resnet18")
     images, active = images_and_mask(visible=1)
     state = {k: v for k, v in dense.state_dict().items() if not k.startswith("fc.")}
-    for x, y in zip(encoder.eval().set_engine(engine)(images, active),
-                    oracle.encoder_features(state, images, active), strict=True):  # fmt: skip
+    for x, y in zip(
+        encoder.eval().set_engine(engine)(images, active), oracle.encoder_features(state, images, active), strict=True
+    ):
         assert oracle.relative_error(x.dense(), y) < 1e-10
 
 
@@ -237,10 +238,14 @@ def test_a_batch_is_gone_when_nobody_holds_it(engine: str) -> None:
 
 
 HIERARCHIES = {
-    "resnet18": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048), "wide_resnet50_2": (256, 512, 1024, 2048),
-    "resnext50_32x4d": (256, 512, 1024, 2048), "convnext_tiny": (96, 192, 384, 768), "convnext_small": (96, 192, 384, 768),
+    "resnet18": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    "wide_resnet50_2": (256, 512, 1024, 2048),
+    "resnext50_32x4d": (256, 512, 1024, 2048),
+    "convnext_tiny": (96, 192, 384, 768),
+    "convnext_small": (96, 192, 384, 768),
     "convnext_base": (128, 256, 512, 1024),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HIERARCHIES)
@@ -264,8 +269,19 @@ def test_the_hierarchy_is_found(name: str) -> None:
 
 def test_all_of_both_families_are_offered() -> None:
     names = set(model_names())
-    assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet101_2", "resnext101_64x4d",
-            "convnext_tiny", "convnext_small", "convnext_base", "convnext_large"} <= set(names)  # fmt: skip
+    assert {
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "wide_resnet101_2",
+        "resnext101_64x4d",
+        "convnext_tiny",
+        "convnext_small",
+        "convnext_base",
+        "convnext_large",
+    } <= set(names)
     assert not any(name.startswith(("vit", "swin", "alexnet")) for name in names)
     with pytest.raises(ValueError, match=r"unknown model 'resnet5'; did you mean .*resnet50"):
         create_encoder("resnet5")
@@ -298,8 +314,9 @@ def test_weights_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weights of another model: missing conv1.weight, .* in all"):
         encoder.load_dense_state_dict(torchvision.models.convnext_tiny().state_dict())
     with pytest.raises(ValueError, match="wrong shape"):
-        encoder.load_dense_state_dict(torchvision.models.resnet34(num_classes=2).state_dict()
-                                      | {"conv1.weight": torch.zeros(64, 1, 7, 7)})  # fmt: skip
+        encoder.load_dense_state_dict(
+            torchvision.models.resnet34(num_classes=2).state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+        )
 
 
 def test_a_network_without_sparse_form_is_refused_by_the_layers_name() -> None:
@@ -377,8 +394,10 @@ def test_bf16_rows_are_as_exact_as_plain_torch_in_bf16(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = (features_and_gradients(encoder.set_engine(e), images, active) for e in ("cuda_ext", "masked-dense"))
     assert all(x.dtype == torch.bfloat16 or name.startswith("convnext") for x in ours[:4])
-    errors, usual = (torch.tensor([oracle.relative_error(x.double(), z) for x, z in zip(values, exact, strict=True)])
-                     for values in (ours, plain))  # fmt: skip
+    errors, usual = (
+        torch.tensor([oracle.relative_error(x.double(), z) for x, z in zip(values, exact, strict=True)])
+        for values in (ours, plain)
+    )
     assert (errors[:4] <= 2 * usual[:4] + 1e-6).all()
     assert errors[4:].mean() <= 2 * usual[4:].mean()  # of one parameter it is a matter of chance
 

@@ -60,8 +60,11 @@ def test_exported_weights_load_into_torchvision(
     images = torch.randn(2, 3, 64, 64)
     sparse = network.encoder(images, torch.ones(2, 1, 2, 2, dtype=torch.bool))[-1].dense()
     model.eval()
-    dense = model.layer4(model.layer3(model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))))) \
-        if name == "resnet18" else model.features(images)  # fmt: skip
+    dense = (
+        model.layer4(model.layer3(model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images))))))))
+        if name == "resnet18"
+        else model.features(images)
+    )
     assert torch.allclose(sparse, dense, rtol=1e-4, atol=1e-4)
 
 
@@ -90,8 +93,11 @@ def test_a_transposed_kernel_is_found_and_not_written(
     monkeypatch.setattr(sparsify, "try_out", lambda encoder, dense: None)  # which would find it before
     for kind in (forms.SparseConv2d, forms.SparseDepthwiseConv2d):
         right = kind.dense_state
-        monkeypatch.setattr(kind, "dense_state", lambda self, right=right: {
-            k: v.transpose(2, 3).contiguous() if v.ndim == 4 else v for k, v in right(self).items()})  # fmt: skip
+        monkeypatch.setattr(
+            kind,
+            "dense_state",
+            lambda self, right=right: {k: v.transpose(2, 3).contiguous() if v.ndim == 4 else v for k, v in right(self).items()},
+        )
     output = tmp_path / "wrong.safetensors"
     assert sparkme.export.main([str(checkpoint[1]), "--output", str(output)]) == 1
     assert "nothing was written" in capsys.readouterr().err and not output.exists()

@@ -46,10 +46,14 @@ def small_model(normalise: bool, patch: int = 32, size: tuple[int, int] = (64, 9
 def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names of a ConvNeXt as its authors have them; values and shapes stay."""
     rules = {
-        r"stem\.(\d)": r"downsample_layers.0.\1", r"stages\.(\d)\.downsample\.": r"downsample_layers.\1.",
-        r"\.blocks\.": ".", r"conv_dw": "dwconv", r"mlp\.fc": "pwconv", r"mlp\.grn\.weight": "grn.gamma",
+        r"stem\.(\d)": r"downsample_layers.0.\1",
+        r"stages\.(\d)\.downsample\.": r"downsample_layers.\1.",
+        r"\.blocks\.": ".",
+        r"conv_dw": "dwconv",
+        r"mlp\.fc": "pwconv",
+        r"mlp\.grn\.weight": "grn.gamma",
         r"mlp\.grn\.bias": "grn.beta",
-    }  # fmt: skip
+    }
     renamed = {}
     for name, value in state.items():
         for pattern, replacement in rules.items():
@@ -144,10 +148,17 @@ def test_the_number_of_visible_patches_is_rounded_down() -> None:
 
 def test_initial_values() -> None:
     """.02 in the encoder, whatever its own library makes; in the decoder torch's truncated normal, of deviation .88."""
-    model = build_network(PretrainSettings(
-        recipe="fcmae", model="resnet18", drop_path=0.0, mask_ratio=0.5, decoder_width=128, input_size=(64, 64),
-        norm_pix_loss=True,
-    ))  # fmt: skip
+    model = build_network(
+        PretrainSettings(
+            recipe="fcmae",
+            model="resnet18",
+            drop_path=0.0,
+            mask_ratio=0.5,
+            decoder_width=128,
+            input_size=(64, 64),
+            norm_pix_loss=True,
+        )
+    )
     for name, value in model.encoder.dense_state_dict().items():
         if value.ndim == 4:
             assert 0.019 < value.std() < 0.021 and value.abs().max() < 0.2, name
@@ -187,14 +198,47 @@ def test_the_papers_networks_pretrain(name: str) -> None:
 
 
 def test_its_recipe_trains_resumes_and_is_rebuilt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--recipe", "fcmae", "--model", "timm:test_convnext2", "--input-size", "64", "--batch-size", "4", "--workers", "0",
-             "--samples-per-epoch", "8", "--epochs", "2", "--device", "cpu", "--log-steps", "1", "--output", str(tmp_path),
-             "--checkpoint-minutes", "0", "--mask-ratio", "0.5"]  # what a user says wins  # fmt: skip
+    words = [
+        "--recipe",
+        "fcmae",
+        "--model",
+        "timm:test_convnext2",
+        "--input-size",
+        "64",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--samples-per-epoch",
+        "8",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--log-steps",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--checkpoint-minutes",
+        "0",
+        "--mask-ratio",
+        "0.5",
+    ]  # what a user says wins
     assert main(words) == 0
     saved = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
     config = json.loads((tmp_path / "config.json").read_text())
-    expected = {"recipe": "fcmae", "optimizer": "adamw", "beta2": 0.95, "base_lr": 1.5e-4, "weight_decay": 0.05, "drop_path": 0,
-                "weight_decay_end": 0.05, "clip_grad": 0, "mask_ratio": 0.5, "norm_pix_loss": True}  # fmt: skip
+    expected = {
+        "recipe": "fcmae",
+        "optimizer": "adamw",
+        "beta2": 0.95,
+        "base_lr": 1.5e-4,
+        "weight_decay": 0.05,
+        "drop_path": 0,
+        "weight_decay_end": 0.05,
+        "clip_grad": 0,
+        "mask_ratio": 0.5,
+        "norm_pix_loss": True,
+    }
     assert {name: config[name] for name in expected} == expected
     assert "recipe    FCMAE" in capsys.readouterr().out
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -70,16 +70,67 @@ def plain_losses(weights: Path, data: Path) -> list[float]:
 
 
 def test_it_is_plain_torchvision_training(exported: Path, labelled: Path, tmp_path: Path) -> None:
-    words = [*QUICK, "--head-init", "random", "--layer-decay", "1", "--clip-grad", "0", "--base-lr", str(1e-3 * 256 / 8),
-             "--optimizer", "adamw", "--weight-decay", "0.05", "--crop-scale", "0.35", "--smoothing", "0.1", "--loss", "ce",
-             "--mixup", "0", "--cutmix", "0", "--auto-augment", "none", "--random-erasing", "0", "--ema-decay", "0",
-             "--warmup-epochs", "0.2", "--drop-path", "0"]  # fmt: skip
+    words = [
+        *QUICK,
+        "--head-init",
+        "random",
+        "--layer-decay",
+        "1",
+        "--clip-grad",
+        "0",
+        "--base-lr",
+        str(1e-3 * 256 / 8),
+        "--optimizer",
+        "adamw",
+        "--weight-decay",
+        "0.05",
+        "--crop-scale",
+        "0.35",
+        "--smoothing",
+        "0.1",
+        "--loss",
+        "ce",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--auto-augment",
+        "none",
+        "--random-erasing",
+        "0",
+        "--ema-decay",
+        "0",
+        "--warmup-epochs",
+        "0.2",
+        "--drop-path",
+        "0",
+    ]
     assert main([str(exported), "--data", str(labelled), *words, "--output", str(tmp_path)]) == 0
     assert losses(tmp_path) == pytest.approx(plain_losses(exported, labelled), rel=1e-5)
 
 
-EVERYTHING = ["--mixup", "0.4", "--cutmix", "1", "--random-erasing", "0.5", "--auto-augment", "trivial", "--ema-decay", "0.9",
-              "--loss", "bce", "--optimizer", "lamb", "--drop-path", "0.2", "--accumulate", "2", "--repeats", "2"]  # fmt: skip
+EVERYTHING = [
+    "--mixup",
+    "0.4",
+    "--cutmix",
+    "1",
+    "--random-erasing",
+    "0.5",
+    "--auto-augment",
+    "trivial",
+    "--ema-decay",
+    "0.9",
+    "--loss",
+    "bce",
+    "--optimizer",
+    "lamb",
+    "--drop-path",
+    "0.2",
+    "--accumulate",
+    "2",
+    "--repeats",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +144,15 @@ def straight(exported: Path, labelled: Path, tmp_path_factory: pytest.TempPathFa
 
 def test_a_run_leaves_what_the_readme_promises(straight: Path) -> None:
     found = {str(p.relative_to(straight)) for p in straight.rglob("*") if p.is_file()}
-    assert {"config.json", "metrics.jsonl", "loss.png", "confusion.png", "results.json", "best.safetensors",
-            "checkpoints/last.pt"} <= found  # fmt: skip
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "confusion.png",
+        "results.json",
+        "best.safetensors",
+        "checkpoints/last.pt",
+    } <= found
     measured = [record for record in records(straight) if "val_top1" in record]
     assert [r["epoch"] for r in measured] == [1, 2] and all(0 <= r["val_top1"] <= r["val_top5"] <= 1 for r in measured)
     results = json.loads((straight / "results.json").read_text())
@@ -336,15 +394,28 @@ def test_layers_are_those_of_the_official_code() -> None:
         return layer_numbers(model, find_classifier(model, 3))
 
     resnet = layers_of("resnet50")
-    expected = {0: "conv1.weight bn1.bias", 1: "layer1.0.conv1.weight layer1.2.bn3.weight", 2: "layer2.2.conv1.weight",
-                3: "layer2.3.conv1.weight", 4: "layer3.2.conv3.weight", 5: "layer3.3.conv1.weight layer3.5.conv1.weight",
-                6: "layer4.0.downsample.0.weight layer4.2.conv1.weight", 7: "fc.weight fc.bias"}  # fmt: skip
+    expected = {
+        0: "conv1.weight bn1.bias",
+        1: "layer1.0.conv1.weight layer1.2.bn3.weight",
+        2: "layer2.2.conv1.weight",
+        3: "layer2.3.conv1.weight",
+        4: "layer3.2.conv3.weight",
+        5: "layer3.3.conv1.weight layer3.5.conv1.weight",
+        6: "layer4.0.downsample.0.weight layer4.2.conv1.weight",
+        7: "fc.weight fc.bias",
+    }
     assert all(resnet[name] == number for number, names in expected.items() for name in names.split())
     convnext = layers_of("convnext_small")  # stage 3 has 27 blocks
-    expected = {0: "features.0.0.weight", 1: "features.1.2.layer_scale", 2: "features.2.0.weight features.3.0.layer_scale",
-                3: "features.4.1.weight features.5.2.layer_scale", 4: "features.5.3.layer_scale",
-                11: "features.5.26.layer_scale", 12: "features.6.0.weight features.7.2.layer_scale",
-                13: "classifier.0.weight classifier.2.weight"}  # fmt: skip
+    expected = {
+        0: "features.0.0.weight",
+        1: "features.1.2.layer_scale",
+        2: "features.2.0.weight features.3.0.layer_scale",
+        3: "features.4.1.weight features.5.2.layer_scale",
+        4: "features.5.3.layer_scale",
+        11: "features.5.26.layer_scale",
+        12: "features.6.0.weight features.7.2.layer_scale",
+        13: "classifier.0.weight classifier.2.weight",
+    }
     assert all(convnext[name] == number for number, names in expected.items() for name in names.split())
     for name in ("densenet121", "efficientnet_b4", "mobilenet_v3_small", "regnet_y_400mf", "timm:darknet53"):
         numbers = layers_of(name)
@@ -360,8 +431,14 @@ def test_each_layer_learns_at_its_rate_and_vectors_are_not_decayed(name: str) ->
     update_schedule(optimizer, learning_rate=2.0, weight_decay=0.05)
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(of) == sum(1 for _ in model.parameters())
-    expected = [(model.conv1.weight, 7, 0.05), (model.bn1.weight, 7, 0.0), (model.layer2[3].conv1.weight, 4, 0.05),
-                (model.layer4[2].bn3.bias, 1, 0.0), (model.fc.weight, 0, 0.05), (model.fc.bias, 0, 0.0)]  # fmt: skip
+    expected = [
+        (model.conv1.weight, 7, 0.05),
+        (model.bn1.weight, 7, 0.0),
+        (model.layer2[3].conv1.weight, 4, 0.05),
+        (model.layer4[2].bn3.bias, 1, 0.0),
+        (model.fc.weight, 0, 0.05),
+        (model.fc.bias, 0, 0.0),
+    ]
     for parameter, power, decay in expected:
         group = of[id(parameter)]
         assert group["lr"] == pytest.approx(2 * 0.7**power) and group["weight_decay"] == decay

@@ -100,7 +100,12 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "a convolution": lambda: nn.Sequential(body(), nn.Conv2d(512, 21, 1)),
     "as many classes as COCO-Stuff": lambda: nn.Sequential(body(), nn.Conv2d(512, 171, 1)),
     "layers in a row": lambda: nn.Sequential(
-        *body(), nn.Conv2d(512, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.Dropout(), nn.Conv2d(128, 5, 1),
+        *body(),
+        nn.Conv2d(512, 128, 3, padding=1),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Conv2d(128, 5, 1),
         nn.Sigmoid(),
     ),
     "enlarged scores": lambda: nn.Sequential(body(), nn.Conv2d(512, 21, 1), nn.Upsample(scale_factor=32)),
@@ -112,7 +117,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "a decoder that begins with an identity": lambda: UNet(nn.Identity(), 512, flat=False),
     "a decoder in the network itself": lambda: UNet(nn.Identity(), 512, flat=True),
     "a decoder that narrows first": lambda: UNet(nn.Conv2d(512, 96, 1), 96, flat=False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("head", HEADS)

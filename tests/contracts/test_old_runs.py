@@ -21,26 +21,85 @@ from sparkme.settings.declare import to_config
 from sparkme.settings.saved import read_settings
 
 RUNS = Path(__file__).parents[1] / "data" / "old_runs"
-SHORT = ["--model", "tiny_network:tiny", "--input-size", "32", "--decoder-width", "32", "--batch-size", "4",
-         "--samples-per-epoch", "8", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01",
-         "--keep-checkpoints", "1"]  # fmt: skip
-TUNED = ["old_runs/small/checkpoints/last.pt", "--data", "labelled", "--batch-size", "4", "--workers", "0", "--device", "cpu",
-         "--log-steps", "1", "--eval-epochs", "1", "--keep-checkpoints", "1"]  # fmt: skip
+SHORT = [
+    "--model",
+    "tiny_network:tiny",
+    "--input-size",
+    "32",
+    "--decoder-width",
+    "32",
+    "--batch-size",
+    "4",
+    "--samples-per-epoch",
+    "8",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--log-steps",
+    "1",
+    "--base-lr",
+    "0.01",
+    "--keep-checkpoints",
+    "1",
+]
+TUNED = [
+    "old_runs/small/checkpoints/last.pt",
+    "--data",
+    "labelled",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--log-steps",
+    "1",
+    "--eval-epochs",
+    "1",
+    "--keep-checkpoints",
+    "1",
+]
 COMMANDS = {
     "small": (pretrain.main, SHORT, [0.9955, 0.9936]),
     "fcmae": (pretrain.main, [*SHORT, "--recipe", "fcmae", "--no-norm-pix-loss"], [2.4372, 2.5838]),
     "finetune": (finetune.main, TUNED, [0.8748, 0.4022, 0.3977]),
 }
-DEFAULTS = {"samples_per_epoch": 512, "model": "resnet50", "input_size": [224, 224], "decoder_width": 128, "epochs": 782,
-            "batch_size": 32, "base_lr": 0.04, "device": "auto", "keep_checkpoints": 3, "log_steps": 10}  # fmt: skip
+DEFAULTS = {
+    "samples_per_epoch": 512,
+    "model": "resnet50",
+    "input_size": [224, 224],
+    "decoder_width": 128,
+    "epochs": 782,
+    "batch_size": 32,
+    "base_lr": 0.04,
+    "device": "auto",
+    "keep_checkpoints": 3,
+    "log_steps": 10,
+}
 # What the settings of the runs are instead of, if they are not the defaults.
 DIFFERENCES = {
     "small": DEFAULTS,
-    "fcmae": DEFAULTS | {"recipe": "small", "model": "timm:convnextv2_tiny", "decoder_width": 512, "norm_pix_loss": True,
-                         "epochs": 800, "base_lr": 1.5e-4},
-    "finetune": {"weights": None, "data": None, "input_size": [224, 224], "epochs": 200, "batch_size": 14, "device": "auto",
-                 "keep_checkpoints": 3, "log_steps": 10},
-}  # fmt: skip
+    "fcmae": DEFAULTS
+    | {
+        "recipe": "small",
+        "model": "timm:convnextv2_tiny",
+        "decoder_width": 512,
+        "norm_pix_loss": True,
+        "epochs": 800,
+        "base_lr": 1.5e-4,
+    },
+    "finetune": {
+        "weights": None,
+        "data": None,
+        "input_size": [224, 224],
+        "epochs": 200,
+        "batch_size": 14,
+        "device": "auto",
+        "keep_checkpoints": 3,
+        "log_steps": 10,
+    },
+}
 
 
 @pytest.fixture
@@ -78,11 +137,27 @@ def test_a_run_is_exported_and_probed(name: str, weights: float, folder: Path, c
     with safe_open("out.safetensors", "pt") as file:
         assert sum(float(file.get_tensor(key).abs().sum()) for key in file.keys()) == pytest.approx(weights)  # noqa: SIM118
         notes = file.metadata()
-    kept = {"mask_ratio": 0.6, "epochs": 2, "batch_size": 4, "base_lr": 0.01, "init": None, "data": None, "num_images": 8,
-            "input_size": [32, 32], "optimizer": "adamw" if name == "fcmae" else "lamb"}  # fmt: skip
+    kept = {
+        "mask_ratio": 0.6,
+        "epochs": 2,
+        "batch_size": 4,
+        "base_lr": 0.01,
+        "init": None,
+        "data": None,
+        "num_images": 8,
+        "input_size": [32, 32],
+        "optimizer": "adamw" if name == "fcmae" else "lamb",
+    }
     assert json.loads(notes["recipe"]) == kept and notes["method"].startswith("FCMAE" if name == "fcmae" else "SparK")
-    expected = {"input_size": "[32, 32]", "mean": "[0.485, 0.456, 0.406]", "value_range": "{}", "upright": "true",
-                "channels": "3", "background": "white", "drop_path": "0.0"}  # fmt: skip
+    expected = {
+        "input_size": "[32, 32]",
+        "mean": "[0.485, 0.456, 0.406]",
+        "value_range": "{}",
+        "upright": "true",
+        "channels": "3",
+        "background": "white",
+        "drop_path": "0.0",
+    }
     assert {key: notes[key] for key in expected} == expected
     words = ["--data", "labelled", "--workers", "0", "--device", "cpu", "--no-linear", "--stage", "last"]
     for path in (f"old_runs/{name}/checkpoints/last.pt", "out.safetensors", "old_runs/finetune/checkpoints/last.pt"):

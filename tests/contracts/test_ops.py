@@ -22,10 +22,18 @@ TOLERANCE = {
     torch.bfloat16: 4.5e-3,
 }  # a single rounding to bfloat16 is at most 3.9e-3
 WINDOWS = {  # kernel size, stride, dilation
-    "1x1": ((1, 1), 1, 1), "1x1 s2": ((1, 1), 2, 1), "3x3": ((3, 3), 1, 1), "3x3 s2": ((3, 3), 2, 1), "7x7": ((7, 7), 1, 1),
-    "7x7 s2": ((7, 7), 2, 1), "3x5": ((3, 5), 1, 1), "5x5 dilated": ((5, 5), 1, 2), "2x2 s2": ((2, 2), 2, 1),
-    "4x4 s4": ((4, 4), 4, 1), "3x1 s2": ((3, 1), 2, 1),
-}  # fmt: skip
+    "1x1": ((1, 1), 1, 1),
+    "1x1 s2": ((1, 1), 2, 1),
+    "3x3": ((3, 3), 1, 1),
+    "3x3 s2": ((3, 3), 2, 1),
+    "7x7": ((7, 7), 1, 1),
+    "7x7 s2": ((7, 7), 2, 1),
+    "3x5": ((3, 5), 1, 1),
+    "5x5 dilated": ((5, 5), 1, 2),
+    "2x2 s2": ((2, 2), 2, 1),
+    "4x4 s4": ((4, 4), 4, 1),
+    "3x1 s2": ((3, 1), 2, 1),
+}
 FITS = {  # a stride has to divide the patch
     pixels: [name for name, (_, stride, _) in WINDOWS.items() if pixels % stride == 0] for pixels in (1, 2, 4, 8)
 }
@@ -44,11 +52,9 @@ def grid_of(visible: str = "some", batch: int = 2) -> Grid:
 def tables(grid: Grid, pixels: int, window: str) -> tuple[Tensor, Tensor]:
     size, stride, dilation = WINDOWS[window]
     both = (
-        ops.neighbour_table(
-            grid.slots, grid.patches, pixels, size, stride=stride, dilation=dilation, transposed=transposed
-        )
+        ops.neighbour_table(grid.slots, grid.patches, pixels, size, stride=stride, dilation=dilation, transposed=transposed)
         for transposed in (False, True)
-    )  # fmt: skip
+    )
     return tuple(both)  # type: ignore[return-value]
 
 
@@ -98,8 +104,10 @@ def test_sparse_conv(window: str, visible: str, groups: int, dtype: torch.dtype)
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
         lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
-        torch.randn(len(inverse), 6), torch.randn(taps, 6 // groups, 4), dtype=dtype,
-    )  # fmt: skip
+        torch.randn(len(inverse), 6),
+        torch.randn(taps, 6 // groups, 4),
+        dtype=dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -113,8 +121,10 @@ def test_sparse_conv_of_many_channels(window: str, channels: tuple[int, int], gr
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse, groups),
         lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, groups),
-        torch.randn(len(inverse), inside), torch.randn(table.shape[1], inside // groups, outside), dtype=dtype,
-    )  # fmt: skip
+        torch.randn(len(inverse), inside),
+        torch.randn(table.shape[1], inside // groups, outside),
+        dtype=dtype,
+    )
 
 
 def test_sparse_conv_in_several_blocks_of_columns() -> None:
@@ -124,8 +134,10 @@ def test_sparse_conv_in_several_blocks_of_columns() -> None:
     compare(
         lambda rows, kernel: ops.sparse_conv(rows, kernel, table, inverse),
         lambda rows, kernel: ops.sparse_conv_reference(rows, kernel, table, inverse, 1),
-        torch.randn(len(inverse), 8), torch.randn(49, 8, 5), dtype=torch.float64,
-    )  # fmt: skip
+        torch.randn(len(inverse), 8),
+        torch.randn(49, 8, 5),
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -139,9 +151,11 @@ def test_depthwise_conv(window: str, pixels: int, visible: str, channels: int, d
     compare(
         lambda r, k, b=None: ops.depthwise_conv(r, k, b, *sites, size, stride=stride, dilation=dilation),
         lambda r, k, b=None: ops.depthwise_conv_reference(r, k, b, *sites, list(size), stride, dilation),
-        torch.randn(len(grid.patches) * pixels**2, channels), torch.randn(size[0] * size[1], channels),
-        *([torch.randn(channels)] if visible == "some" else []), dtype=dtype,
-    )  # fmt: skip
+        torch.randn(len(grid.patches) * pixels**2, channels),
+        torch.randn(size[0] * size[1], channels),
+        *([torch.randn(channels)] if visible == "some" else []),
+        dtype=dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -153,9 +167,11 @@ def test_pooling(pool: str, window: str, visible: str, dtype: torch.dtype) -> No
     rows = torch.randperm(len(inverse) * 7).view(-1, 7) / 16 - 9  # no two are equal, also in bfloat16
     rows = rows if pool == "avg_pool" or dtype != torch.bfloat16 else rows[:36].repeat(len(rows) // 36 + 1, 1)[: len(rows)]
     compare(
-        lambda r: getattr(ops, pool)(r, table, inverse), lambda r: getattr(ops, f"{pool}_reference")(r, table, inverse), rows,
+        lambda r: getattr(ops, pool)(r, table, inverse),
+        lambda r: getattr(ops, f"{pool}_reference")(r, table, inverse),
+        rows,
         dtype=dtype,
-    )  # fmt: skip
+    )
 
 
 def test_max_pool_takes_the_first_of_equals_and_lets_nan_through() -> None:
@@ -179,15 +195,20 @@ def test_voxelise_and_densify(visible: str, layout: torch.memory_format, dtype: 
     grid = grid_of(visible)
     sites = grid.slots, grid.patches, 4
     compare(
-        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites), lambda x: ops.voxelise_reference(x, *sites),
-        torch.randn(2, 5, 8, 12), dtype=dtype,
-    )  # fmt: skip
+        lambda x: ops.voxelise(x.contiguous(memory_format=layout), *sites),
+        lambda x: ops.voxelise_reference(x, *sites),
+        torch.randn(2, 5, 8, 12),
+        dtype=dtype,
+    )
     rows = torch.randn(grid.num_rows(8), 5)
     compare(lambda r: ops.densify(r, *sites), lambda r: ops.densify_reference(r, *sites, None), rows, dtype=dtype)
     compare(
-        lambda r, fill: ops.densify(r, *sites, fill), lambda r, fill: ops.densify_reference(r, *sites, fill),
-        rows, torch.randn(5), dtype=dtype,
-    )  # fmt: skip
+        lambda r, fill: ops.densify(r, *sites, fill),
+        lambda r, fill: ops.densify_reference(r, *sites, fill),
+        rows,
+        torch.randn(5),
+        dtype=dtype,
+    )
     assert ops.densify(rows, *sites).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -204,10 +225,14 @@ def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 FOLLOWS = {  # a batch norm
-    "nothing": {}, "relu": {"ceiling": inf}, "residual": {"residual": True},
+    "nothing": {},
+    "relu": {"ceiling": inf},
+    "residual": {"residual": True},
     "all": {"factor": True, "residual": True, "ceiling": inf},
-    "factor": {"factor": True, "ceiling": inf}, "relu6": {"ceiling": 1.25}, "all, relu6": {"residual": True, "ceiling": 1.25},
-}  # fmt: skip
+    "factor": {"factor": True, "ceiling": inf},
+    "relu6": {"ceiling": 1.25},
+    "all, relu6": {"residual": True, "ceiling": 1.25},
+}
 
 
 def norm_inputs(
@@ -318,13 +343,20 @@ def test_mlp(n: int, c: int, h: int, dtype: torch.dtype) -> None:
     compare(
         lambda *a: ops.mlp(*a[:-1], factor=factor, residual=a[-1]),
         lambda *a: ops.mlp_reference(*a[:-1], factor, a[-1])[0],
-        *inputs, torch.rand(c), residual, dtype=dtype, atol=atol,
-    )  # fmt: skip
+        *inputs,
+        torch.rand(c),
+        residual,
+        dtype=dtype,
+        atol=atol,
+    )
     compare(
         lambda *a: ops.mlp(*a[:-1], residual=a[-1].view(n, 1, c)),
         lambda *a: ops.mlp_reference(*a[:-1], None, None, a[-1])[0],
-        *inputs, residual, dtype=dtype, atol=atol,
-    )  # fmt: skip
+        *inputs,
+        residual,
+        dtype=dtype,
+        atol=atol,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -335,9 +367,14 @@ def test_layer_norm(n: int, c: int, dtype: torch.dtype) -> None:
     expected = torch.nn.functional.layer_norm
     atol = 3e-2 if dtype == torch.bfloat16 else None
     compare(
-        lambda r, w, b: ops.layer_norm(r, w, b, 1e-6), lambda r, w, b: expected(r, (c,), w, b, 1e-6),
-        rows, torch.rand(c) + 0.5, torch.randn(c), dtype=dtype, atol=atol,
-    )  # fmt: skip
+        lambda r, w, b: ops.layer_norm(r, w, b, 1e-6),
+        lambda r, w, b: expected(r, (c,), w, b, 1e-6),
+        rows,
+        torch.rand(c) + 0.5,
+        torch.randn(c),
+        dtype=dtype,
+        atol=atol,
+    )
     compare(lambda r: ops.layer_norm(r, None, None, 1e-3), lambda r: expected(r, (c,), eps=1e-3), rows, dtype=dtype, atol=atol)
 
 
@@ -443,21 +480,33 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "no inverse": ("inverse is None", lambda: ops.sparse_conv(rows.clone().requires_grad_(), kernel, table, None)),
         "entry of pooled table": ("table names", lambda: ops.max_pool(rows, far, inverse)),
         "entry of slots": ("slots names 65", lambda: ops.voxelise(torch.zeros(2, 3, 8, 12), slots + 60, patches, 4)),
-        "entry of patches": ("patches names 1073741824",
-                             lambda: ops.voxelise(torch.zeros(2, 3, 8, 12), slots, patches + 2**30 - patches, 4)),
+        "entry of patches": (
+            "patches names 1073741824",
+            lambda: ops.voxelise(torch.zeros(2, 3, 8, 12), slots, patches + 2**30 - patches, 4),
+        ),
         "negative kernel": ("kernel_size", lambda: ops.depthwise_conv(rows, kernel[:1, 0], None, slots, patches, 4, (-1, -1))),
         "negative pixels": ("pixels|patches", lambda: ops.densify(rows, slots, patches, -4)),
         "entry of table": (f"table names {len(rows)}", lambda: ops.sparse_conv(rows, kernel, far, inverse)),
-        "even depthwise kernel": ("kernel_size .* must be odd",
-                                  lambda: ops.depthwise_conv(rows, kernel[:4, 0], None, slots, patches, 4, (2, 2), stride=2)),
-        "depthwise rows": ("rows must be 6 patches",
-                           lambda: ops.depthwise_conv(rows[1:], kernel[:, 0], None, slots, patches, 4, (3, 3))),
-        "depthwise kernel": ("kernel must be",
-                             lambda: ops.depthwise_conv(rows, kernel[1:, 0], None, slots, patches, 4, (3, 3))),
-        "depthwise bias": ("bias must be",
-                           lambda: ops.depthwise_conv(rows, kernel[:, 0, :4], kernel[0, 0, 1:], slots, patches, 4, (3, 3))),
-        "raw depthwise rows": ("rows must be",
-                               lambda: raw.depthwise_conv(rows[1:], kernel[:, :, 0], None, slots, patches, 4, [3, 3], 1, 1)),
+        "even depthwise kernel": (
+            "kernel_size .* must be odd",
+            lambda: ops.depthwise_conv(rows, kernel[:4, 0], None, slots, patches, 4, (2, 2), stride=2),
+        ),
+        "depthwise rows": (
+            "rows must be 6 patches",
+            lambda: ops.depthwise_conv(rows[1:], kernel[:, 0], None, slots, patches, 4, (3, 3)),
+        ),
+        "depthwise kernel": (
+            "kernel must be",
+            lambda: ops.depthwise_conv(rows, kernel[1:, 0], None, slots, patches, 4, (3, 3)),
+        ),
+        "depthwise bias": (
+            "bias must be",
+            lambda: ops.depthwise_conv(rows, kernel[:, 0, :4], kernel[0, 0, 1:], slots, patches, 4, (3, 3)),
+        ),
+        "raw depthwise rows": (
+            "rows must be",
+            lambda: raw.depthwise_conv(rows[1:], kernel[:, :, 0], None, slots, patches, 4, [3, 3], 1, 1),
+        ),
         "dense": (r"dense must be \(2, C, 8, 12\)", lambda: ops.voxelise(torch.zeros(2, 3, 8, 13), slots, patches, 4)),
         "raw dense": ("does not fit", lambda: raw.voxelise(torch.zeros(2, 3, 8, 13), slots, patches, 4)),
         "densify rows": ("rows must be 6 patches", lambda: ops.densify(rows, slots, patches, 3)),
@@ -466,27 +515,37 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "linear bias": ("bias must be", lambda: ops.linear(rows, torch.zeros(4, 5), torch.zeros(4))),
         "mean": (r"mean must be \(4,\)", lambda: ops.batch_norm(rows, torch.zeros(3), torch.ones(4), training=True)),
         "factor": ("factor must be", lambda: ops.batch_norm(rows, *norm, training=True, factor=torch.ones(7))),
-        "gradient of factor": ("factor has no gradient", lambda: ops.batch_norm(
-            rows, *norm, training=True, factor=torch.ones(2, requires_grad=True))),
+        "gradient of factor": (
+            "factor has no gradient",
+            lambda: ops.batch_norm(rows, *norm, training=True, factor=torch.ones(2, requires_grad=True)),
+        ),
         "residual": ("residual must be", lambda: ops.batch_norm(rows, *norm, training=True, residual=rows[1:])),
-        "type of residual": ("residual is torch.float64", lambda: ops.batch_norm(
-            rows, *norm, training=True, residual=rows.double())),
+        "type of residual": (
+            "residual is torch.float64",
+            lambda: ops.batch_norm(rows, *norm, training=True, residual=rows.double()),
+        ),
         "raw factor": ("factor", lambda: raw.batch_norm(rows, *norm, None, None, torch.ones(7), None, None, True)),
-        "raw residual": ("residual must be", lambda: raw.batch_norm(
-            rows, *norm, None, None, None, rows[1:], None, True)),
-        "bf16 product": ("rows must be float64 or float32",
-                         lambda: ops.product_statistics(rows.bfloat16(), rows.bfloat16().t())),
+        "raw residual": ("residual must be", lambda: raw.batch_norm(rows, *norm, None, None, None, rows[1:], None, True)),
+        "bf16 product": (
+            "rows must be float64 or float32",
+            lambda: ops.product_statistics(rows.bfloat16(), rows.bfloat16().t()),
+        ),
         "product": ("kernel must be", lambda: ops.product_statistics(rows, torch.zeros(5, 8))),
-        "weight2": (r"weight2 must be \(channels, 8\)",
-                    lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 9), None)),
-        "bias1": (r"bias1 must be \(8,\)",
-                  lambda: ops.mlp(rows, torch.zeros(8, 4), torch.zeros(7), torch.zeros(4, 8), None)),
-        "scale": (r"scale must be \(4,\)",
-                  lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 8), None, torch.zeros(8))),
-        "raw weights": ("do not fit rows", lambda: raw.mlp(
-            rows, torch.zeros(8, 5), None, torch.zeros(4, 8), None, None, None, None)),
+        "weight2": (
+            r"weight2 must be \(channels, 8\)",
+            lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 9), None),
+        ),
+        "bias1": (r"bias1 must be \(8,\)", lambda: ops.mlp(rows, torch.zeros(8, 4), torch.zeros(7), torch.zeros(4, 8), None)),
+        "scale": (
+            r"scale must be \(4,\)",
+            lambda: ops.mlp(rows, torch.zeros(8, 4), None, torch.zeros(4, 8), None, torch.zeros(8)),
+        ),
+        "raw weights": (
+            "do not fit rows",
+            lambda: raw.mlp(rows, torch.zeros(8, 5), None, torch.zeros(4, 8), None, None, None, None),
+        ),
         "device": ("is on meta", lambda: ops.linear(rows, torch.zeros(4, 5, device="meta"))),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("case", wrong_calls())

@@ -176,11 +176,18 @@ def test_maps_that_travel_channels_last_are_recognised() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: F.hardtanh(x, 0.5, 6), lambda x: torch.add(x, other=1.0), lambda x: x.clamp(min=0.3), torch.sigmoid,
-        lambda x: F.threshold(x, 0.1, 20.0), lambda x: torch.add(x, 1.0), lambda x: x.exp(), lambda x: F.softplus(x),
-        lambda x: torch.clamp(input=x, min=0.3), lambda x: torch.maximum(x, torch.ones((), dtype=x.dtype)),
+        lambda x: F.hardtanh(x, 0.5, 6),
+        lambda x: torch.add(x, other=1.0),
+        lambda x: x.clamp(min=0.3),
+        torch.sigmoid,
+        lambda x: F.threshold(x, 0.1, 20.0),
+        lambda x: torch.add(x, 1.0),
+        lambda x: x.exp(),
+        lambda x: F.softplus(x),
+        lambda x: torch.clamp(input=x, min=0.3),
+        lambda x: torch.maximum(x, torch.ones((), dtype=x.dtype)),
     ],
-)  # fmt: skip
+)
 def test_functions_that_move_zero_do_not_leak_into_the_next_window(function: Callable[[Tensor], Tensor]) -> None:
     network = make(lambda m, x: m.conv(function(x)))
     masked = Masked(network, ACTIVE)
@@ -191,8 +198,10 @@ def test_functions_that_move_zero_do_not_leak_into_the_next_window(function: Cal
 @pytest.mark.parametrize("size", [(1, 3), (3, 1), (1, 5), (7, 1)])
 def test_kernels_of_one_row_or_column_can_be_trained(size: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Conv2d(a, b, 2, 2), nn.Conv2d(b, b, size, 1, (size[0] // 2, size[1] // 2)))
-              for a, b in [(3, 4), (4, 6), (6, 8), (8, 10)]]  # fmt: skip
+    layers = [
+        nn.Sequential(nn.Conv2d(a, b, 2, 2), nn.Conv2d(b, b, size, 1, (size[0] // 2, size[1] // 2)))
+        for a, b in [(3, 4), (4, 6), (6, 8), (8, 10)]
+    ]
     encoder = sparkme.sparsify(nn.Sequential(*layers).to(dtype))
     results = []
     for engine in ENGINES:
@@ -401,10 +410,14 @@ def test_a_tensors_memory_is_not_a_maps() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: F.relu(x).sqrt(), lambda x: (x * x + 1e-3).log(), lambda x: x / x.abs().sum(1, keepdim=True),
-        lambda x: x / torch.norm(x, p=2, dim=1, keepdim=True), lambda x: 1 / (x.abs() + 1e-3), lambda x: (x * x) ** 0.5,
+        lambda x: F.relu(x).sqrt(),
+        lambda x: (x * x + 1e-3).log(),
+        lambda x: x / x.abs().sum(1, keepdim=True),
+        lambda x: x / torch.norm(x, p=2, dim=1, keepdim=True),
+        lambda x: 1 / (x.abs() + 1e-3),
+        lambda x: (x * x) ** 0.5,
     ],
-)  # fmt: skip
+)
 def test_infinite_derivatives_at_hidden_pixels_reach_nothing(function: Callable[[Tensor], Tensor]) -> None:
     """Hidden pixels are zero on masked-dense after the pooling, and zero times infinity is not zero."""
     network = make(lambda m, x: m.conv(function(F.max_pool2d(x, 3, 1, 1).abs())), 3)

@@ -38,8 +38,16 @@ from sparkme.weights.pretrained import read_pretrained
 tifffile = pytest.importorskip("tifffile")
 RANDOM = np.random.default_rng(0)
 # What EXIF's numbers mean, one transposition each: how an upright array is stored.
-HELD = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
-        6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}  # fmt: skip
+HELD = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
 
 
 def scene(low: float, high: float, height: int = 48, width: int = 64) -> np.ndarray:
@@ -167,8 +175,11 @@ def test_images_of_8_bits_are_read_as_they_were(tmp_path: Path) -> None:
 
 
 def test_deep_and_other_images_of_one_folder_have_their_own_ranges(tmp_path: Path) -> None:
-    paths = [save(tmp_path / "deep.png", scene(0, 4000).astype(np.uint16)), save(tmp_path / "float.npy", scene(0, 1)),
-             save(tmp_path / "byte.png", scene(0, 255).astype(np.uint8))]  # fmt: skip
+    paths = [
+        save(tmp_path / "deep.png", scene(0, 4000).astype(np.uint16)),
+        save(tmp_path / "float.npy", scene(0, 1)),
+        save(tmp_path / "byte.png", scene(0, 255).astype(np.uint8)),
+    ]
     pixels, text = found(paths)
     assert pixels.ranges == {"integers": [0, 4095], "floats": [0.0, 1.0]}
     assert "1 channel of uint16 in 1" in text and "L of 8 bits in 1" in text
@@ -272,11 +283,22 @@ def test_pages_are_channels_or_the_first_is_taken_aloud(dtype: type, tmp_path: P
 
 
 KINDS = {
-    "grey.png": (np.uint8, 0), "colour.png": (np.uint8, 3), "alpha.png": (np.uint8, 4), "deep.png": (np.uint16, 3),
-    "deep alpha.png": (np.uint16, 4), "deep grey.png": (np.uint16, 0), "grey.tif": (np.uint8, 0), "colour.tif": (np.uint8, 3),
-    "alpha.tif": (np.uint8, 4), "deep grey.tif": (np.uint16, 0), "deep.tif": (np.uint16, 3), "bands.tif": (np.uint16, 7),
-    "float.tif": (np.float32, 0), "pages.tif": (np.uint16, -5), "colour.jpg": (np.uint8, 3),
-}  # fmt: skip
+    "grey.png": (np.uint8, 0),
+    "colour.png": (np.uint8, 3),
+    "alpha.png": (np.uint8, 4),
+    "deep.png": (np.uint16, 3),
+    "deep alpha.png": (np.uint16, 4),
+    "deep grey.png": (np.uint16, 0),
+    "grey.tif": (np.uint8, 0),
+    "colour.tif": (np.uint8, 3),
+    "alpha.tif": (np.uint8, 4),
+    "deep grey.tif": (np.uint16, 0),
+    "deep.tif": (np.uint16, 3),
+    "bands.tif": (np.uint16, 7),
+    "float.tif": (np.float32, 0),
+    "pages.tif": (np.uint16, -5),
+    "colour.jpg": (np.uint8, 3),
+}
 
 
 @pytest.mark.parametrize("orientation", HELD)
@@ -341,8 +363,12 @@ def test_what_becomes_of_colours_and_alpha_is_said(mode: str, tmp_path: Path) ->
 
 
 def test_without_tifffile_one_line_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path / "bands.tif", RANDOM.integers(0, 99, (8, 8, 5), dtype=np.uint8), photometric="minisblack",
-                planarconfig="contig")  # fmt: skip
+    path = save(
+        tmp_path / "bands.tif",
+        RANDOM.integers(0, 99, (8, 8, 5), dtype=np.uint8),
+        photometric="minisblack",
+        planarconfig="contig",
+    )
     real = builtins.__import__
 
     def without(name: str, *args: Any, **words: Any) -> Any:

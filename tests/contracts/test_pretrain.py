@@ -26,8 +26,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_readme_promises(straight: Path) -> None:
     found = {str(p.relative_to(straight)) for p in straight.rglob("*") if p.is_file()}
-    assert {"config.json", "metrics.jsonl", "loss.png", "reconstructions/epoch_0002.png", "reconstructions/epoch_0003.png",
-            "checkpoints/last.pt", "checkpoints/step_00000002.pt", "checkpoints/step_00000006.pt"} <= found  # fmt: skip
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "reconstructions/epoch_0002.png",
+        "reconstructions/epoch_0003.png",
+        "checkpoints/last.pt",
+        "checkpoints/step_00000002.pt",
+        "checkpoints/step_00000006.pt",
+    } <= found
     assert any(name.startswith("tensorboard/events") for name in found)
     assert json.loads((straight / "config.json").read_text())["warmup_epochs"] == pytest.approx(0.3)
     records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
@@ -76,9 +84,34 @@ def test_convnext_pretrains_from_given_weights(tmp_path: Path) -> None:
 
     data = make_images(tmp_path / "images")
     torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "init.pth")
-    arguments = ["--data", data, "--model", "convnext_tiny", "--input-size", 64, "--decoder-width", 32, "--epochs", 1,
-                 "--workers", 0, "--init", tmp_path / "init.pth", "--output", tmp_path / "run", "--accumulate", 2,
-                 "--engine", "masked-dense", "--precision", "bf16", "--device", "cpu", "--optimizer", "adamw"]  # fmt: skip
+    arguments = [
+        "--data",
+        data,
+        "--model",
+        "convnext_tiny",
+        "--input-size",
+        64,
+        "--decoder-width",
+        32,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        "--init",
+        tmp_path / "init.pth",
+        "--output",
+        tmp_path / "run",
+        "--accumulate",
+        2,
+        "--engine",
+        "masked-dense",
+        "--precision",
+        "bf16",
+        "--device",
+        "cpu",
+        "--optimizer",
+        "adamw",
+    ]
     assert main([*map(str, arguments)]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["batch_size"], config["beta2"]) == (6, 0.999)

@@ -38,8 +38,11 @@ def test_features_are_those_of_torchvisions_own_network() -> None:
     encoder.load_dense_state_dict(dense.state_dict())
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     none = torch.empty(0, dtype=torch.long)
-    batches = [WholeBatch(images[:2], torch.tensor([0, 1]), ()), WholeBatch(None, none, ("b: torn",)),
-               WholeBatch(images[2:], torch.tensor([3]), ())]  # fmt: skip
+    batches = [
+        WholeBatch(images[:2], torch.tensor([0, 1]), ()),
+        WholeBatch(None, none, ("b: torn",)),
+        WholeBatch(images[2:], torch.tensor([3]), ()),
+    ]
     found = pooled_features(encoder, batches, Statistics(), torch.device("cpu"))
     assert encoder.training and found.numbers.tolist() == [0, 1, 3] and found.unreadable == ("b: torn",)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in Statistics())
@@ -147,8 +150,15 @@ def test_pretraining_measures_the_encoder_while_it_trains(
     assert [*measured] == [0, 2, 3] and len([r for r in records if "loss" in r]) == 6
     split = find_labelled(labelled)
     encoder = read_pretrained(tmp_path / "checkpoints" / "last.pt").encoder()[0]
-    parts = [pooled_features(encoder, whole_batches(WholeImages(part.paths, (64, 64)), batch_size=8, workers=0), Statistics(),
-                             torch.device("cpu")).maps[32] for part in (split.train, split.val)]  # fmt: skip
+    parts = [
+        pooled_features(
+            encoder,
+            whole_batches(WholeImages(part.paths, (64, 64)), batch_size=8, workers=0),
+            Statistics(),
+            torch.device("cpu"),
+        ).maps[32]
+        for part in (split.train, split.val)
+    ]
     assert measured[3] == pytest.approx(knn_accuracy(parts[0], split.train.labels, parts[1], split.val.labels), abs=0.1)
     assert main_fails(capsys, [*SMALL, "--output", str(tmp_path / "b"), "--probe-epochs", "2"]).startswith(
         "error: --probe-epochs needs --probe-data"

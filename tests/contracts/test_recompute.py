@@ -39,9 +39,8 @@ def results(name: str, engine: str, *, twice: bool) -> tuple[list[Tensor], list[
 
 @pytest.mark.parametrize(
     ("name", "count", "engine"),
-    [("resnet18", 8, "masked-dense"), ("timm:resnetv2_18", 8, "cuda_ext"),
-     ("timm:convnextv2_atto", 12, "cuda_ext")],
-)  # fmt: skip
+    [("resnet18", 8, "masked-dense"), ("timm:resnetv2_18", 8, "cuda_ext"), ("timm:convnextv2_atto", 12, "cuda_ext")],
+)
 def test_results_are_equal_and_memory_is_less(name: str, count: int, engine: str) -> None:
     """Maps, gradients and running statistics, bit for bit, with drop path."""
     once, _, memory = results(name, engine, twice=False)

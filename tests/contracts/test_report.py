@@ -66,9 +66,17 @@ def config_of_pretraining(*flags: str, num_images: int = 2000) -> dict[str, Any]
 def config_of_finetuning(*flags: str) -> dict[str, Any]:
     given = asked_to_finetune(*flags)
     given = replace(
-        given, model=given.model or "resnet50", num_train_images=400, num_val_images=100, num_classes=3, channels=3,
-        mean=(0.4,) * 3, std=(0.2,) * 3, input_size=given.input_size or (224,), several_labels=bool(given.label_separator),
-    )  # fmt: skip
+        given,
+        model=given.model or "resnet50",
+        num_train_images=400,
+        num_val_images=100,
+        num_classes=3,
+        channels=3,
+        mean=(0.4,) * 3,
+        std=(0.2,) * 3,
+        input_size=given.input_size or (224,),
+        several_labels=bool(given.label_separator),
+    )
     return to_config(finetune.resolve(given, finetune.choose_recipe(given, "bn"), CPU))
 
 
@@ -79,11 +87,21 @@ def metrics(seed: int = 0, *, until: int = STEPS * EPOCHS) -> list[dict[str, Any
     for step in (1, *range(5, until + 1, 5)):
         epoch = step / STEPS
         loss = 0.4 + 0.6 * math.exp(-epoch / (2 + seed)) + draw.gauss(0, 0.01)
-        lines.append({"step": step, "epoch": round(epoch, 4), "loss": loss,
-                      "learning_rate": 5e-4 * math.sin(math.pi * step / (STEPS * EPOCHS)) + 1e-6, "weight_decay": 0.04,
-                      "images_per_s": draw.gauss(120, 6), "step_ms": 250.0, "seconds_left": 0.25 * (STEPS * EPOCHS - step),
-                      "gradient_norm": math.exp(draw.gauss(0, 0.5)) + (40 if step == 200 else 0),
-                      "loader_wait": 0.05 + 0.05 * draw.random(), "memory_gib": 3.25})  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "epoch": round(epoch, 4),
+                "loss": loss,
+                "learning_rate": 5e-4 * math.sin(math.pi * step / (STEPS * EPOCHS)) + 1e-6,
+                "weight_decay": 0.04,
+                "images_per_s": draw.gauss(120, 6),
+                "step_ms": 250.0,
+                "seconds_left": 0.25 * (STEPS * EPOCHS - step),
+                "gradient_norm": math.exp(draw.gauss(0, 0.5)) + (40 if step == 200 else 0),
+                "loader_wait": 0.05 + 0.05 * draw.random(),
+                "memory_gib": 3.25,
+            }
+        )
         if step % (2 * STEPS) == 0:
             lines.append({"step": step, "epoch": epoch, "knn": 0.5 - 0.3 * math.exp(-epoch / 4)})
     return lines
@@ -192,8 +210,12 @@ def curves(page: Page, name: str, kind: str = "linear") -> list[list[tuple[float
     lines = []
     for points in re.findall(r'<polyline [^>]*points="([^"]+)"', plot):
         pairs = [tuple(map(float, pair.split(","))) for pair in points.split()]
-        lines.append([tuple(low + (high - low) * share for (low, high), share in zip(ranges, (x / 1000, 1 - y / 1000)))
-                      for x, y in pairs])  # fmt: skip
+        lines.append(
+            [
+                tuple(low + (high - low) * share for (low, high), share in zip(ranges, (x / 1000, 1 - y / 1000)))
+                for x, y in pairs
+            ]
+        )
     return lines  # type: ignore[return-value]
 
 
@@ -202,8 +224,16 @@ def curves(page: Page, name: str, kind: str = "linear") -> list[list[tuple[float
 
 def test_the_curves_are_those_of_the_metrics(tmp_path: Path) -> None:
     page, lines = page_of(example(tmp_path / "run")), metrics()
-    for name, scale in (("loss", 1), ("learning_rate", 1), ("images_per_s", 1), ("gradient_norm", 1), ("loader_wait", 100),
-                        ("memory_gib", 1), ("knn", 100), ("weight_decay", 1)):  # fmt: skip
+    for name, scale in (
+        ("loss", 1),
+        ("learning_rate", 1),
+        ("images_per_s", 1),
+        ("gradient_norm", 1),
+        ("loader_wait", 100),
+        ("memory_gib", 1),
+        ("knn", 100),
+        ("weight_decay", 1),
+    ):
         expected = [(line["epoch"], scale * line[name]) for line in lines if name in line]
         (drawn,) = curves(page, name)
         span = max(y for _, y in expected) - min(y for _, y in expected) or max(abs(y) for _, y in expected)
@@ -275,15 +305,50 @@ def test_a_run_whose_lines_are_far_apart_is_not_taken_for_stopped(tmp_path: Path
         ([], []),
         (["--data", "photos"], ["data"]),
         (["--data", "photos", "--epochs", "50", "--no-resume"], ["data", "epochs"]),
-        (["--data", "a b", "--recipe", "fcmae", "--no-norm-pix-loss", "--model", "timm:convnextv2_nano", "--input-size", "64",
-          "--mask-ratio", "0.5", "--compile", "--seed", "3", "--accumulate", "2", "--probe-data", "l", "--probe-epochs", "7"],
-         ["data", "recipe", "norm_pix_loss", "model", "input_size", "mask_ratio", "compile", "seed", "accumulate", "probe_data",
-          "probe_epochs"]),
-        (["--recipe", "spark", "--model", "convnext_small", "--input-size", "96", "128", "--channels", "1"],
-         ["recipe", "model", "input_size", "channels"]),
+        (
+            [
+                "--data",
+                "a b",
+                "--recipe",
+                "fcmae",
+                "--no-norm-pix-loss",
+                "--model",
+                "timm:convnextv2_nano",
+                "--input-size",
+                "64",
+                "--mask-ratio",
+                "0.5",
+                "--compile",
+                "--seed",
+                "3",
+                "--accumulate",
+                "2",
+                "--probe-data",
+                "l",
+                "--probe-epochs",
+                "7",
+            ],
+            [
+                "data",
+                "recipe",
+                "norm_pix_loss",
+                "model",
+                "input_size",
+                "mask_ratio",
+                "compile",
+                "seed",
+                "accumulate",
+                "probe_data",
+                "probe_epochs",
+            ],
+        ),
+        (
+            ["--recipe", "spark", "--model", "convnext_small", "--input-size", "96", "128", "--channels", "1"],
+            ["recipe", "model", "input_size", "channels"],
+        ),
     ],
     ids=["none", "data", "epochs", "fcmae", "spark"],
-)  # fmt: skip
+)
 def test_what_differs_from_the_defaults_and_the_command_that_continues(
     flags: list[str], expected: list[str], tmp_path: Path
 ) -> None:
@@ -351,11 +416,19 @@ def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_results_of_finetuning(tmp_path: Path) -> None:
     config = config_of_finetuning("w.pt", "--data", "d")
-    lines = [{"step": 12, "epoch": 1.0, "loss": 1.5, "learning_rate": 0.1},
-             {"step": 12, "epoch": 1.0, "val_top1": 0.5, "val_top5": 0.9, "val_top1_average": 0.55}]  # fmt: skip
+    lines = [
+        {"step": 12, "epoch": 1.0, "loss": 1.5, "learning_rate": 0.1},
+        {"step": 12, "epoch": 1.0, "val_top1": 0.5, "val_top5": 0.9, "val_top1_average": 0.55},
+    ]
     run = save(tmp_path / "run", config, lines)
-    results = {"epoch": 1, "last": {"val_top1": 0.5}, "best": {"top1": 0.5, "epoch": 1}, "num_val": 100,
-               "of_each_class": {"cat": 0.25, "<dog>": 0.75}, "confusion": [[10, 30], [15, 45]]}  # fmt: skip
+    results = {
+        "epoch": 1,
+        "last": {"val_top1": 0.5},
+        "best": {"top1": 0.5, "epoch": 1},
+        "num_val": 100,
+        "of_each_class": {"cat": 0.25, "<dog>": 0.75},
+        "confusion": [[10, 30], [15, 45]],
+    }
     (run / "results.json").write_text(json.dumps(results))
     Image.new("RGBA", (300, 200), (0, 0, 0, 0)).save(run / "confusion.png")
     page = page_of(run)
@@ -550,8 +623,13 @@ def test_pipes_and_links_are_not_waited_for(tmp_path: Path) -> None:
     (run / "reconstructions" / "epoch_0002.png").symlink_to("nowhere")
     (run / "confusion.png").symlink_to(run / "metrics.jsonl")
     page = page_of(run)
-    for expected in ("notes.jsonl cannot be read", "results.json cannot be opened", "checkpoints cannot be listed",
-                     "None of them can be read", "confusion.png cannot be read"):  # fmt: skip
+    for expected in (
+        "notes.jsonl cannot be read",
+        "results.json cannot be opened",
+        "checkpoints cannot be listed",
+        "None of them can be read",
+        "confusion.png cannot be read",
+    ):
         assert expected in page.text, expected
 
 
@@ -683,10 +761,22 @@ def chromium() -> str:
 
 def browse(chromium: str, address: str, folder: Path, *flags: str) -> str:
     done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000",
-         f"--user-data-dir={folder / 'profile'}", *flags, address],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--virtual-time-budget=2000",
+            f"--user-data-dir={folder / 'profile'}",
+            *flags,
+            address,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     return done.stdout
 
 

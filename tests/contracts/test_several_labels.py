@@ -36,9 +36,35 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(table: Path, output: Path, epochs: int = 2) -> list[str]:
-    return ["--from-scratch", "--model", "resnet18", "--data", str(table), "--labels", "red,green,blue", "--batch-size", "8",
-            "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1", "--eval-epochs", "1", "--epochs",
-            str(epochs), "--ema-decay", "0.9", "--checkpoint-minutes", "0", "--output", str(output)]  # fmt: skip
+    return [
+        "--from-scratch",
+        "--model",
+        "resnet18",
+        "--data",
+        str(table),
+        "--labels",
+        "red,green,blue",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--input-size",
+        "64",
+        "--log-steps",
+        "1",
+        "--eval-epochs",
+        "1",
+        "--epochs",
+        str(epochs),
+        "--ema-decay",
+        "0.9",
+        "--checkpoint-minutes",
+        "0",
+        "--output",
+        str(output),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,17 @@ def test_names_are_those_of_the_folder_in_the_order_of_paths(tmp_path: Path) -> 
 
 
 def test_pictures_are_found_by_their_suffix_or_content_and_others_counted(tmp_path: Path) -> None:
-    kinds = {"JPEG": ["x.jfif", "x.jpe", "x.JPEG", "jpeg"], "PNG": ["x.PNG", "png"], "TGA": ["x.tga"], "GIF": ["gif"],
-             "WEBP": ["webp"], "TIFF": ["tiff"], "BMP": ["bmp"], "PPM": ["x.pnm"], "JPEG2000": ["x.j2k", "x.jp2"]}  # fmt: skip
+    kinds = {
+        "JPEG": ["x.jfif", "x.jpe", "x.JPEG", "jpeg"],
+        "PNG": ["x.PNG", "png"],
+        "TGA": ["x.tga"],
+        "GIF": ["gif"],
+        "WEBP": ["webp"],
+        "TIFF": ["tiff"],
+        "BMP": ["bmp"],
+        "PPM": ["x.pnm"],
+        "JPEG2000": ["x.j2k", "x.jp2"],
+    }
     for kind, names in kinds.items():
         for name in names:
             Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
@@ -109,9 +118,17 @@ def test_pictures_are_found_by_their_suffix_or_content_and_others_counted(tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("x.dcm", "pydicom"), ("x.NII", "nibabel"), ("x.nii.gz", "nibabel"), ("x.npz", "each by itself as .npy"),
-     ("x.heic", "pillow-heif"), ("x.h5", "--data package.module:dataset"), ("x.mp4", "ffmpeg"), ("x.zip", "unpack")],
-)  # fmt: skip
+    [
+        ("x.dcm", "pydicom"),
+        ("x.NII", "nibabel"),
+        ("x.nii.gz", "nibabel"),
+        ("x.npz", "each by itself as .npy"),
+        ("x.heic", "pillow-heif"),
+        ("x.h5", "--data package.module:dataset"),
+        ("x.mp4", "ffmpeg"),
+        ("x.zip", "unpack"),
+    ],
+)
 def test_files_of_other_kinds_name_what_to_do(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / name).write_bytes(b"x")
@@ -391,9 +408,11 @@ def test_a_download_that_ends_early_is_not_kept(
     answer: str, sharded: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = (sharded[0] / "part-000.tar").read_bytes()
-    first = {"short": f"HTTP/1.0 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode() + whole[: len(whole) // 2],
-             "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n" + whole[:100],
-             "garbage": b"\0garbage\r\n\r\n"}[answer]  # fmt: skip
+    first = {
+        "short": f"HTTP/1.0 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode() + whole[: len(whole) // 2],
+        "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n" + whole[:100],
+        "garbage": b"\0garbage\r\n\r\n",
+    }[answer]
     answers = [first] * shards.TRIES + [f"HTTP/1.0 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode() + whole]
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -725,18 +744,21 @@ def parquet_of(path: Path, images: Any, labels: Any = None, names: list[str] | N
     return str(path / "x.parquet")
 
 
-@pytest.mark.parametrize("kind", [
-    lambda a: a.binary(),
-    lambda a: a.large_binary(),
-    lambda a: a.binary_view(),
-    lambda a: a.binary(2),
-    lambda a: a.dictionary(a.int32(), a.binary()),
-    lambda a: a.list_(a.binary()),
-    lambda a: a.list_(a.binary(), 1),
-    lambda a: a.large_list(a.struct({"bytes": a.binary(), "path": a.string(), "words": a.list_(a.string())})),
-    lambda a: a.struct({"bytes": a.binary_view(), "path": a.string_view()}),
-    lambda a: a.struct({"path": a.string(), "bytes": a.dictionary(a.int8(), a.binary())}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda a: a.binary(),
+        lambda a: a.large_binary(),
+        lambda a: a.binary_view(),
+        lambda a: a.binary(2),
+        lambda a: a.dictionary(a.int32(), a.binary()),
+        lambda a: a.list_(a.binary()),
+        lambda a: a.list_(a.binary(), 1),
+        lambda a: a.large_list(a.struct({"bytes": a.binary(), "path": a.string(), "words": a.list_(a.string())})),
+        lambda a: a.struct({"bytes": a.binary_view(), "path": a.string_view()}),
+        lambda a: a.struct({"path": a.string(), "bytes": a.dictionary(a.int8(), a.binary())}),
+    ],
+)
 def test_parquet_has_bytes_in_columns_of_many_types(kind: Callable[[Any], Any], tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     images: list[Any] = [b"%02d" % i for i in range(40)]
@@ -822,9 +844,13 @@ def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     columns = {
-        "image": [b"i", b"j"], "image.jpg": [b"k", b"l"], "mask": [b"m", b"n"], "deep": [{"er": b"o"}, {"er": b"p"}],
-        "fine": [0, 1], "coarse": ["a", "b"],
-    }  # fmt: skip
+        "image": [b"i", b"j"],
+        "image.jpg": [b"k", b"l"],
+        "mask": [b"m", b"n"],
+        "deep": [{"er": b"o"}, {"er": b"p"}],
+        "fine": [0, 1],
+        "coarse": ["a", "b"],
+    }
     parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
     where = str(tmp_path / "x.parquet")
     source = find_source(where)
@@ -1043,8 +1069,20 @@ def test_a_run_on_several_sources_goes_on_and_labelled_ones_are_given_once(
     sharded: tuple[Path, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = [str(sharded[0] / f"part-{i:03d}.tar") for i in range(3)]
-    words = [*SMALL, *TINY, "--data", *where[:2], "--data", where[2], "--shard-cache", str(tmp_path / "cache"),
-             "--panel-epochs", "0", "--output", str(tmp_path / "run")]  # fmt: skip
+    words = [
+        *SMALL,
+        *TINY,
+        "--data",
+        *where[:2],
+        "--data",
+        where[2],
+        "--shard-cache",
+        str(tmp_path / "cache"),
+        "--panel-epochs",
+        "0",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     assert main([*words, "--epochs", "1"]) == 0 and main([*words, "--epochs", "2"]) == 0
     shown = capsys.readouterr().out
     assert f"20 images in {' '.join(where)}, " in shown and "resumed after step 2" in shown
@@ -1091,15 +1129,34 @@ def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.Tem
         f"images = Own(sorted(Path({str(root / 'files')!r}).iterdir()))\nimages.targets = [i % 2 for i in range(20)]\n"
     )
     sys.path.insert(0, str(root))
-    return {"folder": str(root / "files"), "list": str(root / "list.txt"), "shards": str(folder / "part-{000..002}.tar"),
-            "parquet": str(root / "data.parquet"), "dataset": "own_images:images"}  # fmt: skip
+    return {
+        "folder": str(root / "files"),
+        "list": str(root / "list.txt"),
+        "shards": str(folder / "part-{000..002}.tar"),
+        "parquet": str(root / "data.parquet"),
+        "dataset": "own_images:images",
+    }
 
 
 @pytest.mark.parametrize("kind", ["list", "shards", "parquet", "dataset"])
 def test_every_source_pretrains_and_resumes_bit_for_bit(kind: str, every_source: dict[str, str], tmp_path: Path) -> None:
     data = ["--data", every_source[kind]]
-    words = [*SMALL, *TINY, "--samples-per-epoch", "20", "--panel-epochs", "0", "--epochs", "2", "--shard-cache",
-             str(tmp_path / "cache"), "--checkpoint-minutes", "0", "--keep-checkpoints", "9"]  # fmt: skip
+    words = [
+        *SMALL,
+        *TINY,
+        "--samples-per-epoch",
+        "20",
+        "--panel-epochs",
+        "0",
+        "--epochs",
+        "2",
+        "--shard-cache",
+        str(tmp_path / "cache"),
+        "--checkpoint-minutes",
+        "0",
+        "--keep-checkpoints",
+        "9",
+    ]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert main([*words, *data, "--output", str(straight)]) == 0
     (resumed / "checkpoints").mkdir(parents=True)

@@ -86,8 +86,26 @@ def test_a_class_with_methods_of_its_own_goes_all_the_way(
     assert json.loads(Path("fine/results.json").read_text())["epoch"] == 2
     assert load_file("fine/best.safetensors").keys() == checkpoint["model"].keys()
     assert probe.main(["fine/best.safetensors", "--data", str(data), "--workers", "0", "--stage", "last", "--no-linear"]) == 0
-    assert pretrain.main([*SMALL, "--model", model, "--drop-path", "0", "--epochs", "1", "--init", "fine/checkpoints/last.pt",
-                          "--panel-epochs", "0", "--output", "again"]) == 0  # fmt: skip
+    assert (
+        pretrain.main(
+            [
+                *SMALL,
+                "--model",
+                model,
+                "--drop-path",
+                "0",
+                "--epochs",
+                "1",
+                "--init",
+                "fine/checkpoints/last.pt",
+                "--panel-epochs",
+                "0",
+                "--output",
+                "again",
+            ]
+        )
+        == 0
+    )
 
 
 class Layer(nn.Linear):

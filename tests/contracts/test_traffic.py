@@ -33,9 +33,19 @@ def test_bytes_of_operators_by_hand() -> None:
 
 
 def test_kinds() -> None:
-    kinds = {"mm": "products", "sparse_conv_grad_kernel": "products", "depthwise_conv_grad_rows": "products",
-             "convolution_backward": "products", "native_layer_norm_backward": "norms", "_to_copy": "casts", "clone": "copies",
-             "densify": "copies", "sum": "sums", "relu": "pointwise", "add_": "pointwise"}  # fmt: skip
+    kinds = {
+        "mm": "products",
+        "sparse_conv_grad_kernel": "products",
+        "depthwise_conv_grad_rows": "products",
+        "convolution_backward": "products",
+        "native_layer_norm_backward": "norms",
+        "_to_copy": "casts",
+        "clone": "copies",
+        "densify": "copies",
+        "sum": "sums",
+        "relu": "pointwise",
+        "add_": "pointwise",
+    }
     assert {name: kind_of(name) for name in kinds} == kinds
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from typing import BinaryIO
 
 import numpy as np
@@ -92,8 +93,10 @@ def test_seeds_depend_on_everything_and_nothing_else() -> None:
 
 
 def test_an_epoch_shows_every_image_once_and_continues_where_it_stopped() -> None:
-    make = lambda **kw: EpochSampler(**{"num_images": 10, "samples_per_epoch": 10, "batch_size": 2, "seed": 0,  # noqa: E731
-                                        "steps": range(15), **kw})  # fmt: skip
+    def make(**changed: Any) -> EpochSampler:
+        usual = {"num_images": 10, "samples_per_epoch": 10, "batch_size": 2, "seed": 0, "steps": range(15)}
+        return EpochSampler(**(usual | changed))
+
     batches = list(make())
     assert len(batches) == len(make()) == 15
     for epoch in range(3):

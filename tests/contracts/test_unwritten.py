@@ -133,9 +133,18 @@ class Block(nn.Module):
 
 
 KINDS = (
-    "read twice", "norm of a norm", "two norms", "in place", "with itself", "residual, then product", "drop path", "reversed",
-    "linear", "gelu twice", "product read twice",
-)  # fmt: skip
+    "read twice",
+    "norm of a norm",
+    "two norms",
+    "in place",
+    "with itself",
+    "residual, then product",
+    "drop path",
+    "reversed",
+    "linear",
+    "gelu twice",
+    "product read twice",
+)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -27,9 +27,22 @@ from sparkme.training.checkpoint import Checkpoints
 from sparkme.visualize import create_parser, main
 from sparkme.weights.checkpoint import load_checkpoint
 
-CONFIG = {"recipe": "spark", "model": "resnet18", "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 32, "patch": None,
-          "input_size": [64, 96], "densify_norm": "auto", "norm_pix_loss": True, "channels": 3, "mean": [0.4, 0.5, 0.6],
-          "std": [0.2, 0.25, 0.3], "background": "red", "seed": 3}  # fmt: skip
+CONFIG = {
+    "recipe": "spark",
+    "model": "resnet18",
+    "drop_path": 0.0,
+    "mask_ratio": 0.5,
+    "decoder_width": 32,
+    "patch": None,
+    "input_size": [64, 96],
+    "densify_norm": "auto",
+    "norm_pix_loss": True,
+    "channels": 3,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.25, 0.3],
+    "background": "red",
+    "seed": 3,
+}
 FCMAE = {"recipe": "fcmae", "model": "timm:test_convnext2", "decoder_width": 64}
 
 
@@ -227,8 +240,13 @@ def test_a_picture_is_written_and_its_losses_printed(
         assert tag not in ("link", "script", "iframe", "object"), tag
         assert tag == "img" or not {"src", "href", "srcset", "style"} & set(attributes)
     assert not re.search(r"url\(|@import|https?:", output.read_text())
-    for expected in ("mask ratio 0.7 (2 of 6 patches visible), seed 1", "TRUE mean and deviation", "decoder_width", "resnet18",
-                     *{line[3] for line in lines}):  # fmt: skip
+    for expected in (
+        "mask ratio 0.7 (2 of 6 patches visible), seed 1",
+        "TRUE mean and deviation",
+        "decoder_width",
+        "resnet18",
+        *{line[3] for line in lines},
+    ):
         assert expected in page.text, expected
 
 
@@ -362,8 +380,15 @@ def test_mistakes_get_one_line_and_write_nothing(
     flags: list[str], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = photographs(tmp_path / "photos", 1)[0]
-    assert message in fails(capsys, checkpoint, image, *([] if flags[0][0] == "-" else flags), "--output",
-                            tmp_path / "picture.png", *(flags if flags[0][0] == "-" else []))  # fmt: skip
+    assert message in fails(
+        capsys,
+        checkpoint,
+        image,
+        *([] if flags[0][0] == "-" else flags),
+        "--output",
+        tmp_path / "picture.png",
+        *(flags if flags[0][0] == "-" else []),
+    )
     assert not (tmp_path / "picture.png").exists()
 
 
@@ -431,11 +456,14 @@ def test_the_mask_pattern_command(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert picture.width > 900
     assert "exists; choose another --output" in fails(capsys, "--mask-pattern", "--output", "mask_pattern.png")
     for flags, message in (
-        (["--layers", "0"], "must be from 1 to 64"), (["--output", "a.html"], "the suffix must be .png"),
-        (["--seeds", "1", "2"], "draws one mask"), (["--size", "90"], "multiple of the patch of 32"),
-        (["--mask-ratio", "1"], "leaves none"), (["--mask-ratio", "0"], "hides none"),
+        (["--layers", "0"], "must be from 1 to 64"),
+        (["--output", "a.html"], "the suffix must be .png"),
+        (["--seeds", "1", "2"], "draws one mask"),
+        (["--size", "90"], "multiple of the patch of 32"),
+        (["--mask-ratio", "1"], "leaves none"),
+        (["--mask-ratio", "0"], "hides none"),
         (["--statistics", "true"], "leave out --statistics"),
-    ):  # fmt: skip
+    ):
         assert message in fails(capsys, "--mask-pattern", "--overwrite", *flags)
 
 

@@ -13,12 +13,47 @@ from sparkme.settings.finetune import FinetuneSettings
 from sparkme.settings.pretrain import PretrainSettings
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
-SMALL = ["--model", "resnet18", "--input-size", "64", "--decoder-width", "32", "--batch-size", "4", "--samples-per-epoch", "8",
-         "--epochs", "3", "--workers", "0", "--device", "cpu", "--log-steps", "1", "--base-lr", "0.01",
-         "--drop-path", "0.2"]  # fmt: skip
+SMALL = [
+    "--model",
+    "resnet18",
+    "--input-size",
+    "64",
+    "--decoder-width",
+    "32",
+    "--batch-size",
+    "4",
+    "--samples-per-epoch",
+    "8",
+    "--epochs",
+    "3",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--log-steps",
+    "1",
+    "--base-lr",
+    "0.01",
+    "--drop-path",
+    "0.2",
+]
 # The same of fine-tuning.
-QUICK = ["--batch-size", "8", "--workers", "0", "--device", "cpu", "--input-size", "64", "--log-steps", "1",
-         "--eval-epochs", "1", "--epochs", "2"]  # fmt: skip
+QUICK = [
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--input-size",
+    "64",
+    "--log-steps",
+    "1",
+    "--eval-epochs",
+    "1",
+    "--epochs",
+    "2",
+]
 
 
 def asked(*words: object) -> PretrainSettings:

@@ -11,8 +11,18 @@ from torch import Tensor
 from sparkme import Grid, ops
 
 # What a gradient is checked of numerically. Not linear_batch_norm, whose statistics have to be those of its rows.
-DIFFERENTIABLE = ("sparse_conv", "depthwise_conv", "max_pool", "avg_pool", "voxelise", "densify", "linear", "batch_norm",
-                  "layer_norm", "mlp")  # fmt: skip
+DIFFERENTIABLE = (
+    "sparse_conv",
+    "depthwise_conv",
+    "max_pool",
+    "avg_pool",
+    "voxelise",
+    "densify",
+    "linear",
+    "batch_norm",
+    "layer_norm",
+    "mlp",
+)
 # Arguments that have no entry left where there are no rows.
 _OF_ROWS = {"rows", "grad", "dense", "out", "residual", "hidden", "table", "inverse", "taken", "slots", "patches", "statistics"}
 
@@ -68,7 +78,7 @@ def calls(dtype: torch.dtype = torch.float64, device: str = "cpu", channels: int
         "layer_norm_grad": (random(n, c), rows, numbers(n, 2), random(c)),
         "mlp": (rows, *mlp, factor, random(n, c + 1)),
         "mlp_grad": (random(n, c + 1), rows, random(n, 4 * c), mlp[0], *mlp[2:], factor),
-    }  # fmt: skip
+    }
 
 
 NAMES = tuple(calls()) if not ops.unavailable(on_gpu=False) else ()

@@ -476,9 +476,16 @@ def masked_window(x: Tensor, active: Tensor, sides: tuple[int, int, int, int], m
 
 
 def masked_conv2d_padded(
-    x: Tensor, active: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: tuple[int, int, int, int],
-    groups: int = 1, dilation: int = 1, mode: str = "constant",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    active: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    sides: tuple[int, int, int, int],
+    groups: int = 1,
+    dilation: int = 1,
+    mode: str = "constant",
+) -> Tensor:
     """Convolution after padding by (left, right, top, bottom); a hidden neighbour counts as zero."""
     padded = masked_window(x, active, sides, mode)
     return masked(F.conv2d(padded, weight, bias, stride, 0, dilation, groups), active)

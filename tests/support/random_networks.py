@@ -86,9 +86,14 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 CUTS = (
-    "detached reader", "without gradients", "in place without gradients", "added without gradients", "reader in inference mode",
-    "frozen branch", "asks for gradients",
-)  # fmt: skip
+    "detached reader",
+    "without gradients",
+    "in place without gradients",
+    "added without gradients",
+    "reader in inference mode",
+    "frozen branch",
+    "asks for gradients",
+)
 
 
 class Block(nn.Module):
@@ -104,8 +109,10 @@ class Block(nn.Module):
         self.scale = nn.Parameter(torch.rand(width, 1, 1) + 0.5)
         self.steps: list[tuple[str, int, int, str]] = []
         for number in range(1, rng.randint(4, 9)):
-            kind = rng.choice(("layer",) * 6 + ("again", "add", "add", "add in place", "scale", "activation", "activation",
-                               "cut", "cut", "halves", "look"))  # fmt: skip
+            kind = rng.choice(
+                ("layer",) * 6
+                + ("again", "add", "add", "add in place", "scale", "activation", "activation", "cut", "cut", "halves", "look")
+            )
             last = number - 1
             more = ""
             if kind == "layer":
@@ -199,12 +206,14 @@ class RandomNetwork(nn.Module):
         widths = [2 * rng.randint(2, 5) for _ in range(rng.randint(2, 3))]
         stages: list[nn.Module] = []
         for before, width in zip((3, *widths), widths):
-            down = rng.choice((
-                lambda a, b: [nn.Conv2d(a, b, 3, 2, 1)],
-                lambda a, b: [nn.Conv2d(a, b, 2, 2)],
-                lambda a, b: [nn.Conv2d(a, b, 1), nn.MaxPool2d(3, 2, 1)],
-                lambda a, b: [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)],
-            ))  # fmt: skip
+            down = rng.choice(
+                (
+                    lambda a, b: [nn.Conv2d(a, b, 3, 2, 1)],
+                    lambda a, b: [nn.Conv2d(a, b, 2, 2)],
+                    lambda a, b: [nn.Conv2d(a, b, 1), nn.MaxPool2d(3, 2, 1)],
+                    lambda a, b: [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)],
+                )
+            )
             blocks = [Block(rng, width) for _ in range(rng.randint(1, 2))]
             stages.append(nn.Sequential(*down(before, width), *blocks))
         self.stages = nn.Sequential(*stages)

@@ -88,10 +88,15 @@ def test_random_masks_are_uniform_and_reproducible() -> None:
 def test_a_coordinate_map_in_another_order_changes_nothing(monkeypatch: pytest.MonkeyPatch, active: torch.Tensor) -> None:
     """MinkowskiEngine promises no order on a GPU: its coordinate maps are shuffled here, and the numbers must not change."""
     dense = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1),
-        torch.nn.Conv2d(4, 4, 7, padding=3, groups=4), torch.nn.Conv2d(4, 6, 2, 2), torch.nn.Conv2d(6, 6, 3, 2, 1),
-        torch.nn.Conv2d(6, 6, 3, 2, 1), torch.nn.AdaptiveAvgPool2d(1),
-    )  # fmt: skip
+        torch.nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(3, 2, 1),
+        torch.nn.Conv2d(4, 4, 7, padding=3, groups=4),
+        torch.nn.Conv2d(4, 6, 2, 2),
+        torch.nn.Conv2d(6, 6, 3, 2, 1),
+        torch.nn.Conv2d(6, 6, 3, 2, 1),
+        torch.nn.AdaptiveAvgPool2d(1),
+    )
     encoder = sparkme.sparsify(dense).double().set_engine("minkowski")
     images = torch.randn(3, 3, 64, 128, dtype=torch.float64)
     expected = encoder(images, active)

@@ -121,8 +121,19 @@ def test_a_warning_of_the_run_is_shown_and_kept(tmp_path: Any, capsys: pytest.Ca
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (90, 90), (50, 90, 10)).save(tmp_path / "images" / f"{i}.png")
-    words = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--data", str(tmp_path / "images"), "--epochs", "5",
-             "--output", str(tmp_path / "run")]  # fmt: skip
+    words = [
+        *SMALL,
+        "--model",
+        "timm:test_resnet",
+        "--drop-path",
+        "0",
+        "--data",
+        str(tmp_path / "images"),
+        "--epochs",
+        "5",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     assert main(words) == 0
     assert capsys.readouterr().err.count("pictures are all the same") == 1
     notes = [json.loads(line) for line in (tmp_path / "run" / "notes.jsonl").read_text().splitlines()]

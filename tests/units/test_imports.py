@@ -15,9 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {"", "doctor", "export", "finetune", "pretrain", "probe", "report", "visualize"}
 SUPPORT = {"errors", "files", "machine", "screen", "seeds", "state_dict", "text", "watchdog"}
 ROWS = (
-    COMMANDS, {"reporting", "methods", "training", "results"}, {"data", "weights"}, {"settings"}, {"networks"}, {"sparse"},
-    {"ops"}, SUPPORT,
-)  # fmt: skip
+    COMMANDS,
+    {"reporting", "methods", "training", "results"},
+    {"data", "weights"},
+    {"settings"},
+    {"networks"},
+    {"sparse"},
+    {"ops"},
+    SUPPORT,
+)
 BUILT = "sparkme._C"  # the extension, which is no Python module
 
 

@@ -46,9 +46,15 @@ def sparse_input(dense: Tensor, active: Tensor, stride: int, engine: str, channe
 
 
 def check(
-    layer: nn.Module, reference: Callable[..., Tensor], channels: int, mask: str, engine: str, *, positive: bool = False,
+    layer: nn.Module,
+    reference: Callable[..., Tensor],
+    channels: int,
+    mask: str,
+    engine: str,
+    *,
+    positive: bool = False,
     channels_last: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compares output, gradient of the input and gradients of the parameters (in the dense layout) with the reference."""
     layer = layer.double()
     active, stride = MASKS[mask], 4
@@ -209,10 +215,18 @@ def test_functions_that_move_zero_leave_hidden_pixels_at_zero(engine: str) -> No
     x = sparse_input(values, active, 4, engine)
     divisor = torch.rand(3, 1, 1, dtype=torch.float64) + 1
     for got, expected in (
-        (x / x, values / values), (x / divisor, values / divisor), (divisor / x, divisor / values), (1 / x, 1 / values),
-        (x**2, values**2), (x**-1, values**-1), (x.exp(), values.exp()), (x - x, values - values), (-x + 3, 3 - values),
-        (torch.relu(input=x), values), (torch.add(x, x, alpha=2), 3 * values),
-    ):  # fmt: skip
+        (x / x, values / values),
+        (x / divisor, values / divisor),
+        (divisor / x, divisor / values),
+        (1 / x, 1 / values),
+        (x**2, values**2),
+        (x**-1, values**-1),
+        (x.exp(), values.exp()),
+        (x - x, values - values),
+        (-x + 3, 3 - values),
+        (torch.relu(input=x), values),
+        (torch.add(x, x, alpha=2), 3 * values),
+    ):
         assert oracle.relative_error(got.dense(), oracle.masked(expected, active)) < 1e-12
 
 

@@ -66,13 +66,21 @@ WRAPPED: dict[str, tuple[Any, str, int]] = {  # the file's content, the prefix, 
     "lightning_with_head": ({"epoch": 3, "state_dict": {**under("backbone."), **HEAD}}, "state_dict.backbone.", 1),
     "lightning_model": ({"state_dict": under("model.", WHOLE)}, "state_dict.model.", 2),
     "lightning_model_backbone": (
-        {"state_dict": {**under("model.backbone."), "model.head.weight": BOX}}, "state_dict.model.backbone.", 1),
+        {"state_dict": {**under("model.backbone."), "model.head.weight": BOX}},
+        "state_dict.model.backbone.",
+        1,
+    ),
     "contrastive": ({"model": {**under("module.encoder."), "module.head.0.weight": BOX}}, "model.module.encoder.", 1),
     "momentum": (
         {"state_dict": {**under("module.encoder_k.", OTHER), **under("module.encoder_q."), "module.queue": BOX}},
-        "state_dict.module.encoder_q.", 1),
+        "state_dict.module.encoder_q.",
+        1,
+    ),
     "teacher_student": (
-        {"teacher": under("backbone.", OTHER), "student": under("module.backbone.")}, "student.module.backbone.", 0),
+        {"teacher": under("backbone.", OTHER), "student": under("module.backbone.")},
+        "student.module.backbone.",
+        0,
+    ),
     "online_target": ({**under("target_encoder.net.", OTHER), **under("online_encoder.net.")}, "online_encoder.net.", 0),
     "lightly": ({"state_dict": {**under("backbone_momentum.", OTHER), **under("backbone.")}}, "state_dict.backbone.", 0),
     "namespace": ({"state_dict": WHOLE, "args": argparse.Namespace(lr=0.1, model="resnet18"), "epoch": 5}, "state_dict.", 2),
@@ -88,7 +96,7 @@ WRAPPED: dict[str, tuple[Any, str, int]] = {  # the file's content, the prefix, 
     "tree": ({"net": {"conv1": {"weight": ENCODER["conv1.weight"]}, **dict([*ENCODER.items()][1:])}}, "net.", 0),
     "list": ({"models": [ENCODER, OTHER]}, "models.0.", 0),
     "profiled": ({**ENCODER, "total_ops": torch.zeros(()), "layer1.0.conv1.total_ops": torch.zeros(())}, "", 2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
@@ -288,11 +296,23 @@ def test_plain_data_beside_the_weights_are_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "easydict", SimpleNamespace(EasyDict=config))
     monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", SimpleNamespace(DictConfig=type(tree)))
-    beside = {"path": pathlib.Path("a/b"), "counts": collections.defaultdict(list, {"x": [1]}), "config": config(width=3),
-              "tree": tree, "deque": collections.deque([1], 5), "space": SimpleNamespace(x=1), "size": torch.Size([3]),
-              "array": np.arange(6.0).reshape(2, 3), "flag": np.bool_(True), "words": np.array(["a", "b"]), "complex": 1j,
-              "set": {1}, "options": argparse.Namespace(deep=argparse.Namespace(lr=1)), "type": int,
-              "rng": np.random.default_rng(0).bit_generator.state}  # fmt: skip
+    beside = {
+        "path": pathlib.Path("a/b"),
+        "counts": collections.defaultdict(list, {"x": [1]}),
+        "config": config(width=3),
+        "tree": tree,
+        "deque": collections.deque([1], 5),
+        "space": SimpleNamespace(x=1),
+        "size": torch.Size([3]),
+        "array": np.arange(6.0).reshape(2, 3),
+        "flag": np.bool_(True),
+        "words": np.array(["a", "b"]),
+        "complex": 1j,
+        "set": {1},
+        "options": argparse.Namespace(deep=argparse.Namespace(lr=1)),
+        "type": int,
+        "rng": np.random.default_rng(0).bit_generator.state,
+    }
     torch.save({"state_dict": WHOLE, **beside}, tmp_path / "file.pth")
     for name in ("easydict", "omegaconf", "omegaconf.dictconfig"):
         monkeypatch.delitem(sys.modules, name)

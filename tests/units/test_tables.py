@@ -29,10 +29,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lines(form: str, head: str = "") -> str:
     """A line of each picture: `path` and its `stem`, its class as `label`, its `number`."""
     rows = [
-        form.format(path=path, stem=Path(path).stem, name=Path(path).name, label=Path(path).parent.name, number=i, part=i % 4,
-                    windows=path.replace("/", "\\"), cat=int("cat" in path), dog=int("dog" in path), odd=i % 2, none=0)
+        form.format(
+            path=path,
+            stem=Path(path).stem,
+            name=Path(path).name,
+            label=Path(path).parent.name,
+            number=i,
+            part=i % 4,
+            windows=path.replace("/", "\\"),
+            cat=int("cat" in path),
+            dog=int("dog" in path),
+            odd=i % 2,
+            none=0,
+        )
         for i, path in enumerate(NAMES)
-    ]  # fmt: skip
+    ]
     return "".join(f"{row}\n" for row in ([head] if head else []) + rows)
 
 
@@ -210,12 +221,24 @@ KHOT = lines("{path},{cat},1,{odd}", "path,cat,animal,odd")
     [
         (KHOT, {"labels": "cat, animal,odd"}),
         (KHOT.replace(",1", ",1.0").replace(",0", ",False"), {"labels": "cat,animal,odd"}),
-        (lines("{path},{cat}#animal#{odd}").replace("1#animal", "cat#animal").replace("0#animal", "animal")
-         .replace("#1", "#odd").replace("#0", ""), {"label_separator": "#"}),
-        (lines("{path},{cat} animal,{odd}", "path,first,second").replace(",1 a", ",cat a").replace(",0 a", ",a")
-         .replace(",1\n", ",odd\n").replace(",0\n", ",\n"), {"labels": "first,second", "label_separator": " "}),
+        (
+            lines("{path},{cat}#animal#{odd}")
+            .replace("1#animal", "cat#animal")
+            .replace("0#animal", "animal")
+            .replace("#1", "#odd")
+            .replace("#0", ""),
+            {"label_separator": "#"},
+        ),
+        (
+            lines("{path},{cat} animal,{odd}", "path,first,second")
+            .replace(",1 a", ",cat a")
+            .replace(",0 a", ",a")
+            .replace(",1\n", ",odd\n")
+            .replace(",0\n", ",\n"),
+            {"labels": "first,second", "label_separator": " "},
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_image_has_several_labels(content: str, flags: dict[str, str], root: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(content)
     split = find_labelled(tmp_path / "t.csv", root=root, **flags)  # type: ignore[arg-type]

@@ -18,8 +18,24 @@ from sparkme.sparse.engines.cuda_ext import CudaExtEngine
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
-TINY = ["--model", "resnet18", "--input-size", "64", "--batch-size", "2", "--decoder-width", "32", "--device", "cpu",
-        "--mask-ratio", "0.5", "--rounds", "3", "--warmup", "1"]  # fmt: skip
+TINY = [
+    "--model",
+    "resnet18",
+    "--input-size",
+    "64",
+    "--batch-size",
+    "2",
+    "--decoder-width",
+    "32",
+    "--device",
+    "cpu",
+    "--mask-ratio",
+    "0.5",
+    "--rounds",
+    "3",
+    "--warmup",
+    "1",
+]
 SMALLER = ["--model", "timm:test_resnet"]  # where it does not matter which network it is
 CPU = torch.device("cpu")
 
@@ -287,16 +303,27 @@ def test_help_works_and_a_wrong_word_ends_with_code_2(capsys: pytest.CaptureFixt
 def case(what: str, ratio: float, **medians_ms: float) -> dict[str, Any]:
     contenders = {
         name.replace("_dense", "-dense"): {
-            "precision": "float32", "seconds": [ms / 1e3] * 3, "median_s": ms / 1e3,
-            "quartiles_s": [0.9e-3 * ms, 1.1e-3 * ms], "images_per_s": 8e3 / ms, "activation_bytes": 3 * 2**29,
+            "precision": "float32",
+            "seconds": [ms / 1e3] * 3,
+            "median_s": ms / 1e3,
+            "quartiles_s": [0.9e-3 * ms, 1.1e-3 * ms],
+            "images_per_s": 8e3 / ms,
+            "activation_bytes": 3 * 2**29,
         }
         for name, ms in medians_ms.items()
-    }  # fmt: skip
+    }
     return {
-        "model": "resnet18", "input_size": 64, "batch_size": 8, "mask_ratio": ratio, "precision": "float32",
-        "compile": False, "what": what, "left_out": {"official": "not there"}, "contenders": contenders,
+        "model": "resnet18",
+        "input_size": 64,
+        "batch_size": 8,
+        "mask_ratio": ratio,
+        "precision": "float32",
+        "compile": False,
+        "what": what,
+        "left_out": {"official": "not there"},
+        "contenders": contenders,
         "ratios": throughput.ratios({name: result["median_s"] for name, result in contenders.items()}),
-    }  # fmt: skip
+    }
 
 
 def record(*cases: dict[str, Any]) -> dict[str, Any]:

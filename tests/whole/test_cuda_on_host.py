@@ -104,9 +104,17 @@ def test_every_operator_gives_what_it_gives_on_the_cpu(ops: Any, dtype: torch.dt
 
 KEEPS = [1, 5, 12]  # of 12 patches
 WINDOWS = [  # kernel_size, stride, dilation
-    ((1, 1), 1, 1), ((3, 3), 1, 1), ((7, 7), 1, 1), ((3, 5), 1, 1), ((5, 5), 1, 2),
-    ((1, 1), 2, 1), ((3, 3), 2, 1), ((7, 7), 2, 1), ((2, 2), 2, 1), ((4, 4), 4, 1),
-]  # fmt: skip
+    ((1, 1), 1, 1),
+    ((3, 3), 1, 1),
+    ((7, 7), 1, 1),
+    ((3, 5), 1, 1),
+    ((5, 5), 1, 2),
+    ((1, 1), 2, 1),
+    ((3, 3), 2, 1),
+    ((7, 7), 2, 1),
+    ((2, 2), 2, 1),
+    ((4, 4), 4, 1),
+]
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -125,10 +133,16 @@ def test_neighbour_table(ops: Any, keep: int, kernel_size: tuple[int, int], stri
 DEPTHWISE = [
     *((p, c, (k, k), 1, 1) for p, k, c in ((2, 3, 8), (2, 5, 96), (2, 7, 96), (4, 3, 96), (4, 5, 8), (4, 7, 72), (8, 3, 40))),
     *((p, c, (k, k), 1, 1) for p, k, c in ((8, 5, 8), (8, 7, 96), (16, 7, 40), (6, 7, 24), (12, 3, 16), (1, 7, 64))),
-    *((p, 72, (3, 5), 1, 1) for p in (2, 4)), (8, 40, (5, 5), 1, 2), (4, 7, (7, 7), 1, 1), (1, 1032, (3, 3), 1, 1),
-    *((p, c, (3, 3), 2, 1) for p, c in ((2, 5), (4, 64), (8, 5))), (4, 8, (7, 7), 4, 1), (2, 3, (5, 3), 2, 3),
-    (2, 2, (31, 33), 1, 1), (4, 8, (1, 1), 1, 1),
-]  # fmt: skip
+    *((p, 72, (3, 5), 1, 1) for p in (2, 4)),
+    (8, 40, (5, 5), 1, 2),
+    (4, 7, (7, 7), 1, 1),
+    (1, 1032, (3, 3), 1, 1),
+    *((p, c, (3, 3), 2, 1) for p, c in ((2, 5), (4, 64), (8, 5))),
+    (4, 8, (7, 7), 4, 1),
+    (2, 3, (5, 3), 2, 3),
+    (2, 2, (31, 33), 1, 1),
+    (4, 8, (1, 1), 1, 1),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,9 +252,12 @@ def test_voxelise_and_densify(ops: Any, pixels: int, channels: int, dtype: torch
 
 
 FOLLOWS: dict[str, dict[str, Any]] = {  # a batch norm
-    "nothing": {}, "relu": {"ceiling": float("inf")}, "relu6": {"ceiling": 1.25, "factor": 2}, "residual": {"residual": True},
+    "nothing": {},
+    "relu": {"ceiling": float("inf")},
+    "relu6": {"ceiling": 1.25, "factor": 2},
+    "residual": {"residual": True},
     "all": {"residual": True, "ceiling": float("inf"), "factor": 1},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -101,10 +101,13 @@ def test_two_halves_make_a_whole(name: str, tmp_path: Path) -> None:
 
 
 SHARED = {  # options of a norm, and the input's shape
-    "rows": ({}, (6, 3)), "maps": ({}, (6, 3, 4, 5)), "average": ({"momentum": None}, (6, 3, 2, 2)),
-    "no statistics": ({"track_running_stats": False}, (6, 3, 2, 2)), "no weight": ({"affine": False}, (6, 3)),
+    "rows": ({}, (6, 3)),
+    "maps": ({}, (6, 3, 4, 5)),
+    "average": ({"momentum": None}, (6, 3, 2, 2)),
+    "no statistics": ({"track_running_stats": False}, (6, 3, 2, 2)),
+    "no weight": ({"affine": False}, (6, 3)),
     "clamped": ({"ceiling": 6.0}, (6, 3, 4, 5)),
-}  # fmt: skip
+}
 
 
 def share_norms(rank: int, folder: str, port: int, operators: bool) -> None:
@@ -163,8 +166,9 @@ def test_shared_batch_norms_equal_torchs_of_the_whole_batch(operators: bool, tmp
                 continue  # of one process's part
             assert mine.dtype == dtype
             assert oracle.relative_error(torch.cat([mine, theirs]).double(), expected.double()) < tolerance, (name, dtype)
-        for got, other, expected in zip(sums, second[name, dtype][1], [*(p.grad for p in norm.parameters()), *norm.buffers()],
-                                        strict=True):  # fmt: skip
+        for got, other, expected in zip(
+            sums, second[name, dtype][1], [*(p.grad for p in norm.parameters()), *norm.buffers()], strict=True
+        ):
             assert torch.equal(got, other)
             assert oracle.relative_error(got.double(), expected.double()) < tolerance, (name, dtype)
 
@@ -217,8 +221,10 @@ def test_batch_norms_with_code_of_their_own_keep_it() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 1
 
-    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), norm(b)) for a, b, norm in
-              [(3, 4, nn.BatchNorm2d), (4, 6, BatchNormAct2d), (6, 8, Shifted), (8, 8, nn.BatchNorm2d)]]  # fmt: skip
+    stages = [
+        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), norm(b))
+        for a, b, norm in [(3, 4, nn.BatchNorm2d), (4, 6, BatchNormAct2d), (6, 8, Shifted), (8, 8, nn.BatchNorm2d)]
+    ]
     encoder = sparkme.sparsify(nn.Sequential(*stages))
     assert share_batch_norms(encoder) == ["network.2.1 (Shifted)"]
     kinds = [type(m) for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -236,8 +242,21 @@ def test_synchronised_batch_norms_still_drop_residual_branches() -> None:
 
 def measure(rank: int, data: str, folder: str, port: int) -> None:
     join(rank, port)
-    words = ["--from-scratch", "--model", "timm:test_resnet", "--data", data, "--input-size", "64", "--batch-size", "8",
-             "--workers", "0", "--output", f"{folder}/run"]  # fmt: skip
+    words = [
+        "--from-scratch",
+        "--model",
+        "timm:test_resnet",
+        "--data",
+        data,
+        "--input-size",
+        "64",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--output",
+        f"{folder}/run",
+    ]
     run = Finetuning(asked_to_finetune(*words), start_process("cpu"))
     for name, buffer in run.network.named_buffers():
         if name.endswith("running_mean"):
@@ -257,8 +276,23 @@ def test_processes_measure_the_first_ones_batch_norms(labelled: Path, tmp_path: 
 def train_on_shards(rank: int, folder: str, port: int) -> None:
     """One epoch, in which each process notes what it reads, and the gradients of the first step."""
     join(rank, port)
-    words = [*SMALL, "--data", f"{folder}/part-{{0..3}}.tar", "--samples-per-epoch", "24", "--epochs", "1", "--drop-path", "0",
-             "--model", "convnext_tiny", "--shard-cache", f"{folder}/cache", "--output", f"{folder}/run"]  # fmt: skip
+    words = [
+        *SMALL,
+        "--data",
+        f"{folder}/part-{{0..3}}.tar",
+        "--samples-per-epoch",
+        "24",
+        "--epochs",
+        "1",
+        "--drop-path",
+        "0",
+        "--model",
+        "convnext_tiny",
+        "--shard-cache",
+        f"{folder}/cache",
+        "--output",
+        f"{folder}/run",
+    ]
     run = Pretraining(asked(*words), start_process("cpu"))
     read: list[int] = []
     right = run.dataset.source.read

@@ -25,8 +25,16 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("downstream")
     for model in ("resnet50", "convnext_tiny"):
         torch.manual_seed(0)
-        config = {"recipe": "spark", "model": model, "drop_path": 0.0, "mask_ratio": 0.5, "decoder_width": 32, "patch": None,
-                  "input_size": [64, 64], "densify_norm": "auto"}  # fmt: skip
+        config = {
+            "recipe": "spark",
+            "model": model,
+            "drop_path": 0.0,
+            "mask_ratio": 0.5,
+            "decoder_width": 32,
+            "patch": None,
+            "input_size": [64, 64],
+            "densify_norm": "auto",
+        }
         network = build_network(from_config(PretrainSettings, config))
         with torch.no_grad():  # no value is what a library's own initialisation would make it
             for value in network.state_dict().values():
@@ -58,8 +66,10 @@ def test_all_of_the_exported_weights_are_taken(names: dict[str, Any]) -> None:
     folder = names["folder"]
     body = names["detector"].backbone.body.state_dict()
     assert_taken(body, folder / "resnet50.safetensors")
-    assert_taken({f"features.{name}": value for name, value in names["pyramid"].body.state_dict().items()},
-                 folder / "convnext_tiny.safetensors")  # fmt: skip
+    assert_taken(
+        {f"features.{name}": value for name, value in names["pyramid"].body.state_dict().items()},
+        folder / "convnext_tiny.safetensors",
+    )
     assert_taken(names["segmenter"].backbone.state_dict(), folder / "resnet50.safetensors")
     assert_taken(names["backbone"].state_dict(), folder / "resnet50-timm.safetensors")
     assert_taken(names["getter"].state_dict(), folder / "convnext_tiny-timm.safetensors", prefix="model.")

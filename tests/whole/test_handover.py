@@ -168,9 +168,26 @@ def test_a_process_that_cannot_hand_over_ends_the_run(
         code = train(tmp_path, "--workers", 1)
     else:
         code = finetune(
-            ["--from-scratch", "--model", "timm:test_resnet", "--data", str(labelled), "--head-init", "linear", "--workers",
-             "1", "--device", "cpu", "--input-size", "64", "--batch-size", "4", "--output", str(tmp_path)]
-        )  # fmt: skip
+            [
+                "--from-scratch",
+                "--model",
+                "timm:test_resnet",
+                "--data",
+                str(labelled),
+                "--head-init",
+                "linear",
+                "--workers",
+                "1",
+                "--device",
+                "cpu",
+                "--input-size",
+                "64",
+                "--batch-size",
+                "4",
+                "--output",
+                str(tmp_path),
+            ]
+        )
     said = capfd.readouterr().err
     assert code == 2 and time.monotonic() - began < LIMIT_S and not loaders()
     assert "error: a process that loads images cannot hand over a batch: no memory for this; lower --workers" in said

@@ -38,8 +38,24 @@ def test_memory_counts_what_a_step_keeps() -> None:
 
 def test_two_processes_are_compared_with_one(tmp_path: Path) -> None:
     path = tmp_path / "processes.json"
-    words = ["--recipe", "spark", "--model", "resnet18", "--batch-size", "1", "--steps", "3", "--turns", "1",
-             "--input-size", "64", "--decoder-width", "32", "--precision", "float32"]  # fmt: skip
+    words = [
+        "--recipe",
+        "spark",
+        "--model",
+        "resnet18",
+        "--batch-size",
+        "1",
+        "--steps",
+        "3",
+        "--turns",
+        "1",
+        "--input-size",
+        "64",
+        "--decoder-width",
+        "32",
+        "--precision",
+        "float32",
+    ]
     assert processes.main([*words, "--json", str(path)]) == 0
     (case,) = json.loads(path.read_text())["cases"]
     one, two = case["images_per_s"]["1"], case["images_per_s"]["2"]

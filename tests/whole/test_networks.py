@@ -13,11 +13,27 @@ TABLE = json.loads(networks.RESULTS.read_text())["networks"]
 SUPPORTED = {name: result for name, result in TABLE.items() if result["supported"]}
 # One for each kind of form; small ones.
 SAMPLE = [
-    "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet", "timm:convnextv2_atto", "timm:nf_resnet26",
-    "timm:resnet50_gn", "timm:densenetblur121d", "timm:tf_efficientnet_b0", "timm:mambaout_femto", "timm:res2net50_26w_4s",
-    "timm:resnest14d", "timm:skresnet18", "timm:tresnet_m", "timm:hrnet_w18_small", "timm:ghostnetv2_100",
-    "timm:poolformer_s12", "timm:selecsls42b", "timm:gcresnext26ts", "timm:rdnet_tiny",
-]  # fmt: skip
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "mnasnet0_5",
+    "googlenet",
+    "timm:convnextv2_atto",
+    "timm:nf_resnet26",
+    "timm:resnet50_gn",
+    "timm:densenetblur121d",
+    "timm:tf_efficientnet_b0",
+    "timm:mambaout_femto",
+    "timm:res2net50_26w_4s",
+    "timm:resnest14d",
+    "timm:skresnet18",
+    "timm:tresnet_m",
+    "timm:hrnet_w18_small",
+    "timm:ghostnetv2_100",
+    "timm:poolformer_s12",
+    "timm:selecsls42b",
+    "timm:gcresnext26ts",
+    "timm:rdnet_tiny",
+]
 
 
 def test_the_table_holds_what_was_promised() -> None:
@@ -27,8 +43,15 @@ def test_the_table_holds_what_was_promised() -> None:
     tried = [name for name in TABLE if name.startswith("timm:") and not networks.is_mixed(name)]
     families = {TABLE[name]["family"] for name in tried}
     missing = families - {result["family"] for name, result in SUPPORTED.items()}
-    assert missing == {"timm convmixer", "timm inception_resnet_v2", "timm inception_v3", "timm inception_v4", "timm nasnet",
-                       "timm pnasnet", "timm xception"}  # fmt: skip
+    assert missing == {
+        "timm convmixer",
+        "timm inception_resnet_v2",
+        "timm inception_v3",
+        "timm inception_v4",
+        "timm nasnet",
+        "timm pnasnet",
+        "timm xception",
+    }
     assert sum(name in SUPPORTED for name in tried) >= 0.9 * len(tried)
     for result in SUPPORTED.values():
         limits = networks.LIMITS[getattr(torch, result["dtype"])]

@@ -65,8 +65,21 @@ def test_two_processes_train_together_and_resume(tmp_path: Path) -> None:
 
 
 def test_two_processes_stop_together_at_a_signal(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparkme.pretrain",
-               *SMALL, "--epochs", "500", "--output", str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sparkme.pretrain",
+        *SMALL,
+        "--epochs",
+        "500",
+        "--output",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -81,8 +94,13 @@ def test_two_processes_stop_together_at_a_signal(tmp_path: Path) -> None:
 def test_processes_share_the_batch_and_the_measurement(trained: Path, labelled: Path, tmp_path: Path) -> None:
     words = [str(trained), "--data", str(labelled), *QUICK, "--epochs", "1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run([*launcher, "sparkme.finetune", *words, "--output", str(tmp_path)], capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*launcher, "sparkme.finetune", *words, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["num_val"] == 6 and len(losses(tmp_path)) == 3

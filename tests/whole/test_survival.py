@@ -107,8 +107,11 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_one_before_is_taken(
     truncate(copied, 6)
     assert train(copied) == 0
     said = capsys.readouterr()
-    assert re.search(r"step_00000006.pt is damaged: .*; it is now step_00000006.pt.damaged, and the run goes on from step_0000"
-                     "0004.pt", said.err)  # fmt: skip
+    assert re.search(
+        r"step_00000006.pt is damaged: .*; it is now step_00000006.pt.damaged, and the run goes on from step_0000"
+        "0004.pt",
+        said.err,
+    )
     assert "resumed after step 4" in said.out and "was missing" not in said.out
     assert equal(copied, straight)
     assert train(copied, "--no-resume", "--epochs", "1") == 0
@@ -141,9 +144,13 @@ def test_a_flipped_byte_is_detected_or_harmless(tmp_path: Path) -> None:
 
 
 def test_commands_refuse_a_checkpoint_with_a_flipped_byte(
-    straight: Path, copied: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    straight: Path,
+    copied: Path,
+    labelled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     import sparkme.export
     import sparkme.probe
     import sparkme.visualize
@@ -348,8 +355,11 @@ def test_the_last_checkpoint_waits_for_room(
         if len(slept) == 2:
             (small_disk / "filler").unlink()
 
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(sleep=sleep, **{
-        name: getattr(time, name) for name in ("monotonic", "perf_counter")}))  # fmt: skip
+    monkeypatch.setattr(
+        loop,
+        "time",
+        types.SimpleNamespace(sleep=sleep, **{name: getattr(time, name) for name in ("monotonic", "perf_counter")}),
+    )
     at_step(monkeypatch, {5: lambda self: (self.folder.checkpoints.wait(), fill(small_disk))})
     assert train(run, "--panel-epochs", 0) == 0
     assert slept == [loop.LAST_TRIES_S] * 2 and equal(run, straight)
@@ -403,8 +413,9 @@ def child(words: list[str], said: Path, fault: tuple[str, int] | None, rank: int
     os.dup2(number, 1)
     os.dup2(number, 2)
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))  # fmt: skip
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     patch = pytest.MonkeyPatch()
     if fault and fault[0] == "fifo":
         from sparkme.data.dataset import CropDataset
@@ -463,8 +474,19 @@ def test_waiting_for_ever_ends_a_run_and_being_stopped_does_not(tmp_path: Path) 
     """Ctrl-Z for longer than the limit, and then images that never come."""
     said = tmp_path / "said"
     os.mkfifo(tmp_path / "fifo")
-    words = [*TINY, "--output", str(tmp_path / "run"), "--workers", "1", "--hang-seconds", "3", "--epochs", "6",
-             "--panel-epochs", "0"]  # fmt: skip
+    words = [
+        *TINY,
+        "--output",
+        str(tmp_path / "run"),
+        "--workers",
+        "1",
+        "--hang-seconds",
+        "3",
+        "--epochs",
+        "6",
+        "--panel-epochs",
+        "0",
+    ]
     process = start(words, said, ("fifo", 9))
     wait_for(said, "step 1/")
     loaders = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -531,9 +553,13 @@ def together(rank: int, folder: str, ports: list[int]) -> None:
 
 
 def spoil(
-    patch: pytest.MonkeyPatch, kind: type[Pretraining] | type[Finetuning], steps: set[int], kept: list[Any], *,
+    patch: pytest.MonkeyPatch,
+    kind: type[Pretraining] | type[Finetuning],
+    steps: set[int],
+    kept: list[Any],
+    *,
     gradient: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Makes the loss of steps, from 1, NaN, or only its gradient; `kept` takes whether each left all as it was before."""
     right_loss, right_step = kind.loss, kind.train_step
 
@@ -691,10 +717,16 @@ def test_a_rolled_back_run_takes_the_checkpoints_weights_and_resumes_the_same(
     assert state(tmp_path / "b")["not_finite"] == {"count": 1, "steps": [4]}
 
 
-@pytest.mark.parametrize(("choice", "message"), [
-    ("stop", r"the loss of step 3 is nan; the last good checkpoint is \S+step_00000002.pt; .*or --on-nan skip"),
-    ("skip", r"step 13 or its gradient is not finite.*; 11 of the last 100 steps were not finite; the last good checkpoint is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("stop", r"the loss of step 3 is nan; the last good checkpoint is \S+step_00000002.pt; .*or --on-nan skip"),
+        (
+            "skip",
+            r"step 13 or its gradient is not finite.*; 11 of the last 100 steps were not finite; the last good checkpoint is",
+        ),
+    ],
+)
 def test_steps_that_are_not_finite_stop_the_run(
     choice: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -711,8 +743,25 @@ def test_fine_tuning_leaves_out_what_is_not_finite(
 ) -> None:
     kept: list[bool] = []
     spoil(monkeypatch, Finetuning, {2}, kept)
-    words = [straight / "checkpoints" / "last.pt", "--data", labelled, "--epochs", 2, "--batch-size", 8, "--workers", 0,
-             "--log-steps", 1, "--output", tmp_path, "--head-init", "random", "--on-nan", "skip"]  # fmt: skip
+    words = [
+        straight / "checkpoints" / "last.pt",
+        "--data",
+        labelled,
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--workers",
+        0,
+        "--log-steps",
+        1,
+        "--output",
+        tmp_path,
+        "--head-init",
+        "random",
+        "--on-nan",
+        "skip",
+    ]
     assert finetune([*map(str, words)]) == 0
     assert kept[:3] == [False, True, False] and state(tmp_path)["not_finite"]["steps"] == [2]
 
@@ -735,8 +784,20 @@ def test_a_terminal_shows_two_bars_follows_its_width_and_may_be_closed(tmp_path:
             )  # whoever runs the tests may be under nohup
 
         epochs = "12" if ignored else "5000"  # minutes, however fast the machine is
-        command = [sys.executable, "-m", "sparkme.pretrain", *TINY, "--epochs", epochs, "--panel-epochs", "0",
-                   "--checkpoint-minutes", "10", "--output", str(tmp_path / name)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sparkme.pretrain",
+            *TINY,
+            "--epochs",
+            epochs,
+            "--panel-epochs",
+            "0",
+            "--checkpoint-minutes",
+            "10",
+            "--output",
+            str(tmp_path / name),
+        ]
         process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take)
         os.close(slave)
         runs.append((process, master))

@@ -10,9 +10,26 @@ from pictures import make_labelled
 
 from benchmarks import small_data, transfer
 
-TINY = ["--model", "timm:test_resnet", "--input-size", "64", "--shots", "3", "0", "--seeds", "2", "--rates", "0.5", "1",
-        "--processes", "1", "--finetune-flags", "--epochs 1 --batch-size 4",
-        "--pretrain-flags", "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5"]  # fmt: skip
+TINY = [
+    "--model",
+    "timm:test_resnet",
+    "--input-size",
+    "64",
+    "--shots",
+    "3",
+    "0",
+    "--seeds",
+    "2",
+    "--rates",
+    "0.5",
+    "1",
+    "--processes",
+    "1",
+    "--finetune-flags",
+    "--epochs 1 --batch-size 4",
+    "--pretrain-flags",
+    "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5",
+]
 
 
 @pytest.fixture
@@ -55,8 +72,13 @@ def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]],
         scratch, pretrained = ([c for c in mine if ("--from-scratch" in c) == side] for side in (True, False))
         assert len(scratch) == len(pretrained) == 4
         for ours, theirs in zip(sorted(scratch, key=str), sorted(pretrained, key=str)):
-            drop = {"--from-scratch", value_of(ours, "--output"), value_of(theirs, "--output"), value_of(ours, "--base-lr"),
-                    value_of(theirs, "--base-lr")}  # fmt: skip
+            drop = {
+                "--from-scratch",
+                value_of(ours, "--output"),
+                value_of(theirs, "--output"),
+                value_of(ours, "--base-lr"),
+                value_of(theirs, "--base-lr"),
+            }
             assert [w for w in ours if w not in drop] == [w for w in theirs if w not in drop]
     for result in record["finetuning"]:
         for side in transfer.SIDES:
@@ -80,9 +102,14 @@ def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]],
 def test_the_picture_and_the_table_come_from_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     side = {"mean": 0.5, "standard_error": 0.01, "accuracies": [0.5], "rate": 1e-3, "accuracy_of_rates": {}}
     scores = [{"shots": 10, "weights": weights, "stride": 32, "knn": 0.3, "linear": 0.4} for weights in ("x", "random weights")]
-    record = {"settings": {"model": "resnet18", "input_size": 96}, "classes": ["a", "b"], "probe": scores,
-              "finetuning": [{"shots": 10, "pretrained": side, "scratch": {**side, "mean": 0.45},
-                              "gain": {"mean": 0.05, "standard_error": None}}]}  # fmt: skip
+    record = {
+        "settings": {"model": "resnet18", "input_size": 96},
+        "classes": ["a", "b"],
+        "probe": scores,
+        "finetuning": [
+            {"shots": 10, "pretrained": side, "scratch": {**side, "mean": 0.45}, "gain": {"mean": 0.05, "standard_error": None}}
+        ],
+    }
     path, page = tmp_path / "numbers.json", tmp_path / "page.md"
     path.write_text(json.dumps(record))
     page.write_text(f"before\n{transfer.BEGIN}\n{transfer.END}\nafter\n")
@@ -114,9 +141,24 @@ def test_settings_of_pretraining_are_compared_once_each(
 ) -> None:
     data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
     output = tmp_path / "numbers.json"
-    words = ["--data", str(data), "--work", str(tmp_path / "work"), "--model", "timm:test_resnet", "--input-size", "64",
-             "--base", "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5", "--draws", "2",
-             "--json", str(output), "--processes", "1"]  # fmt: skip
+    words = [
+        "--data",
+        str(data),
+        "--work",
+        str(tmp_path / "work"),
+        "--model",
+        "timm:test_resnet",
+        "--input-size",
+        "64",
+        "--base",
+        "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5",
+        "--draws",
+        "2",
+        "--json",
+        str(output),
+        "--processes",
+        "1",
+    ]
     assert small_data.main([*words, "--trial", "", "--trial", "--crop-scale 0.5"]) == 0
     first, second = json.loads(output.read_text())["trials"]
     assert (first["flags"], second["flags"]) == ("", "--crop-scale 0.5")

@@ -109,9 +109,15 @@ def launches(
     [((64, 64), 9, 1), ((512, 512), 9, 1), ((256, 256), 9, 2), ((3, 64), 49, 2), ((128, 256), 4, 2)],
 )
 def test_compiles(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: tuple[int, int], taps: int, stride: int, dtype: torch.dtype,
-    tf32: bool, architecture: int,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    channels: tuple[int, int],
+    taps: int,
+    stride: int,
+    dtype: torch.dtype,
+    tf32: bool,
+    architecture: int,
+) -> None:
     if dtype == torch.bfloat16 and not tf32:
         pytest.skip("bfloat16 does not depend on TF32")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)

@@ -58,9 +58,16 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def compare(
-    dtype: torch.dtype, *, pixels: int, kernel_size: tuple[int, int], channels: tuple[int, int], stride: int = 1,
-    dilation: int = 1, groups: int = 1, keep: int = 5,
-) -> None:  # fmt: skip
+    dtype: torch.dtype,
+    *,
+    pixels: int,
+    kernel_size: tuple[int, int],
+    channels: tuple[int, int],
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    keep: int = 5,
+) -> None:
     sites = make_sites(pixels + keep, keep)
     geometry = (*sites, pixels, kernel_size, stride, dilation)
     table, inverse = (ops.neighbour_table_reference(*geometry, transposed) for transposed in (False, True))
@@ -90,7 +97,7 @@ GEOMETRIES: list[dict[str, Any]] = [
     {"pixels": 4, "kernel_size": (3, 3), "stride": 2, "channels": (48, 24), "groups": 12},
     {"pixels": 2, "kernel_size": (3, 3), "channels": (6, 12), "groups": 6},
     {"pixels": 2, "kernel_size": (2, 2), "channels": (1, 1)},
-]  # fmt: skip
+]
 
 
 if INTERPRETED:

@@ -34,8 +34,16 @@ from sparkme.files import replaced_when_whole
 from sparkme.text import printable
 
 # The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
-_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
-                "retina.jpg", "rocket.jpg")  # fmt: skip
+_PHOTOGRAPHS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
 
 
 INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
@@ -89,9 +97,15 @@ class Files(ImageSource):
     """
 
     def __init__(
-        self, root: Path, names: Names, description: str, folders: tuple[Names, np.ndarray] | None = None,
-        problems: Sequence[str] = (), left_out: LeftOut | None = None, notes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        root: Path,
+        names: Names,
+        description: str,
+        folders: tuple[Names, np.ndarray] | None = None,
+        problems: Sequence[str] = (),
+        left_out: LeftOut | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         self.root, self.names, self.description, self.folders, self.problems = root, names, description, folders, problems
         self.left_out = left_out or LeftOut()
         self.notes = [*notes, *self.left_out.lines]
@@ -137,9 +151,16 @@ class Files(ImageSource):
         folders, times = self.folders
         with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
             np.savez(
-                file, version=_INDEX_VERSION, root=str(self.root.absolute()), text=self.names.text, ends=self.names.ends,
-                folders_text=folders.text, folders_ends=folders.ends, times=times, left_out=self.left_out.to_json(),
-            )  # fmt: skip
+                file,
+                version=_INDEX_VERSION,
+                root=str(self.root.absolute()),
+                text=self.names.text,
+                ends=self.names.ends,
+                folders_text=folders.text,
+                folders_ends=folders.ends,
+                times=times,
+                left_out=self.left_out.to_json(),
+            )
 
 
 def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:

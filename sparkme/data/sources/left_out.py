@@ -19,12 +19,38 @@ _OF_SYSTEMS = re.compile(
 _MOST_NAMED = 8
 
 _AVIF = (".avif", ".avifs")  # which Pillow reads from 11.3 on
-EXTENSIONS = frozenset({
-    ".apng", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx",
-    ".mpo", ".npy",
-    ".pbm", ".pgm", ".pjp", ".pjpeg", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-    *(_AVIF if find_spec("PIL._avif") else ()),
-})  # fmt: skip
+EXTENSIONS = frozenset(
+    {
+        ".apng",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".j2c",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpc",
+        ".jpe",
+        ".jpeg",
+        ".jpf",
+        ".jpg",
+        ".jpx",
+        ".mpo",
+        ".npy",
+        ".pbm",
+        ".pgm",
+        ".pjp",
+        ".pjpeg",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+        *(_AVIF if find_spec("PIL._avif") else ()),
+    }
+)
 
 # What to do with files of other kinds.
 _ADVICE = {
@@ -40,9 +66,20 @@ _ADVICE = {
     (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"): "videos, take frames out, such as with ffmpeg",
     (".tar", ".tgz", ".tar.gz", ".parquet"): "archives, name them: --data 'FOLDER/*.tar' or '*.parquet'",
     (".7z", ".rar", ".zip"): "unpack",
-    (".arrow", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".pkl", ".pt", ".rec", ".tfrecord", ".zarr"):
-        "read by a dataset of your own, --data package.module:dataset",
-}  # fmt: skip
+    (
+        ".arrow",
+        ".h5",
+        ".hdf5",
+        ".lmdb",
+        ".mat",
+        ".mdb",
+        ".pkl",
+        ".pt",
+        ".rec",
+        ".tfrecord",
+        ".zarr",
+    ): "read by a dataset of your own, --data package.module:dataset",
+}
 
 
 def suffix_of(name: str) -> str:
@@ -93,9 +130,11 @@ class LeftOut:
     """
 
     def __init__(
-        self, folders: dict[str, int] | None = None, files: dict[str, int] | None = None,
+        self,
+        folders: dict[str, int] | None = None,
+        files: dict[str, int] | None = None,
         suffixes: dict[str, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folders, self.files, self.suffixes = Counter(folders), Counter(files), Counter(suffixes)
 
     def add(self, other: LeftOut) -> None:

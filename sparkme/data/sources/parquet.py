@@ -66,8 +66,13 @@ class ParquetImages(ImageSource):
     """
 
     def __init__(
-        self, paths: list[Path], description: str, *, flag: str = "--data", columns: Columns = Columns(),  # noqa: B008
-    ) -> None:  # fmt: skip
+        self,
+        paths: list[Path],
+        description: str,
+        *,
+        flag: str = "--data",
+        columns: Columns = Columns(),  # noqa: B008
+    ) -> None:
         try:
             import pyarrow.parquet as parquet
         except ModuleNotFoundError:

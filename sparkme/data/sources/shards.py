@@ -490,8 +490,10 @@ class Shards(ImageSource):
         if self._conflict:
             raise ValueError(f"{self._conflict}; leave one out")
         if self._dotted:
-            split = (f"names of samples end at their last dot in {len(self._dotted)} of {len(self.locations)} shards; at the "
-                     f"first, where WebDataset ends them, {self._dotted[0]} were one sample")  # fmt: skip
+            split = (
+                f"names of samples end at their last dot in {len(self._dotted)} of {len(self.locations)} shards; at the "
+                f"first, where WebDataset ends them, {self._dotted[0]} were one sample"
+            )
             self.notes = [*dict.fromkeys((*self.notes, split))]
         found = np.concatenate(self._labels)
         if (found == "").any():

@@ -22,8 +22,28 @@ from sparkme.data.sources.left_out import EXTENSIONS
 from sparkme.errors import UserError, first_line
 
 TABLES = (".csv", ".tsv")  # a line of other lists may be one name with commas
-IMAGE_HEADS = ("path", "filepath", "imagepath", "imgpath", "file", "filename", "fname", "imagefile", "imagefilename", "image",
-               "img", "imagename", "imgname", "images", "photo", "picture", "name", "imageid", "imgid", "id")  # fmt: skip
+IMAGE_HEADS = (
+    "path",
+    "filepath",
+    "imagepath",
+    "imgpath",
+    "file",
+    "filename",
+    "fname",
+    "imagefile",
+    "imagefilename",
+    "image",
+    "img",
+    "imagename",
+    "imgname",
+    "images",
+    "photo",
+    "picture",
+    "name",
+    "imageid",
+    "imgid",
+    "id",
+)
 _SAMPLE = 16  # lines that are looked at first
 _LONGEST_LINE = 2**16
 _NO_UTF8 = "are no UTF-8, and read as Windows-1252 (if that is wrong, save it as UTF-8)"

@@ -111,9 +111,14 @@ def table(window: Window, x: RowFeatures, *, transposed: bool = False) -> Tensor
     def build() -> Tensor:
         around, taps = window.enclosing()
         found = ops.neighbour_table(
-            x.grid.slots, x.grid.patches, x.grid.pixels(x.stride), around.kernel_size, stride=around.stride,
-            dilation=around.dilation, transposed=transposed,
-        )  # fmt: skip
+            x.grid.slots,
+            x.grid.patches,
+            x.grid.pixels(x.stride),
+            around.kernel_size,
+            stride=around.stride,
+            dilation=around.dilation,
+            transposed=transposed,
+        )
         return found if taps is None else found[:, taps].contiguous()
 
     return x.grid.cached(("table", x.stride, window.key, transposed), build)

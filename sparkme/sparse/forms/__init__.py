@@ -64,14 +64,38 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 __all__ = [
-    "FUNCTIONS", "SPARSE_FORMS", "SparseAvgPool2d", "SparseBatchNorm2d", "SparseBatchNormAct2d", "SparseConv2d",
-    "SparseDepthwiseConv2d", "SparseGlobalResponseNorm", "SparseLayer", "SparseLinear", "SparseMaxPool2d", "sparse_form",
-]  # fmt: skip
+    "FUNCTIONS",
+    "SPARSE_FORMS",
+    "SparseAvgPool2d",
+    "SparseBatchNorm2d",
+    "SparseBatchNormAct2d",
+    "SparseConv2d",
+    "SparseDepthwiseConv2d",
+    "SparseGlobalResponseNorm",
+    "SparseLayer",
+    "SparseLinear",
+    "SparseMaxPool2d",
+    "sparse_form",
+]
 
 # Methods that a subclass may have without computing anything else.
-_HARMLESS = {"__init__", "__module__", "__doc__", "__annotations__", "__constants__", "__qualname__", "__firstlineno__",
-             "__static_attributes__", "__parameters__", "reset_parameters", "extra_repr", "__repr__", "__annotate__",
-             "__annotate_func__", "__annotations_cache__"}  # fmt: skip
+_HARMLESS = {
+    "__init__",
+    "__module__",
+    "__doc__",
+    "__annotations__",
+    "__constants__",
+    "__qualname__",
+    "__firstlineno__",
+    "__static_attributes__",
+    "__parameters__",
+    "reset_parameters",
+    "extra_repr",
+    "__repr__",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations_cache__",
+}
 
 
 def sparse_form(layer: nn.Module) -> nn.Module | None:

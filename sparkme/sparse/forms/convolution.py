@@ -212,8 +212,9 @@ def padded_window(
 ) -> tuple[WorkingMap, Window]:
     """The window of a layer after `F.pad`, which becomes part of it, and the map without it."""
     if x.padding is None:
-        return x, Window.of(_hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation),
-                            ceil_mode=ceil_mode)  # fmt: skip
+        return x, Window.of(
+            _hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation), ceil_mode=ceil_mode
+        )
     around = x.padding
     if padding != "valid" and (isinstance(padding, str) or any(pair(padding))):
         raise NotImplementedError("a window with padding of its own after F.pad has no sparse form; pad in one place")

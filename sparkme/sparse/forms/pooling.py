@@ -49,8 +49,13 @@ class SparseAvgPool2d(SparseLayer, ME.MinkowskiAvgPooling):
     def __init__(self, pool: nn.AvgPool2d) -> None:
         _minkowski_pooling(ME.MinkowskiAvgPooling, self, pool)
         self.options = (
-            pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
-        )  # fmt: skip
+            pool.kernel_size,
+            pool.stride,
+            pool.padding,
+            pool.ceil_mode,
+            pool.count_include_pad,
+            pool.divisor_override,
+        )
 
     def forward(self, input: Any) -> Any:
         return F.avg_pool2d(input, *self.options)
@@ -64,9 +69,14 @@ def _minkowski_pooling(kind: Any, layer: Any, pool: nn.MaxPool2d | nn.AvgPool2d)
 
 @FUNCTIONS.form_of("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(
-    x: WorkingMap, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    x: WorkingMap,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
     return_indices: bool = False,
-) -> WorkingMap:  # fmt: skip
+) -> WorkingMap:
     """Maximum over the visible pixels of the window."""
     if return_indices:
         raise NotImplementedError("max_pool2d with return_indices has no sparse form, only without")
@@ -107,9 +117,14 @@ def _reaches_out(grid: Grid, stride: int, window: Window) -> Tensor:
 
 @FUNCTIONS.form_of("avg_pool2d")
 def avg_pool2d(
-    x: WorkingMap, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor_override: int | None = None,
-) -> WorkingMap:  # fmt: skip
+    x: WorkingMap,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> WorkingMap:
     """Sum over the window, in which hidden pixels count as zeros, over what torch divides by in a whole image."""
     size = pair(kernel_size)
     if _is_global(x, size, padding):

@@ -206,8 +206,9 @@ def movedim(x: WorkingMap, source: int, destination: int) -> WorkingMap:
 def expand(x: WorkingMap, *sizes: Any) -> WorkingMap:
     wanted = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
     own = list(x.shape)
-    if len(wanted) != len(own) or any(w not in (-1, n) and (n != 1 or x.dims[d] != "C")
-                                      for d, (w, n) in enumerate(zip(wanted, own))):  # fmt: skip
+    if len(wanted) != len(own) or any(
+        w not in (-1, n) and (n != 1 or x.dims[d] != "C") for d, (w, n) in enumerate(zip(wanted, own))
+    ):
         raise NotImplementedError(
             f"expand of a map {x.dims} of shape {tuple(own)} to {tuple(wanted)}: only channels can be repeated; unsqueeze "
             "makes a new axis"

@@ -38,8 +38,12 @@ __all__ = ["Unwritten", "densified", "fused"]
 
 # What can wait for what follows it, and the further arguments and the ceilings of functions that clamp.
 _BEGIN: dict[str, Callable[..., Unwritten | None]] = {
-    "convolution": product.begin, "batch_norm": norm.begin, "linear": mlp.begin, "mul": scale.begin, "multiply": scale.begin,
-}  # fmt: skip
+    "convolution": product.begin,
+    "batch_norm": norm.begin,
+    "linear": mlp.begin,
+    "mul": scale.begin,
+    "multiply": scale.begin,
+}
 _CLAMPS: dict[str, tuple[tuple[float, ...], float]] = {
     "relu": ((), math.inf), "relu6": ((), 6.0), "hardtanh": ((0.0, 6.0), 6.0),
 }  # fmt: skip
