@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
