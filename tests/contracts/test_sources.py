@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1123,6 +1124,7 @@ def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.Tem
         (root / "files" / f"{i:03d}.png").write_bytes(image)
     (root / "list.txt").write_text("".join(f"files/{i:03d}.png\n" for i in range(20)))
     write_parquet(root / "data.parquet", images)
+    np.save(root / "stack.npy", [np.asarray(Image.open(io.BytesIO(image))) for image in images])
     (root / "own_images.py").write_text(
         "from pathlib import Path\nfrom PIL import Image\n"
         "class Own(list):\n    def __getitem__(self, i): return Image.open(super().__getitem__(i))\n"
@@ -1135,10 +1137,11 @@ def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.Tem
         "shards": str(folder / "part-{000..002}.tar"),
         "parquet": str(root / "data.parquet"),
         "dataset": "own_images:images",
+        "array": str(root / "stack.npy"),
     }
 
 
-@pytest.mark.parametrize("kind", ["list", "shards", "parquet", "dataset"])
+@pytest.mark.parametrize("kind", ["list", "shards", "parquet", "dataset", "array"])
 def test_every_source_pretrains_and_resumes_bit_for_bit(kind: str, every_source: dict[str, str], tmp_path: Path) -> None:
     data = ["--data", every_source[kind]]
     words = [
@@ -1210,6 +1213,25 @@ def test_sources_that_are_none_are_one_line(
             assert reason in fails(capsys, *SMALL, "--data", data, "--output", tmp_path / "run")
     assert sparkme.probe.main([str(trained), "--data", every_source["folder"]]) == 2
     assert "has no labels; each class needs a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "bool"])
+def test_a_stack_of_images_is_read_as_its_images_are_one_by_one(dtype: str, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 2, (3, 8, 6, 5)).astype(dtype)
+    np.save(tmp_path / "stack.npy", images)
+    source = pickle.loads(pickle.dumps(find_source(str(tmp_path / "stack.npy"))))
+    assert len(pickle.dumps(source)) < 1000 and len(source) == 3 and source.name(2).endswith("stack.npy[2]")
+    for i, image in enumerate(images):
+        np.save(tmp_path / "one.npy", image)
+        expected = load_image(tmp_path / "one.npy", 5, "white")
+        assert torch.equal(load_image(source.read(i), 5, "white"), expected)  # type: ignore[arg-type]
+    for bad in (images[0, 0], images[:0]):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(UserError, match=r"bad\.npy is an array .*; a stack of images is \(N, H, W\)"):
+            find_source(str(tmp_path / "bad.npy"))
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"--data .*bad\.npy cannot be read: "):
+        find_source(str(tmp_path / "bad.npy"))
 
 
 def test_files_of_a_list_are_a_source_too(tmp_path: Path) -> None:

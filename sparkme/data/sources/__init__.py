@@ -4,6 +4,7 @@ photos/                            a folder, whatever its structure
 list.txt, table.csv                names of files, one in a line; of a table the column that names them
 shards/train-{000..146}.tar        tar archives, also in a folder, by a pattern with *, or from a URL
 data/train-*.parquet               Parquet with the bytes of images
+stack.npy                          an array of images, (N, H, W), (N, H, W, C) or (N, C, H, W)
 package.module:dataset             anything that has a length and gives an image for a number
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sparkme.data.sources.array import ArrayImages
 from sparkme.data.sources.base import ImageSource
 from sparkme.data.sources.dataset import DatasetImages
 from sparkme.data.sources.files import Files, list_folder, without_others
@@ -88,6 +90,8 @@ def _find(text: str, leave_out: Path | None, root: Path | None, index: Path | No
         return _in_folder(path, leave_out, index, how)
     if os.path.isfile(path) and path.suffix.lower() in LISTS:
         return without_others(read_list(path, root, flag=flag))
+    if os.path.isfile(path) and path.suffix.lower() == ".npy":
+        return ArrayImages(path, flag=flag)
     if not os.path.exists(path) and _DATASET.fullmatch(text):
         return DatasetImages(text, flag=flag)
     return _of_files(_expanded(text, flag), text, how)
@@ -144,9 +148,9 @@ def _of_files(names: list[str], text: str, how: _How) -> ImageSource:
     if words := advice(suffix_of(odd)):
         raise UserError(f"{flag} {odd} is no image that can be read; {words}")
     raise UserError(
-        f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet; to take "
-        "single images, put them into a folder"
+        f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet, nor .npy; to "
+        "take single images, put them into a folder"
     )
 
 
-__all__ = ["Columns", "DatasetImages", "Files", "ImageSource", "find_source"]
+__all__ = ["ArrayImages", "Columns", "DatasetImages", "Files", "ImageSource", "find_source"]
