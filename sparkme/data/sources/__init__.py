@@ -148,8 +148,8 @@ def _of_files(names: list[str], text: str, how: _How) -> ImageSource:
     if words := advice(suffix_of(odd)):
         raise UserError(f"{flag} {odd} is no image that can be read; {words}")
     raise UserError(
-        f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet, nor .npy; to "
-        "take single images, put them into a folder"
+        f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet, nor .npy; "
+        "to take single images, put them into a folder"
     )
 
 
