@@ -36,25 +36,11 @@ struct AvgPool : Function<AvgPool> {
   }
 };
 
-struct SumPool : Function<SumPool> {
-  static Tensor forward(Context *ctx, const Tensor &rows, const Tensor &table, const Tensor &inverse) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({table, inverse});
-    return SPARKME_CALL(sum_pool, rows, table, inverse);
-  }
-
-  static variable_list backward(Context *ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    return {SPARKME_CALL(sum_pool, grads[0], saved[1], saved[0]), Tensor(), Tensor()};
-  }
-};
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparkme, Autograd, m) {
   m.impl("max_pool", differentiable<MaxPool>());
   m.impl("avg_pool", differentiable<AvgPool>());
-  m.impl("sum_pool", differentiable<SumPool>());
   m.impl("max_pool_grad_rows", no_gradient());
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparkme.ops.library import check_tables, define
 from sparkme.ops.patches import gather
 
-__all__ = ["Pooling", "avg_pool", "avg_pool_reference", "max_pool", "max_pool_reference", "sum_pool", "sum_pool_reference"]
+__all__ = ["Pooling", "avg_pool", "avg_pool_reference", "max_pool", "max_pool_reference"]
 
 Pooling = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,11 +29,6 @@ def _avg_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     return rows.new_empty(table.shape[0], rows.shape[1])
 
 
-@define()
-def _sum_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    return rows.new_empty(table.shape[0], rows.shape[1])
-
-
 def max_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     """Maximum over the visible neighbours, (N_out, C); tables as for `sparse_conv`. NaN is larger than everything."""
     check_tables(rows, table, inverse)
@@ -49,19 +44,9 @@ def avg_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     return torch.ops.sparkme.avg_pool(rows, table, inverse)
 
 
-def sum_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    """Sum over the visible neighbours, (N_out, C). Tables as for `sparse_conv`."""
-    check_tables(rows, table, inverse)
-    return torch.ops.sparkme.sum_pool(rows, table, inverse)
-
-
 def max_pool_reference(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     return gather(rows, table).masked_fill((table < 0).unsqueeze(2), float("-inf")).max(1).values
 
 
 def avg_pool_reference(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     return gather(rows, table).sum(1) / table.shape[1]
-
-
-def sum_pool_reference(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    return gather(rows, table).sum(1)

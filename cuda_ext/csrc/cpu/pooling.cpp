@@ -99,14 +99,14 @@ Tensor max_pool_grad_rows(const Tensor &grad, const Tensor &taken, const Tensor 
   return out;
 }
 
-Tensor pooled(const Tensor &rows, const Tensor &table, double divisor) {
+Tensor avg_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
   const Tensor rows_ = rows.contiguous(), table_ = table.contiguous();
   check_table("table", table_, rows_.size(0));
   Tensor out = at::empty({table_.size(0), rows_.size(1)}, rows_.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows_.scalar_type(), "avg_pool", [&] {
     using Sum = at::opmath_type<scalar_t>;
     const int64_t channels = rows_.size(1), taps = table_.size(1);
-    const Sum scale = Sum(1) / static_cast<Sum>(divisor);
+    const Sum scale = Sum(1) / static_cast<Sum>(taps);
     const scalar_t *source = rows_.const_data_ptr<scalar_t>();
     const int32_t *entries = table_.const_data_ptr<int32_t>();
     scalar_t *target = out.mutable_data_ptr<scalar_t>();
@@ -128,19 +128,12 @@ Tensor pooled(const Tensor &rows, const Tensor &table, double divisor) {
   return out;
 }
 
-Tensor avg_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
-  return pooled(rows, table, static_cast<double>(table.size(1)));
-}
-
-Tensor sum_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) { return pooled(rows, table, 1); }
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sparkme, CPU, m) {
   m.impl("max_pool", max_pool);
   m.impl("max_pool_grad_rows", max_pool_grad_rows);
   m.impl("avg_pool", avg_pool);
-  m.impl("sum_pool", sum_pool);
 }
 
 }  // namespace sparkme

@@ -148,17 +148,12 @@ Tensor avg_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) 
   return out;
 }
 
-Tensor sum_pool(const Tensor &rows, const Tensor &table, const Tensor &inverse) {
-  return avg_pool(rows, table, inverse).mul_(table.size(1));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(SPARKME_LIBRARY, SPARKME_KEY, m) {
   m.impl("max_pool", max_pool);
   m.impl("max_pool_grad_rows", max_pool_grad_rows);
   m.impl("avg_pool", avg_pool);
-  m.impl("sum_pool", sum_pool);
 }
 
 }  // namespace sparkme::cuda
