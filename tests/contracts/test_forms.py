@@ -235,6 +235,8 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], Reference]] = {
         lambda c: nn.Sequential(tl.HardSwish(), tl.Mish(), tl.Swish(), tl.HardMish()),
         lambda m, x, a: (lambda y: 0.5 * y * (y + 2).clamp(0, 2))(F.silu(F.mish(F.hardswish(x))))),
     "PReLU": (lambda c: nn.PReLU(c), lambda m, x, a: F.prelu(x, m.weight)),
+    "LocalResponseNorm": (lambda c: nn.LocalResponseNorm(3, alpha=0.5, k=2.0), lambda m, x, a: x / (
+        2 + 0.5 / 3 * sum(F.pad(x**2, (0, 0, 0, 0, 1, 1))[:, i : i + x.shape[1]] for i in range(3)))**0.75),
 }  # fmt: skip
 SMALLER: dict[str, tuple[int, Callable[[int], nn.Module], Reference]] = {
     "7x7 s4 p2": (4, lambda c: nn.Conv2d(c, c, 7, 4, 2), padded_conv(2, 2, 2, 2)),

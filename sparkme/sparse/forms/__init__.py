@@ -12,6 +12,7 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 | BatchNorm2d, BatchNormAct2d | statistics over the visible pixels of the batch; then the activation | norm |
 | LayerNorm, LayerNorm2d, RMSNorm | over the channels of each pixel | norm |
 | GroupNorm, InstanceNorm | over the visible pixels of each sample | norm |
+| LocalResponseNorm | over neighbouring channels of each pixel | norm |
 | GRN | norm over each sample's visible pixels; ConvNeXt V2's own sparse code takes it over the batch | norm |
 | MaxPool2d, also with ceil_mode | maximum over the visible pixels | pooling |
 | AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |

@@ -181,6 +181,14 @@ def group_norm(
     return x.with_rows(F.group_norm(x.row_axes.transpose(1, 2), num_groups, weight, bias, eps).transpose(1, 2))
 
 
+@FUNCTIONS.form_of("local_response_norm")
+def local_response_norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
+    """Over neighbouring channels of each pixel."""
+    if x.dims != "BCHW":
+        raise NotImplementedError(f"local response norm of a map with axes {x.dims} has no sparse form, only of BCHW")
+    return x.with_rows(F.local_response_norm(x.row_axes.transpose(1, 2), *args, **kwargs).transpose(1, 2))
+
+
 @FUNCTIONS.form_of("instance_norm")
 def instance_norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
     """Over the visible pixels of each sample, channel by channel."""
