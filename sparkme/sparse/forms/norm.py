@@ -171,30 +171,19 @@ def rms_norm(x: WorkingMap, normalized_shape: Any, weight: Tensor | None = None,
     return x.with_rows(F.rms_norm(x.row_axes, normalized_shape, weight, eps))
 
 
-@FUNCTIONS.form_of("group_norm")
-def group_norm(
-    x: WorkingMap, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> WorkingMap:
-    """Over the visible pixels of each sample, group by group of the channels."""
-    if x.dims != "BCHW":
-        raise NotImplementedError(f"group norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-    return x.with_rows(F.group_norm(x.row_axes.transpose(1, 2), num_groups, weight, bias, eps).transpose(1, 2))
+def _of_each_sample(name: str) -> None:
+    """A norm over the visible pixels of each sample (group norm, instance norm), or over channels of each pixel alone."""
+    dense, words = getattr(F, name), name.replace("_", " ")
+
+    @FUNCTIONS.form_of(name)
+    def norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
+        if x.dims != "BCHW":
+            raise NotImplementedError(f"{words} of a map with axes {x.dims} has no sparse form, only of BCHW")
+        return x.with_rows(dense(x.row_axes.transpose(1, 2), *args, **kwargs).transpose(1, 2))
 
 
-@FUNCTIONS.form_of("local_response_norm")
-def local_response_norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
-    """Over neighbouring channels of each pixel."""
-    if x.dims != "BCHW":
-        raise NotImplementedError(f"local response norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-    return x.with_rows(F.local_response_norm(x.row_axes.transpose(1, 2), *args, **kwargs).transpose(1, 2))
-
-
-@FUNCTIONS.form_of("instance_norm")
-def instance_norm(x: WorkingMap, *args: Any, **kwargs: Any) -> WorkingMap:
-    """Over the visible pixels of each sample, channel by channel."""
-    if x.dims != "BCHW":
-        raise NotImplementedError(f"instance norm of a map with axes {x.dims} has no sparse form, only of BCHW")
-    return x.with_rows(F.instance_norm(x.row_axes.transpose(1, 2), *args, **kwargs).transpose(1, 2))
+for _name in ("group_norm", "instance_norm", "local_response_norm"):
+    _of_each_sample(_name)
 
 
 @FUNCTIONS.form_of("normalize")
