@@ -9,7 +9,7 @@ reads every table in both directions, test_export.py writes every format and rea
 
 from __future__ import annotations
 
-from sparkme.weights import convnext, detectron2, mmpretrain, spark, timm, torchvision
+from sparkme.weights import convnext, detectron2, mmpretrain, spark, timm, torchvision, transformers
 from sparkme.weights.format import Format
 
 FORMATS: dict[str, Format] = {
@@ -17,6 +17,7 @@ FORMATS: dict[str, Format] = {
     "timm": timm.FORMAT,
     "convnext": convnext.FORMAT,
     "mmpretrain": mmpretrain.FORMAT,
+    "transformers": transformers.FORMAT,
     "detectron2": detectron2.FORMAT,
     "spark": spark.FORMAT,
 }
