@@ -148,7 +148,8 @@ def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice
     left = sorted((n for n in tensors if n not in used), key=lambda n: -len(shared_start([n, best.prefix])))
     kind = "the official SparK code" if best.prefix.endswith(ENCODER) else best.form.kind
     others = [fit.shown_prefix for fit in good if fit is not best]
-    return Found(best.form.to_own(theirs), best.shown_prefix, kind, left, others, len(inside), done)
+    own = {name: value.reshape(wanted.own[name].shape) for name, value in best.form.to_own(theirs).items()}
+    return Found(own, best.shown_prefix, kind, left, others, len(inside), done)
 
 
 def shortened(names: list[str], most: int = 4) -> str:

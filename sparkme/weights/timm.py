@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sparkme.weights.format import Format
 from sparkme.weights.names import Rule, Table, resnet_rules, vector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
 
 RESNET = Table(resnet_rules(), "timm.models.resnet")
 
@@ -13,8 +23,14 @@ CONVNEXT = Table(
         *(Rule(f"downsample_layers.{i}.{{n}}.{{p}}", f"stages.{i}.downsample.{{n}}.{{p}}") for i in range(1, 4)),
         Rule("stages.{i}.{b}.dwconv.{p}", "stages.{i}.blocks.{b}.conv_dw.{p}"),
         Rule("stages.{i}.{b}.norm.{p}", "stages.{i}.blocks.{b}.norm.{p}"),
-        Rule("stages.{i}.{b}.pwconv1.{p}", "stages.{i}.blocks.{b}.mlp.fc1.{p}"),
-        Rule("stages.{i}.{b}.pwconv2.{p}", "stages.{i}.blocks.{b}.mlp.fc2.{p}"),
+        *(
+            rule
+            for n in (1, 2)  # the smallest networks have 1x1 convolutions in the place of linear layers
+            for rule in (
+                Rule(f"stages.{{i}}.{{b}}.pwconv{n}.weight", f"stages.{{i}}.blocks.{{b}}.mlp.fc{n}.weight", None, _matrix),
+                Rule(f"stages.{{i}}.{{b}}.pwconv{n}.bias", f"stages.{{i}}.blocks.{{b}}.mlp.fc{n}.bias"),
+            )
+        ),
         Rule("stages.{i}.{b}.gamma", "stages.{i}.blocks.{b}.gamma"),
         Rule("stages.{i}.{b}.grn.gamma", "stages.{i}.blocks.{b}.mlp.grn.weight", vector, lambda v: v.view(1, 1, 1, -1)),
         Rule("stages.{i}.{b}.grn.beta", "stages.{i}.blocks.{b}.mlp.grn.bias", vector, lambda v: v.view(1, 1, 1, -1)),

@@ -18,6 +18,7 @@ from sparkme import pretrain
 from sparkme.errors import UserError
 from sparkme.training.pretraining import load_initial_weights
 from sparkme.weights.libraries import TABLES, Origin, origin_of, translate
+from sparkme.weights.prefixes import Wanted, find_weights
 from sparkme.weights.pretrained import read_pretrained
 from sparkme.weights.spark import join_official_state, split_official_state
 
@@ -137,6 +138,43 @@ def test_other_libraries_networks_load_every_name_and_shape() -> None:
         state = headless(model.state_dict())
         missing, unexpected = skeleton.load_state_dict(translate(state, origin_of("torchvision", state), library), strict=False)
         assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_atto", "convnextv2_atto"])
+def test_networks_of_transformers_compute_the_same(name: str) -> None:
+    transformers = pytest.importorskip(
+        "transformers", reason="Hugging Face's transformers is not installed, which is no dependency"
+    )
+    model = timm.create_model(name, num_classes=0).double().eval()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 0.1, 0.5) if parameter.ndim == 1 else nn.init.normal_(parameter, std=0.1)
+    if name.startswith("resnet"):
+        widths, depths, kind = (
+            ((64, 128, 256, 512), (2, 2, 2, 2), "basic")
+            if name == "resnet18"
+            else ((256, 512, 1024, 2048), (3, 4, 6, 3), "bottleneck")
+        )
+        config = transformers.ResNetConfig(hidden_sizes=[*widths], depths=[*depths], layer_type=kind)
+        theirs = transformers.ResNetModel(config).double().eval()
+    else:
+        kind = "ConvNextV2" if "v2" in name else "ConvNext"
+        config = getattr(transformers, f"{kind}Config")(hidden_sizes=[40, 80, 160, 320], depths=[2, 2, 6, 2])
+        theirs = getattr(transformers, f"{kind}Model")(config).double().eval()
+    state = headless(model.state_dict())
+    missing, unexpected = theirs.load_state_dict(translate(state, origin_of("timm", state), "transformers"), strict=False)
+    assert not unexpected and all(key.startswith("layernorm.") for key in missing)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images).last_hidden_state, model.forward_features(images), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+def test_networks_of_1x1_convolutions_have_the_authors_linear_layers_there_and_back(name: str) -> None:
+    state = headless(timm.create_model(name).state_dict())
+    theirs = translate(state, origin_of("timm", state), "convnext")
+    assert theirs["stages.0.0.pwconv1.weight"].shape == (160, 40)
+    found = find_weights(theirs, Wanted(name, "timm", state, 3), "x.pth").state
+    assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
 def test_what_no_table_knows_is_refused_with_what_is_possible() -> None:
