@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparkme.sparse.grid import Grid
     from sparkme.sparse.map import SparseMap
     from sparkme.sparse.sparsify import sparsify
-    from sparkme.weights.pretrained import load_encoder
+    from sparkme.weights.pretrained import load_encoder, pyramid
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "SparseMap",
     "UnsupportedLayerError",
     "load_encoder",
+    "pyramid",
     "random_active",
     "sparsify",
 ]
@@ -40,6 +41,7 @@ _MODULES = {
     "SparseMap": "sparkme.sparse.map",
     "UnsupportedLayerError": "sparkme.errors",
     "load_encoder": "sparkme.weights.pretrained",
+    "pyramid": "sparkme.weights.pretrained",
     "random_active": "sparkme.methods.masking",
     "sparsify": "sparkme.sparse.sparsify",
 }

@@ -392,7 +392,7 @@ def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call],
     )
 
 
-def _probe_images(model: nn.Module, in_channels: int, stride: int = _PROBE_STRIDE) -> Tensor:
+def probe_images(model: nn.Module, in_channels: int, stride: int = _PROBE_STRIDE) -> Tensor:
     """Two images on which strides up to the given one can be told apart."""
     like = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -469,7 +469,7 @@ def _record(model: nn.Module, in_channels: int) -> tuple[list[_Call], list[int]]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        out = [_stride_and_channels(tensor) for _, tensor in _tensors(model(_probe_images(model, in_channels)))]
+        out = [_stride_and_channels(tensor) for _, tensor in _tensors(model(probe_images(model, in_channels)))]
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -505,7 +505,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
         try:
             with suppress(ReachedDeepest):
                 model.train(training)
-                model(_probe_images(model, in_channels, patch))
+                model(probe_images(model, in_channels, patch))
         finally:
             for handle in handles:
                 handle.remove()

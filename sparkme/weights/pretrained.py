@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,18 @@ from sparkme.data.statistics import Statistics, statistics_of
 from sparkme.errors import UserError, first_line
 from sparkme.networks.create import Classifier, add_drop_path, create_dense, create_encoder, find_classifier
 from sparkme.networks.names import library_of
+from sparkme.networks.pyramid import Pyramid
 from sparkme.settings.declare import from_config
 from sparkme.settings.saved import read_settings
 from sparkme.settings.shared import PixelSettings
 from sparkme.sparse.encoder import SparseEncoder
+from sparkme.sparse.hierarchy import find_hierarchy
 from sparkme.state_dict import state_dict_of
 from sparkme.weights.checkpoint import encoder_of, load_checkpoint, print_trial
 from sparkme.weights.files import archive_damage, read_tensors, tensors_in
+from sparkme.weights.format import STATE_DICTS
 from sparkme.weights.prefixes import COUNTER, Choice, Found, Wanted, find_weights
+from sparkme.weights.verify import TOLERANCE, verify
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,59 @@ def load_encoder(path: Path | str, model: str | None = None) -> SparseEncoder:
         return _pretrained(path, tensors, checkpoint, model, Choice()).encoder()[0].eval()
     _check_model(model, checkpoint["config"].get("model"), path)
     return encoder_of(checkpoint, path).eval()
+
+
+def pyramid(
+    model: nn.Module | Path | str,
+    *,
+    name: str | None = None,
+    taps: Sequence[str] | None = None,
+    num_scales: int = 4,
+    drop_path: float = 0.0,
+) -> Pyramid:
+    """The ordinary dense network that gives its feature maps by stride, for detectors and segmenters.
+
+    Args:
+        model: a checkpoint or weights, as `load_encoder` takes them; or the name of a network, which gets random weights; or a
+            network of your own, which is copied.
+        name: the network's name, where a file does not say it.
+        taps, num_scales: see `sparkme.sparsify`; for names and networks of your own.
+        drop_path: for files and names, see `sparkme.networks.create.create_dense`.
+
+    Returns:
+        A `Pyramid` on the CPU, or where your own network is.
+
+    Raises:
+        UserError: no such file; or its weights are of another network, or compute something else in the dense one.
+        ValueError: there is no such network, or it has no hierarchy of feature maps.
+    """
+    if isinstance(model, nn.Module):
+        return _pyramid_of(copy.deepcopy(model), taps, num_scales)
+    path = Path(model)
+    if isinstance(model, str) and not path.exists() and path.suffix not in STATE_DICTS and os.sep not in model:
+        return _pyramid_of(_with_drop_path(model, 3, drop_path), taps, num_scales)
+    pretrained = read_pretrained(path, name)
+    encoder, _ = pretrained.encoder()
+    dense = _with_drop_path(pretrained.model, pretrained.channels, drop_path)
+    state = {key: value.clone() for key, value in encoder.dense_state_dict().items()}
+    nn.Module.load_state_dict(dense, state, strict=False)  # not a method of its own class
+    difference = max(verify(copy.deepcopy(dense), encoder, (2 * encoder.patch, 2 * encoder.patch)))
+    if not difference < TOLERANCE:
+        raise UserError(f"{path}: the maps of {pretrained.model} differ from those of its sparse encoder by {difference:.1g}")
+    return Pyramid(dense, encoder.hierarchy, pretrained.statistics.mean, pretrained.statistics.std)
+
+
+def _with_drop_path(model: str, channels: int, drop_path: float) -> nn.Module:
+    dense = create_dense(model, in_channels=channels, drop_path=drop_path)
+    if library_of(model) == "torchvision":
+        add_drop_path(dense, drop_path)
+    return dense
+
+
+def _pyramid_of(network: nn.Module, taps: Sequence[str] | None, num_scales: int) -> Pyramid:
+    with torch.random.fork_rng(), torch.enable_grad():
+        hierarchy = find_hierarchy(copy.deepcopy(network), num_scales, taps=taps)
+    return Pyramid(network, hierarchy)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -46,8 +46,11 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             assert export.main(words) == 0
     section = PAGE.read_text().partition("\n## Detection and segmentation\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 3
-    names: dict[str, Any] = {"folder": folder}
+    assert len(blocks) == 4
+    run = folder / "runs" / "mine" / "checkpoints"
+    run.parent.mkdir(parents=True)
+    run.symlink_to(folder / "resnet50" / "checkpoints", target_is_directory=True)
+    names: dict[str, Any] = {"folder": folder, "images": torch.rand(1, 3, 64, 96)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for block in blocks:
@@ -73,6 +76,14 @@ def test_all_of_the_exported_weights_are_taken(names: dict[str, Any]) -> None:
     assert_taken(names["segmenter"].backbone.state_dict(), folder / "resnet50.safetensors")
     assert_taken(names["backbone"].state_dict(), folder / "resnet50-timm.safetensors")
     assert_taken(names["getter"].state_dict(), folder / "convnext_tiny-timm.safetensors", prefix="model.")
+
+
+def test_a_pyramid_is_the_exported_network(names: dict[str, Any]) -> None:
+    assert_taken(names["body"].network.state_dict(), names["folder"] / "resnet50.safetensors")
+    assert [value.shape[1:] for value in names["maps"].values()] == [(256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
+    assert names["mine"].transform.image_mean == [0.485, 0.456, 0.406]
+    assert names["features"].feature_info.channels() == [256, 512, 1024, 2048]
+    assert names["encoder"].out_channels == [3, 0, 256, 512, 1024, 2048]
 
 
 def test_frozen_batch_norm_takes_the_same_weights(names: dict[str, Any]) -> None:

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import Tensor
+from torchvision.models.detection import MaskRCNN
 
+import sparkme
 from benchmarks import networks
-from sparkme.networks.create import create_encoder
+from sparkme.networks.create import create_dense, create_encoder
 from sparkme.networks.names import model_names
 
 TABLE = json.loads(networks.RESULTS.read_text())["networks"]
@@ -70,6 +73,39 @@ def test_what_the_table_says_is_so(name: str) -> None:
     assert result["supported"], result["reason"]
     kept = ("strides", "channels", "parameters", "gflop_dense", "gflop_sparse", "feature_info")
     assert {key: json.loads(json.dumps(result[key])) for key in kept} == {key: TABLE[name][key] for key in kept}
+
+
+@pytest.mark.parametrize("name", SAMPLE[::3])
+def test_its_pyramid_gives_the_dense_networks_maps_and_carries_a_detector(name: str) -> None:
+    torch.manual_seed(0)
+    dense = create_dense(name).double().eval()
+    pyramid = sparkme.pyramid(dense)
+    assert (list(pyramid.strides), list(pyramid.channels)) == (TABLE[name]["strides"], TABLE[name]["channels"])
+    seen: list[Tensor] = []
+    for module in dense.modules():  # whatever passes between modules
+        module.register_forward_hook(lambda _module, args, out: seen.extend(x.clone() for x in (*args, out) if is_map(x)))
+    images = torch.randn(2, 3, 128, 192, dtype=torch.float64)
+    with torch.no_grad():
+        dense(images)
+        for found in pyramid.maps(images):
+            assert any(torch.equal(found, x) or torch.equal(found.permute(0, 2, 3, 1), x) for x in seen)
+    backbone = pyramid.float().with_fpn(8)
+    detector = MaskRCNN(backbone, num_classes=2, min_size=128, max_size=192).train()
+    masks, boxes = torch.ones(1, 128, 128, dtype=torch.uint8), torch.tensor([[8.0, 8.0, 90.0, 90.0]])
+    losses = detector([torch.rand(3, 128, 128)] * 2, [{"boxes": boxes, "labels": torch.tensor([1]), "masks": masks}] * 2)
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+
+
+def is_map(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in SAMPLE[::3]])
+def test_the_other_pyramids_too(name: str) -> None:
+    test_its_pyramid_gives_the_dense_networks_maps_and_carries_a_detector(name)
 
 
 @pytest.mark.exhaustive

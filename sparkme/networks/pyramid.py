@@ -1,0 +1,240 @@
+"""An ordinary dense network that gives its feature maps by stride, as detectors and segmenters take them.
+
+The hierarchy is the one that pretraining uses (`sparkme.sparse.hierarchy`): any network that can be pretrained has a pyramid.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+
+from sparkme.sparse.hierarchy import Hierarchy, ReachedDeepest, attach, probe_images
+
+if TYPE_CHECKING:
+    from timm.models import FeatureInfo
+
+
+class Pyramid(nn.Module):
+    """A dense network that gives its feature maps, shallow to deep; made by `sparkme.pyramid`.
+
+    It trains, copies, compiles, exports and runs in DistributedDataParallel as any module. The head, which comes after the
+    deepest map, is left out with its weights.
+
+    Args:
+        network: with the weights; changed.
+        hierarchy: where its maps come out.
+        mean, std: of the images that it was trained on, a value for each channel, of pixels from 0 to 1.
+
+    Attributes:
+        network: the network itself, whose names of weights have not changed.
+        strides: input pixels per pixel of each map.
+        channels: the width of each map.
+        in_channels: of the images.
+    """
+
+    def __init__(
+        self, network: nn.Module, hierarchy: Hierarchy, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(tap.stride for tap in hierarchy.taps)
+        self.channels = tuple(tap.channels for tap in hierarchy.taps)
+        self.in_channels, self.mean, self.std = hierarchy.in_channels, mean, std
+        self.modules_of_maps = tuple(tap.module for tap in hierarchy.taps)
+        _leave_out(network, hierarchy)
+        self.network = network
+        self._running = _Running([tap.call for tap in hierarchy.taps], *_facts(network, hierarchy))
+        attach(network, hierarchy.taps, self._running.reached)
+        self.training = network.training
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Maps as torchvision's feature pyramids take them.
+
+        Args:
+            images: (B, C, H, W), normalised; sides need not be multiples of the strides where the network pads.
+
+        Returns:
+            (B, channels[i], H / strides[i], W / strides[i]) under "0", "1", ..., shallow to deep.
+        """
+        return OrderedDict((str(i), value) for i, value in enumerate(self.maps(images)))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The same as a list."""
+        return self._running.run(self.network, images)
+
+    def with_fpn(self, out_channels: int = 256, extra: ExtraFPNBlock | None = None) -> PyramidWithFPN:
+        """The backbone of torchvision's detectors: a feature pyramid network on these maps.
+
+        Args:
+            out_channels: of every level.
+            extra: what makes the levels above; a max pooling of the last one if None, as in Faster and Mask R-CNN.
+        """
+        return PyramidWithFPN(self, out_channels, extra)
+
+    def as_timm(self) -> TimmFeatures:
+        """The convention of `timm.create_model(..., features_only=True)`: a list of maps, and `feature_info`."""
+        return TimmFeatures(self)
+
+    def as_smp(self) -> SmpEncoder:
+        """The convention of segmentation_models_pytorch's encoders: a list from the images on, and `out_channels`."""
+        return SmpEncoder(self)
+
+
+class PyramidWithFPN(nn.Module):
+    """A pyramid and a feature pyramid network (Lin et al., CVPR 2017); what torchvision's detectors call a backbone."""
+
+    def __init__(self, pyramid: Pyramid, out_channels: int, extra: ExtraFPNBlock | None = None) -> None:
+        super().__init__()
+        self.body, self.out_channels = pyramid, out_channels
+        self.fpn = FeaturePyramidNetwork([*pyramid.channels], out_channels, extra or LastLevelMaxPool())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) to maps (B, out_channels, ., .) by name."""
+        levels: dict[str, Tensor] = self.fpn(self.body(images))
+        return levels
+
+
+class TimmFeatures(nn.Module):
+    """A pyramid as timm's `features_only` networks are."""
+
+    def __init__(self, pyramid: Pyramid) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """timm's description: `channels()`, `reduction()`, `module_name()`."""
+        from timm.models import FeatureInfo  # noqa: PLC0415  (half a second)
+
+        pyramid = self.pyramid
+        rows = zip(pyramid.channels, pyramid.strides, pyramid.modules_of_maps)
+        described = [{"num_chs": channels, "reduction": stride, "module": name} for channels, stride, name in rows]
+        return FeatureInfo(described, tuple(range(len(described))))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) to maps (B, channels, H / stride, W / stride), shallow to deep."""
+        return self.pyramid.maps(images)
+
+
+class SmpEncoder(nn.Module):
+    """A pyramid as an encoder of segmentation_models_pytorch; where a stride is missing it gives a map without channels.
+
+    Attributes:
+        out_channels: of the images, and of the maps at strides 2, 4, 8, ...
+        output_stride: the deepest.
+    """
+
+    def __init__(self, pyramid: Pyramid) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.in_channels, self.output_stride = pyramid.in_channels, pyramid.strides[-1]
+        widths = dict(zip(pyramid.strides, pyramid.channels))
+        self.depth = self.output_stride.bit_length() - 1
+        self.out_channels = [self.in_channels, *(widths.get(2**i, 0) for i in range(1, self.depth + 1))]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) to the images and `depth` maps, shallow to deep; sides must be multiples of `output_stride`."""
+        maps = dict(zip(self.pyramid.strides, self.pyramid.maps(images)))
+        b, _, h, w = images.shape
+        strides = [2**i for i in range(1, self.depth + 1)]
+        return [images, *(maps[s] if s in maps else images.new_empty(b, 0, h // s, w // s) for s in strides)]
+
+
+class _LeftOut(nn.Identity):
+    """In the place of a head, whose weights are gone; run only where a run cannot be ended at the deepest map."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+class _Running:
+    """What collects the maps of a run; each thread has its own.
+
+    Args:
+        calls: for each map, which call of its module gives it, from 1.
+        changed: which maps the network changes in place later, so that they have to be copied.
+        channels_last: which maps have their channels as the last axis.
+    """
+
+    def __init__(self, calls: list[int], changed: list[bool], channels_last: list[bool]) -> None:
+        self.calls, self.changed, self.channels_last = calls, changed, channels_last
+        self.local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.local = threading.local()
+
+    def reached(self, i: int, value: Tensor) -> bool:
+        """Notes a call of the module of map i; True ends the run."""
+        local = self.local
+        local.counts[i] += 1
+        if local.counts[i] == self.calls[i]:
+            local.maps[i] = value.clone() if self.changed[i] else value
+        # torch.export counts the modules that are entered and left, and loses count where an exception leaves them.
+        is_traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        return len(local.maps) == len(self.calls) and not is_traced
+
+    def run(self, network: nn.Module, images: Tensor) -> list[Tensor]:
+        local = self.local
+        local.counts, local.maps = [0] * len(self.calls), {}
+        with suppress(ReachedDeepest):
+            network(images)
+        maps, local.maps = local.maps, {}
+        if len(maps) < len(self.calls):
+            raise RuntimeError("this time the network did not call all modules that its maps come out of")
+        found = [maps[i] for i in range(len(self.calls))]
+        return [value.permute(0, 3, 1, 2) if last else value for value, last in zip(found, self.channels_last)]
+
+
+def _facts(network: nn.Module, hierarchy: Hierarchy) -> tuple[list[bool], list[bool]]:
+    """Which maps the network changes in place once it has handed them on, and which have their channels as the last axis."""
+    twin, num_maps = copy.deepcopy(network), len(hierarchy.taps)
+    images = probe_images(network, hierarchy.in_channels, hierarchy.patch)
+    maps: dict[int, Tensor] = {}
+    versions: dict[int, int] = {}
+    counts = [0] * num_maps
+
+    def reached(i: int, value: Tensor) -> bool:
+        counts[i] += 1
+        if counts[i] == hierarchy.taps[i].call:
+            maps[i], versions[i] = value, value._version
+        return len(maps) == num_maps
+
+    attach(twin, hierarchy.taps, reached)
+    changed: set[int] = set()
+    for training in (False, True):
+        maps.clear()
+        counts[:] = [0] * num_maps
+        twin.train(training)
+        with torch.no_grad(), suppress(ReachedDeepest):
+            twin(images)
+        changed |= {i for i, value in maps.items() if value._version != versions[i]}
+    h, w = images.shape[2:]
+    is_last = [maps[i].shape[2:] != (h // tap.stride, w // tap.stride) for i, tap in enumerate(hierarchy.taps)]
+    return [i in changed for i in range(num_maps)], is_last
+
+
+def _leave_out(network: nn.Module, hierarchy: Hierarchy) -> None:
+    """Takes the head's modules out, and gradients from what no map depends on."""
+    names: dict[int, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    gone: list[str] = []
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if name and not name.startswith(tuple(gone)) and all(alias in hierarchy.left_out for alias in names[id(module)]):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, _LeftOut())
+            gone.append(f"{name}.")
+    for name, parameter in network.named_parameters():
+        if name not in hierarchy.needed:  # DistributedDataParallel would wait for their gradients
+            parameter.requires_grad_(False)
