@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from commands import SMALL
+from commands import QUICKEST
 from pictures import make_labelled
 from torch import Tensor
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -142,7 +142,7 @@ def test_mistakes_are_one_line(trained: Path, labelled: Path, tmp_path: Path, ca
 def test_pretraining_measures_the_encoder_while_it_trains(
     labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*SMALL, "--output", str(tmp_path), "--probe-data", str(labelled), "--probe-epochs", "2"]
+    words = [*QUICKEST, "--output", str(tmp_path), "--probe-data", str(labelled), "--probe-epochs", "2"]
     assert pretrain.main(words) == 0
     assert "of 6 images of --probe-data right" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -160,7 +160,7 @@ def test_pretraining_measures_the_encoder_while_it_trains(
         for part in (split.train, split.val)
     ]
     assert measured[3] == pytest.approx(knn_accuracy(parts[0], split.train.labels, parts[1], split.val.labels), abs=0.1)
-    assert main_fails(capsys, [*SMALL, "--output", str(tmp_path / "b"), "--probe-epochs", "2"]).startswith(
+    assert main_fails(capsys, [*QUICKEST, "--output", str(tmp_path / "b"), "--probe-epochs", "2"]).startswith(
         "error: --probe-epochs needs --probe-data"
     )
 
