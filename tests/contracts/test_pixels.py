@@ -541,7 +541,7 @@ def test_later_commands_read_images_as_the_run_did(
     reads_as(kept, said)
     exported = tmp_path / "weights.safetensors"
     flags = ["--no-verify", "--recalibrate-bn", str(data)]
-    assert export.main([str(checkpoint), "--to", "torchvision", "--output", str(exported), *flags]) == 0
+    assert export.main([str(checkpoint), "--output", str(exported), *flags]) == 0
     reads_as(kept, "recalibrated")
     for path in (checkpoint, exported, tmp_path / "tuned" / "best.safetensors", tmp_path / "tuned" / "checkpoints" / "last.pt"):
         assert read_pretrained(path).pixels == kept

@@ -91,8 +91,8 @@ class SparseConvolution(SparseLayer):
     def _to_kernel(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def dense_state(self) -> dict[str, Tensor]:
-        state = {"weight": self.dense_weight.detach().contiguous()}
+    def dense_views(self) -> dict[str, Tensor]:
+        state = {"weight": self.dense_weight.detach()}
         if self.bias is not None:
             state["bias"] = self.bias.detach().flatten()
         return state
