@@ -77,9 +77,11 @@ def test_lamb_scales_decayed_weights_by_the_trust_ratio_and_clips() -> None:
 def test_drop_path_defaults_to_the_papers() -> None:
     from torchvision.ops import StochasticDepth
 
-    rates = [m.p for m in create_encoder("convnext_small").modules() if isinstance(m, StochasticDepth)]
+    with torch.device("meta"):  # the rates are asked for, no values
+        small, tiny = create_encoder("convnext_small"), create_encoder("convnext_tiny")
+    rates = [m.p for m in small.modules() if isinstance(m, StochasticDepth)]
     assert (rates[0], rates[-1]) == (0.0, 0.2)
-    assert not any(m.p for m in create_encoder("convnext_tiny").modules() if isinstance(m, StochasticDepth))
+    assert not any(m.p for m in tiny.modules() if isinstance(m, StochasticDepth))
 
 
 def test_seeds_depend_on_everything_and_nothing_else() -> None:
