@@ -48,7 +48,7 @@ def test_the_schedule_is_the_papers() -> None:
     assert learning_rate(0, peak=1, warmup_steps=0, total_steps=1) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["small_resnet:resnet", "official_networks:convnext"])
 def test_vectors_are_not_decayed(name: str) -> None:
     model = sparkme.SparK(create_encoder(name), input_size=64, decoder_width=32)
     free = {id(p) for p in parameter_groups(model)[1]["params"]}
