@@ -203,7 +203,8 @@ class SparseEncoder(nn.Module):
         Raises:
             ValueError: a name is missing or has another shape.
         """
-        own = self.dense_state_dict()
+        modules = [(prefix, module, _dense_views(module)) for prefix, module in walk(self.network)]
+        own = {prefix + name: value for prefix, _, views in modules for name, value in views.items()}
         # Counters, which files of old versions of torch lack.
         state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
         missing = [name for name in own if name not in state]
@@ -216,12 +217,12 @@ class SparseEncoder(nn.Module):
             problems = [f"missing {', '.join(missing[:5])}"] if missing else []
             problems += [f"wrong shape {', '.join(wrong[:5])}"] if wrong else []
             raise ValueError(f"weights of another model: {'; '.join(problems)} ({len(missing) + len(wrong)} in all)")
-        for prefix, module in walk(self.network):
-            values = {name: state[prefix + name] for name in _dense_state(module)}
+        for prefix, module, views in modules:
+            values = {name: state[prefix + name] for name in views}
             if isinstance(module, SparseLayer):
                 module.load_dense_state(values)
             else:
-                for name, value in _dense_state(module).items():
+                for name, value in views.items():
                     value.copy_(values[name])
         return [name for name in state if name not in own]
 
@@ -240,7 +241,12 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 def _dense_state(module: nn.Module) -> dict[str, Tensor]:
     """A module's own weights as the dense model has them, without those of its children."""
+    return module.dense_state() if isinstance(module, SparseLayer) else _dense_views(module)
+
+
+def _dense_views(module: nn.Module) -> dict[str, Tensor]:
+    """The same in the module's own memory, contiguous or not."""
     if isinstance(module, SparseLayer):
-        return module.dense_state()
+        return module.dense_views()
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return {name: value.detach() for name, value in own if name not in module._non_persistent_buffers_set}

@@ -106,12 +106,13 @@ def dense_network(encoder: SparseEncoder, args: ExportSettings, settings: Pretra
     Raises:
         UserError: the weights are not finite, or of another version of the network.
     """
-    if not all(value.isfinite().all() for value in encoder.dense_state_dict().values()):
+    state = encoder.dense_state_dict()
+    if not all(value.isfinite().all() for value in state.values()):
         raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
     model = settings.model
     with user_errors():
         dense = create_dense(model, in_channels=encoder.in_channels)
-    _, unexpected = nn.Module.load_state_dict(dense, encoder.dense_state_dict(), strict=False)  # not a method of its own class
+    _, unexpected = nn.Module.load_state_dict(dense, state, strict=False)  # not a method of its own class
     if unexpected:
         raise UserError(f"{library_of(model)}'s {model} has no weights {', '.join(unexpected[:5])}; is it another version?")
     if args.recalibrate_bn:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import SMALL, fails
+from commands import QUICKEST, fails
 from PIL import Image
 
 import sparkme.export
@@ -43,18 +43,18 @@ FLOATS = (
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("flag", FLOATS)
 def test_numbers_that_are_none_are_refused(flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = fails(capsys, *SMALL, "--output", tmp_path / "run", f"{flag}={value}")
+    line = fails(capsys, *QUICKEST, "--output", tmp_path / "run", f"{flag}={value}")
     assert f"{flag} {value} is not a finite number" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = fails(capsys, *SMALL, "--output", tmp_path, "--decoder-width", 1000000)
+    line = fails(capsys, *QUICKEST, "--output", tmp_path, "--decoder-width", 1000000)
     assert "decoder width 1000000" in line
     with pytest.raises(ValueError, match=r"about 39,\d+ billion weights; use at most 8192"):
         Decoder(32, 32 * 31250)
-    assert "--workers 1000 is more than" in fails(capsys, *SMALL, "--output", tmp_path, "--workers", 1000)
-    assert "--background mauve-ish is no colour" in fails(capsys, *SMALL, "--output", tmp_path, "--background", "mauve-ish")
+    assert "--workers 1000 is more than" in fails(capsys, *QUICKEST, "--output", tmp_path, "--workers", 1000)
+    assert "--background mauve-ish is no colour" in fails(capsys, *QUICKEST, "--output", tmp_path, "--background", "mauve-ish")
 
 
 def test_an_epoch_of_ten_thousand_million_draws_is_never_in_memory() -> None:
@@ -203,7 +203,7 @@ def test_pipes_and_folders_with_an_images_name_are_passed_over(tmp_path: Path) -
     ],
 )
 def test_what_cannot_be_is_one_line(words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert reason in fails(capsys, *SMALL, "--output", tmp_path / "run", *words)
+    assert reason in fails(capsys, *QUICKEST, "--output", tmp_path / "run", *words)
 
 
 @pytest.mark.parametrize("words", [["--data", ""], ["--output", ""], ["--init", ""], ["--epochs", "1e9"], ["--no-such-flag"]])
@@ -230,7 +230,7 @@ def test_a_users_own_module_fails_in_one_line(
     name = f"own_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = [*SMALL, "--model", f"{name}:f", "--drop-path", "0", "--output", tmp_path / "run"]
+    words = [*QUICKEST, "--model", f"{name}:f", "--drop-path", "0", "--output", tmp_path / "run"]
     assert reason in fails(capsys, *words)
 
 
@@ -239,7 +239,7 @@ def test_no_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate\nmore")
 
     monkeypatch.setattr("sparkme.training.pretraining.build_network", allocate)
-    assert "take a smaller batch" in fails(capsys, *SMALL, "--output", tmp_path / "run")
+    assert "take a smaller batch" in fails(capsys, *QUICKEST, "--output", tmp_path / "run")
 
 
 def damaged(run: Path, change: object, path: Path) -> Path:
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    assert main([*SMALL, "--epochs", "1", "--panel-epochs", "0", "--output", str(folder)]) == 0
+    assert main([*QUICKEST, "--epochs", "1", "--panel-epochs", "0", "--output", str(folder)]) == 0
     return folder
 
 
@@ -289,14 +289,14 @@ def test_damaged_metrics_do_not_stop_a_run(small_run: Path, tmp_path: Path) -> N
     shutil.copytree(small_run, folder, symlinks=True)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n{"a": 1}\nnull\n\xff\xfe\n')
-    assert main([*SMALL, "--epochs", "2", "--panel-epochs", "0", "--output", str(folder)]) == 0
+    assert main([*QUICKEST, "--epochs", "2", "--panel-epochs", "0", "--output", str(folder)]) == 0
     assert all("loss" in json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def test_a_resumed_run_keeps_where_it_started_from(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     shutil.copytree(small_run, folder, symlinks=True)
-    words = [*SMALL, "--epochs", "2", "--panel-epochs", "0", "--output", str(folder), "--init", str(tmp_path / "none.pth")]
+    words = [*QUICKEST, "--epochs", "2", "--panel-epochs", "0", "--output", str(folder), "--init", str(tmp_path / "none.pth")]
     assert main(words) == 0
     assert "none.pth is not used" in capsys.readouterr().out
     assert json.loads((folder / "config.json").read_text())["init"] is None

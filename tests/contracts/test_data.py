@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import SMALL, fails
+from commands import QUICKEST, fails
 from PIL import Image
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def test_a_run_on_images_of_other_channels_resumes_with_its_statistics(
     for i in range(4):
         save(tmp_path / "data" / f"{i}.npy", RANDOM.random((40, 72, channels)).astype(np.float32) * 0.5)
     words = [
-        *SMALL,
+        *QUICKEST,
         "--model",
         "timm:test_resnet",
         "--drop-path",

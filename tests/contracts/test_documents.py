@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL
+from commands import QUICKEST
 
 import sparkme
 from benchmarks import plot
@@ -94,7 +94,7 @@ def test_the_documents_own_network_can_be_pretrained(tmp_path: Path, monkeypatch
     (tmp_path / "mynet.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = [*SMALL, "--model", "mynet:small_net", "--drop-path", "0", "--output", "run", "--checkpoint-minutes", "0"]
+    words = [*QUICKEST, "--model", "mynet:small_net", "--drop-path", "0", "--output", "run", "--checkpoint-minutes", "0"]
     assert main([*words, "--epochs", "1"]) == 0
     assert main([*words, "--epochs", "2"]) == 0
     saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")

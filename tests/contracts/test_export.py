@@ -18,15 +18,19 @@ from sparkme.weights.format import STATE_DICTS
 from sparkme.weights.formats import FORMATS
 
 
-@pytest.fixture(scope="module", params=["resnet18", "convnext_tiny"])
+@pytest.fixture(scope="module", params=["resnet18", "timm:convnext_atto"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("run")
     flags = [*SMALL, "--model", request.param, "--epochs", "1", "--panel-epochs", "0", "--output", str(folder)]
     assert sparkme.pretrain.main(flags) == 0
     return request.param, folder / "checkpoints" / "last.pt"
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("checkpoint", "suffix"),
+    [("resnet18", ".safetensors"), ("resnet18", ".pth"), ("convnext_tiny", ".safetensors")],
+    indirect=["checkpoint"],
+)
 def test_exported_weights_load_into_torchvision(
     checkpoint: tuple[str, Path], suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +83,9 @@ def test_every_format_is_written_and_read_back(
     if ("convnext" if "convnext" in name else "resnet") not in form.tables:
         assert code == 2 and f"has no names in {target}" in printed.err and not output.exists()
         return
+    if target == "torchvision" and name.startswith("timm:"):  # which torchvision does not have; its own is tested above
+        assert code == 2 and not output.exists()
+        return
     assert code == 0 and printed.out.endswith(f"load it:\n\n{form.loading(output, name, 3)}\n")
     if output.suffix not in STATE_DICTS:
         return
@@ -107,7 +114,7 @@ def test_weights_that_are_not_finite_are_not_written(
     checkpoint: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.load(checkpoint[1], weights_only=True)
-    name = next(k for k in state["model"] if "layer2" in k or "features.3" in k)
+    name = next(k for k in state["model"] if "layer2" in k or "stages.1" in k)
     state["model"][name].fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pt")
     output = tmp_path / "nan.safetensors"
@@ -121,7 +128,7 @@ def test_a_moved_run_is_exported_into_its_own_folder(checkpoint: tuple[str, Path
     moved.parent.mkdir(parents=True)
     shutil.copy(path, moved)
     assert sparkme.export.main([str(moved), "--no-verify"]) == 0
-    assert (tmp_path / "moved" / f"{name}.safetensors").exists()
+    assert (tmp_path / "moved" / f"{name.replace(':', '-')}.safetensors").exists()
 
 
 def test_mistakes_get_one_line(checkpoint: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from commands import QUICK, SMALL, losses, records
+from commands import QUICK, QUICKEST, losses, records
 from pictures import make_labelled
 from PIL import Image
 from torch import nn
@@ -25,9 +25,24 @@ from sparkme.weights.pretrained import read_pretrained
 
 
 @pytest.fixture(scope="module")
-def exported(trained: Path) -> Path:
+def torchvisions(trained: Path) -> Path:
     path = trained.parent / "resnet18.safetensors"
     assert export.main([str(trained), "--to", "torchvision", "--output", str(path), "--no-verify"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a small network after two steps."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    assert pretrain.main([*QUICKEST, "--epochs", "1", "--output", str(folder)]) == 0
+    return folder / "checkpoints" / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def exported(pretrained: Path) -> Path:
+    path = pretrained.parent / "weights.safetensors"
+    assert export.main([str(pretrained), "--output", str(path), "--no-verify"]) == 0
     return path
 
 
@@ -69,7 +84,7 @@ def plain_losses(weights: Path, data: Path) -> list[float]:
     return values
 
 
-def test_it_is_plain_torchvision_training(exported: Path, labelled: Path, tmp_path: Path) -> None:
+def test_it_is_plain_torchvision_training(torchvisions: Path, labelled: Path, tmp_path: Path) -> None:
     words = [
         *QUICK,
         "--head-init",
@@ -105,8 +120,8 @@ def test_it_is_plain_torchvision_training(exported: Path, labelled: Path, tmp_pa
         "--drop-path",
         "0",
     ]
-    assert main([str(exported), "--data", str(labelled), *words, "--output", str(tmp_path)]) == 0
-    assert losses(tmp_path) == pytest.approx(plain_losses(exported, labelled), rel=1e-5)
+    assert main([str(torchvisions), "--data", str(labelled), *words, "--output", str(tmp_path)]) == 0
+    assert losses(tmp_path) == pytest.approx(plain_losses(torchvisions, labelled), rel=1e-5)
 
 
 EVERYTHING = [
@@ -189,13 +204,13 @@ def test_the_classifier_starts_as_the_best_linear_one(exported: Path, labelled: 
     assert records(tmp_path / "b")[-1]["val_top1"] < 1
 
 
-def test_from_scratch_and_shots(trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_scratch_and_shots(pretrained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data", str(labelled), *QUICK, "--epochs", "1", "--shots", "4", "--output"]
-    assert main([str(trained), *words, str(tmp_path / "a"), "--from-scratch"]) == 0
+    assert main([str(pretrained), *words, str(tmp_path / "a"), "--from-scratch"]) == 0
     shown = capsys.readouterr().out
     assert "random weights" in shown and "--shots 4 of each class" in shown
     assert json.loads((tmp_path / "a" / "config.json").read_text())["layer_decay"] == 1
-    assert main(["--from-scratch", "--model", "resnet18", *words, str(tmp_path / "b")]) == 0
+    assert main(["--from-scratch", "--model", "small_resnet:resnet", *words, str(tmp_path / "b")]) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert "--model NAME" in fails(capsys, "--from-scratch", *words, tmp_path / "c")
     assert "--from-scratch reads none" in fails(capsys, "--from-scratch", "--weights-key", "ema", *words, tmp_path / "c")
@@ -208,7 +223,7 @@ def test_what_was_fine_tuned_can_be_probed_and_fine_tuned_again(straight: Path, 
     assert probe.main([str(best), *words, "--compare", str(last)]) == 0
     found, state = read_pretrained(best), safetensors.torch.load_file(best)
     assert (
-        found.model == "resnet18"
+        found.model == "small_resnet:resnet"
         and found.input_size == (64, 64)
         and torch.equal(found.state["conv1.weight"], state["conv1.weight"])
     )
@@ -262,11 +277,11 @@ def test_images_to_measure_on_that_cannot_be_read_are_named(
 
 
 def test_the_checkpoints_of_two_commands_are_kept_apart(
-    straight: Path, trained: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+    straight: Path, pretrained: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = fails(capsys, trained, "--data", labelled, *QUICK, "--output", trained.parent.parent)
+    message = fails(capsys, pretrained, "--data", labelled, *QUICK, "--output", pretrained.parent.parent)
     assert "is a checkpoint of sparkme.pretrain; use another --output" in message
-    assert pretrain.main([*SMALL, "--output", str(straight)]) == 2
+    assert pretrain.main([*QUICKEST, "--output", str(straight)]) == 2
     assert "is a checkpoint of sparkme.finetune; use another --output" in capsys.readouterr().err
 
 
@@ -335,9 +350,9 @@ def test_networks_that_need_more_than_names_and_linear_layers(name: str, labelle
     ],
 )
 def test_mistakes_are_one_line(
-    flags: list[str], message: str, trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, pretrained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in fails(capsys, trained, "--data", labelled, *QUICK, "--output", tmp_path / "run", *flags)
+    assert message in fails(capsys, pretrained, "--data", labelled, *QUICK, "--output", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -377,7 +392,7 @@ def test_networks_of_ones_own_get_a_classifier(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = f"own_{factory}:{factory}"
-    assert pretrain.main([*SMALL, "--model", model, "--drop-path", "0", "--epochs", "1", "--output", "pre"]) == 0
+    assert pretrain.main([*QUICKEST, "--model", model, "--drop-path", "0", "--epochs", "1", "--output", "pre"]) == 0
     assert main(["pre/checkpoints/last.pt", "--data", str(labelled), *QUICK, "--output", "fine"]) == 0
     kept = read_pretrained(Path("pre/checkpoints/last.pt")).state
     network, missing, _ = read_pretrained(Path("fine/checkpoints/last.pt")).dense(3)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import SMALL, fails
+from commands import QUICKEST, fails
 from PIL import Image
 from torch import Tensor
 
@@ -443,7 +443,7 @@ def test_many_pixels_outside_of_the_range_are_told_once_whenever_they_come(tmp_p
     assert "% of the pixels lie outside of the range of values and are cut to it; --value-range LOW HIGH" in text
 
 
-WORDS = [*SMALL, "--epochs", "1", "--checkpoint-minutes", "0", "--panel-epochs", "0"]
+WORDS = [*QUICKEST, "--epochs", "1", "--checkpoint-minutes", "0", "--panel-epochs", "0"]
 
 
 def make_deep(folder: Path, high: float = 1600) -> Path:
@@ -541,7 +541,7 @@ def test_later_commands_read_images_as_the_run_did(
     reads_as(kept, said)
     exported = tmp_path / "weights.safetensors"
     flags = ["--no-verify", "--recalibrate-bn", str(data)]
-    assert export.main([str(checkpoint), "--to", "torchvision", "--output", str(exported), *flags]) == 0
+    assert export.main([str(checkpoint), "--output", str(exported), *flags]) == 0
     reads_as(kept, "recalibrated")
     for path in (checkpoint, exported, tmp_path / "tuned" / "best.safetensors", tmp_path / "tuned" / "checkpoints" / "last.pt"):
         assert read_pretrained(path).pixels == kept

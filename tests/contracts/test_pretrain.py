@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from commands import SMALL, fails, losses, weights
+from commands import QUICKEST, fails, losses, weights
 from pictures import make_images
 from PIL import Image
 
@@ -20,7 +21,7 @@ from sparkme.training.pretraining import Pretraining
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three epochs without interruption, that saves every epoch."""
     folder = tmp_path_factory.mktemp("straight")
-    assert main([*SMALL, "--output", str(folder), "--checkpoint-minutes", "0", "--panel-epochs", "2"]) == 0
+    assert main([*QUICKEST, "--output", str(folder), "--checkpoint-minutes", "0", "--panel-epochs", "2"]) == 0
     return folder
 
 
@@ -51,19 +52,19 @@ def test_resuming_equals_a_straight_run_bit_for_bit(straight: Path, tmp_path: Pa
         (folder / "checkpoints").mkdir(parents=True)
         shutil.copy(straight / "checkpoints" / f"step_{step:08d}.pt", folder / "checkpoints" / "last.pt")
         shutil.copy(straight / "metrics.jsonl", folder)
-        assert main([*SMALL, "--output", str(folder), "--workers", "2"]) == 0
+        assert main([*QUICKEST, "--output", str(folder), "--workers", "2"]) == 0
         assert f"resumed after step {step}" in capsys.readouterr().out
         assert losses(folder) == losses(straight)
         expected = weights(straight)
         assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
-        assert main([*SMALL, "--output", str(folder)]) == 0
+        assert main([*QUICKEST, "--output", str(folder)]) == 0
         assert "nothing left to do" in capsys.readouterr().out
 
 
 def test_no_resume_starts_anew(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(straight, folder, symlinks=True)
-    assert main([*SMALL, "--output", str(folder), "--no-resume", "--epochs", "1"]) == 0
+    assert main([*QUICKEST, "--output", str(folder), "--no-resume", "--epochs", "1"]) == 0
     assert len(losses(folder)) == 2 and [p.name for p in (folder / "checkpoints").glob("step*")] == ["step_00000002.pt"]
 
 
@@ -73,22 +74,20 @@ def test_the_checkpoint_of_another_run_is_refused_and_kept(
     folder = tmp_path / "run"
     shutil.copytree(straight, folder, symlinks=True)
     before = (folder / "config.json").read_text()
-    message = fails(capsys, *SMALL, "--output", folder, "--model", "resnet34")
-    assert "was trained with --model resnet18, now it is resnet34" in message and "--no-resume" in message
-    assert "--batch-size 4, now it is 2" in fails(capsys, *SMALL, "--output", folder, "--batch-size", 2)
+    message = fails(capsys, *QUICKEST, "--output", folder, "--model", "resnet34")
+    assert "was trained with --model small_resnet:resnet, now it is resnet34" in message and "--no-resume" in message
+    assert "--batch-size 4, now it is 2" in fails(capsys, *QUICKEST, "--output", folder, "--batch-size", 2)
     assert (folder / "config.json").read_text() == before and len(weights(folder)) > 100
 
 
 def test_convnext_pretrains_from_given_weights(tmp_path: Path) -> None:
-    import torchvision
-
     data = make_images(tmp_path / "images")
-    torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "init.pth")
+    torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "init.pth")
     arguments = [
         "--data",
         data,
         "--model",
-        "convnext_tiny",
+        "timm:convnext_atto",
         "--input-size",
         64,
         "--decoder-width",
@@ -119,7 +118,7 @@ def test_convnext_pretrains_from_given_weights(tmp_path: Path) -> None:
 
 def test_the_loss_falls(tmp_path: Path) -> None:
     flags = [
-        *SMALL,
+        *QUICKEST,
         "--epochs",
         "7",
         "--samples-per-epoch",
@@ -141,7 +140,7 @@ def test_unreadable_images_are_counted_and_too_many_stop_the_run(tmp_path: Path,
     broken = sorted(data.rglob("*.png"))[:3]
     for path in broken:
         path.write_bytes(b"broken")
-    flags = [*SMALL, "--data", data, "--epochs", "1"]
+    flags = [*QUICKEST, "--data", data, "--epochs", "1"]
     assert main([*map(str, flags), "--output", str(tmp_path / "kept")]) == 0
     errors = capsys.readouterr().err
     assert all(f"skipped unreadable image {path}" in errors for path in broken)
@@ -161,7 +160,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(
     state = torch.load(straight / "checkpoints" / "step_00000004.pt", weights_only=True)
     state["model"][name].fill_(float("nan"))
     torch.save(state, tmp_path / "checkpoints" / "last.pt")
-    assert main([*SMALL, "--output", str(tmp_path)]) == 2
+    assert main([*QUICKEST, "--output", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: the loss of step 5 is ") and "; the last good checkpoint is" in errors, errors
 
@@ -179,7 +178,7 @@ def test_spoiled_weights_are_not_saved(
         return loss
 
     monkeypatch.setattr(Pretraining, "train_step", overflow)
-    assert main([*SMALL, "--output", str(tmp_path), "--checkpoint-minutes", "0"]) == 2
+    assert main([*QUICKEST, "--output", str(tmp_path), "--checkpoint-minutes", "0"]) == 2
     assert re.search(r"the weights are not finite after step 4 \(.*\); the last good checkpoint is", capsys.readouterr().err)
     assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
 
@@ -188,7 +187,7 @@ def test_a_lost_link_does_not_start_the_run_anew(straight: Path, tmp_path: Path,
     folder = tmp_path / "run"
     shutil.copytree(straight, folder, symlinks=True)
     (folder / "checkpoints" / "last.pt").unlink()
-    assert main([*SMALL, "--output", str(folder)]) == 0
+    assert main([*QUICKEST, "--output", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "resumed after step 6" in shown and "last.pt was missing" in shown
 
@@ -196,12 +195,12 @@ def test_a_lost_link_does_not_start_the_run_anew(straight: Path, tmp_path: Path,
 def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_images(tmp_path / "images", 8)
     monkeypatch.chdir(data)
-    flags = [flag for flag in SMALL if flag not in ("--samples-per-epoch", "8", "--batch-size", "4")]
+    flags = [flag for flag in QUICKEST if flag not in ("--samples-per-epoch", "8", "--batch-size", "4")]
     assert main([*flags, "--data", ".", "--epochs", "1"]) == 0
     assert len(list(Path("runs").rglob("*.png"))) == 2
     Image.new("RGB", (40, 40)).save("another.png")  # what follows from the number of images stays as the run began
     assert main([*flags, "--data", ".", "--epochs", "2"]) == 0
-    config = json.loads(Path("runs/resnet18-64/config.json").read_text())
+    config = json.loads(Path("runs/small_resnet-resnet-64/config.json").read_text())
     assert (config["num_images"], config["samples_per_epoch"], config["batch_size"]) == (9, 8, 8)
 
 
@@ -236,13 +235,13 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypat
 def test_mistakes_get_one_line_and_exit_code_2(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in fails(capsys, *SMALL, "--output", tmp_path / "run", *flags)
+    assert message in fails(capsys, *QUICKEST, "--output", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so asking for one is no mistake")
 def test_a_missing_gpu_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "torch sees no GPU" in fails(capsys, *SMALL, "--output", tmp_path / "run", "--device", "cuda")
+    assert "torch sees no GPU" in fails(capsys, *QUICKEST, "--output", tmp_path / "run", "--device", "cuda")
 
 
 def test_help_is_grouped() -> None:

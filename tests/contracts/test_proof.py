@@ -217,7 +217,7 @@ def test_files_keep_the_trial_and_load_encoder_uses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert pretrain([*SMALL, "--model", "timm:resnet18", "--epochs", "1", "--output", str(run)]) == 0
+    assert pretrain([*SMALL, "--model", "timm:resnet10t", "--epochs", "1", "--output", str(run)]) == 0
     last, weights, hub = run / "checkpoints" / "last.pt", tmp_path / "w.safetensors", tmp_path / "hub"
     no_trial(monkeypatch)
     assert export([str(last), "--to", "timm", "--no-verify", "--output", str(weights)]) == 0

@@ -39,7 +39,7 @@ def words(table: Path, output: Path, epochs: int = 2) -> list[str]:
     return [
         "--from-scratch",
         "--model",
-        "resnet18",
+        "small_resnet:resnet",
         "--data",
         str(table),
         "--labels",

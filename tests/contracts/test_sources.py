@@ -26,7 +26,7 @@ import numpy as np
 import PIL.features
 import pytest
 import torch
-from commands import SMALL, fails, losses, weights
+from commands import QUICKEST, fails, losses, weights
 from pictures import add, encoded, write_shard
 from PIL import Image
 from torchvision.transforms import v2
@@ -1071,7 +1071,7 @@ def test_a_run_on_several_sources_goes_on_and_labelled_ones_are_given_once(
 ) -> None:
     where = [str(sharded[0] / f"part-{i:03d}.tar") for i in range(3)]
     words = [
-        *SMALL,
+        *QUICKEST,
         *TINY,
         "--data",
         *where[:2],
@@ -1145,7 +1145,7 @@ def every_source(sharded: tuple[Path, list[bytes]], tmp_path_factory: pytest.Tem
 def test_every_source_pretrains_and_resumes_bit_for_bit(kind: str, every_source: dict[str, str], tmp_path: Path) -> None:
     data = ["--data", every_source[kind]]
     words = [
-        *SMALL,
+        *QUICKEST,
         *TINY,
         "--samples-per-epoch",
         "20",
@@ -1207,10 +1207,10 @@ def test_sources_that_are_none_are_one_line(
     }.items():
         if "\0" in data:
             with pytest.raises(SystemExit):
-                main([*SMALL, "--data", data])
+                main([*QUICKEST, "--data", data])
             assert reason in capsys.readouterr().err
         else:
-            assert reason in fails(capsys, *SMALL, "--data", data, "--output", tmp_path / "run")
+            assert reason in fails(capsys, *QUICKEST, "--data", data, "--output", tmp_path / "run")
     assert sparkme.probe.main([str(trained), "--data", every_source["folder"]]) == 2
     assert "has no labels; each class needs a folder" in capsys.readouterr().err
 

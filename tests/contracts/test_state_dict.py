@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import SMALL
+from commands import QUICKEST
 from pictures import make_labelled
 from safetensors.torch import load_file
 from torch import nn
@@ -64,7 +64,7 @@ def test_a_class_with_methods_of_its_own_goes_all_the_way(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = f"stubborn_{factory}:{factory}"
-    words = [*SMALL, "--model", model, "--drop-path", "0", "--epochs", "1", "--panel-epochs", "0", "--output", "pre"]
+    words = [*QUICKEST, "--model", model, "--drop-path", "0", "--epochs", "1", "--panel-epochs", "0", "--output", "pre"]
     assert pretrain.main(words) == 0
     last = Path("pre/checkpoints/last.pt")
     assert sparkme.export.main([str(last), "--output", "weights.safetensors"]) == 0
@@ -89,7 +89,7 @@ def test_a_class_with_methods_of_its_own_goes_all_the_way(
     assert (
         pretrain.main(
             [
-                *SMALL,
+                *QUICKEST,
                 "--model",
                 model,
                 "--drop-path",

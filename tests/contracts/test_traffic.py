@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_models import BASIC, BOTTLENECK, CONVNEXT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import host_time
@@ -50,7 +51,7 @@ def test_kinds() -> None:
 
 
 @pytest.mark.parametrize("what", ["encoder", "step"])
-@pytest.mark.parametrize("model", ["resnet18", "timm:convnext_atto"])
+@pytest.mark.parametrize("model", [BASIC, CONVNEXT])
 def test_a_pass_never_waits_for_the_gpu(model: str, what: str) -> None:
     """A look at data, as `.item()` is one, ends a pass on fake tensors."""
     words = ["--model", model, "--what", what, "--batch-size", "4", "--input-size", "64"]
@@ -72,7 +73,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("model", "engine"),
-    [("resnet50", "cuda_ext"), ("convnext_tiny", "cuda_ext"), ("mobilenet_v2", "cuda_ext"), ("convnext_tiny", "masked-dense")],
+    [(BOTTLENECK, "cuda_ext"), (CONVNEXT, "cuda_ext"), ("mobilenet_v2", "cuda_ext"), (CONVNEXT, "masked-dense")],
 )
 def test_under_autocast_nothing_of_the_encoder_is_float32(model: str, engine: str) -> None:
     """On CUDA autocast makes layer norms float32, which the CPU hides; and a float32 parameter, such as layer scale, promotes.

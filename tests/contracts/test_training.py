@@ -48,7 +48,7 @@ def test_the_schedule_is_the_papers() -> None:
     assert learning_rate(0, peak=1, warmup_steps=0, total_steps=1) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["small_resnet:resnet", "official_networks:convnext"])
 def test_vectors_are_not_decayed(name: str) -> None:
     model = sparkme.SparK(create_encoder(name), input_size=64, decoder_width=32)
     free = {id(p) for p in parameter_groups(model)[1]["params"]}
@@ -77,9 +77,11 @@ def test_lamb_scales_decayed_weights_by_the_trust_ratio_and_clips() -> None:
 def test_drop_path_defaults_to_the_papers() -> None:
     from torchvision.ops import StochasticDepth
 
-    rates = [m.p for m in create_encoder("convnext_small").modules() if isinstance(m, StochasticDepth)]
+    with torch.device("meta"):  # the rates are asked for, no values
+        small, tiny = create_encoder("convnext_small"), create_encoder("convnext_tiny")
+    rates = [m.p for m in small.modules() if isinstance(m, StochasticDepth)]
     assert (rates[0], rates[-1]) == (0.0, 0.2)
-    assert not any(m.p for m in create_encoder("convnext_tiny").modules() if isinstance(m, StochasticDepth))
+    assert not any(m.p for m in tiny.modules() if isinstance(m, StochasticDepth))
 
 
 def test_seeds_depend_on_everything_and_nothing_else() -> None:

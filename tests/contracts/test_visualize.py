@@ -29,7 +29,7 @@ from sparkme.weights.checkpoint import load_checkpoint
 
 CONFIG = {
     "recipe": "spark",
-    "model": "resnet18",
+    "model": "small_resnet:resnet",
     "drop_path": 0.0,
     "mask_ratio": 0.5,
     "decoder_width": 32,
@@ -244,7 +244,7 @@ def test_a_picture_is_written_and_its_losses_printed(
         "mask ratio 0.7 (2 of 6 patches visible), seed 1",
         "TRUE mean and deviation",
         "decoder_width",
-        "resnet18",
+        "small_resnet:resnet",
         *{line[3] for line in lines},
     ):
         assert expected in page.text, expected

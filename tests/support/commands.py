@@ -13,9 +13,7 @@ from sparkme.settings.finetune import FinetuneSettings
 from sparkme.settings.pretrain import PretrainSettings
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
-SMALL = [
-    "--model",
-    "resnet18",
+_RUN = [
     "--input-size",
     "64",
     "--decoder-width",
@@ -37,6 +35,8 @@ SMALL = [
     "--drop-path",
     "0.2",
 ]
+SMALL = ["--model", "resnet18", *_RUN]  # whose weights have names in every library
+QUICKEST = ["--model", "small_resnet:resnet", *_RUN]  # a tenth of the time
 # The same of fine-tuning.
 QUICK = [
     "--batch-size",

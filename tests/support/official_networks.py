@@ -9,9 +9,10 @@ from torchvision.models.convnext import CNBlockConfig
 V1, V2 = "official_networks:convnext", "official_networks:convnextv2"
 
 
-def convnext() -> torchvision.models.ConvNeXt:
+def convnext(drop_path: float = 0.0) -> torchvision.models.ConvNeXt:
     widths = (8, 12, 16, 24, None)
-    return torchvision.models.ConvNeXt([CNBlockConfig(a, b, 1) for a, b in pairwise(widths)], layer_scale=0.5)
+    blocks = [CNBlockConfig(a, b, 1 + (a == 16)) for a, b in pairwise(widths)]
+    return torchvision.models.ConvNeXt(blocks, stochastic_depth_prob=drop_path, layer_scale=0.5)
 
 
 def convnextv2(drop_path: float = 0.0) -> ConvNeXt:

@@ -1,21 +1,50 @@
-"""torchvision's models with weights that hide nothing, and images for them."""
+"""torchvision's models with weights that hide nothing, short ones of its families, and images for them."""
 
 import copy
 from functools import lru_cache
+from itertools import pairwise
+from pkgutil import resolve_name
 
 import oracle
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import sparkme
 
+# torchvision's own classes with all kinds of blocks that its larger networks have, and a tenth of the weights. The names are
+# such as `sparkme.networks.create.create_dense` takes.
+BASIC, BOTTLENECK, GROUPED = "random_models:basic", "random_models:bottleneck", "random_models:grouped"
+CONVNEXT = "random_models:convnext"
+
+
+def basic() -> ResNet:
+    return ResNet(BasicBlock, [2, 1, 1, 1])
+
+
+def bottleneck() -> ResNet:
+    return ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=16)
+
+
+def grouped() -> ResNet:
+    return ResNet(Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4)
+
+
+def convnext() -> ConvNeXt:
+    widths = (24, 48, 96, 192, None)
+    return ConvNeXt([CNBlockConfig(a, b, 1 + (a == 96)) for a, b in pairwise(widths)])
+
 
 def random_model(name: str, seed: int = 0) -> nn.Module:
-    """A torchvision model whose norms and layer scales are not the identity, in float64; its values fit into float32."""
+    """A model of torchvision or of a function here, in float64, whose norms and layer scales are not the identity.
+
+    Its values fit into float32.
+    """
     torch.manual_seed(seed)
     drop = {"stochastic_depth_prob": 0.0} if name.startswith("convnext") else {}
-    model = torchvision.models.get_model(name, weights=None, **drop)
+    model = resolve_name(name)() if ":" in name else torchvision.models.get_model(name, weights=None, **drop)
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if key.endswith("running_var"):
@@ -27,7 +56,7 @@ def random_model(name: str, seed: int = 0) -> nn.Module:
     return model.double()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _made(name: str, seed: int) -> sparkme.SparseEncoder:
     return sparkme.sparsify(random_model(name, seed).float()).double()  # the trial takes half the time in float32
 

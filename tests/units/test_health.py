@@ -113,7 +113,7 @@ def test_images_smaller_than_the_crops_are_told_once_with_the_flag() -> None:
 def test_a_warning_of_the_run_is_shown_and_kept(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
-    from commands import SMALL
+    from commands import QUICKEST
     from PIL import Image
 
     from sparkme.pretrain import main
@@ -122,7 +122,7 @@ def test_a_warning_of_the_run_is_shown_and_kept(tmp_path: Any, capsys: pytest.Ca
     for i in range(8):
         Image.new("RGB", (90, 90), (50, 90, 10)).save(tmp_path / "images" / f"{i}.png")
     words = [
-        *SMALL,
+        *QUICKEST,
         "--model",
         "timm:test_resnet",
         "--drop-path",

@@ -91,8 +91,8 @@ class SparseConvolution(SparseLayer):
     def _to_kernel(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def dense_state(self) -> dict[str, Tensor]:
-        state = {"weight": self.dense_weight.detach().contiguous()}
+    def dense_views(self) -> dict[str, Tensor]:
+        state = {"weight": self.dense_weight.detach()}
         if self.bias is not None:
             state["bias"] = self.bias.detach().flatten()
         return state
@@ -189,7 +189,8 @@ class SparseLinear(SparseLayer, ME.MinkowskiLinear):
     linear: nn.Linear
 
     def __init__(self, linear: nn.Linear) -> None:
-        ME.MinkowskiLinear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None)
+        nn.Module.__init__(self)  # MinkowskiEngine's own would draw random weights, and the dense layer's come next
+        self.linear = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, linear.bias is not None)
         take_state(self.linear, linear)
 
     def forward(self, input: Any) -> Any:

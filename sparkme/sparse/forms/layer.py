@@ -47,9 +47,13 @@ class SparseLayer(nn.Module):
         """Where a parameter of the dense layer is kept: the module, and its name there."""
         return (self.get_submodule(self.inner) if self.inner else self), name
 
-    def dense_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers under the names and in the layout of the dense layer."""
+    def dense_views(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the names and in the shapes of the dense layer, sharing memory with its own."""
         return dict(state_dict_of(self.get_submodule(self.inner) if self.inner else self))
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The same, each contiguous in memory: copies where the layout differs."""
+        return {name: value.contiguous() for name, value in self.dense_views().items()}
 
     @torch.no_grad()
     def load_dense_state(self, state: dict[str, Tensor]) -> None:

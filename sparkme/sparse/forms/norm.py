@@ -70,8 +70,8 @@ class SparseBatchNormAct2d(SparseBatchNorm2d):
         super().__init__(norm)
         self.drop, self.act = norm.drop, norm.act
 
-    def dense_state(self) -> dict[str, Tensor]:
-        return super().dense_state() | {f"act.{name}": value for name, value in state_dict_of(self.act).items()}
+    def dense_views(self) -> dict[str, Tensor]:
+        return super().dense_views() | {f"act.{name}": value for name, value in state_dict_of(self.act).items()}
 
     def load_dense_state(self, state: dict[str, Tensor]) -> None:
         super().load_dense_state({name: value for name, value in state.items() if not name.startswith("act.")})
