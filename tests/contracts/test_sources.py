@@ -512,6 +512,11 @@ def test_damaged_shards_give_what_is_whole(sharded: tuple[Path, list[bytes]], tm
         assert all(
             content[o : o + s] == image for o, s, image in zip(index.offsets, index.sizes, sharded[1][12:], strict=False)
         )
+    with tarfile.open(sharded[0] / "part-002.tar") as archive:
+        third = next(m.offset for m in archive if archive.extractfile(m).read() == sharded[1][14])  # type: ignore[union-attr]
+    path.write_bytes(content[: third + 5] + b"\xff" + content[third + 6 :])
+    damaged = Shards([str(path)], Cache(tmp_path / "damaged", 1), "x")
+    assert stored(damaged) == sharded[1][12:14] and "a damaged header (bad checksum)" in str(damaged.problems)
     path.write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)))
     with pytest.raises(UserError, match="no images in 1 shards"):
         Shards([str(path)], Cache(tmp_path / "cache", 1), "x")
@@ -538,15 +543,30 @@ def head(size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     {
-        "backwards": (head(0) + head(-512), "a head of|a member of -512 bytes|bad"),
-        "negative": (head(-1024), "a member of -1024 bytes"),
-        "by pax": (head(17, b"x", b"17 size=-1000000\n") + head(0), "a member of -1000000 bytes"),
+        "backwards": (head(0) + head(-512), "a head of|a member of -512 bytes|bad|a damaged header .invalid offset"),
+        "negative": (head(-1024), "a member of -1024 bytes|a damaged header .invalid offset"),
+        "by pax": (
+            head(17, b"x", b"17 size=-1000000\n") + head(0),
+            "a member of -1000000 bytes|a damaged header .invalid offset",
+        ),
         "large head": (head(2**31, b"x"), "a head of 2147483648 bytes"),
         "long name": (head(2**31, b"L"), "a head of 2147483648 bytes"),
         "chain": (head(5, b"L", b"a.png") * 3000 + head(0), "recursion"),
     }.values(),
 )
-def test_hostile_archives_take_neither_memory_nor_time(content: bytes, problem: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("refuses", [False, True], ids=["", "as Python 3.13.5 reads them"])
+def test_hostile_archives_take_neither_memory_nor_time(
+    content: bytes, problem: str, refuses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refuses:
+        blocks = tarfile.TarInfo._block  # type: ignore[attr-defined]
+
+        def checked(self: tarfile.TarInfo, count: int) -> int:
+            if count < 0:
+                raise tarfile.InvalidHeaderError("invalid offset")  # type: ignore[attr-defined]
+            return int(blocks(self, count))
+
+        monkeypatch.setattr(tarfile.TarInfo, "_block", checked)
     with (tmp_path / "x.tar").open("wb") as file:
         file.write(content + bytes(1024))
         file.truncate(2**31 + 2**20)  # a hole

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -239,7 +239,7 @@ def read_index(file: Any) -> Index:
     labels, left_out = _Labels(), LeftOut()
     problem = ""
     try:
-        with tarfile.open(fileobj=_Heads(file), mode="r:") as archive:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=_Heads(file), mode="r:", tarinfo=_Member) as archive:  # type: ignore[call-overload]
             for member in archive:
                 archive.members = []  # else it keeps them all
                 if member.size < 0:  # after which it would be found again and again
@@ -320,6 +320,19 @@ class _Labels:
 
     def _conflict(self, suffix: str, words: str) -> None:
         self.conflicts.setdefault(suffix, printable(words))
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose damaged header is an error; `tarfile` takes one for the archive's end, unless it is the first."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError | tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"a damaged header ({error})") from error
 
 
 class _Heads:
