@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparkme.sparse.sparsify import _tried
+from sparkme.sparse import sparsify
 
 # A fork of the tests' own process would inherit its threads' locks; this one has no threads.
 FRESH = multiprocessing.get_context("forkserver")
@@ -34,9 +34,11 @@ def run_two(function: Callable[..., None], *arguments: object) -> None:
     Raises:
         torch.multiprocessing.ProcessRaisedException: what one of them raised.
     """
-    torch.multiprocessing.start_processes(_run, (function, dict(_tried), arguments), nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        _run, (function, dict(sparsify._tried), arguments), nprocs=2, start_method="forkserver"
+    )
 
 
 def _run(rank: int, function: Callable[..., None], tried: dict[str, dict[str, Any]], arguments: tuple[object, ...]) -> None:
-    _tried.update(tried)
+    sparsify._tried.update(tried)
     function(rank, *arguments)
