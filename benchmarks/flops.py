@@ -258,7 +258,7 @@ def sparse_macs(kernel: Tensor, x: DenseFeatures, out: DenseFeatures, window: Wi
     h, w = grid.size(out.stride)
     visible = grid.keep * grid.pixels(out.stride) ** 2
     pairs = mean_visible_pairs(window, grid, x.stride)
-    return Macs(h * w * num_weights, visible * num_weights, pairs * num_weights / window.taps)
+    return Macs(h * w * num_weights, visible * num_weights, pairs * num_weights / window.volume)
 
 
 def mean_visible_pairs(layer: Window, grid: Grid, stride: int) -> float:

@@ -257,7 +257,7 @@ def test_images_to_measure_on_that_cannot_be_read_are_named(
     data = make_labelled(tmp_path / "data", {"red": 10, "blue": 10})
     find_labelled(data).val.paths[0].write_bytes(b"no image")
     assert main([str(exported), "--data", str(data), *QUICK, "--output", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().err.count("not measured on unreadable image") == 1
+    assert capsys.readouterr().err.count("skipped unreadable validation image") == 1
     assert json.loads((tmp_path / "run" / "results.json").read_text())["num_val"] == 3
 
 
@@ -329,7 +329,7 @@ def test_networks_that_need_more_than_names_and_linear_layers(name: str, labelle
         (["--shots", "40"], "--shots 40: class 'blue' has"),
         (["--shots", "0"], "--shots 0 must be at least 1"),
         (["--ema-decay", "1"], "--ema-decay 1.0 is outside [0, 1)"),
-        (["--mixup", "0.2", "--batch-size", "7"], "its parts must be even"),
+        (["--mixup", "0.2", "--batch-size", "7"], "need an even number"),
         (["--base-lr", "nan"], "--base-lr nan is not a finite number"),
         (["--model", "resnet50"], "--model resnet50, but"),
     ],

@@ -343,9 +343,9 @@ def test_the_commands_pass_on_how_weights_are_read(tmp_path: Path, capsys: pytes
     words += ["--weights-key", "teacher", "--adapt-stem", "sum", "--output", tmp_path / "run"]
     assert pretrain.main([*map(str, words)]) == 0
     shown = capsys.readouterr().out
-    assert "under 'teacher.backbone', names of torchvision: 120 tensors taken; conv1.weight made for 3 channels" in shown
+    assert "under 'teacher.backbone', names of torchvision: 120 tensors loaded; conv1.weight made for 3 channels" in shown
     assert "4 not used: teacher.backbone.fc.weight, teacher.backbone.fc.bias, student.fc.weight, student.fc.bias;" in shown
-    assert "others are there, to be taken by --weights-key: student;" in shown
+    assert "other weights in the file, for --weights-key: student;" in shown
     found = read_pretrained(path, "resnet18")
     assert torch.equal(found.dense(3)[0].conv1.weight, state["conv1.weight"])
     path.write_bytes(path.read_bytes()[:-2000])

@@ -756,7 +756,7 @@ def test_state_that_changes_from_call_to_call_is_noticed() -> None:
         m.calls = getattr(m, "calls", 0) + 1
         return x * m.calls
 
-    with pytest.raises(sparkme.UnsupportedLayerError, match="does not compute what the dense one does"):
+    with pytest.raises(sparkme.UnsupportedLayerError, match="the sparse and the dense network differ"):
         sparkme.sparsify(make(counts))
 
 

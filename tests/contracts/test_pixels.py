@@ -243,7 +243,7 @@ def test_tiff_files_of_many_bands_are_read_in_every_layout(dtype: type, layout: 
     ((low, high),) = (pixels.ranges or {"bytes": [0, 255]}).values()
     assert isinstance(read, Tensor) and np.abs(read.numpy() * (high - low) + low - array.transpose(2, 0, 1)).max() < 1e-3
     for channels in (1, 3, 4):
-        with pytest.raises(UserError, match=rf"it has 13 channels and 1 pages, --channels is {channels}; .*--channels 13"):
+        with pytest.raises(UserError, match=rf"it has 13 channels and 1 pages, but --channels is {channels}; .*--channels 13"):
             found([path], channels)
 
 
@@ -268,18 +268,18 @@ def test_pages_are_channels_or_the_first_is_taken_aloud(dtype: type, tmp_path: P
     pages = np.stack([scene(0, 200) for _ in range(5)]).astype(dtype)
     path = save(tmp_path / "stack.tif", pages, photometric="minisblack")
     pixels, text = found([path], 5)
-    assert "1 whose pages are the channels" in text
+    assert "1 with one page per channel" in text
     read = load_image(path, 5, "white", pixels)
     ((low, high),) = (pixels.ranges or {"bytes": [0, 255]}).values()
     assert np.abs(read.numpy() * (high - low) + low - pages).max() < 1e-3
     for channels in (1, 3):
         text = found([path], channels)[1]
-        assert "1 with 5 pages, of which the first is taken (--channels 5 takes grey pages for channels)" in text
-    with pytest.raises(UserError, match="1 channels and 5 pages, --channels is 4"):
+        assert "1 with 5 pages, the first is used (--channels 5 uses grey pages as channels)" in text
+    with pytest.raises(UserError, match="1 channels and 5 pages, but --channels is 4"):
         found([path], 4)
     first, second = Image.new("L", (4, 4)), Image.new("L", (4, 4), 9)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
-    assert "1 with 2 frames, of which the first is taken" in found([tmp_path / "a.gif"], 3)[1]
+    assert "1 with 2 frames, the first is used" in found([tmp_path / "a.gif"], 3)[1]
 
 
 KINDS = {
@@ -326,7 +326,7 @@ def test_images_are_upright_with_every_number_of_channels(name: str, orientation
         if bands == 7 and channels != 7:
             continue
         pixels, text = found([path], channels, given=[0, 255] if dtype != np.uint8 else None)
-        assert ("1 turned as their EXIF says" in text) == (orientation != 1)
+        assert ("1 rotated as their EXIF says" in text) == (orientation != 1)
         for is_upright, expected in ((True, upright), (False, held)):
             with open_image(Stored(name, path), channels, pixels=pixels._replace(upright=is_upright)) as image:
                 read = image.decode()
@@ -357,8 +357,8 @@ def test_what_becomes_of_colours_and_alpha_is_said(mode: str, tmp_path: Path) ->
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new("RGB", (8, 8), (9, 90, 200)).convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
     colour, grey = found([path], 3)[1], found([path], 1)[1]
-    assert ("1 grey, taken as three equal channels" in colour) == (mode in ("1", "L", "LA"))
-    assert ("1 of colour, made grey" in grey) == (mode not in ("1", "L", "LA"))
+    assert ("1 grey, copied to three channels" in colour) == (mode in ("1", "L", "LA"))
+    assert ("1 colour, converted to grey" in grey) == (mode not in ("1", "L", "LA"))
     assert ("1 with alpha, laid on white (--background)" in colour) == (mode in ("LA", "RGBA"))
 
 
@@ -404,7 +404,7 @@ class Counting(ImageSource):
 def test_few_images_all_over_the_source_are_looked_at(blocks: list[int] | None, tmp_path: Path) -> None:
     source = Counting(blocks, 10000, save(tmp_path / "a.npy", scene(-5, 5)))
     pixels, text = find_pixels(source, 1, "white", known=None, given=None, upright=None)
-    assert len(source.read_numbers) == len(set(source.read_numbers)) == 64 and "(64 of 10,000 looked at)" in text
+    assert len(source.read_numbers) == len(set(source.read_numbers)) == 64 and "(64 of 10,000 sampled)" in text
     assert min(source.read_numbers) < 200 and max(source.read_numbers) > 8000
     if blocks is not None:
         assert len({int(np.searchsorted(blocks, n, side="right")) for n in source.read_numbers}) <= 8
@@ -426,7 +426,7 @@ def test_the_first_process_decides_for_all(tmp_path: Path, monkeypatch: pytest.M
     assert find_pixels_together(Process(1, 2, device), [path], 1, "white", **words) == first
     box.clear()
     for rank in (0, 1):
-        with pytest.raises(UserError, match="none of the images that were looked at can be read"):
+        with pytest.raises(UserError, match="none of the sampled images can be read"):
             find_pixels_together(Process(rank, 2, device), [path], 1, "white", **words)
 
 
@@ -440,7 +440,7 @@ def test_many_pixels_outside_of_the_range_are_told_once_whenever_they_come(tmp_p
     good = [Batch(torch.rand(4, 1, 8, 8), (), outside=0.001) for _ in range(100)]
     assert not [text for other in good for text in looked.of_batch(other)]
     (text,) = [text for _ in range(20) for text in looked.of_batch(batch)]
-    assert "% of the pixels lie outside of the range of values and are cut to it; --value-range LOW HIGH" in text
+    assert "% of the pixel values lie outside the value range and are clipped; --value-range LOW HIGH" in text
 
 
 WORDS = [*SMALL, "--epochs", "1", "--checkpoint-minutes", "0", "--panel-epochs", "0"]
@@ -475,7 +475,7 @@ def test_a_run_keeps_the_range_and_goes_on_with_it(
     run = [*WORDS, "--output", str(checkpoint.parents[1]), "--panel-epochs", "1", "--probe-data", str(data)]
     assert pretrain.main([*run, "--data", str(brighter), "--epochs", "2"]) == 0
     shown = capsys.readouterr()
-    assert "of which 0 to 2047 become 0 to 1, as before" in shown.out and "lie outside and are cut" in shown.out
+    assert "; 0 to 2047 become 0 to 1, as before" in shown.out and "lie outside and are cut" in shown.out
     assert load_checkpoint(checkpoint)["config"]["value_range"] == kept
     assert used and set(map(repr, used)) == {repr(Pixels(kept))}
     assert pretrain.main([*run, "--data", str(data), "--epochs", "3", "--value-range", "0", "4095"]) == 0

@@ -147,7 +147,7 @@ def test_unreadable_images_are_counted_and_too_many_stop_the_run(tmp_path: Path,
     assert all(f"skipped unreadable image {path}" in errors for path in broken)
     assert main([*map(str, flags), "--output", str(tmp_path / "stopped"), "--max-unreadable", "1"]) == 2
     errors = capsys.readouterr().err
-    assert "images cannot be read, more than --max-unreadable 1 or too many in a row; mend or remove them" in errors
+    assert "images cannot be read, more than --max-unreadable 1 or too many in a row; repair or remove them" in errors
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
     assert main([*map(str, flags), "--output", str(tmp_path / "all")]) == 2

@@ -102,7 +102,7 @@ def test_a_checkpoint_and_its_export_score_alike(trained: Path, tmp_path: Path, 
     words = [str(trained), "--data", str(labelled), "--workers", "0", "--input-size", "64", "--output", str(output)]
     assert main([*words, "--compare", "random", *map(str, exported)]) == 0
     shown = capsys.readouterr().out
-    assert "random weights" in shown and "kNN" in shown and "names no split" in shown
+    assert "random weights" in shown and "kNN" in shown and "data has no split" in shown
     scores = json.loads(output.read_text())["scores"]
     assert len(scores) == 5 * 4 and [s["stride"] for s in scores[:4]] == [4, 8, 16, 32]
     whole = [{k: v for k, v in s.items() if k != "weights"} for s in scores]

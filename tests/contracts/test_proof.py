@@ -137,7 +137,7 @@ def test_whatever_changes_the_network_is_tried_again(code: Code, what: str) -> N
     proof = sparkme.sparsify(code.load()).proof
     code.change(*CHANGED[what])
     again = sparkme.sparsify(code.load(), proof=proof)
-    assert again.tried_because == "the network's code or structure has changed since it was tried"
+    assert again.tried_because == "the network's code or structure changed since the trial"
     assert again.proof not in (None, proof)
 
 
@@ -170,7 +170,7 @@ def test_an_edited_proof_does_not_count(code: Code) -> None:
     proof = json.loads(json.dumps(sparkme.sparsify(network).proof))
     right = sparkme.sparsify(network).hierarchy
     proof["hierarchy"]["taps"].pop()
-    assert sparkme.sparsify(network, proof=proof).tried_because == "the kept trial has been changed"
+    assert sparkme.sparsify(network, proof=proof).tried_because == "the kept proof has been changed"
     # by somebody who also makes the seal anew: the short look finds what is wrong
     wrong = json.loads(json.dumps(sparkme.sparsify(network).proof))
     wrong["hierarchy"]["taps"][-1]["module"] = "1"
@@ -240,7 +240,7 @@ def test_files_keep_the_trial_and_load_encoder_uses_it(
     sparsify_module._tried.clear()
     capsys.readouterr()
     sparkme.load_encoder(last)
-    assert "the network was tried again: no trial of it was kept" in capsys.readouterr().err
+    assert "the network was tried again: no proof of its trial was kept" in capsys.readouterr().err
 
 
 def test_a_relative_import_in_a_function_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_one_prefix_explains_all_names_and_shapes(kind: str, tmp_path: Path) -> 
     found = find(tmp_path, content)
     assert equal(found, ENCODER) and found.prefix == prefix and len(found.left) == left
     note = found.note()
-    assert "120 tensors taken" in note and (not prefix or f"under {prefix.rstrip('.')!r}" in note)
+    assert "120 tensors loaded" in note and (not prefix or f"under {prefix.rstrip('.')!r}" in note)
     assert not left or f"{left} not used: {found.left[0]}" in note
     finetuned = find(tmp_path, content, want=wanted(headless=False))
     assert equal(finetuned, ENCODER) and finetuned.prefix == prefix
@@ -193,7 +193,7 @@ def test_weights_of_another_network_are_refused_with_the_names_of_both(tmp_path:
         find(tmp_path, {"net": renamed})
     message = str(caught.value)
     assert "does not fit resnet18: of its 120 tensors" in message and "\n" not in message
-    assert re.search(r"net.layer1.(\S+) \(64,\) is missing, where the file has net.stage1.\1 \(64,\)", message)
+    assert re.search(r"net.layer1.(\S+) \(64,\) is missing, the file has net.stage1.\1 \(64,\)", message)
     with pytest.raises(UserError, match=r"conv1.weight .* is missing.* the file has stem.0.w \(64, 3, 3, 3\), head.w \(5,\)"):
         find(tmp_path, {"stem.0.w": torch.zeros(64, 3, 3, 3), "head.w": torch.zeros(5)})
     wide = {**ENCODER, "layer1.0.conv1.weight": torch.zeros(64, 64, 5, 5)}
@@ -217,7 +217,7 @@ def test_one_series_of_blocks_may_be_the_longer_one(tmp_path: Path) -> None:
 
 def test_parts_of_layers_that_the_network_lacks_are_said(tmp_path: Path) -> None:
     found = find(tmp_path, {**WHOLE, "layer1.0.se.fc1.weight": BOX, "layer1.0.conv1.total_ops": torch.zeros(())})
-    assert found.inside == 1 and "(1 of them inside of what is taken: is it another kind of network?)" in found.note()
+    assert found.inside == 1 and "(1 of them inside loaded layers: is it another kind of network?)" in found.note()
 
 
 def test_a_few_layers_are_not_a_network(tmp_path: Path) -> None:
