@@ -538,8 +538,8 @@ def head(size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
     ("content", "problem"),
     {
         "backwards": (head(0) + head(-512), "a header of|a member has -512 bytes|bad"),
-        "negative": (head(-1024), "a member of -1024 bytes"),
-        "by pax": (head(17, b"x", b"17 size=-1000000\n") + head(0), "a member of -1000000 bytes"),
+        "negative": (head(-1024), "a member has -1024 bytes"),
+        "by pax": (head(17, b"x", b"17 size=-1000000\n") + head(0), "a member has -1000000 bytes"),
         "large head": (head(2**31, b"x"), "a header of 2147483648 bytes"),
         "long name": (head(2**31, b"L"), "a header of 2147483648 bytes"),
         "chain": (head(5, b"L", b"a.png") * 3000 + head(0), "recursion"),
@@ -774,7 +774,7 @@ def test_parquet_has_bytes_in_columns_of_many_types(kind: Callable[[Any], Any], 
 def test_of_lists_in_parquet_the_first_image_is_taken_and_the_others_are_counted(tmp_path: Path) -> None:
     source = find_source(parquet_of(tmp_path, [[b"a"], [b"b", b"c", b"d"], [b"e"], [b"f", b"g"], []]))
     assert [source.read(i).content for i in range(4)] == [b"a", b"b", b"e", b"f"]
-    assert source.notes == ["left out: 3 images of lists, the first is used"]
+    assert source.notes == ["left out: 3 images of lists, whose first image is used"]
     with pytest.raises(OSError, match="row 1 of group 1: it has no bytes"):
         source.read(4)
 
@@ -858,7 +858,7 @@ def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
     where = str(tmp_path / "x.parquet")
     source = find_source(where)
     assert stored(source) == columns["image"]
-    assert source.notes == ["images come from the column image, not of image.jpg, mask; see --image-column"]
+    assert source.notes == ["images come from the column image, not from image.jpg, mask; see --image-column"]
     for name, expected in (("image.jpg", "kl"), ("mask", "mn"), ("deep.er", "op")):
         assert stored(find_source(where, columns=Columns(name))) == [letter.encode() for letter in expected]
     assert find_source(where, columns=Columns(label="coarse")).labels()[1] == ["a", "b"]
@@ -885,7 +885,7 @@ def test_classes_without_images_do_not_count(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, classes in {"named": ["b", "d"], "from_one": ["1", "2"], "large": ["7", str(10**15)]}.items():
         assert find_labelled(f"own_labels:{name}").train.classes == classes
-    for name, reason in {"words": "its labels must be numbers", "parts": "no whole numbers"}.items():
+    for name, reason in {"words": "its labels must be numbers", "parts": "not integers from 0"}.items():
         with pytest.raises(UserError, match=reason):
             find_labelled(f"own_labels:{name}")
 
@@ -1093,7 +1093,7 @@ def test_a_run_on_several_sources_goes_on_and_labelled_ones_are_given_once(
     for command in (sparkme.probe.main, sparkme.finetune.main):
         with pytest.raises(SystemExit) as stopped:
             command(["x.pt", "--data", where[0], "--data", where[1]])
-        assert stopped.value.code == 2 and "--data is given twice; link the folders of classes" in capsys.readouterr().err
+        assert stopped.value.code == 2 and "--data is given twice; link the class folders" in capsys.readouterr().err
 
 
 def test_larger_pictures_than_the_limit_are_unreadable_and_name_the_flag(tmp_path: Path) -> None:
@@ -1201,7 +1201,7 @@ def test_sources_that_are_none_are_one_line(
         str(tmp_path / "none-{0..3}.tar"): "is not a folder and matches no file",
         str(tmp_path / "empty"): "holds no images",
         "{0..99999999}.tar": "stands for more than",
-        str(tmp_path / "pipe.*"): "pipe.parquet is no file",
+        str(tmp_path / "pipe.*"): "pipe.parquet is not a file",
         "http://localhost/{0..3}.parquet": "not both; and Parquet must be of this machine",
         "x\0y": "has a character that no name has",
     }.items():

@@ -49,7 +49,7 @@ def test_a_loss_above_what_learns_nothing_is_told_once_after_the_warm_up() -> No
 
 def test_images_that_come_slower_than_they_did_are_told_once() -> None:
     ((step, text),) = said({400: {"images_per_s": 50.0}})
-    assert step == 420 and text.startswith("50 images/s, and 100 were usual")
+    assert step == 420 and text.startswith("50 images/s instead of the usual 100")
     assert said({step: {"images_per_s": 100 - step / 20} for step in range(10, 1000, 10)}) == []  # by and by
     assert said({400: {"images_per_s": 50.0}, 403: {"images_per_s": 100.0}}, every=1) == []  # three lines, and three steps
 
@@ -107,7 +107,7 @@ def test_first_images_that_are_all_the_same_or_plain_are_told_once(dtype: torch.
 
 def test_images_smaller_than_the_crops_are_told_once_with_the_flag() -> None:
     (text,) = batches(photographs(), enlarged=12)
-    assert text.startswith("75 % of the crops are enlarged") and "--input-size 64 64; a smaller one is faster" in text
+    assert text.startswith("75 % of the crops are enlarged") and "--input-size 64 64; a smaller size is faster" in text
     assert batches(photographs(), enlarged=12, count=1, batch_size=64) == []  # too few were seen
 
 
