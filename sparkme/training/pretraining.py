@@ -359,7 +359,7 @@ class Pretraining(Training):
         encoder, total = network.encoder, math.prod(network.num_patches)
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         in_float32 = "" if encoder.engine.bf16 or settings.precision == "float32" else "; the encoder runs in float32"
-        data = settings.data or "scikit-image, its photographs"
+        data = settings.data or "scikit-image's photographs"
         where = (
             f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, tuple) and len(data) > 3 else as_text(data)
         )

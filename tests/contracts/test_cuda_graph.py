@@ -36,7 +36,7 @@ def test_it_is_refused_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_it_is_refused_with_what_it_cannot_be_combined_with(
     flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "do not go together" in fails(capsys, *WORDS, "--cuda-graph", *flag, "--output", tmp_path)
+    assert "exclude each other" in fails(capsys, *WORDS, "--cuda-graph", *flag, "--output", tmp_path)
 
 
 @on_gpu

@@ -247,7 +247,7 @@ def test_a_recipes_drop_path_is_left_out_where_the_network_has_none(
     ]
     assert "takes no drop_path; use --drop-path 0" in fails(capsys, *words, "--drop-path", "0.1")
     assert main([*map(str, words)]) == 0
-    assert "without drop path, which own_plain:features does not have" in capsys.readouterr().out
+    assert "no drop path, which own_plain:features does not support" in capsys.readouterr().out
     assert json.loads(Path("run", "config.json").read_text())["drop_path"] == 0
 
 
@@ -275,7 +275,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(
 ) -> None:
     words = [*QUICK, *EVERYTHING, "--output", straight, "--data"]
     fewer = make_labelled(tmp_path / "fewer", {"red": 12, "blue": 12, "green": 8})
-    assert "was trained with 28 images to learn from, now it is 26" in fails(capsys, exported, *words, fewer)
+    assert "was trained with 28 training images, now it is 26" in fails(capsys, exported, *words, fewer)
     others = make_labelled(tmp_path / "others", {"red": 18, "blue": 17})
     assert "was trained with 3 classes, now it is 2" in fails(capsys, exported, *words, others)
     renamed = make_labelled(tmp_path / "renamed", {"red": 12, "blue": 12, "green": 10})
@@ -283,7 +283,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(
     assert "as digest of the images, their classes" in fails(capsys, exported, *words, renamed)
     same = make_labelled(tmp_path / "same", {"red": 12, "blue": 12, "green": 10})
     shutil.copy(exported, tmp_path / "other.safetensors")
-    assert f"was trained with {exported} to start from" in fails(capsys, tmp_path / "other.safetensors", *words, same)
+    assert f"was trained with {exported} as initial weights" in fails(capsys, tmp_path / "other.safetensors", *words, same)
 
 
 def test_a_running_average_that_begins_at_a_resume_begins_with_the_trained_weights(

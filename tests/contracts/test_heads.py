@@ -148,5 +148,5 @@ def test_a_segmentation_network_is_pretrained_without_its_head() -> None:
 def test_a_stride_along_one_axis_is_named() -> None:
     network = nn.Sequential(*body())
     network[0] = nn.Conv2d(3, 64, 7, (2, 1), 3)
-    with pytest.raises(ValueError, match=r"layer '0' makes 64x192; it has the stride \(2, 1\), and height and width"):
+    with pytest.raises(ValueError, match=r"layer '0' returns 64x192; its stride is \(2, 1\), but height and width"):
         find_hierarchy(network)

@@ -222,7 +222,7 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypat
         (["--beta2", "2"], "--beta2 2.0 is outside [0, 1)"),
         (["--base-lr", "-1"], "--base-lr -1.0 must be above 0"),
         (["--clip-grad", "-1"], "--clip-grad -1.0 must be at least 0"),
-        (["--seed", str(2**64)], "must be below 2^63"),
+        (["--seed", str(2**64)], "use one below 2^63"),
         (["--batch-size", "1", "--mask-ratio", "0.75"], "leaves batch norm one visible pixel at stride 32"),
         (["--warmup-epochs", "3"], "--warmup-epochs 3.0 must be less than --epochs 3"),
         (["--drop-path", "1"], "--drop-path 1.0 is outside [0, 1)"),

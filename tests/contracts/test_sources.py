@@ -1202,7 +1202,7 @@ def test_sources_that_are_none_are_one_line(
         str(tmp_path / "empty"): "holds no images",
         "{0..99999999}.tar": "stands for more than",
         str(tmp_path / "pipe.*"): "pipe.parquet is not a file",
-        "http://localhost/{0..3}.parquet": "not both; and Parquet must be of this machine",
+        "http://localhost/{0..3}.parquet": "not both; and Parquet files must be local",
         "x\0y": "has a character that no name has",
     }.items():
         if "\0" in data:
@@ -1212,7 +1212,7 @@ def test_sources_that_are_none_are_one_line(
         else:
             assert reason in fails(capsys, *SMALL, "--data", data, "--output", tmp_path / "run")
     assert sparkme.probe.main([str(trained), "--data", every_source["folder"]]) == 2
-    assert "has no labels; each class needs a folder" in capsys.readouterr().err
+    assert "has no labels; make one folder per class" in capsys.readouterr().err
 
 
 def test_files_of_a_list_are_a_source_too(tmp_path: Path) -> None:

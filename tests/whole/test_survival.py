@@ -254,7 +254,7 @@ def test_a_save_that_fails_in_the_background_is_told_once_and_tried_again(
     monkeypatch.setattr(loop, "RETRY_S", 0.0)
     assert train(tmp_path, "--panel-epochs", 0) == 0
     said = capsys.readouterr().err
-    assert said.count("cannot write the checkpoint") == 1 and "; there is no earlier one; going on without" in said
+    assert said.count("cannot write the checkpoint") == 1 and "; there is no earlier one; continuing without" in said
     assert said.count("the checkpoint could be written again") == 1
     assert losses(tmp_path) == losses(straight) and same(state(tmp_path)["model"], state(straight)["model"])
     notes = [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
@@ -340,7 +340,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_too(
     finally:
         limit(hard)
     said = capsys.readouterr().err
-    assert said.count("going on without") == 2 and said.count("File too large") == 2, said
+    assert said.count("continuing without") == 2 and said.count("File too large") == 2, said
     assert said.count("the checkpoint could be written again") == 1, said
     assert losses(tmp_path) == losses(straight)
 
