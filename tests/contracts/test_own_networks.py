@@ -747,7 +747,7 @@ def test_what_is_refused_is_named_by_path_class_and_function() -> None:
 def test_an_unpadded_stem_is_refused_for_its_alignment() -> None:
     network = make(lambda m, x: m.norm(x))
     network.blocks[0].down = nn.Conv2d(3, 4, 3, 2).double()
-    with pytest.raises(ValueError, match=r"aligned to a grid of patches: .* layer 'blocks.0.down' makes 63x95; pad"):
+    with pytest.raises(ValueError, match=r"aligned to a grid of patches: .* layer 'blocks.0.down' returns 63x95; pad"):
         sparkme.sparsify(network)
 
 

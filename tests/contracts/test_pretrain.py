@@ -214,7 +214,7 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypat
         (["--mask-ratio", "0.05"], "hides none of 4 patches"),
         (["--model", "resnet19"], "unknown model 'resnet19'; did you mean resnet"),
         (["--data", "no/such/folder"], "--data no/such/folder is not a folder"),
-        (["--batch-size", "16"], "--batch-size 16 is more than the 8 crops of an epoch"),
+        (["--batch-size", "16"], "--batch-size 16 is more than the 8 crops per epoch"),
         (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 is not a multiple of 1 processes x --accumulate 2; use 4"),
         (["--epochs", "0"], "--epochs 0 must be at least 1"),
         (["--workers", "-1"], "--workers -1 must be at least 0"),

@@ -162,7 +162,7 @@ def test_a_proof_of_other_versions_or_another_question_does_not_count(code: Code
     assert "and is 9.9" in sparkme.sparsify(network, proof=proof).tried_because
     monkeypatch.undo()
     monkeypatch.setitem(sparkme.sparse.forms.SPARSE_FORMS, nn.Bilinear, lambda layer: layer)
-    assert "has changed" in sparkme.sparsify(network, proof=proof).tried_because
+    assert "changed since the trial" in sparkme.sparsify(network, proof=proof).tried_because
 
 
 def test_an_edited_proof_does_not_count(code: Code) -> None:
@@ -179,7 +179,7 @@ def test_an_edited_proof_does_not_count(code: Code) -> None:
     assert again.tried_because.startswith("it no longer passes the check that it passed before")
     assert again.hierarchy == right
     for damaged in ({}, {"seal": 1}, {**wrong, "seal": None}, 3, [], "x"):
-        assert "trial" in sparkme.sparsify(network, proof=damaged).tried_because  # type: ignore[arg-type]
+        assert "proof" in sparkme.sparsify(network, proof=damaged).tried_because  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

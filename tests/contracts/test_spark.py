@@ -65,7 +65,7 @@ def test_an_official_encoder_alone_loads() -> None:
 
 def test_official_states_that_do_not_fit_are_refused() -> None:
     model = small_spark()
-    with pytest.raises(ValueError, match=r"weights of another model: missing conv1.weight"):
+    with pytest.raises(ValueError, match=r"the weights are of another model: missing conv1.weight"):
         model.load_official_state_dict({"sparse_encoder.sp_cnn.stem": torch.zeros(1)})
     whole = {"sparse_encoder.sp_cnn." + k: v for k, v in torchvision.models.resnet18().state_dict().items()}
     with pytest.raises(ValueError, match=r"another network: missing .*, unexpected \['mask_tokens.9'\]"):

@@ -278,11 +278,11 @@ class Stem(nn.Module):
     ("layer", "reason"),
     [
         (nn.Conv2d(3, 3, 3), "returns 30x46; pad its input"),
-        (nn.Conv2d(3, 3, 2), "makes 31x47"),
-        (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 2, padding=1)), "makes 31x47"),
+        (nn.Conv2d(3, 3, 2), "returns 31x47"),
+        (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 2, padding=1)), "returns 31x47"),
         (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), "padding with mode='circular'"),
         (nn.Sequential(nn.AvgPool2d(2, 2), nn.Upsample(scale_factor=2, mode="bilinear")), "mode='bilinear'"),
-        (nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Upsample(scale_factor=2)), "makes 8x8"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Upsample(scale_factor=2)), "returns 8x8"),
         (nn.MaxPool2d(3, 1, 1, return_indices=False, ceil_mode=True), ""),
     ],
 )
