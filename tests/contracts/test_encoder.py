@@ -426,7 +426,7 @@ def test_minkowskis_engine_stays_on_the_default_stream(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: "first")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "second")
-    with pytest.raises(ValueError, match="default stream alone"):
+    with pytest.raises(ValueError, match="default stream only"):
         engine.precision("cuda")
     engine.precision("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "first")

@@ -109,7 +109,7 @@ def test_a_view_changed_in_place_is_right_where_only_it_is_used() -> None:
 
 @pytest.mark.parametrize("body", [halves_then_the_whole, whole_then_a_half, reshaped_then_the_whole])
 def test_a_view_and_its_map_one_changed_in_place_are_refused(body: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'blocks.0.*changed in place"):
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'blocks.0.*changing a map in place"):
         sparkme.sparsify(make(body))
 
 
