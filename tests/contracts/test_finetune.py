@@ -323,7 +323,7 @@ def test_networks_that_need_more_than_names_and_linear_layers(name: str, labelle
     ("flags", "message"),
     [
         (["--batch-size", "7", "--accumulate", "2"], "--batch-size 7 is not a multiple"),
-        (["--batch-size", "64"], "--batch-size 64 is more than the 28 images"),
+        (["--batch-size", "64"], "--batch-size 64 is more than the 28 training images"),
         (["--layer-decay", "0"], "--layer-decay 0.0 is outside (0, 1]"),
         (["--warmup-epochs", "9"], "--warmup-epochs 9.0 must be less than --epochs 2"),
         (["--shots", "40"], "--shots 40: class 'blue' has"),
