@@ -97,18 +97,20 @@ def create_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.flops",
         description="Count the multiply-accumulates of one forward pass per image: dense, sparse, and submanifold sparse.",
     )
-    parser.add_argument("--model", nargs="+", default=["resnet50"], help="one or several models of sparkme.pretrain (resnet50)")
+    parser.add_argument(
+        "--model", nargs="+", default=["resnet50"], help="networks, as for sparkme.pretrain (default: resnet50)"
+    )
     parser.add_argument(
         "--input-size",
         type=int,
         nargs="+",
         default=[224],
         metavar="PIXELS",
-        help="side of the images, or height and width (224)",
+        help="side of the images, or their height and width (default: 224)",
     )
-    parser.add_argument("--patch", type=int, metavar="PIXELS", help="side of a patch (the network's total stride, 32)")
-    parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of patches to hide (%(default)s)")
-    parser.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (%(default)s)")
+    parser.add_argument("--patch", type=int, metavar="PIXELS", help="side of a patch (default: the total stride, 32)")
+    parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of patches to hide (default: %(default)s)")
+    parser.add_argument("--decoder-width", type=int, default=768, help="channels of the decoder's input (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with versions, commit and command")
     return parser
 
@@ -258,7 +260,7 @@ def sparse_macs(kernel: Tensor, x: DenseFeatures, out: DenseFeatures, window: Wi
     h, w = grid.size(out.stride)
     visible = grid.keep * grid.pixels(out.stride) ** 2
     pairs = mean_visible_pairs(window, grid, x.stride)
-    return Macs(h * w * num_weights, visible * num_weights, pairs * num_weights / window.taps)
+    return Macs(h * w * num_weights, visible * num_weights, pairs * num_weights / window.volume)
 
 
 def mean_visible_pairs(layer: Window, grid: Grid, stride: int) -> float:

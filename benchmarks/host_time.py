@@ -63,9 +63,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet50": slim_resnet50, "conv
 
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.host_time", description="Time the host's part of an encoder's pass.")
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="passes of each engine (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    parser.add_argument(
+        "--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks to time (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="passes of each engine (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     return parser
 
 

@@ -44,13 +44,17 @@ REACHED = 0.308  # of it, by ResNet-50's whole training step: 256 images in 87.9
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="Measure how fast images are loaded.")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="photographs (those of scikit-image)")
-    parser.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the crops (%(default)s)")
-    parser.add_argument("--crop-scale", type=float, nargs="+", default=[0.67, 0.2, 0.08], metavar="S", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender (%(default)s)")
-    parser.add_argument("--crops", type=int, default=48, metavar="N", help="in a turn (%(default)s)")
-    parser.add_argument("--files", type=int, default=1_000_000, metavar="N", help="to list; 0: none (%(default)s)")
-    parser.add_argument("--scale", action="store_true", help="only compute what a data set and GPUs need")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="photographs to load (default: scikit-image's)")
+    parser.add_argument(
+        "--input-size", type=int, default=224, metavar="PIXELS", help="side of the crops (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--crop-scale", type=float, nargs="+", default=[0.67, 0.2, 0.08], metavar="S", help="smallest areas of a crop"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender (default: %(default)s)")
+    parser.add_argument("--crops", type=int, default=48, metavar="N", help="crops per turn (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=1_000_000, metavar="N", help="files to list; 0: none")
+    parser.add_argument("--scale", action="store_true", help="only compute the needs of data sets and GPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with versions, commit and command")
     return parser
 

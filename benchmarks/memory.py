@@ -48,13 +48,17 @@ GB, GIB = 10**9, 2**30
 
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.memory", description="Count how many images fit into a GPU's memory.")
-    parser.add_argument("--recipe", default="spark", choices=METHODS, help="whose training step (%(default)s)")
-    parser.add_argument("--model", nargs="+", help=f"models of sparkme.pretrain ({of_recipes('model')})")
-    parser.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
-    parser.add_argument("--batch-size", type=int, nargs=2, default=[4, 8], metavar="IMAGES", help="to count at (4 8)")
-    parser.add_argument("--gpu", type=float, nargs="+", default=[24, 80], metavar="GB", help="memory, 10^9 bytes (24 80)")
-    parser.add_argument("--reserve", type=float, default=2, metavar="GB", help="set aside of it (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each; 0: none (%(default)s)")
+    parser.add_argument("--recipe", default="spark", choices=METHODS, help="recipe of the training step (default: %(default)s)")
+    parser.add_argument("--model", nargs="+", help=f"networks (default: {of_recipes('model')})")
+    parser.add_argument(
+        "--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, nargs=2, default=[4, 8], metavar="IMAGES", help="two batch sizes (default: 4 8)"
+    )
+    parser.add_argument("--gpu", type=float, nargs="+", default=[24, 80], metavar="GB", help="memory of GPUs (default: 24 80)")
+    parser.add_argument("--reserve", type=float, default=2, metavar="GB", help="memory to leave free (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps; 0: none (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, after every model")
     return parser
 

@@ -113,14 +113,14 @@ def is_mixed(name: str) -> bool:
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.networks",
-        description="Try networks by name: which can be pretrained, whether they are right, what sparsity saves.",
-        epilog="What is checked, and the fields of the JSON file, are in the head of benchmarks/networks.py.",
+        description="Test networks by name: can they be pretrained, are they correct, and what does sparsity save?",
+        epilog="The docstring of benchmarks/networks.py lists the checks and the fields of the JSON file.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="as --model of sparkme.pretrain takes them (all)")
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, rewritten after each network")
-    parser.add_argument("--missing", action="store_true", help="only those that are not in the JSON file yet")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="networks, as for sparkme.pretrain --model (default: all)")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results file, updated after each network")
+    parser.add_argument("--missing", action="store_true", help="test only networks that are not in the JSON file yet")
     parser.add_argument(
-        "--write", action="store_true", help="put the JSON file's table into docs/networks.md, its names into networks.txt"
+        "--write", action="store_true", help="write the JSON file's table to docs/networks.md and its names to networks.txt"
     )
     return parser
 

@@ -61,14 +61,14 @@ def create_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.plot", description="Turn the JSON files of the benchmarks into tables and pictures."
     )
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="of benchmarks.throughput or benchmarks.flops (all in results/)"
+        "files", nargs="*", type=Path, metavar="FILE", help="results of benchmarks.throughput or flops (default: all)"
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help=f"write the tables into it, between {BEGIN} and {END}")
+    parser.add_argument("--page", type=Path, metavar="FILE", help=f"write the tables to this page, between {BEGIN} and {END}")
     parser.add_argument(
-        "--summary", type=Path, metavar="FILE", help=f"write a short table into it, between {' and '.join(SUMMARY)}"
+        "--summary", type=Path, metavar="FILE", help=f"write a short table to it, between {' and '.join(SUMMARY)}"
     )
-    parser.add_argument("--pictures", type=Path, default=RESULTS, metavar="FOLDER", help="for pictures (%(default)s)")
-    parser.add_argument("--no-pictures", action="store_true", help="tables only")
+    parser.add_argument("--pictures", type=Path, default=RESULTS, metavar="FOLDER", help="folder for pictures")
+    parser.add_argument("--no-pictures", action="store_true", help="write tables only")
     return parser
 
 

@@ -36,15 +36,17 @@ WARM_UP = 2  # steps
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m benchmarks.processes", description="Compare two processes with one.")
-    parser.add_argument("--recipe", nargs="+", default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)} (all)")
-    parser.add_argument("--model", help=f"of sparkme.pretrain ({of_recipes('model')})")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="of a process (%(default)s)")
-    parser.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
-    parser.add_argument("--decoder-width", type=int, metavar="CHANNELS", help="of the decoder (the recipe's)")
-    parser.add_argument("--precision", default="bf16", choices=("float32", "bf16"), help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=7, metavar="N", help="of a run (%(default)s)")
-    parser.add_argument("--turns", type=int, default=2, metavar="N", help="of both (%(default)s)")
+    parser = Parser(prog="python -m benchmarks.processes", description="Compare the speed of two processes with one.")
+    parser.add_argument("--recipe", nargs="+", default=list(METHODS), metavar="NAME", help=f"any of {', '.join(METHODS)}")
+    parser.add_argument("--model", help=f"network (default: {of_recipes('model')})")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="batch per process (default: %(default)s)")
+    parser.add_argument(
+        "--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument("--decoder-width", type=int, metavar="CHANNELS", help="decoder width (default: the recipe's)")
+    parser.add_argument("--precision", default="bf16", choices=("float32", "bf16"), help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=7, metavar="N", help="steps per run (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=2, metavar="N", help="runs of each (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
     return parser
 

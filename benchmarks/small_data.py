@@ -38,16 +38,24 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.small_data", description="Compare settings of pretraining by frozen features."
     )
-    parser.add_argument("--data", type=Path, metavar="LABELLED", help="a folder for each class (emoji, by `npm pack`)")
-    parser.add_argument("--test-share", type=float, default=0.3, metavar="S", help="of each class (%(default)s)")
-    parser.add_argument("--model", default="benchmarks.transfer:half_resnet18", help="(%(default)s)")
-    parser.add_argument("--input-size", type=int, default=96, metavar="PIXELS", help="(%(default)s)")
-    parser.add_argument("--base", default=BASE, metavar="'FLAGS'", help="of sparkme.pretrain, for all trials (%(default)s)")
-    parser.add_argument("--trial", action="append", metavar="'FLAGS'", help="what one trial changes; repeat it (TRIALS)")
-    parser.add_argument("--draws", type=int, default=10, metavar="N", help="of ten labels a class (%(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the numbers (WORK/small_data.json)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="trials at a time (cores)")
+    parser.add_argument("--data", type=Path, metavar="LABELLED", help="one folder per class (default: emoji, by `npm pack`)")
+    parser.add_argument(
+        "--test-share", type=float, default=0.3, metavar="S", help="test share of each class (default: %(default)s)"
+    )
+    parser.add_argument("--model", default="benchmarks.transfer:half_resnet18", help="network (default: %(default)s)")
+    parser.add_argument(
+        "--input-size", type=int, default=96, metavar="PIXELS", help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument("--base", default=BASE, metavar="'FLAGS'", help="pretrain flags of all trials (default: %(default)s)")
+    parser.add_argument(
+        "--trial", action="append", metavar="'FLAGS'", help="flags of one trial; may be repeated (default: TRIALS)"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=10, metavar="N", help="draws of ten labels per class (default: %(default)s)"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), metavar="DIR", help="folder of the runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="results file (default: WORK/small_data.json)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="trials at a time")
     return parser
 
 

@@ -87,16 +87,19 @@ SESSION_S = 600.0  # that one start may take to get to its step
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.survive", description="Kill a run again and again; it has to come to the same, bit for bit."
+        prog="python -m benchmarks.survive",
+        description="Kill a run many times, and check that its result is the same bit for bit.",
     )
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help=f"of the run, a multiple of {EPOCH} (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for the two runs (a temporary folder)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: %(default)s)")
     parser.add_argument(
-        "--saving", action=argparse.BooleanOptionalAction, default=True, help="measure the saves of a ResNet-50, too (on)"
+        "--steps", type=int, default=300, metavar="N", help=f"steps, a multiple of {EPOCH} (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the two runs (default: temporary)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+    parser.add_argument(
+        "--saving", action=argparse.BooleanOptionalAction, default=True, help="also time the saves of a ResNet-50 (default: on)"
     )
     return parser
 

@@ -126,41 +126,43 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m benchmarks.throughput",
         description="Time encoder and training step, engine by engine, after checking that all engines compute the same.",
-        epilog="What the words mean, and the fields of the JSON file, are in the head of benchmarks/throughput.py.",
+        epilog="The docstring of benchmarks/throughput.py explains the terms and the fields of the JSON file.",
     )
     group = parser.add_argument_group("what is timed")
     group.add_argument(
-        "--recipe", default="spark", choices=METHODS, help="whose training step: spark, with LAMB, or fcmae, with AdamW (spark)"
+        "--recipe", default="spark", choices=METHODS, help="training step: spark, with LAMB, or fcmae, with AdamW"
     )
-    group.add_argument("--model", nargs="+", help=f"models of sparkme.pretrain ({of_recipes('model')})")
-    group.add_argument("--what", nargs="+", metavar="WHAT", help=f"of {', '.join(WHAT)} (all; encoder with --sweep)")
+    group.add_argument("--model", nargs="+", help=f"networks (default: {of_recipes('model')})")
+    group.add_argument("--what", nargs="+", metavar="WHAT", help=f"any of {', '.join(WHAT)} (default: all)")
     group.add_argument(
-        "--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"of {', '.join(CONTENDERS)} (all)"
+        "--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"any of {', '.join(CONTENDERS)}"
     )
-    group.add_argument("--batch-size", type=int, nargs="+", default=[8], metavar="IMAGES", help="images per pass (8)")
-    group.add_argument("--mask-ratio", type=float, nargs="+", metavar="SHARE", help="shares of patches to hide (0.6)")
+    group.add_argument("--batch-size", type=int, nargs="+", default=[8], metavar="IMAGES", help="images per pass (default: 8)")
+    group.add_argument("--mask-ratio", type=float, nargs="+", metavar="SHARE", help="shares of patches to hide (default: 0.6)")
     group.add_argument(
-        "--sweep", action="store_true", help=f"mask ratios {', '.join(f'{ratio:g}' for ratio in SWEEP)}, encoder only"
+        "--sweep", action="store_true", help=f"time the encoder at mask ratios {', '.join(f'{ratio:g}' for ratio in SWEEP)}"
     )
-    group.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
     group.add_argument(
-        "--decoder-width", type=int, nargs="+", metavar="N", help=f"channels of the decoder ({of_recipes('decoder_width')})"
+        "--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: %(default)s)"
     )
-    group = parser.add_argument_group("how it is run")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s: a GPU if there is one)")
-    group.add_argument("--threads", type=int, help="of torch on the CPU (as torch chooses)")
     group.add_argument(
-        "--precision", nargs="+", default=["float32"], choices=("float32", "bf16"), help="bf16 is autocast (float32)"
+        "--decoder-width", type=int, nargs="+", metavar="N", help=f"decoder widths (default: {of_recipes('decoder_width')})"
+    )
+    group = parser.add_argument_group("how it runs")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    group.add_argument("--threads", type=int, help="torch's threads on the CPU (default: torch's choice)")
+    group.add_argument(
+        "--precision", nargs="+", default=["float32"], choices=("float32", "bf16"), help="float32, or autocast to bf16"
     )
     group.add_argument("--compile", action="store_true", help="compile stages and decoder, for all engines of sparkme")
     group.add_argument("--graph", action="store_true", help="replay forward and backward pass from a CUDA graph (CUDA only)")
-    group.add_argument("--rounds", type=int, default=7, help="timed runs of each contender (%(default)s)")
-    group.add_argument("--warmup", type=int, default=2, help="runs of each before that (%(default)s)")
+    group.add_argument("--rounds", type=int, default=7, help="timed runs of each contender (default: %(default)s)")
+    group.add_argument("--warmup", type=int, default=2, help="untimed runs before (default: %(default)s)")
     group.add_argument(
-        "--seconds", type=float, default=600, help="begin no further round of a case after this time (%(default)s)"
+        "--seconds", type=float, default=600, help="start no new round of a case after this time (default: %(default)s)"
     )
-    group = parser.add_argument_group("what comes out")
-    group.add_argument("--host-wait", action="store_true", help="also the share of time in which the GPU waits (CUDA only)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--host-wait", action="store_true", help="also measure the share of time that the GPU waits (CUDA only)")
     group.add_argument("--profile", type=Path, metavar="FILE", help="also write torch.profiler's table of every contender")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, after every case")
     return parser

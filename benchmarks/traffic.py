@@ -50,14 +50,16 @@ GB = 10**9
 
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.traffic", description="Count the bytes that an encoder moves on a GPU.")
-    parser.add_argument("--recipe", default="spark", choices=METHODS, help="whose training step (%(default)s)")
-    parser.add_argument("--model", nargs="+", help=f"models of sparkme.pretrain ({of_recipes('model')})")
-    parser.add_argument("--what", choices=WHAT, default="encoder", help="forward and backward pass of what (%(default)s)")
-    parser.add_argument("--engine", default="cuda_ext", choices=("cuda_ext", "masked-dense"), help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="IMAGES", help="(%(default)s)")
-    parser.add_argument("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (%(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="(%(default)s)")
-    parser.add_argument("--lines", type=int, default=12, metavar="N", help="operators to list, the largest (%(default)s)")
+    parser.add_argument("--recipe", default="spark", choices=METHODS, help="recipe of the training step (default: %(default)s)")
+    parser.add_argument("--model", nargs="+", help=f"networks (default: {of_recipes('model')})")
+    parser.add_argument("--what", choices=WHAT, default="encoder", help="part whose passes are counted (default: %(default)s)")
+    parser.add_argument("--engine", default="cuda_ext", choices=("cuda_ext", "masked-dense"), help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="IMAGES", help="batch size (default: %(default)s)")
+    parser.add_argument(
+        "--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--lines", type=int, default=12, metavar="N", help="largest operators to list (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, after every model")
     return parser
 

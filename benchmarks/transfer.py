@@ -60,35 +60,46 @@ def create_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.transfer", description="Compare fine-tuning after pretraining with training from scratch."
     )
     group = parser.add_argument_group("data")
-    group.add_argument("--data", type=Path, metavar="LABELLED", help="a folder for each class (emoji, by `npm pack`)")
-    group.add_argument("--unlabelled", type=Path, metavar="DIR", help="more images to pretrain on (none)")
-    group.add_argument("--test-share", type=float, default=0.3, metavar="S", help="of each class (%(default)s)")
+    group.add_argument("--data", type=Path, metavar="LABELLED", help="one folder per class (default: emoji, by `npm pack`)")
+    group.add_argument("--unlabelled", type=Path, metavar="DIR", help="more images to pretrain on (default: none)")
+    group.add_argument(
+        "--test-share", type=float, default=0.3, metavar="S", help="test share of each class (default: %(default)s)"
+    )
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--model", default="benchmarks.transfer:half_resnet18", help="(%(default)s)")
-    group.add_argument("--input-size", type=int, default=96, metavar="PIXELS", help="(%(default)s)")
-    group.add_argument("--pretrained", type=Path, metavar="FILE", help="a checkpoint to take instead of pretraining")
+    group.add_argument("--model", default="benchmarks.transfer:half_resnet18", help="network (default: %(default)s)")
+    group.add_argument("--input-size", type=int, default=96, metavar="PIXELS", help="side of the images (default: %(default)s)")
+    group.add_argument("--pretrained", type=Path, metavar="FILE", help="use this checkpoint instead of pretraining")
     group.add_argument(
         "--pretrain-flags",
         default="--epochs 60 --decoder-width 128",
         metavar="'FLAGS'",
-        help="for sparkme.pretrain (%(default)s)",
+        help="flags of sparkme.pretrain (default: %(default)s)",
     )
-    group.add_argument("--finetune-flags", default="", metavar="'FLAGS'", help="for sparkme.finetune, of both sides (none)")
-    group.add_argument("--shots", type=int, nargs="+", default=[10, 50], metavar="N", help="labels a class; 0: all (10 50)")
-    group.add_argument("--seeds", type=int, default=5, metavar="N", help="(%(default)s)")
+    group.add_argument("--finetune-flags", default="", metavar="'FLAGS'", help="flags of sparkme.finetune, on both sides")
     group.add_argument(
-        "--base-lr", type=float, default=SMALL["base_lr"], help="of sparkme.finetune (%(default)s, of its --recipe small)"
+        "--shots", type=int, nargs="+", default=[10, 50], metavar="N", help="labels per class; 0: all (default: 10 50)"
     )
-    group.add_argument("--rates", type=float, nargs="+", default=[0.5, 2.0], metavar="F", help="times --base-lr (%(default)s)")
+    group.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per comparison (default: %(default)s)")
+    group.add_argument(
+        "--base-lr", type=float, default=SMALL["base_lr"], help="learning rate of sparkme.finetune (default: %(default)s)"
+    )
+    group.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.5, 2.0],
+        metavar="F",
+        help="factors of --base-lr to try (default: %(default)s)",
+    )
     group = parser.add_argument_group("output")
-    group.add_argument("--work", type=Path, default=Path("runs/transfer"), metavar="DIR", help="runs go there (%(default)s)")
-    group.add_argument("--json", type=Path, metavar="FILE", help="for the numbers (WORK/transfer.json)")
     group.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="fine-tune so many at a time (cores)"
+        "--work", type=Path, default=Path("runs/transfer"), metavar="DIR", help="folder of the runs (default: %(default)s)"
     )
+    group.add_argument("--json", type=Path, metavar="FILE", help="results file (default: WORK/transfer.json)")
     group.add_argument(
-        "--write", action="store_true", help="only the picture and the table of docs/finetuning.md, from --json (results/)"
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="fine-tuning runs at a time (default: cores)"
     )
+    group.add_argument("--write", action="store_true", help="only write picture and table of docs/finetuning.md, from --json")
     return parser
 
 

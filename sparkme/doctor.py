@@ -1,9 +1,9 @@
-"""What is installed, what each engine can do on this machine and, for what is missing, the command that mends it.
+"""Prints what is installed, what each engine can do on this machine, and the command that installs what is missing.
 
     python -m sparkme.doctor
 
-The exit status is 0 where pretraining can run, else 1. Nothing is imported before it is asked for, so the command works
-where half of the requirements are missing; that is what it is for.
+The exit status is 0 if pretraining can run, else 1. Imports happen inside functions, so that the command works while
+requirements are missing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,12 @@ from sparkme.errors import run_command
 BUILD = "python cuda_ext/minkowski/build.py --install"
 INSTALL = "pip install --no-build-isolation ."
 TOLERANCE = 1e-4
-NCCL_BYTES = 2**30  # of shared memory, with which NCCL has enough
+NCCL_BYTES = 2**30  # of shared memory are enough for NCCL
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    `mend` is what to do where something is missing; `fatal` says that pretraining cannot run without it.
-    """
+    """One line of the report: `mend` says how to fix it, `fatal` that pretraining cannot run without it."""
 
     name: str
     text: str
@@ -55,7 +52,7 @@ def check_python() -> Finding:
 
 
 def check_package(name: str, mend: str, *, fatal: bool = True) -> Finding:
-    """Says which version of a package is installed. It is not imported."""
+    """The installed version of a package, which is not imported."""
     try:
         return Finding(name, metadata.version(name))
     except metadata.PackageNotFoundError:
@@ -71,7 +68,7 @@ def check_torch() -> Finding:
 
 
 def check_minkowski() -> Finding:
-    """Imports MinkowskiEngine: one that was built against another torch is installed and does not load."""
+    """Imports MinkowskiEngine, since one built against another torch is installed but does not load."""
     try:
         import MinkowskiEngine as ME
         import torch
@@ -149,8 +146,7 @@ def check_cores() -> Finding:
 
 
 def check_shared_memory() -> Finding:
-    """Locks between processes are files in it, and GPUs of one machine may exchange gradients through it; images do not need
-    it."""
+    """Shared memory holds locks between processes, and GPUs of one machine may exchange gradients through it."""
     from sparkme.machine import MORE_SHARED_MEMORY, shared_memory, shared_memory_bytes
 
     try:
@@ -160,7 +156,7 @@ def check_shared_memory() -> Finding:
         return Finding("shared memory", text, MORE_SHARED_MEMORY)
     if shared_memory_bytes() >= NCCL_BYTES:
         return Finding("shared memory", f"{shared_memory()}; enough")
-    text = f"{shared_memory()}; enough to load images and for one GPU, several exchange gradients through up to 1 GB of it"
+    text = f"{shared_memory()}; enough for image loading and one GPU; several GPUs exchange gradients through up to 1 GB of it"
     return Finding("shared memory", text, MORE_SHARED_MEMORY if num_gpus() > 1 else "")
 
 
@@ -173,7 +169,7 @@ def num_gpus() -> int:
 
 
 def engine_error(name: str, device: str) -> float:
-    """Runs a small network on fully visible images; returns how far its output is from the dense network's."""
+    """The relative error of a small sparse network against its dense one, on fully visible images."""
     import torch
 
     import sparkme
@@ -199,7 +195,7 @@ def check_engine(name: str, device: str) -> Finding:
         return Finding(name, f"{device}: cannot run, {problem}")
     try:
         error = engine_error(name, device)
-    except Exception as problem:  # whatever it is, the report has to go on
+    except Exception as problem:  # of any kind; the report goes on
         return Finding(name, f"{device}: cannot run, {type(problem).__name__}: {problem}", fatal=device == "cpu")
     if not error <= TOLERANCE:
         mend = f"in sparkme's source folder: {BUILD} --force"
@@ -208,7 +204,7 @@ def check_engine(name: str, device: str) -> Finding:
 
 
 def check_engines() -> Iterator[Finding]:
-    """Runs every engine that this version has on every kind of device."""
+    """Runs every engine on every kind of device."""
     try:
         import torch
 
@@ -248,15 +244,15 @@ SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sparkme.doctor",
-        description="Prints what is installed, what each engine can do here and, for what is missing, what mends it."
-        " The exit status is 0 where pretraining can run, else 1.",
+        description="Print what is installed, what each engine can do here, and how to install what is missing. The exit "
+        "status is 0 if pretraining can run, else 1.",
     )
     parser.parse_args(argv)
     return run_command(examine, watch=True)
 
 
 def examine() -> int:
-    """Prints what is found. Returns the exit code."""
+    """Prints all findings. Returns the exit code."""
     findings: list[Finding] = []
     for title, check in SECTIONS:
         print(title)
@@ -265,7 +261,7 @@ def examine() -> int:
             findings.append(finding)
     to_mend = [finding for finding in findings if finding.mend]
     if to_mend:
-        print("To mend")
+        print("To fix")
         for finding in to_mend:
             print(f"  {finding.name:<16} {finding.mend}")
     fatal = [finding.name for finding in findings if finding.fatal]

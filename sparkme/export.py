@@ -1,10 +1,10 @@
-"""Turns a checkpoint into weights for the ordinary dense network, after checking them against the sparse encoder.
+"""Exports a checkpoint as weights of the ordinary dense network, and first compares them with the sparse encoder.
 
     python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --output resnet50.safetensors
     python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --to detectron2 --output resnet50.pkl
     python -m sparkme.export runs/resnet50-224/checkpoints/last.pt --to timm --hub-folder resnet50-hub
 
-What comes out loads into the library's own model; only the classifier's weights are missing.
+The file loads into the library's own model; only the classifier's weights are missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparkme.weights.settings import ExportSettings
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.export",
-        description="Export the encoder of a checkpoint as weights of the ordinary dense network, verified.",
+        description="Export the encoder of a checkpoint as verified weights of the ordinary dense network.",
     )
     add_flags(parser, ExportSettings, groups=("what is written", "checks and batch norm"))
     return parser
@@ -42,15 +42,15 @@ def run(asked: ExportSettings) -> Path | None:
 
 
 def export(checkpoint: Path | str, **settings: Any) -> Path:
-    """Does what the command does, with its flags as keywords. Returns the file or the hub folder.
+    """Runs the command with its flags as keywords. Returns the file or the hub folder.
 
     Raises:
-        TypeError: there is no such setting, or its value is of another kind.
-        UserError: what was asked for cannot be done, or the weights did not pass the check.
+        TypeError: an unknown setting, or a value of the wrong type.
+        UserError: the settings do not work, or the weights did not pass the check.
     """
     asked = from_keywords(ExportSettings, {"checkpoint": checkpoint, **settings})
     if (written := call_command(lambda: run(asked))) is None:
-        raise UserError("the dense model does not compute what the sparse encoder does; nothing was written")
+        raise UserError("the dense model and the sparse encoder give different outputs; nothing was written")
     return written
 
 

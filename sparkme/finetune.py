@@ -1,11 +1,11 @@
-"""Trains the ordinary dense network on labelled images, from pretrained weights or, to compare, from scratch.
+"""Trains the ordinary dense network on labelled images, from pretrained weights or, for comparison, from scratch.
 
     python -m sparkme.finetune runs/mine/checkpoints/last.pt --data labelled/
     python -m sparkme.finetune runs/mine/checkpoints/last.pt --data labelled/ --from-scratch
     torchrun --nproc-per-node 8 -m sparkme.finetune resnet50.safetensors --data imagenet/ --batch-size 2048
 
-The same command again continues where it was interrupted. Augmentation, losses, LAMB and the running average are timm's and
-torchvision's; nothing here is sparse.
+The same command again resumes an interrupted run. Augmentation, losses, LAMB and the running average come from timm and
+torchvision; nothing here is sparse.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def run(asked: FinetuneSettings) -> Outcome:
 
 
 def finetune(weights: Path | str | None = None, **settings: Any) -> FinetunedRun:
-    """Does what the command does, with its flags as keywords; the same call again continues what was interrupted.
+    """Runs the command with its flags as keywords. The same call again resumes an interrupted run.
 
     Raises:
-        TypeError: there is no such setting, or it is missing, or its value is of another kind.
-        UserError: what was asked for cannot be done; says what to change.
+        TypeError: an unknown or missing setting, or a value of the wrong type.
+        UserError: the settings or the data do not work; says what to change.
     """
     asked = from_keywords(FinetuneSettings, {"weights": weights, **settings})
     outcome = call_command(lambda: run(asked))

@@ -17,7 +17,7 @@ from sparkme.errors import Parser, UserError, call_command, run_command
 from sparkme.networks.names import model_names
 from sparkme.results import TrainingRun
 from sparkme.settings.declare import add_flags, from_flags, from_keywords
-from sparkme.settings.pretrain import GROUPS, OF_RECIPES, PretrainSettings
+from sparkme.settings.pretrain import GROUPS, OF_RECIPES, RECIPES, PretrainSettings
 
 if TYPE_CHECKING:
     from sparkme.training.loop import Outcome
@@ -27,15 +27,15 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.pretrain",
         description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
-        epilog="Defaults are the recipe's; where several stand with strokes between them, they are those of spark, small and "
-        "fcmae. The same command again resumes an interrupted run.",
+        epilog=f"Defaults with slashes are those of the recipes {', '.join(RECIPES)}, in this order. The same command again "
+        "resumes an interrupted run.",
     )
     parser.add_argument(
         "--list-models",
         nargs="?",
         const="*",
         metavar="PATTERN",
-        help="print the names that were tried and work, those like PATTERN, such as 'timm:*next*', and leave",
+        help="print the networks that are known to work, or those that match PATTERN, such as 'timm:*next*', and exit",
     )
     add_flags(parser, PretrainSettings, groups=GROUPS, otherwise=OF_RECIPES)
     return parser
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def list_models(pattern: str) -> int:
     """Prints the names of networks that are known to work. Returns the exit code."""
     if not (names := model_names(pattern)):
-        raise UserError(f"--list-models {pattern} matches none of the networks that were tried; any other may be tried, too")
+        raise UserError(f"--list-models {pattern} matches no network that was tested; others may work, too")
     print("\n".join(names))
     return 0
 
@@ -62,11 +62,11 @@ def run(asked: PretrainSettings) -> Outcome:
 
 
 def pretrain(**settings: Any) -> TrainingRun:
-    """Does what the command does, with its flags as keywords; the same call again continues what was interrupted.
+    """Runs the command with its flags as keywords. The same call again resumes an interrupted run.
 
     Raises:
-        TypeError: there is no such setting, or its value is of another kind.
-        UserError: what was asked for cannot be done; says what to change.
+        TypeError: an unknown setting, or a value of the wrong type.
+        UserError: the settings or the data do not work; says what to change.
     """
     asked = from_keywords(PretrainSettings, settings)
     outcome = call_command(lambda: run(asked))

@@ -1,9 +1,9 @@
-"""Says what the frozen features of an encoder are worth: nearest neighbours and a linear classifier, on labelled images.
+"""Measures the frozen features of an encoder with nearest neighbours and a linear classifier, on labelled images.
 
     python -m sparkme.probe runs/mine/checkpoints/last.pt --data labelled/ --compare random
     python -m sparkme.probe resnet50.safetensors --data labelled/ --compare random runs/*/checkpoints/last.pt
 
-Nothing is trained but the linear classifier; seconds for thousands of small images.
+Only the linear classifier is trained, which takes seconds for thousands of small images.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sparkme.settings.declare import add_flags, from_flags, from_keywords
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.probe",
-        description="Measure frozen features of whole images: weighted kNN and a linear classifier on every map, averaged over "
-        "its pixels.",
-        epilog="kNN: 20 neighbours vote with weights exp(cosine / 0.07), as in DINO. Linear: logistic regression, its weight "
-        "decay chosen on a fifth of the images to learn from. Both on features whose mean is taken away.",
+        description="Measure frozen features of whole images: weighted kNN and a linear classifier on the spatial mean of "
+        "every map.",
+        epilog="kNN: 20 neighbours vote with weights exp(cosine / 0.07), as in DINO. Linear: logistic regression, whose weight "
+        "decay is chosen on a fifth of the training images. Both use features with their mean subtracted.",
     )
     add_flags(parser, ProbeSettings, groups=PROBE_GROUPS)
     return parser
@@ -43,15 +43,15 @@ def run(asked: ProbeSettings) -> list[dict[str, Any]]:
 
 
 def probe(weights: Path | str, **settings: Any) -> list[dict[str, Any]]:
-    """Does what the command does, with its flags as keywords.
+    """Runs the command with its flags as keywords.
 
     Returns:
         The rows of the table: `weights`, `model`, `stride`, `channels`, `knn` and `linear` from 0 to 1, with `knn_error` and
         `linear_error`.
 
     Raises:
-        TypeError: there is no such setting, or it is missing, or its value is of another kind.
-        UserError: what was asked for cannot be done; says what to change.
+        TypeError: an unknown or missing setting, or a value of the wrong type.
+        UserError: the settings or the data do not work; says what to change.
     """
     asked = from_keywords(ProbeSettings, {"weights": weights, **settings})
     return call_command(lambda: run(asked))

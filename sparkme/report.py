@@ -1,11 +1,11 @@
-"""One page about training runs: how far they are, what they were told, their curves, and what they paint.
+"""Writes one page about training runs: progress, settings, curves and reconstructions.
 
     python -m sparkme.report runs/mine                      # runs/mine/report.html
     python -m sparkme.report runs/a runs/b --output a_b.html
     python -m sparkme.report runs/                          # all runs in a folder, side by side
     python -m sparkme.report runs/mine --watch 30           # keeps the page up to date while the run goes on
 
-A run's files are read and never written; what cannot be read of them is said on the page.
+It only reads a run's files, and names those on the page that it cannot read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from sparkme.settings.declare import add_flags, from_flags
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.report",
-        description="Write one HTML page, which needs no other file, about one or several runs of sparkme.pretrain or "
-        "sparkme.finetune.",
+        description="Write a self-contained HTML page about one or several runs of sparkme.pretrain or sparkme.finetune.",
     )
     add_flags(parser, ReportSettings)
     return parser

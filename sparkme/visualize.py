@@ -1,4 +1,4 @@
-"""Pictures of what a pretrained network makes of hidden patches, and of why its convolutions are sparse.
+"""Draws a pretrained network's reconstructions of hidden patches, and shows why its convolutions are sparse.
 
 python -m sparkme.visualize runs/mine/checkpoints/last.pt                               # scikit-image's photographs
 python -m sparkme.visualize runs/mine/checkpoints/last.pt photos/ cat.jpg --output page.html
@@ -19,8 +19,8 @@ from sparkme.settings.declare import add_flags, from_flags
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.visualize",
-        description="Draw images, what a pretrained network sees of them, what it makes of the rest, and how far it is off.",
-        epilog="Images stand before flags that take several values, such as --mask-ratio.",
+        description="Draw images, their visible patches, a network's reconstruction of the hidden ones, and its error.",
+        epilog="Give images before flags that take several values, such as --mask-ratio.",
     )
     add_flags(parser, VisualizeSettings, groups=VISUALIZE_GROUPS)
     return parser

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress: waiting for ever, for a disk, a loader or another process, costs a night."""
+"""Ends a process that makes no progress, which may wait for ever for a disk, a loader or another process."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from pathlib import Path
 
 from sparkme.machine import end_loaders, whereabouts
 
-IDLE_S = 600.0  # that a start, of which nobody knows how long it takes, may do nothing
-BUSY_S = 0.003  # that a process computes in a second in which it does something; one that waits looks up now and then
-STARTING_S = 3600.0  # for what has no usual length: compiling, the first step, measuring and drawing
-SAVING_S = 600.0  # for what waits for a disk
-ANSWER_S = 5.0  # that the advice may take, which looks at the disk, and the error stream
+IDLE_S = 600.0  # limit for a start that does nothing
+BUSY_S = 0.003  # processor time per second of a process that works; a waiting one wakes up now and then
+STARTING_S = 3600.0  # limit for work of unknown length: compiling, the first step, measuring and drawing
+SAVING_S = 600.0  # limit for writing to a disk
+ANSWER_S = 5.0  # limit for the advice, which reads the disk, and for the error stream
 
 
 class Watchdog:
-    """Counts the seconds since the main thread last said what it does, and ends the process where they are too many.
+    """Counts the seconds since the main thread last called `expect`, and ends the process if they are too many.
 
-    A process that is stopped (Ctrl-Z) does not count. Before the first word of the main thread only seconds count in which the
-    process does nothing.
+    Time in which the process is stopped (Ctrl-Z) does not count. Before the first call of `expect`, only idle seconds count.
 
     Args:
-        limit_s: how long a step, an exchange with other processes, or waiting for images may take; 0: for ever.
-        advice: what to do next, asked for when it is needed.
-        peers: `whereabouts` and process number of each that trains with this one, by rank.
+        limit_s: limit for a step, an exchange with other processes, or a wait for images; 0: none.
+        advice: called for a line about what to do next.
+        peers: `whereabouts` and process id of each process of the run, by rank.
     """
 
     def __init__(self, limit_s: float, advice: Callable[[], str] = str, peers: Sequence[tuple[str, int]] = ()) -> None:
@@ -39,12 +38,11 @@ class Watchdog:
         self._main = threading.get_ident()
 
     def expect(self, doing: str, limit_s: float = 0.0) -> None:
-        """Says what the main thread does from here, and how long it may take; never less than the limit for all."""
+        """Says what the main thread does next, and its limit, at least the general one."""
         self._now = (doing, max(self.limit_s, limit_s))
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Watches while it is open."""
         if not self.limit_s:
             yield
             return
@@ -54,7 +52,7 @@ class Watchdog:
             yield
         finally:
             self._ended.set()
-            counting.join(ANSWER_S)  # a thread that is left when Python ends can end the process by a signal
+            counting.join(ANSWER_S)  # a thread that outlives Python's shutdown can crash it
 
     def _count(self) -> None:
         seen, seconds, computed_s = self._now, 0, time.process_time()
@@ -68,29 +66,28 @@ class Watchdog:
                 self._end(seen[0], seconds)
 
     def _second(self) -> bool:
-        """Waits a second, not by the clock, which goes on while the process is stopped. Returns whether watching has ended."""
+        """Waits a second of running time. Returns whether watching has ended."""
         return self._ended.wait(1)
 
     def _end(self, doing: str, seconds: int) -> None:
-        """Says why, and leaves at once: the main thread may never answer."""
+        """Prints the reason and exits at once, since the main thread may never answer."""
         leave = threading.Timer(3 * ANSWER_S, os._exit, (1,))
         leave.daemon = True
         leave.start()
-        with suppress(Exception):  # nothing may keep it from leaving
+        with suppress(Exception):  # nothing may prevent the exit
             text = f"error: no progress for {seconds} s while {doing}{self._place()}{self._stopped()}{self._advice()}"
             end_loaders()
             os.write(2, f"\n{text}\n".encode(errors="replace"))
         os._exit(1)
 
     def _place(self) -> str:
-        """Where the main thread is."""
         frame = sys._current_frames().get(self._main)
         if frame is None:
             return ""
         return f" ({'/'.join(Path(frame.f_code.co_filename).parts[-2:])}, line {frame.f_lineno}, {frame.f_code.co_name})"
 
     def _stopped(self) -> str:
-        """Names processes of this machine that are gone or stopped; the latter would be left behind, so they are killed."""
+        """Names processes of this machine that are gone or stopped; stopped ones are killed, since they would remain."""
         found = ""
         for rank, (where, number) in enumerate(self.peers):
             if where != whereabouts() or number == os.getpid():
@@ -107,7 +104,7 @@ class Watchdog:
         return found
 
     def _advice(self) -> str:
-        """What to do next, unless the disk that it is looked up on is what hangs."""
+        """The advice, unless it hangs on the disk."""
         found: list[str] = []
 
         def ask() -> None:

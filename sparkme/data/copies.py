@@ -1,4 +1,4 @@
-"""Which images are there more than once: the same file under two names, or the same bytes."""
+"""Finds duplicate images: one file under two names, or equal bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sparkme.data.sources.base import digest
 
 
 def first_copies(images: ImageSource) -> Tensor:
-    """(N,) int64: of each image the first that has the same content, which mostly is itself. Of two that begin to differ
-    somewhere, a glimpse tells most; the others are read as a whole. What cannot be read is like no other."""
+    """(N,) int64: for each image the first with the same content, mostly itself. A glimpse tells most images apart, and the
+    others are read as a whole. Unreadable images have no copies."""
     glimpses = np.fromiter(_glimpses(images), np.int64, len(images))
     first, seen = torch.arange(len(images)), dict[tuple[int, int], int]()
     for number in _doubled(glimpses):
@@ -31,7 +31,7 @@ def first_copies(images: ImageSource) -> Tensor:
 
 
 def first_links(files: Files) -> Tensor:
-    """(N,) int64: of each file the first name of it, since links may lead to one file from several places."""
+    """(N,) int64: for each file its first name, since links may give one file several names."""
     identities = np.fromiter((_identity(files, number) for number in range(len(files))), np.int64, len(files))
     first, seen = torch.arange(len(files)), dict[int, int]()
     for number in _doubled(identities):
@@ -42,7 +42,7 @@ def first_links(files: Files) -> Tensor:
 
 
 def _doubled(values: np.ndarray) -> list[int]:
-    """The places of values that are there more than once."""
+    """The indices of values that occur more than once."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     found: list[int] = np.flatnonzero(counts[place] > 1).tolist()
     return found
@@ -51,7 +51,7 @@ def _doubled(values: np.ndarray) -> list[int]:
 def _identity(files: Files, number: int) -> int:
     try:
         status = os.stat(files.path(number))
-    except OSError:  # which is said when it is read
+    except OSError:  # reading the image will report it
         return digest(b"unreadable", number)
     return digest(status.st_dev, status.st_ino)
 
@@ -71,8 +71,8 @@ class _Glimpses(Dataset[int]):
 
 
 def _glimpses(images: ImageSource) -> Iterable[int]:
-    """One of each image. A dataset of the user's is read in other processes only: what it opens, such as an HDF5 file, those
-    that load images later must not share."""
+    """The glimpse of each image. A user's dataset is read in other processes, since the loaders that fork later must not share
+    what it opens, such as an HDF5 file."""
     dataset = _Glimpses(images)
     own = isinstance(images, DatasetImages)
     loader: Iterable[list[int]] = (

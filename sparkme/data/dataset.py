@@ -1,7 +1,7 @@
 """Crops of images, the order they come in, and batches of them.
 
-All of it is a pure function of (seed, epoch, image): which images a step gets and how they are cropped depends on neither
-the number of workers nor on what ran before, so a resumed run sees what a straight one would have seen.
+Order and crops are pure functions of (seed, epoch, image). They depend neither on the number of workers nor on earlier steps,
+so a resumed run sees the same crops as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,32 +30,31 @@ from sparkme.settings.shared import PixelSettings
 
 
 def pixels_of(settings: PixelSettings) -> Pixels:
-    """How a run reads its images; older ones did not ask the data."""
+    """How a run converts pixel values."""
     return Pixels(settings.value_range, settings.upright)
 
 
 def normalise(images: Tensor, statistics: Statistics = Statistics(), dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: B008
-    """(B, C, H, W) bytes, or floats in [0, 1], to the numbers the network sees. Done on the device, so that bytes travel."""
+    """Normalises (B, C, H, W) bytes, or floats in [0, 1]. Runs on the device, so that bytes are copied there."""
     mean, std = _on_device(statistics, images.device, dtype)
     values = images.to(dtype)
     return ((values / 255 if images.dtype == torch.uint8 else values) - mean) / std
 
 
 def denormalise(images: Tensor, statistics: Statistics = Statistics()) -> Tensor:  # noqa: B008
-    """The inverse: values in [0, 1], clipped."""
+    """The inverse of `normalise`, clipped to [0, 1]."""
     mean, std = _on_device(statistics, images.device, images.dtype)
     return (images * std + mean).clamp(0, 1)
 
 
 @lru_cache
 def _on_device(statistics: Statistics, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, (C, 1, 1); kept, so that a step copies nothing small to the device."""
+    """Mean and standard deviation, (C, 1, 1), cached, so that a step copies nothing to the device."""
     mean, std = (torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1) for values in statistics)
     return mean, std
 
 
 def as_source(images: ImageSource | Sequence[Path]) -> ImageSource:
-    """A source, also of files that are listed."""
     return images if isinstance(images, ImageSource) else Files.of(images)
 
 
@@ -68,11 +67,7 @@ def estimate_statistics(
     count: int = 256,
     pixels: Pixels = Pixels(),  # noqa: B008
 ) -> Statistics:
-    """Mean and deviation of each channel over all pixels of `count` images, drawn once.
-
-    Raises:
-        UserError: none of them can be read.
-    """
+    """Mean and standard deviation of each channel over `count` random images. Raises UserError if none can be read."""
     source = as_source(images)
     generator = torch.Generator().manual_seed(derived_seed(seed, "statistics"))
     sums, squares, num_pixels, problem = torch.zeros(channels), torch.zeros(channels), 0, ""
@@ -85,7 +80,7 @@ def estimate_statistics(
         sums, squares = sums + values.sum(1), squares + values.square().sum(1)
         num_pixels += values.shape[1]
     if not num_pixels:
-        raise UserError(f"no image could be read to estimate its mean and deviation: {problem}")
+        raise UserError(f"no image could be read to estimate mean and standard deviation: {problem}")
     mean = sums / num_pixels
     std = (squares / num_pixels - mean.square()).clamp_min(1e-6).sqrt()
     return Statistics(tuple(round(v, 6) for v in mean.tolist()), tuple(round(max(v, 1e-3), 6) for v in std.tolist()))
@@ -97,9 +92,15 @@ def as_floats(image: Decoded) -> Tensor:
 
 
 class Sample(NamedTuple):
-    """One crop, (C, H, W) uint8 or float32 in [0, 1], or None if no image could be read; the images that could not; the number
-    of its class or which labels it has, if images have any; whether the image had fewer pixels there than the crop has; and
-    which share of the image's pixels lay outside of the range of values."""
+    """A crop.
+
+    Attributes:
+        image: (C, H, W) uint8, or float32 in [0, 1]; None if no image could be read.
+        unreadable: errors of the images that could not be read.
+        label: the number of its class, or a bool per label; -1 without labels.
+        is_enlarged: whether the image had fewer pixels there than the crop.
+        outside: share of the image's pixel values outside the value range.
+    """
 
     image: Tensor | None
     unreadable: tuple[str, ...]
@@ -109,9 +110,8 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """(B, C, H, W) uint8, or float32 where one of them is, or None if too many images in a row could not be read; those that
-    could not; with the images, (B,) int64, their classes, or (B, labels) bool; how many crops were enlarged; and the sum of
-    the shares of pixels outside of the range of values."""
+    """A batch of samples: images (B, C, H, W), or None if one is missing; labels (B,) int64 or (B, labels) bool; `enlarged`
+    counts crops, `outside` adds up shares."""
 
     images: Tensor | None
     unreadable: tuple[str, ...]
@@ -126,18 +126,17 @@ class CropDataset(Dataset[Sample]):
     Args:
         images: a source, or files.
         size: height and width of a crop.
-        min_scale: smallest share of the image's area that a crop covers.
-        seed: of the run.
-        channels: of the crops.
-        background: the colour that transparent images are laid on.
-        flip: whether half of the crops are mirrored.
-        augment: further changes of a crop, from Pillow image or tensor to the same, by torch's generator.
-        labels: (N,) int64, the number of each image's class, or (N, labels) bool, if there are labels.
-        reduced_jpeg: whether JPEG files are decoded at a half, a quarter or an eighth of their size where the crop still has
-            as many pixels as it needs.
-        pixels: how the numbers of the images become values.
+        min_scale: smallest area of a crop, as a share of the image's.
+        seed: the run's.
+        channels: channels of a crop.
+        background: colour behind transparent images.
+        flip: mirror half of the crops.
+        augment: further augmentation of a Pillow image or tensor, with torch's generator.
+        labels: (N,) int64 class numbers, or (N, labels) bool.
+        reduced_jpeg: decode JPEG files at 1/2, 1/4 or 1/8 of their size if the crop still has enough pixels.
+        pixels: conversion of pixel values.
 
-    An image that cannot be read is replaced by another, and reported.
+    An unreadable image is replaced by another, and reported.
     """
 
     TRIES = 16
@@ -165,7 +164,7 @@ class CropDataset(Dataset[Sample]):
         self.pixels = pixels
         self.labels = labels
         self.reduced_jpeg = reduced_jpeg
-        self.random_crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))  # where it is; cut out by `cut`
+        self.random_crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))  # the box; `cut` takes it
         self.rest = v2.Compose(
             [
                 *([v2.RandomHorizontalFlip()] if flip else []),
@@ -200,12 +199,12 @@ class CropDataset(Dataset[Sample]):
         return Sample(None, tuple(dict.fromkeys(unreadable)))
 
     def _draw_box(self, size: tuple[int, int]) -> Box:
-        """Where the crop is in an image of this height and width, by torch's generator."""
+        """A random box in an image of this (height, width), from torch's generator."""
         return Box(**self.random_crop.make_params([torch.empty(1, *size, device="meta")]))
 
 
 class Box(NamedTuple):
-    """A part of an image, in its pixels."""
+    """A box in an image, in pixels."""
 
     top: int
     left: int
@@ -214,15 +213,15 @@ class Box(NamedTuple):
 
 
 def cut(image: OpenImage, box: Box, size: tuple[int, int], *, reduced: bool) -> Decoded:
-    """A part of an image, resized to (height, width) by bicubic interpolation, antialiased.
+    """A box of an image, resized to (height, width) by antialiased bicubic interpolation.
 
-    With `reduced`, a JPEG file is decoded at a fraction of its size, of which the part still has as many pixels as are wanted.
+    With `reduced`, a JPEG file is decoded at a fraction of its size, as long as the box has at least `size` pixels.
     """
     room = min(box.height / size[0], box.width / size[1])
     reduction = next((r for r in REDUCTIONS if r <= room), 1) if reduced and image.can_reduce else 1
     whole = image.decode(reduction)
     if isinstance(whole, Image.Image) and (whole.height, whole.width) != image.size:
-        # Where a side is no multiple, the last row or column is of fewer pixels, or the first one if the file is mirrored.
+        # If a side is no multiple, the last row or column stands for fewer pixels, or the first one in a mirrored file.
         y = whole.height - image.size[0] / reduction if image.mirrored[0] else 0
         x = whole.width - image.size[1] / reduction if image.mirrored[1] else 0
         right, bottom = box.left + box.width, box.top + box.height
@@ -238,12 +237,12 @@ def cut(image: OpenImage, box: Box, size: tuple[int, int], *, reduced: bool) -> 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """The draws of every step of one process: lists of (epoch, draw), where draw modulo `num_images` is the image.
 
-    An epoch goes through shuffled copies of the images until it has `samples_per_epoch`; an incomplete last batch is
-    left out. Step k of a run is the same whether or not the run was interrupted before it. With `repeats` each image comes
-    so many times in a row, in different crops, and an epoch has fewer images (repeated augmentation, Hoffer et al., 2020).
+    An epoch goes through shuffled copies of the data set until it has `samples_per_epoch`, and drops an incomplete last batch.
+    Step k is the same whether or not the run was interrupted before it. With `repeats`, each image comes several times in a
+    row, in different crops, and an epoch has fewer images (repeated augmentation, Hoffer et al., 2020).
 
-    With `blocks` (see `ImageSource`) a copy is the blocks in random order, of which each process takes its part, so that it
-    reads few of them, and in windows, so that it reads them one after the other. No image is in two parts.
+    With `blocks` (see `ImageSource`) a copy is a random order of blocks. Each process takes its own part, so that it reads few
+    blocks, and shuffles within a window, so that it reads blocks one after the other. No image is in two parts.
     """
 
     num_images: int
@@ -265,11 +264,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        few = self.num_images < self.world  # then a part would be empty
+        few = self.num_images < self.world  # a part would be empty
         return self._of_all() if self.blocks is None or few else self._of_blocks(self.blocks)
 
     def _of_all(self) -> Iterator[list[tuple[int, int]]]:
-        """The processes deal each batch of one order among themselves."""
+        """All processes share one order, and divide each batch."""
         current, order = (-1, -1), torch.empty(0)
         for step in self.steps:
             epoch, position = divmod(step, self.steps_per_epoch)
@@ -283,13 +282,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield batch
 
     def _order(self, epoch: int, copy: int) -> Tensor:
-        """One shuffled copy of the images. An epoch of many is never in memory as a whole."""
+        """One shuffled copy of the data set. An epoch of many copies is never in memory as a whole."""
         words = (copy,) if copy else ()
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch, *words))
         return torch.randperm(self.num_images, generator=generator)
 
     def _of_blocks(self, blocks: Tensor) -> Iterator[list[tuple[int, int]]]:
-        """Each process has a part of the order for itself."""
+        """Each process has its own part of the order."""
         share, images = self.batch_size // self.world, self.num_images // self.world
         current, order = (-1, -1, -1), torch.empty(0)
         for step in self.steps:
@@ -305,7 +304,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield batch
 
     def _window(self, blocks: Tensor, epoch: int, copy: int, window: int) -> Tensor:
-        """The images of a window of this process's part, shuffled."""
+        """The shuffled images of a window of this process's part."""
         seed = derived_seed(self.seed, "blocks", epoch, copy)
         shuffled = torch.randperm(len(blocks) - 1, generator=torch.Generator().manual_seed(seed))
         ends = blocks.diff()[shuffled].cumsum(0)
@@ -335,14 +334,10 @@ def create_loader(dataset: CropDataset, sampler: EpochSampler, *, workers: int, 
 
 
 def centre_crop(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
-    """The largest part in the middle of an image that has the shape of `size` (height, width), resized to it.
-
-    Returns:
-        (C, height, width) uint8, or float32 of an image that is.
-    """
+    """The largest central box with the aspect ratio of `size` (height, width), resized: (C, height, width) uint8 or float32."""
     height, width = v2.functional.get_size(image)
     part = (min(height, max(1, round(width * size[0] / size[1]))), min(width, max(1, round(height * size[1] / size[0]))))
-    # Cut out first: of a very long image the rest would be large, once resized.
+    # Crop first: resizing a very long image would take much memory.
     resized = v2.functional.resize(v2.functional.center_crop(image, list(part)), list(size), antialias=True)
     return resized if isinstance(resized, Tensor) else v2.functional.pil_to_tensor(resized)
 
@@ -355,8 +350,7 @@ def preview_images(
     background: str = "white",
     pixels: Pixels = Pixels(),  # noqa: B008
 ) -> Tensor:
-    """Centre crops of `count` images spread over the source, (B, C, H, W), as `collate` puts them together; unreadable ones are
-    passed over."""
+    """Centre crops of `count` readable images spread over the source, (B, C, H, W)."""
     source = as_source(images)
     step = max(1, len(source) // count)
     crops: list[Sample] = []

@@ -1,7 +1,7 @@
-"""How processes that load images hand their batches over: without /dev/shm, of which a container has 64 MB and may have none.
+"""Passes batches from loader processes without /dev/shm, which is 64 MB in a container, or missing.
 
-torch puts batches there, and where it is full a process dies or waits. Here a batch is a file in memory that has no name and
-no place, of which the reader gets the descriptor. Where the system refuses one, the batch goes through the pipe, slower.
+torch puts batches there, and a process dies or waits if it is full. Here a batch is an anonymous file in memory (memfd), whose
+descriptor the reader gets. If the system refuses one, the batch goes through the pipe, which is slower.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from sparkme.errors import first_line
 from sparkme.machine import LOADER, MORE_SHARED_MEMORY, end_loaders, shared_memory
 from sparkme.screen import show
 
-# Processes that load images share what the source keeps. By other ways of starting them each would get a copy of its own.
+# Forked loaders share the arrays of the source. Other start methods would copy them into each process.
 FORK = "fork"
-SMALL_BYTES = 2**16  # up to here a pipe takes it at once
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-SPARE_FILES = 16  # that may still be opened; the thread that gives descriptors away does not stop where one is lacking
+SMALL_BYTES = 2**16  # a pipe takes this much at once
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+SPARE_FILES = 16  # left free, since the thread that passes descriptors hangs without one
 
 
 class Loader(DataLoader[Any]):
-    """A `DataLoader` whose processes need no shared memory; where they cannot start, this process loads the images itself.
+    """A `DataLoader` whose processes need no shared memory. If they cannot start, this process loads the images itself.
 
-    Locks between processes are files in /dev/shm, so without it there are none. That is said once.
+    Locks between processes are files in /dev/shm, so processes cannot start without it; a note says so once.
 
     Args:
-        dataset: what is loaded.
-        workers: how many processes load it; 0: this one.
-        prefetch: how many batches each of them loads ahead; as torch does if None.
-        others: what a `DataLoader` takes.
+        dataset: the data set.
+        workers: number of loader processes; 0: this process loads.
+        prefetch: batches that each process loads ahead; torch's default if None.
+        others: further arguments of `DataLoader`.
     """
 
     def __init__(self, dataset: Any, *, workers: int, prefetch: int | None = None, **others: Any) -> None:
@@ -62,14 +62,14 @@ class Loader(DataLoader[Any]):
         try:
             batches: Any = super().__iter__()
             if self.num_workers and not self.pin_memory:
-                # Only those that load write here. One that is killed in mid-batch leaves an end of file, and no wait for ever.
+                # Only loaders write here, so one that is killed in mid-batch leaves an end of file instead of an endless wait.
                 batches._worker_result_queue._writer.close()
             return _ending_loaders(batches) if self.num_workers else batches
         except OSError as error:
             _clear_away(error, _since(before))
             _say_once(
-                f"note: this process loads the images itself, since it cannot start others ({first_line(error)}); "
-                f"{remedy(error)}, or ask for none with --workers 0"
+                f"note: this process loads the images itself, since loader processes cannot start ({first_line(error)}); "
+                f"{remedy(error)}, or pass --workers 0"
             )
             self.num_workers = 0
             return super().__iter__()
@@ -79,7 +79,7 @@ class Loader(DataLoader[Any]):
 
 
 def _clear_away(error: OSError, started: list[Any]) -> None:
-    """Ends the processes of an iterator that could not start all of them; it cannot do so itself, and says that at length."""
+    """Ends the processes of an iterator that could not start all of them. It fails to do so itself, with long messages."""
     for process in started:
         process.kill()
         process.join(1)
@@ -89,21 +89,21 @@ def _clear_away(error: OSError, started: list[Any]) -> None:
 
 
 def remedy(error: OSError) -> str:
-    """What has to be changed so that processes can start."""
+    """How to let processes start."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise ulimit -n, or lower --workers"
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
         return "raise ulimit -u or the memory, or lower --workers"
-    return f"their locks are files in shared memory ({shared_memory()}): {MORE_SHARED_MEMORY}"
+    return f"they need locks in shared memory ({shared_memory()}): {MORE_SHARED_MEMORY}"
 
 
 def _ending_loaders(batches: Iterator[Any]) -> Iterator[Any]:
-    """What ends the wait for a batch ends the processes at once; torch waits for each that hangs."""
+    """Ends the loaders at once when an exception ends the wait for a batch; torch would wait for each that hangs."""
     try:
         yield from batches
     except GeneratorExit:
         raise
-    except EOFError as error:  # before torch has seen that a process is gone
+    except EOFError as error:  # torch has not noticed yet that a process is gone
         end_loaders()
         raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except BaseException:
@@ -121,40 +121,39 @@ def _say_once(text: str) -> None:
 
 
 def start_worker(number: int) -> None:
-    """Prepares a process that loads images. It leaves signals to the main process, which saves before it stops."""
+    """Prepares a loader process. It ignores signals, since the main process saves before it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with suppress(AttributeError):  # of Linux: where the main process is killed, one that hangs would outlive it
+    with suppress(AttributeError):  # Linux only: ends a hanging loader when the main process is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     ForkingPickler.register(Tensor, hand_over)
-    # Python only prints what goes wrong here, and the main process would wait for the batch for ever.
+    # Python only prints an error here, and the main process would wait for the batch for ever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def _end_worker(error: Exception, batch: Any) -> None:
-    text = f"error: a process that loads images cannot hand over a batch: {first_line(error)}; lower --workers or --batch-size"
+    text = f"error: a loader process cannot pass on a batch: {first_line(error)}; lower --workers or --batch-size"
     os.write(2, f"{text}\n".encode(errors="replace"))
     os._exit(1)
 
 
 def hand_over(tensor: Tensor) -> tuple[Any, ...]:
-    """What pickle keeps of a tensor: how to build it again, and from what."""
+    """Pickles a tensor: the function that builds it, and its arguments."""
     values = tensor.detach().contiguous().numpy()
     if values.nbytes > SMALL_BYTES:
         try:
             with open(os.memfd_create("batch"), "wb") as file:
                 if file.fileno() + SPARE_FILES > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
-                    raise OSError(errno.EMFILE, "too few for the socket that descriptors go through")
+                    raise OSError(errno.EMFILE, "too few descriptors left for the socket that passes them")
                 file.write(values.data.cast("B"))
                 file.flush()
                 return take_over, (DupFd(file.fileno()), tensor.shape, tensor.dtype)
-        except (OSError, RuntimeError, AttributeError):  # no file or thread is left, a full folder for sockets, no Linux
+        except (OSError, RuntimeError, AttributeError):  # no free file or thread, no room for sockets, not Linux
             pass
     return torch.from_numpy, (values,)
 
 
 def take_over(descriptor: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The tensor that `hand_over` wrote."""
     tensor = torch.empty(shape, dtype=dtype)
     with open(descriptor.detach(), "rb") as file:
         file.seek(0)

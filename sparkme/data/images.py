@@ -1,4 +1,4 @@
-"""Decoding: files, arrays and bytes of any kind to Pillow's images, or to tensors where there is more than 8 bits of RGB."""
+"""Decodes files, arrays and bytes to Pillow images, or to tensors if they have more than 8 bits or other channels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sparkme.errors import UserError, first_line
 from sparkme.text import printable
 
 Decoded = Image.Image | Tensor
-REDUCTIONS = (8, 4, 2)  # by which a JPEG decoder can leave pixels out
-_JPEG, _ORIENTATION = b"\xff\xd8\xff", 0x0112  # the first bytes of a file, and the tag that says how it was held
-_GREY_PHOTOMETRIC, _CMYK_PHOTOMETRIC, _SIGNED, _UNSIGNED = (0, 1), 5, 2, 1  # numbers of the TIFF format
-# Back to how a file has it.
+REDUCTIONS = (8, 4, 2)  # factors by which a JPEG decoder can shrink an image
+_JPEG, _ORIENTATION = b"\xff\xd8\xff", 0x0112  # the first bytes of a file, and the EXIF tag
+_GREY_PHOTOMETRIC, _CMYK_PHOTOMETRIC, _SIGNED, _UNSIGNED = (0, 1), 5, 2, 1  # codes of the TIFF format
+# By EXIF orientation: the inverse of the rotation that makes an image upright.
 _TURNED_BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,19 +38,19 @@ _TURNED_BACK = {
 
 
 class Stored(NamedTuple):
-    """An image as its source keeps it: a file, the bytes of one, or decoded already; `name` is for people, in one line."""
+    """An image as its source stores it: a file, its bytes, or decoded; and a one-line name for people."""
 
     name: str
     content: Path | bytes | Decoded
 
 
 class OpenImage:
-    """An image whose size is known, and whose pixels are not read yet if its format allows that.
+    """An image whose size is known, and whose pixels are decoded later if its format allows that.
 
     Attributes:
-        size: height and width, as they are decoded.
-        mirrored: whether the file has the bottom row first, and the right column.
-        outside: share of the pixels whose numbers lie outside of the data's range, and are cut to it.
+        size: height and width after decoding.
+        mirrored: whether the file stores the bottom row first, and the right column first.
+        outside: share of the pixel values that lie outside the value range and are clipped.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class OpenImage:
         self.mirrored = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
 
     def decode(self, reduction: int = 1) -> Decoded:
-        """The pixels. Of a JPEG file, sides may be divided by 2, 4 or 8 on the way, rounded up, for a fraction of the time:
-        the decoder then transforms back the low frequencies of its 8x8 blocks only."""
+        """The pixels. A JPEG decoder can divide the sides by 2, 4 or 8, rounded up, in a fraction of the time, since it then
+        uses only the low frequencies of its 8x8 blocks."""
         if self._jpeg is None:
             assert self._decoded is not None
             return self._decoded
@@ -76,7 +76,7 @@ class OpenImage:
         image.load()
         if self._orientation != 1:
             image = ImageOps.exif_transpose(image)
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy it
 
     @property
     def can_reduce(self) -> bool:
@@ -90,11 +90,11 @@ def open_image(
     background: str = "white",
     pixels: Pixels = Pixels(),  # noqa: B008
 ) -> Iterator[OpenImage]:
-    """Opens an image of any number of channels, see `load_image`.
+    """Opens an image with any number of channels, see `load_image`.
 
     Raises:
-        OSError: it cannot be read, or has other channels; also of what is done while it is open, since a file can be broken
-            anywhere.
+        OSError: the image cannot be read, or has other channels; also for errors inside the `with` block, since a file can be
+            broken anywhere.
     """
     try:
         if channels != 3 or pixels.stretches_bytes() or not _is_jpeg(stored.content):
@@ -106,16 +106,16 @@ def open_image(
             warnings.simplefilter("ignore")
             width, height = opened.size
             orientation = opened.getexif().get(_ORIENTATION, 1) if pixels.upright else 1
-            if orientation in (5, 6, 7, 8):  # that lie on their side
+            if orientation in (5, 6, 7, 8):  # rotated by 90 degrees
                 width, height = height, width
             yield OpenImage((height, width), jpeg=opened, orientation=orientation)
-    except Exception as error:  # decoders fail in all ways there are
+    except Exception as error:  # decoders may raise anything
         text = first_line(error)
         raise OSError(text if text.startswith(f"{stored.name}: ") else f"{stored.name}: {text}") from error
 
 
 def _inside(decoded: Decoded) -> tuple[Decoded, float]:
-    """Values from 0 to 1, and the share of them that had to be cut for it."""
+    """Values clipped to 0 to 1, and the share that was clipped."""
     if isinstance(decoded, Image.Image):
         return decoded, 0.0
     cut = decoded.clamp(0, 1)
@@ -135,25 +135,14 @@ def _file(content: Path | bytes | Decoded) -> Path | io.BytesIO:
 
 
 def check_background(colour: str) -> None:
-    """Raises UserError for what is no colour."""
     try:
         ImageColor.getrgb(colour)
     except ValueError:
-        raise UserError(f"--background {colour} is no colour; use a name, such as black, or #rrggbb") from None
+        raise UserError(f"--background {colour} is not a colour; use a name, such as black, or #rrggbb") from None
 
 
 def load_rgb(path: Path, background: str = "white") -> Image.Image:
-    """Decodes an image to RGB, upright if it says how it was held; more than 8 bits a channel are brought down to 8.
-
-    A transparent image is laid on a background: what colour a file keeps under its transparent pixels is of chance.
-
-    Args:
-        path: the file.
-        background: a name or #rrggbb, as PIL.ImageColor reads it.
-
-    Raises:
-        OSError: it cannot be read, whatever Pillow's own reason, or its numbers have no known range.
-    """
+    """Decodes an image to upright 8-bit RGB, see `load_image`."""
     image = load_image(path, 3, background)
     return image if isinstance(image, Image.Image) else functional.to_pil_image((image * 255).round().byte())
 
@@ -164,32 +153,31 @@ def load_image(
     background: str = "white",
     pixels: Pixels = Pixels(),  # noqa: B008
 ) -> Decoded:
-    """Decodes an image of any number of channels.
+    """Decodes an image with any number of channels.
 
     Args:
-        stored: an image file or its bytes, or a `.npy` array (H, W), (H, W, C) or (C, H, W) of any numbers.
-        channels: how many the network takes. With 3, grey becomes colour; with 1, colours become grey; with another number the
-            bands of a file, or the grey pages of a TIFF file, have to be as many.
-        background: a name or #rrggbb. A transparent image is laid on it: what colour a file keeps under its transparent pixels
-            is of chance.
-        pixels: how numbers become values.
+        stored: an image file or its bytes, or a `.npy` array (H, W), (H, W, C) or (C, H, W).
+        channels: the network's number of channels. With 3, grey becomes colour; with 1, colour becomes grey; any other number
+            must be that of the file's bands or of a TIFF file's grey pages.
+        background: a name or #rrggbb, behind transparent pixels, whose own colour is arbitrary.
+        pixels: conversion of pixel values.
 
     Returns:
-        An RGB image of Pillow's, of bytes, which travel to the device as they are, of what has 8 bits; or a (C, H, W) float32
-        tensor of values from 0 to 1, with all the precision that the file has.
+        A Pillow RGB image for 8-bit images, so that bytes are copied to the device; otherwise a (C, H, W) float32 tensor of
+        values from 0 to 1, with the precision of the file.
 
     Raises:
-        OSError: it cannot be read, or has other channels, or its numbers have no known range.
+        OSError: the image cannot be read, has other channels, or has an unknown value range.
     """
     stored = Stored(printable(stored), stored) if isinstance(stored, Path) else stored
     try:
         return _inside(_decode(stored, channels, background, pixels))[0]
-    except Exception as error:  # decoders fail in all ways there are
+    except Exception as error:  # decoders may raise anything
         raise OSError(f"{stored.name}: {first_line(error)}") from error
 
 
 def _decode(stored: Stored, channels: int, background: str, pixels: Pixels) -> Decoded:
-    """As `load_image`; values may lie outside of 0 to 1."""
+    """As `load_image`, without clipping to 0 to 1."""
     with read(stored, channels, pixels) as found:
         if isinstance(found, Planes):
             return planes.to_tensor(found, channels, background, pixels)
@@ -204,7 +192,7 @@ def _decode(stored: Stored, channels: int, background: str, pixels: Pixels) -> D
 
 @contextmanager
 def read(stored: Stored, channels: int, pixels: Pixels) -> Iterator[Image.Image | Planes]:
-    """An image before its channels become the network's: Pillow's, of 8 bits and not decoded yet; or numbers."""
+    """An image before conversion of its channels: an 8-bit Pillow image that is not decoded yet, or `Planes`."""
     content = stored.content
     if isinstance(content, Image.Image):
         yield _planes(content, None, channels, pixels.upright) or content
@@ -213,10 +201,10 @@ def read(stored: Stored, channels: int, pixels: Pixels) -> Iterator[Image.Image 
     elif content.suffix.lower() == ".npy" if isinstance(content, Path) else content.startswith(planes.NPY):
         yield planes.load_array(content, channels)
     else:
-        # Not by its name: what Pillow then maps into memory, it turns wrongly.
+        # Not by name: Pillow would then map it into memory, and rotate it wrongly.
         with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of palettes and tags that Pillow finds odd, and reads nevertheless
-            logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # likewise; what is wrong is raised
+            warnings.simplefilter("ignore")  # about odd palettes and tags that Pillow reads nevertheless
+            logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # likewise; errors are raised
             try:
                 opened: Image.Image = Image.open(file)
             except UnidentifiedImageError:
@@ -229,7 +217,7 @@ def read(stored: Stored, channels: int, pixels: Pixels) -> Iterator[Image.Image 
 
 
 def _planes(opened: Image.Image, file: BinaryIO | None, channels: int, upright: bool) -> Planes | None:
-    """The numbers of what has more than Pillow's images of 8 bits can hold."""
+    """The values of an image that Pillow's 8-bit modes cannot hold."""
     if opened.format == "TIFF":
         if file is not None and _exceeds_pillow(opened, channels):
             return planes.read_tiff(file, channels, upright)
@@ -245,10 +233,10 @@ def _planes(opened: Image.Image, file: BinaryIO | None, channels: int, upright: 
 
 
 def bits_of(opened: Any) -> int:
-    """Of each band in the file, as far as it tells; Pillow's image has 8, or one band of more."""
+    """Bits per band in the file, if known; Pillow's image has 8, or one band with more."""
     if opened.format == "TIFF":
         return int(max(opened.tag_v2.get(258, (1,))))
-    argument = opened.tile[0][3] if getattr(opened, "tile", None) else None  # what the decoder is told
+    argument = opened.tile[0][3] if getattr(opened, "tile", None) else None  # the decoder's arguments
     if opened.format == "PNG":
         return 16 if str(argument).endswith(";16B") else 8
     if opened.format == "PPM":
@@ -256,31 +244,31 @@ def bits_of(opened: Any) -> int:
     if opened.format == "JPEG2000" and opened.fp is not None:
         opened.fp.seek(0)
         head = opened.fp.read(256)
-        place = head.find(b"ihdr") + 14 if b"ihdr" in head else 42  # in the container, or in the bare codestream
+        place = head.find(b"ihdr") + 14 if b"ihdr" in head else 42  # in the container or in the bare codestream
         return (head[place] & 0x7F) + 1
     return 8
 
 
 def _exceeds_pillow(opened: Any, channels: int) -> bool:
-    """Whether a TIFF file has more bands, or more bits in several bands, than Pillow reads of it."""
+    """Whether a TIFF file has more bands, or more bits in several bands, than Pillow reads."""
     tags = opened.tag_v2
     bits, samples, photometric = max(tags.get(258, (1,))), int(tags.get(277, 1)), tags.get(262)
     is_colour_or_grey = channels in (1, 3)
     if photometric == _CMYK_PHOTOMETRIC and is_colour_or_grey:
         return False
-    if samples != len(opened.getbands()):  # with an extra band beside colour or grey, Pillow leaves it out
+    if samples != len(opened.getbands()):  # Pillow drops an extra band beside colour or grey
         return not is_colour_or_grey or bits > 8 or (photometric in _GREY_PHOTOMETRIC and samples > 2)
     return samples > 1 and bits > 8
 
 
 def is_deep(opened: Image.Image) -> bool:
-    """Whether it has one band of more than 8 bits, or of signed ones."""
+    """Whether it has one band with more than 8 bits or with signed values."""
     signed = opened.format == "TIFF" and max(getattr(opened, "tag_v2", {}).get(339, (_UNSIGNED,))) == _SIGNED
     return opened.mode in ("I", "F") or opened.mode.startswith("I;16") or (opened.mode == "L" and signed)
 
 
 def _numbers(opened: Any, upright: bool) -> np.ndarray:
-    """(H, W) of one band; of the types that Pillow holds otherwise, as the file has it."""
+    """(H, W) of one band, in the file's dtype."""
     tags = getattr(opened, "tag_v2", {}) if opened.format == "TIFF" else {}
     is_unsigned, deep = tags.get(339, (_UNSIGNED,)) == (_UNSIGNED,), is_deep(opened)
     values = np.asarray(_held(opened, upright) if deep else _held(opened, upright).convert("L"))
@@ -290,21 +278,21 @@ def _numbers(opened: Any, upright: bool) -> np.ndarray:
 
 
 def _stacked(opened: Any, channels: int, upright: bool) -> Planes:
-    """A page for each channel. Pages that do not say how they are held are held as the first one."""
+    """Planes of one page per channel. Pages without an orientation have the first page's."""
     orientation, pages = orientation_of(opened), []
     for page in range(channels):
         opened.seek(page)
         if len(opened.getbands()) != 1:
-            raise OSError(f"page {page + 1} has {len(opened.getbands())} channels; pages that are channels have one")
+            raise OSError(f"page {page + 1} has {len(opened.getbands())} channels; each page must have one")
         says = _ORIENTATION in opened.tag_v2
         pages.append(planes.turned(_numbers(opened, upright), 1 if says or not upright else orientation))
     if len(different := {page.dtype for page in pages}) > 1:
-        raise OSError(f"its pages hold different numbers: {', '.join(sorted(map(str, different)))}")
+        raise OSError(f"its pages have different dtypes: {', '.join(sorted(map(str, different)))}")
     return Planes(np.stack(pages, 2), channels, pages=channels, orientation=orientation)
 
 
 def orientation_of(opened: Any) -> int:
-    """How the image is held, from 1 to 8 as EXIF counts."""
+    """The EXIF orientation, from 1 to 8."""
     orientation = opened.getexif().get(_ORIENTATION, 1)
     return orientation if orientation in _TURNED_BACK else 1
 
@@ -313,12 +301,12 @@ def num_pages(opened: Image.Image) -> int:
     """Pages, or frames of an animation."""
     try:
         return int(getattr(opened, "n_frames", 1))
-    except Exception:  # which reading will name
+    except Exception:  # reading the image will report it
         return 1
 
 
 def _held(opened: Image.Image, upright: bool) -> Image.Image:
-    """Upright, or as the file has it; Pillow itself turns TIFF files."""
+    """The image upright, or as the file stores it; Pillow always rotates TIFF files."""
     if upright:
         return ImageOps.exif_transpose(opened)
     orientation = orientation_of(opened)
@@ -341,7 +329,7 @@ def _from_pillow(opened: Image.Image, channels: int, background: str, pixels: Pi
 
 
 def check_bands(opened: Image.Image, channels: int) -> None:
-    """Raises OSError where an image of 8 bits has not so many channels, and grey and colour cannot be had from it."""
+    """Raises OSError if an 8-bit image has another number of channels and is not convertible between grey and colour."""
     bands = len(opened.getbands())
     if channels not in (1, 3) and bands != channels:
-        raise OSError(f"it has {bands} channels and {num_pages(opened)} pages, --channels is {channels}")
+        raise OSError(f"it has {bands} channels and {num_pages(opened)} pages, but --channels is {channels}")

@@ -1,4 +1,4 @@
-"""What the columns of a table say of its images: their classes, or several labels of each, and which are to be measured on."""
+"""Reads classes, several labels per image, and the train/val split from the columns of a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparkme.data.sources.files import inside
 from sparkme.data.sources.table import Table, legible, outside, table_errors, word_of
 from sparkme.errors import UserError
 
-TRAIN: tuple[str, ...] = ("train", "training")  # of any case
+TRAIN: tuple[str, ...] = ("train", "training")  # in any case
 VAL: tuple[str, ...] = ("val", "valid", "validation", "test", "testing", "eval", "dev")
 LABEL_HEADS = (
     "label",
@@ -38,20 +38,20 @@ _IS_VAL_HEADS = ("isvalid", "isval", "isvalidation", "istest")
 _INDEX_HEADS = ("", "unnamed0", "index")
 _YES: tuple[str, ...] = ("1", "1.0", "true")
 _NO: tuple[str, ...] = ("0", "0.0", "false")
-_EMPTY = ("", "nan")  # as pandas writes what is missing
+_EMPTY = ("", "nan")  # pandas writes nan for a missing value
 _SEPARATORS = "|;, "
 
 
 @dataclass
 class LabelledRows:
-    """Images and what a table says of them.
+    """The images of a table with their labels.
 
     Attributes:
         images: names below the table's root.
-        labels: (N,) int64, the number of each one's class, or (N, classes) bool, which labels each has.
-        classes: the names of the classes or labels.
-        is_val: (N,) bool, whether each is to be measured on; None where the table does not say.
-        notes: what was left out or read otherwise than it is written, in words.
+        labels: (N,) int64 class numbers, or (N, classes) bool if images have several labels.
+        classes: names of the classes or labels.
+        is_val: (N,) bool: the validation images; None if the table has no split.
+        notes: lines for people about left-out lines and unusual spellings.
     """
 
     images: list[str]
@@ -64,12 +64,12 @@ class LabelledRows:
 class _Line(NamedTuple):
     number: int
     image: str
-    cells: list[str]  # of the columns with labels
+    cells: list[str]  # of the label columns
     part: str
 
 
 class _Targets(NamedTuple):
-    """As in `LabelledRows`; and which of the lines these are."""
+    """Labels and classes as in `LabelledRows`, and their lines."""
 
     labels: Tensor
     classes: list[str]
@@ -78,14 +78,7 @@ class _Targets(NamedTuple):
 
 @dataclass
 class _Columns:
-    """Which columns are read.
-
-    Attributes:
-        labels: with labels.
-        split: that says train or val, or None.
-        asked: whether the command line names those with labels.
-        notes: for people.
-    """
+    """The columns to read: those with labels, the split column or None, whether --labels named them, and notes."""
 
     labels: list[int]
     split: int | None
@@ -98,11 +91,11 @@ def read_label_columns(table: Table, names: Sequence[str] | None = None, separat
 
     Args:
         table: the table.
-        names: of the columns with labels. Several hold 0 and 1, or names of which an image has each. None: what the head says.
-        separator: what parts several labels in a cell; empty if a cell is one label whatever is in it; None if nobody said.
+        names: the label columns; None: chosen by the header. Several columns hold 0 and 1, or one label name each.
+        separator: text between several labels in a cell; "": a cell is always one label; None: not given.
 
     Raises:
-        UserError: an image is not there or twice; or the labels are none; says what was found.
+        UserError: an image is missing or listed twice, or the labels are not usable; says what was found.
     """
     with table_errors(table.path):
         columns = _choose(table, names)
@@ -110,7 +103,7 @@ def read_label_columns(table: Table, names: Sequence[str] | None = None, separat
     known = [line for line in lines if any(cell.lower() not in _EMPTY for cell in line.cells)]
     if not known:
         raise UserError(
-            f"{table.path} has a head, but no lines with a label below it"
+            f"{table.path} has a header, but no lines with a label below it"
             if not lines
             else f"{table.path}: none of its {len(lines):,} lines has a label"
         )
@@ -131,14 +124,14 @@ def read_label_columns(table: Table, names: Sequence[str] | None = None, separat
 def _choose(table: Table, names: Sequence[str] | None) -> _Columns:
     if not table.head:
         if names is not None:
-            raise UserError(f"{table.path} has no head; write the columns' names into its first line for --labels")
+            raise UserError(f"{table.path} has no header; write the column names into its first line to use --labels")
         return _choose_by_place(table)
     words = [word_of(name) for name in table.head]
     others = [i for i in range(len(words)) if i != table.column]
     split = next((i for i in others if words[i] in _SPLIT_HEADS + _IS_VAL_HEADS), None)
     if names is not None:
         if unknown := [name for name in names if name not in table.head]:
-            raise UserError(f"--labels {unknown[0]!r} is no column of {table.path}; it has {_listed(table.head)}")
+            raise UserError(f"--labels {unknown[0]!r} is not a column of {table.path}; its columns are {_listed(table.head)}")
         labels = [table.head.index(name) for name in names]
         return _with_note(table, _Columns(labels, None if split in labels else split, asked=True))
     others = [i for i in others if i != split and words[i] not in _INDEX_HEADS]
@@ -147,25 +140,23 @@ def _choose(table: Table, names: Sequence[str] | None) -> _Columns:
 
 
 def _choose_by_place(table: Table) -> _Columns:
-    """Without a head: path,label or path,label,part, whatever is before; or, where the path is last, the label before it."""
+    """Without a header: the label follows the path, then an optional split; if the path is last, the label precedes it."""
     after = list(range(table.column + 1, table.width))
     labels = after[:1] or list(range(max(0, table.column - 1), table.column))
     if len(after) > 2:
-        raise UserError(
-            f"{table.path}: line 1 has {table.width} columns; write their names into a line above, such as path,label"
-        )
+        raise UserError(f"{table.path}: line 1 has {table.width} columns; add a header line above, such as path,label")
     return _with_note(table, _Columns(labels, after[1] if len(after) == 2 else None, asked=False))
 
 
 def _with_note(table: Table, columns: _Columns) -> _Columns:
     if not columns.labels:
-        raise UserError(f"{table.path} has no column with labels; line 1 is {_first_line(table)!r}, and it takes path,label")
+        raise UserError(f"{table.path} has no label column: line 1 is {_first_line(table)!r}; expected path,label")
     names = [table.head[i] for i in columns.labels] if table.head else []
     if twice := next((name for name in names if table.head.count(name) > 1 or names.count(name) > 1), None):
-        raise UserError(f"{table.path}: column {twice!r} is there or named twice; leave one out")
+        raise UserError(f"{table.path}: column {twice!r} occurs or is named twice; leave one out")
     unread = [i for i in range(table.width) if i not in (table.column, columns.split, *columns.labels)]
     if unread:
-        columns.notes.append(f"columns of {table.path.name} that are not read: {_listed([table.name_of(i) for i in unread])}")
+        columns.notes.append(f"unused columns of {table.path.name}: {_listed([table.name_of(i) for i in unread])}")
     return columns
 
 
@@ -187,8 +178,8 @@ def _lines(table: Table, columns: _Columns) -> Iterator[_Line]:
         while len(cells) > table.width and not cells[-1]:  # as spreadsheets write them
             cells.pop()
         if not last < len(cells) <= table.width or not cells[table.column]:
-            expected = f"{len(table.head)} columns as the head" if table.head else "path,label"
-            quotes = f"; put names with {table.separator!r} into quotes" if len(cells) > table.width else ""
+            expected = f"{len(table.head)} columns as in the header" if table.head else "path,label"
+            quotes = f"; put names that contain {table.separator!r} in quotes" if len(cells) > table.width else ""
             raise UserError(f"{table.path}: line {number} is not {expected}: {','.join(cells)[:80]!r}{quotes}")
         part = cells[columns.split] if columns.split is not None and columns.split < len(cells) else ""
         labels = [table.text_of(cells[i]) for i in columns.labels]
@@ -207,10 +198,10 @@ def _image(table: Table, number: int, name: str) -> str:
         return found
     if not inside(table.images.top, name):
         raise UserError(outside(table, number, name))
-    advice = "; a head must name the column of the images, such as path" if number == 1 else ""
+    advice = "; a header must name the image column, such as path" if number == 1 else ""
     if "://" in name or PureWindowsPath(name).is_absolute():
-        advice = "; copy the images there, and name them below it"
-    missing = f"and there is no such file in {table.images.root}{advice}"
+        advice = "; copy the images there and use names relative to it"
+    missing = f"but there is no such file in {table.images.root}{advice}"
     raise UserError(f"{table.path}: line {number} names {name[:80]!r}, {missing}")
 
 
@@ -220,27 +211,27 @@ def _refuse_twice(table: Table, before: _Line, line: _Line, name: str) -> None:
         ""
         if labels[0] == labels[1]
         else (
-            f", there as {labels[1]!r}, here as {labels[0]!r}; leave one out, or write both into one line as a|b, and pass "
+            f", first as {labels[1]!r}, now as {labels[0]!r}; remove one, or write both in one line as a|b and pass "
             "--label-separator '|' to finetune"
         )
     )
     raise UserError(
-        f"{table.path}: line {line.number} names {name[:80]!r} again, after line {before.number}{several or '; leave one out'}"
+        f"{table.path}: line {line.number} names {name[:80]!r} again, after line {before.number}{several or '; remove one'}"
     )
 
 
 def _is_val(table: Table, columns: _Columns, lines: Sequence[_Line]) -> Tensor | None:
-    """Which lines are to be measured on."""
+    """The validation lines."""
     if columns.split is None or not any(line.part for line in lines):
         return None
     parts, name = [line.part for line in lines], table.name_of(columns.split)
     is_flag = bool(table.head) and word_of(table.head[columns.split]) in _IS_VAL_HEADS
     train, val, allowed = (_NO, _YES, "1 or 0") if is_flag else (TRAIN, VAL, "train or val")
     if not is_flag and all(part.isdecimal() for part in parts):
-        columns.notes.append(f"column {name} of {table.path.name} holds numbers, not train or val, and is not read")
+        columns.notes.append(f"column {name} of {table.path.name} holds numbers, not train or val, so it is not used")
         return None
     if (bad := next((part for part in parts if part not in (*train, *val)), None)) is not None:
-        raise UserError(f"{table.path}: column {name} says {bad!r}, not {allowed}")
+        raise UserError(f"{table.path}: column {name} has {bad!r}; it must be {allowed}")
     return torch.tensor([part in val for part in parts])
 
 
@@ -253,7 +244,7 @@ def _of_one_column(table: Table, columns: _Columns, lines: list[_Line], separato
     different = sorted(set(found))
     _refuse_numbers(table, name, different)
     if separator and not any(separator in label for label in different):
-        raise UserError(f"{table.path}: no label in column {name} has a {separator!r} in it, as --label-separator says")
+        raise UserError(f"{table.path}: no label in column {name} contains --label-separator {separator!r}; leave it out")
     if separator:
         return _of_names(table, [_parted(line.cells, separator) for line in lines], lines)
     if separator is None:
@@ -262,7 +253,6 @@ def _of_one_column(table: Table, columns: _Columns, lines: list[_Line], separato
 
 
 def _of_columns(table: Table, columns: _Columns, lines: list[_Line], separator: str | None) -> _Targets:
-    """Of several columns: of 0 and 1, or of names."""
     names = [table.head[i] for i in columns.labels]
     values = {cell.lower() for line in lines for cell in line.cells}
     if not values <= {*_YES, *_NO, *_EMPTY}:
@@ -272,15 +262,15 @@ def _of_columns(table: Table, columns: _Columns, lines: list[_Line], separator: 
     is_one_each = len(lines) > 0 and bool((labels.sum(1) == 1).all())
     if columns.asked:
         if is_one_each:
-            one_each = "has exactly one of these labels; without --labels they are read as classes"
+            one_each = "has exactly one of these labels; without --labels they would be classes"
             columns.notes.append(f"each image of {table.path.name} {one_each}")
         return _Targets(labels, names, lines)
     if not is_one_each:
         raise UserError(
-            f"{table.path}: columns {_listed(names)} hold 0 and 1, and not one 1 in each line; for several labels of an image "
-            f"pass {_flags(table)} --labels {','.join(names)[:200]} to finetune"
+            f"{table.path}: columns {_listed(names)} hold 0 and 1, but not exactly one 1 per line; for several labels per "
+            f"image pass {_flags(table)} --labels {','.join(names)[:200]} to finetune"
         )
-    columns.notes.append(f"each line of {table.path.name} has one 1, in a column of its class: {_listed(names)}")
+    columns.notes.append(f"each line of {table.path.name} has one 1, which marks its class: {_listed(names)}")
     return _of_classes(table, [names[i] for i in labels.int().argmax(1).tolist()], lines)
 
 
@@ -290,7 +280,7 @@ def _of_named_columns(
     names = [table.head[i] for i in columns.labels]
     if not columns.asked:
         raise UserError(
-            f"{table.path} has columns {_listed(names)}, and none is called label; pass {_flags(table)} --labels COLUMN to "
+            f"{table.path} has columns {_listed(names)}, but none is called label; pass {_flags(table)} --labels COLUMN to "
             "finetune or probe"
         )
     for i, name in enumerate(names):
@@ -298,14 +288,14 @@ def _of_named_columns(
     numbers = [value for value in sorted(values, key=_flags_last) if _number(value) is not None and value not in _EMPTY]
     if numbers:
         raise UserError(
-            f"{table.path}: columns {_listed(names)} hold {numbers[0]!r} among others; several columns of labels must hold 0 "
-            "and 1 only, or names only"
+            f"{table.path}: columns {_listed(names)} contain {numbers[0]!r}; several label columns must hold only 0 and 1, or "
+            "only names"
         )
     return _of_names(table, [_parted(line.cells, separator) for line in lines], lines)
 
 
 def _flags(table: Table) -> str:
-    """How the command line names the table, where it names columns."""
+    """The flags that name the table."""
     root = table.images.root
     return f"--data {table.path}" + (f" --root {root}" if root != table.path.parent else "")
 
@@ -335,7 +325,7 @@ def _of_names(table: Table, found: list[list[str]], lines: list[_Line]) -> _Targ
 def _numbers_of(table: Table, labels: Collection[str]) -> dict[str, int]:
     names = sorted(set(labels))
     if len(names) < 2:
-        raise UserError(f"{table.path} has {len(names)} different labels; it takes two or more, in lines of path,label")
+        raise UserError(f"{table.path} has {len(names)} different labels; two or more are needed, in lines of path,label")
     return {name: i for i, name in enumerate(names)}
 
 
@@ -347,23 +337,23 @@ def _number(text: str) -> float | None:
 
 
 def _refuse_numbers(table: Table, name: str, labels: Collection[str]) -> None:
-    """Numbers that are no integers are no names of classes."""
+    """Raises UserError for numbers that are not integers: they are no class names."""
     numbers = {label: _number(label) for label in labels if label.lower() not in _EMPTY}
     values = [value for value in numbers.values() if value is not None]
     if len(values) < len(numbers) or all(value.is_integer() for value in values):
         return
     example = next(label for label, value in numbers.items() if value is not None and not value.is_integer())
     raise UserError(
-        f"{table.path}: the labels in column {name} look like numbers for regression, such as {example!r}; only classes can be "
-        "learnt, so write names of classes or integers"
+        f"{table.path}: the labels in column {name} look like numbers for regression, such as {example!r}; sparkme learns "
+        "classes only: use class names or integers"
     )
 
 
 def _check_single(table: Table, name: str, labels: Collection[str]) -> list[str]:
-    """Refuses labels that are several in one, and names those that may be, for people."""
+    """Refuses cells with several labels; returns notes about cells that may have several."""
     if (listed := next((label for label in labels if label[:1] + label[-1:] in ("[]", "{}", "()")), None)) is not None:
         raise UserError(
-            f"{table.path}: labels in column {name} are lists, such as {listed[:60]!r}; write them as a|b, and pass "
+            f"{table.path}: labels in column {name} are lists, such as {listed[:60]!r}; write them as a|b and pass "
             "--label-separator '|' to finetune"
         )
     for separator in _SEPARATORS:
@@ -376,8 +366,8 @@ def _check_single(table: Table, name: str, labels: Collection[str]) -> list[str]
         example = next(label for label in labels if separator in label.strip())[:60]
         if shared and separator in "|;":
             raise UserError(
-                f"{table.path}: labels in column {name} are several in one, such as {example!r}; pass --label-separator "
-                f"'{separator}' to finetune for several labels of an image, or --label-separator '' if each is one class"
+                f"{table.path}: cells of column {name} hold several labels, such as {example!r}; pass --label-separator "
+                f"'{separator}' to finetune for several labels per image, or --label-separator '' if each cell is one class"
             )
-        return [f"labels such as {example!r} are one class each; if they are several, pass --label-separator '{separator}'"]
+        return [f"cells such as {example!r} are one class each; for several labels pass --label-separator '{separator}'"]
     return []

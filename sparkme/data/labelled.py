@@ -1,4 +1,4 @@
-"""Labelled images: a folder for each class, a table of paths and labels, or a split that is there already."""
+"""Labelled images: one folder per class, a table of paths and labels, or a data set with its own split."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from sparkme.text import printable
 
 @dataclass
 class Labelled:
-    """Images, and the number of each one's class or which labels each one has.
+    """Images with their classes or labels.
 
     Attributes:
-        images: where they are.
-        labels: (N,) int64, or (N, classes) bool where an image may have several.
-        classes: what the numbers or the columns stand for.
+        images: the source.
+        labels: (N,) int64 class numbers, or (N, classes) bool if an image may have several labels.
+        classes: names of the numbers or columns.
     """
 
     images: ImageSource
@@ -56,56 +56,51 @@ class Labelled:
 
     @property
     def paths(self) -> list[Path]:
-        """Of images that are files."""
+        """The paths of images that are files."""
         assert isinstance(self.images, Files)
         return [self.images.path(i) for i in range(len(self))]
 
     def name(self, number: int) -> str:
-        """Of an image, with its class."""
+        """The name of an image, with its class."""
         labels = compress(self.classes, self.labels[number]) if self.has_several else [self.classes[int(self.labels[number])]]
         return f"{self.images.name(number)} ({', '.join(map(printable, labels))})"
 
     def differ(self, numbers: Tensor, others: Tensor) -> Tensor:
-        """(N,) bool, whether the labels of images are not those of others."""
+        """(N,) bool: whether two images of a pair differ in their labels."""
         return (self.labels[numbers] != self.labels[others]).view(len(numbers), -1).any(1)
 
     def members(self, label: int) -> Tensor:
-        """The numbers of a class's images."""
         return (self.labels[:, label] if self.has_several else self.labels == label).nonzero().flatten()
 
     @property
     def counts(self) -> Tensor:
-        """(classes,) int64, how many images each has."""
+        """(classes,) int64: the number of images of each class."""
         return self.labels.sum(0) if self.has_several else torch.bincount(self.labels, minlength=len(self.classes))
 
     def subset(self, numbers: Tensor) -> Labelled:
         return Labelled(self.images.subset(numbers.tolist()), self.labels[numbers], self.classes)
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """The numbers of `count` images of each class, drawn at random.
-
-        Raises:
-            UserError: a class has fewer; or images have several labels.
-        """
+        """The numbers of `count` random images of each class. Raises UserError for a class with fewer, or several labels."""
         if self.has_several:
-            raise UserError(f"--shots {count} draws images of each class, and these have several labels each; leave it out")
+            raise UserError(f"--shots {count} needs images with one label each, these have several; leave it out")
         chosen = []
         if count < 1:
             raise UserError(f"--shots {count} must be at least 1")
         for label, name in enumerate(self.classes):
             members = self.members(label)
             if len(members) < count:
-                raise UserError(f"--shots {count}: class {name!r} has {len(members)} images to learn from; lower it")
+                raise UserError(f"--shots {count}: class {name!r} has {len(members)} training images; lower it")
             chosen.append(members[_order(len(members), seed, "shots", label)[:count]])
         return torch.cat(chosen).sort().values
 
     def shots(self, count: int, seed: int) -> Labelled:
-        """As `draw`, the images themselves."""
+        """The images that `draw` chooses."""
         return self.subset(self.draw(count, seed))
 
 
 class Split(NamedTuple):
-    """Images to learn from, others to measure on, and where the split comes from."""
+    """Training and validation images, and a note about the split."""
 
     train: Labelled
     val: Labelled
@@ -113,11 +108,11 @@ class Split(NamedTuple):
 
     @property
     def remarks(self) -> list[str]:
-        """What is said once, at the start."""
+        """Notes to print once, at the start."""
         remarks = [*dict.fromkeys(self.train.images.remarks + self.val.images.remarks)]
         if self.val.has_several and not self.val.counts.all():
             names = ", ".join(compress(self.val.classes, self.val.counts == 0))
-            remarks.append(f"no image to measure on has these labels, and the mean leaves them out: {names[:300]}")
+            remarks.append(f"no validation image has these labels, so the mean leaves them out: {names[:300]}")
         return remarks
 
 
@@ -134,58 +129,58 @@ def find_labelled(
     cache_gib: float = 50.0,
     columns: Columns = Columns(),  # noqa: B008
 ) -> Split:
-    """Labelled images, split into those to learn from and those to measure on.
+    """Labelled images, split into training and validation images.
 
     Args:
-        where: a folder with a folder for each class, or with folders `train` and `val` of that kind; a table; or any other
-            source that has labels, see `sparkme.data.sources`.
-        labels: a table of `path,label`, the paths below `where`; a third column may say `train` or `val`. Or, of the table
-            `where`, the columns with labels, with commas between them: of several each image may have several labels.
-        label_separator: what parts several labels in a cell of a table; see `read_label_columns`.
-        val_share: of each class, to measure on, where the data does not say.
-        seed: of that choice.
-        flag: what the data was given by, for messages.
-        root: what the names in a .csv are below; its folder if None.
+        where: a folder with one folder per class, or with folders `train` and `val` of that form; a table; or any other source
+            with labels, see `sparkme.data.sources`.
+        labels: a table of `path,label` with paths below `where`, and optionally a column that says `train` or `val`. If `where`
+            is a table: the names of its label columns, separated by commas; with several, an image may have several labels.
+        label_separator: text between several labels in a cell of a table; see `read_label_columns`.
+        val_share: share of each class to validate on, if the data has no split.
+        seed: of that random split.
+        flag: the command-line flag of `where`, for messages.
+        root: folder that names in a .csv are below; its own folder if None.
         cache, cache_gib: for shards.
         columns: of Parquet.
 
     Raises:
-        UserError: nothing of that kind is there; says what is expected.
+        UserError: there are no such labelled images; says what is expected.
     """
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is outside (0, 1)")
     data = Path(where)
-    # Here and below not `data.is_file()`, which raises of a name that is too long.
+    # os.path.isfile, since `data.is_file()` raises for a name that is too long.
     if data.suffix.lower() in LISTS and os.path.isfile(data):
         columns.refuse(f"{flag} {data}")
         return _from_table(root or data.parent, data, val_share, seed, labels, label_separator)
     if labels is not None and (os.path.isfile(labels) or Path(labels).suffix.lower() in LISTS):
         if not os.path.isdir(data):
-            raise UserError(f"{flag} {data} is not a folder, which --labels names images of")
+            raise UserError(f"{flag} {data} must be the folder that holds the images named in --labels")
         columns.refuse(str(labels))
         return _from_table(data, Path(labels), val_share, seed, separator=label_separator)
     if labels is not None or label_separator is not None:
         given = f"--labels {labels}" if labels is not None else f"--label-separator {label_separator!r}"
-        raise UserError(f"{given} is for a table such as {flag} FILE.csv --root FOLDER, and {flag} {data} is none")
+        raise UserError(f"{given} is for a table, such as {flag} FILE.csv --root FOLDER; {flag} {data} is not a table")
     if not os.path.isdir(data) or not _folders_in(data):
         return split(_from_source(str(where), cache, cache_gib, flag, columns), val_share, seed)
     columns.refuse(f"{flag} {data}")
     train, val, unused = _parts_of(data, flag)
     if train and not val and _has_classes(train):
-        raise UserError(f"{flag} {data} has {train.name}, but no folder val beside it; make one, or pass {flag} {train}")
+        raise UserError(f"{flag} {data} has a folder {train.name} but no folder val; add one, or pass {flag} {train}")
     if train and val:
         found = _from_folders(train, flag)
         other = _from_folders(val, flag, found.classes)
-        note = f"{len(found)} images to learn from in {train.name}, {len(other)} to measure on in {val.name}"
+        note = f"{len(found)} training images in {train.name}, {len(other)} validation images in {val.name}"
         return Split(found, other, note + (f"; not used: {', '.join(unused)}" if unused else ""))
     return split(_from_folders(data, flag), val_share, seed)
 
 
 def _parts_of(data: Path, flag: str) -> tuple[Path | None, Path | None, list[str]]:
-    """The folders of a split that is there, if it is, and the names of others beside them.
+    """The train and val folders of a data set, if any, and the names of other folders.
 
     Raises:
-        UserError: two folders' names differ in case only.
+        UserError: the names of two folders differ in case only.
     """
     folders: dict[str, str] = {}
     for name in _folders_in(data):
@@ -198,10 +193,10 @@ def _parts_of(data: Path, flag: str) -> tuple[Path | None, Path | None, list[str
 
 
 def split(labelled: Labelled, val_share: float, seed: int) -> Split:
-    """Takes a share of every class away to measure on, at least one image of each. Images of the same content stay together.
+    """Draws a share of every class for validation, at least one image. Copies of an image stay on one side.
 
     Raises:
-        UserError: a class has a single image, and each image one class.
+        UserError: a class has a single image.
     """
     first = first_copies(labelled.images)
     is_first = first == torch.arange(len(first))
@@ -212,30 +207,27 @@ def split(labelled: Labelled, val_share: float, seed: int) -> Split:
         chosen = _draw_of_classes(labelled, is_first, bool(copied), val_share, seed)[first]
     train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
     kind = "label" if labelled.has_several else "class"
-    note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every {kind} (seed {seed})"
-    return Split(train, val, f"{note}, since the data names no split{copied}")
+    note = f"{len(train)} training and {len(val)} validation images, drawn from every {kind} (seed {seed})"
+    return Split(train, val, f"{note}, since the data has no split{copied}")
 
 
 def _draw_of_classes(labelled: Labelled, is_first: Tensor, has_copies: bool, val_share: float, seed: int) -> Tensor:
-    """(N,) bool, which images to measure on, of those that are no copies of others."""
+    """(N,) bool: the validation images among those that are no copies."""
     chosen = torch.zeros(len(labelled), dtype=torch.bool)
     for label, name in enumerate(labelled.classes):
         members = labelled.members(label)
         members = members[is_first[members]]
         if len(members) < 2:
-            which = " that is no copy" if has_copies else ""
-            raise UserError(f"class {name!r} has {len(members)} image{which}; it needs one to learn from and one to measure on")
+            which = " without its copies" if has_copies else ""
+            raise UserError(f"class {name!r} has {len(members)} image{which}; it needs one to train and one to validate on")
         count = min(len(members) - 1, max(1, round(val_share * len(members))))
         chosen[members[_order(len(members), seed, "split", label)[:count]]] = True
     return chosen
 
 
 def _draw_of_labels(labelled: Labelled, is_first: Tensor, val_share: float, seed: int) -> Tensor:
-    """As `_draw_of_classes`, of the images of each label, the rarest first, and then of those without any. One of each stays to
-    learn from (Sechidis et al., ECML 2011, in short).
-
-    Raises:
-        UserError: there is no image to measure on.
+    """As `_draw_of_classes`, for several labels: goes from the rarest label to images without any. Each keeps a training image
+    (after Sechidis et al., ECML 2011). Raises UserError if no validation image is left.
     """
     chosen, is_learnt = torch.zeros(2, len(labelled), dtype=torch.bool)
     labels = [labelled.labels[:, label] for label in labelled.counts.argsort(stable=True).tolist()]
@@ -248,35 +240,35 @@ def _draw_of_labels(labelled: Labelled, is_first: Tensor, val_share: float, seed
         chosen[left[:count]] = True
         is_learnt[left[count:]] = True
     if not chosen.any():
-        raise UserError(f"{len(labelled)} images are too few to learn from some and to measure on others")
+        raise UserError(f"{len(labelled)} images are too few for a training and a validation split")
     return chosen
 
 
 def _describe_copies(labelled: Labelled, first: Tensor) -> str:
-    """How many images are copies of others, in words, or ""."""
+    """A note about images that are copies of others, or ""."""
     copies = (first != torch.arange(len(first))).nonzero().flatten()
     if not len(copies):
         return ""
     odd = copies[labelled.differ(copies, first[copies])]
-    two = f", {len(odd)} of them of another class" if len(odd) else ""
+    two = f", {len(odd)} of them with another class" if len(odd) else ""
     shown = int(odd[0] if len(odd) else copies[0])
     names = f"{labelled.name(shown)} of {labelled.name(int(first[shown]))}"
-    return f"; {len(copies)} images are copies of others{two}, such as {names}: copies stay on one side"
+    return f"; {len(copies)} images are copies of others{two}, such as {names}; copies stay on one side"
 
 
 def _refuse_two_labels(labelled: Labelled) -> None:
-    """Raises UserError for a file that links put into two classes."""
+    """Raises UserError for a file that appears in two classes through links."""
     if not isinstance(labelled.images, Files):
         return
     first = first_links(labelled.images)
     odd = labelled.differ(torch.arange(len(first)), first).nonzero().flatten()
     if len(odd):
         one, other = labelled.name(int(first[odd[0]])), labelled.name(int(odd[0]))
-        raise UserError(f"{one} and {other} are one file with two labels ({len(odd)} such in all); leave one out of each pair")
+        raise UserError(f"{one} and {other} are one file with two labels ({len(odd)} such pairs); remove one of each pair")
 
 
 def _has_classes(folder: Path) -> bool:
-    """Whether it holds folders, and nothing but folders."""
+    """Whether it holds at least two folders and nothing else."""
     entries = [entry for entry in os.scandir(folder) if not is_passed_over(entry.name)]
     return len(entries) > 1 and all(entry.is_dir() for entry in entries)
 
@@ -286,23 +278,22 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def split_digest(train: Labelled, val: Labelled) -> str:
-    """Twelve digits that change with the images' names, their classes, and which of them are to learn from."""
+    """Twelve digits that change with the names of the images, their classes and their split."""
     parts = [
         (*_last_names(part.images, i), _names_of(part, label), name)
         for name, part in (("train", train), ("val", val))
         for i, label in enumerate(part.labels.tolist())
     ]
-    order = [train.classes] if train.has_several else []  # that of classes is the alphabet's
+    order = [train.classes] if train.has_several else []  # classes are in alphabetical order
     return hashlib.sha256(repr(parts + order).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _names_of(part: Labelled, label: int | list[bool]) -> str | list[str]:
-    """Of a class, or of all labels of an image."""
     return [*compress(part.classes, label)] if isinstance(label, list) else part.classes[label]
 
 
 def _last_names(images: ImageSource, number: int) -> tuple[str, ...]:
-    """The same wherever the data lies."""
+    """A name that does not depend on the folder of the data."""
     return images.path(number).parts[-2:] if isinstance(images, Files) else (os.path.basename(images.name(number)),)
 
 
@@ -311,19 +302,19 @@ def _from_source(where: str, cache: Path | None, cache_gib: float, flag: str, co
     try:
         labels, classes = source.labels()
     except ValueError as error:
-        more = "; each class needs a folder, or pass --labels FILE.csv with lines of path,label" if Path(where).is_dir() else ""
+        more = "; make one folder per class, or pass --labels FILE.csv with lines of path,label" if Path(where).is_dir() else ""
         raise UserError(f"{flag} {error}{more}") from error
     if not bool((labels >= 0).all()):
         source, labels = source.subset((labels >= 0).nonzero().flatten().tolist()), labels[labels >= 0]
-    used, labels = torch.unique(labels, return_inverse=True)  # a part of a data set may name more classes than it has
+    used, labels = torch.unique(labels, return_inverse=True)  # a part of a data set may lack some classes
     classes = [classes[i] for i in used.tolist()]
     if len(classes) < 2:
-        raise UserError(f"{flag} {where} has {len(classes)} class, it takes two or more")
+        raise UserError(f"{flag} {where} has {len(classes)} class; two or more are needed")
     return Labelled(source, labels, classes)
 
 
 def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> Labelled:
-    """The first folder below is the class, whatever is below that; `known` are the classes there may be."""
+    """One class per folder, with images at any depth; `known` lists the allowed classes."""
     names: list[str] = []
     labels: list[int] = []
     problems: list[str] = []
@@ -332,7 +323,7 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
         Counter(entry.name for entry in os.scandir(folder) if is_passed_over(entry.name) and os.path.isdir(entry))
     )
     if loose := sum(is_image(entry.name) for entry in os.scandir(folder) if os.path.isfile(entry)):
-        problems.append(f"{loose} image{'s' * (loose > 1)} in no folder of a class")
+        problems.append(f"{loose} image{'s' * (loose > 1)} outside the class folders")
     for name in _folders_in(folder):
         listed = look_through(folder / name)
         left_out.add(listed.left_out)
@@ -344,16 +335,16 @@ def _from_folders(folder: Path, flag: str, known: list[str] | None = None) -> La
         if known is None:
             classes.append(name)
         elif name not in known:
-            raise UserError(f"{flag}: {folder} has a class {name!r} that the images to learn from do not have")
+            raise UserError(f"{flag}: {folder} has a class {name!r} that the training images lack")
         labels += [classes.index(name)] * len(images)
         names += images
     if len(classes) < 2:
         raise UserError(
-            f"{flag} {folder} has {len(classes)} folders with images, and each class needs one; or pass --labels FILE.csv "
-            f"with lines of path,label{''.join(f'; {line}' for line in left_out.lines)}"
+            f"{flag} {folder} has {len(classes)} folders with images; make one per class, or pass --labels FILE.csv with lines "
+            f"of path,label{''.join(f'; {line}' for line in left_out.lines)}"
         )
     if not names:
-        raise UserError(f"{flag}: {folder} has no images in folders of classes")
+        raise UserError(f"{flag}: {folder} has no images in its class folders")
     found = Labelled(
         Files(folder, Names.pack(names), str(folder), problems=problems, left_out=left_out), torch.tensor(labels), classes
     )
@@ -373,18 +364,18 @@ def _from_table(
         return _with_labels(split(labelled, val_share, seed), table)
     train, val = (labelled.subset(part.nonzero().flatten()) for part in (~rows.is_val, rows.is_val))
     if not len(train) or not len(val):
-        raise UserError(f"{table} has {len(train)} lines for train and {len(val)} for val; both need some")
+        raise UserError(f"{table} has {len(train)} lines for train and {len(val)} for val; both need at least one")
     if not labelled.has_several and (unknown := set(rows.classes) - {rows.classes[label] for label in train.labels.tolist()}):
-        raise UserError(f"{table}: class {min(unknown)!r} has no image to learn from")
-    note = f"{len(train)} lines of {table.name} to learn from, {len(val)} to measure on"
+        raise UserError(f"{table}: class {min(unknown)!r} has no training image")
+    note = f"{len(train)} training and {len(val)} validation images, as {table.name} says"
     return _with_labels(Split(train, val, note), table)
 
 
 def _with_labels(found: Split, table: Path) -> Split:
-    """Refuses a part whose images have no labels at all, where images may have none."""
-    for part, purpose in ((found.train, "learn from"), (found.val, "measure on")):
+    """Refuses a split in which no image has a label."""
+    for part, purpose in ((found.train, "training"), (found.val, "validation")):
         if not part.counts.any():
-            raise UserError(f"{table}: none of the {len(part)} images to {purpose} has a label")
+            raise UserError(f"{table}: none of the {len(part)} {purpose} images has a label")
     return found
 
 
@@ -393,14 +384,14 @@ def _order(count: int, seed: int, purpose: str, label: int) -> Tensor:
 
 
 class NumberedSample(NamedTuple):
-    """An image, or None and why it cannot be read; and its number in the data set."""
+    """A sample and its number in the data set."""
 
     sample: Sample
     number: int
 
 
 class WholeBatch(NamedTuple):
-    """(B, C, H, W) of the images that could be read, or None; their (B,) numbers; and why the others could not."""
+    """The readable images (B, C, H, W) or None, their numbers (B,), and the errors of the others."""
 
     images: Tensor | None
     numbers: Tensor
@@ -408,13 +399,13 @@ class WholeBatch(NamedTuple):
 
 
 class WholeImages(Dataset[NumberedSample]):
-    """Images as they are measured: resized, so that the centre crop keeps `crop_share` of the shorter side.
+    """Validation images: resized, so that the centre crop keeps `crop_share` of the shorter side.
 
     Args:
         images: a source, or files.
         size: height and width.
         channels, background: see `load_image`.
-        pixels: how the numbers of the images become values.
+        pixels: conversion of pixel values.
         crop_share: 0.95 as in the official fine-tuning code (downstream_imagenet/data.py).
     """
 
@@ -449,7 +440,7 @@ class WholeImages(Dataset[NumberedSample]):
 
 
 def whole_batches(dataset: WholeImages, *, batch_size: int, workers: int, share: Sequence[int] | None = None) -> Loader:
-    """Batches of a data set in its order, or of some of its numbers in theirs."""
+    """Batches of a data set in its order, or of the images `share` in that order."""
     return Loader(dataset, workers=workers, batch_size=batch_size, sampler=share, collate_fn=_collate)
 
 
@@ -461,7 +452,7 @@ def _collate(samples: list[NumberedSample]) -> WholeBatch:
 
 
 def class_counts(labelled: Labelled) -> str:
-    """For people: how many classes, and how many images they have."""
+    """The number of classes and of their images, for people."""
     counts, kind = labelled.counts, "labels" if labelled.has_several else "classes"
     few, many = int(counts.argmin()), int(counts.argmax())
     if counts[few] == counts[many]:

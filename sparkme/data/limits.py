@@ -1,4 +1,4 @@
-"""How large an image may be: a small file may promise any number of pixels."""
+"""The limit on pixels per image: a small file may claim any number."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit
 
 
 def limit_pixels(most: int | None) -> None:
-    """Sets how many pixels an image may have, in this process and in those that it starts to load images.
-
-    Args:
-        most: or None for Pillow's limit.
-
-    Raises:
-        UserError: it is no number of pixels.
-    """
+    """Sets the limit on pixels per image in this process and its loaders; None stands for Pillow's. Raises UserError."""
     if most is not None and not 1 <= most < 2**62:
         raise UserError(f"--max-pixels {most} must be at least 1, and below 2^62")
-    Image.MAX_IMAGE_PIXELS = ((most or MAX_PIXELS) + 1) // 2  # of which Pillow only warns; it refuses twice as many
+    Image.MAX_IMAGE_PIXELS = ((most or MAX_PIXELS) + 1) // 2  # Pillow warns at this number and refuses twice as many
 
 
 def scaled(most_bytes: int) -> int:
-    """As many bytes as files may have with Pillow's limit, for the limit that is set."""
+    """A limit on bytes for Pillow's limit on pixels, scaled to the current limit."""
     return most_bytes * max(1, 2 * (Image.MAX_IMAGE_PIXELS or 0) // MAX_PIXELS)

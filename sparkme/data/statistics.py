@@ -1,4 +1,4 @@
-"""What images are normalised by."""
+"""Mean and standard deviation for normalising images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from sparkme.settings.shared import IMAGENET_MEAN, IMAGENET_STD, TrainingSetting
 
 
 class Statistics(NamedTuple):
-    """Mean and deviation of each channel, of values in [0, 1]."""
+    """Mean and standard deviation of each channel, for values in [0, 1]."""
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
 
 def statistics_of(settings: TrainingSettings) -> Statistics:
-    """What a run normalises its images by; older ones had ImageNet's and do not say so."""
+    """A run's statistics. Older runs used ImageNet's and do not store them."""
     return Statistics(settings.mean, settings.std) if settings.mean else Statistics()

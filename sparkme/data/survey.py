@@ -1,4 +1,4 @@
-"""What the images of a data set are like: found once from some of them, told in a line, and kept with a run."""
+"""Samples a data set to find its pixel types, value ranges and orientation; a line reports them, and a run keeps them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from sparkme.data.sources import ImageSource
 from sparkme.errors import UserError, first_line
 
 LOOKED_AT = 64  # images
-_BLOCKS = 8  # that those images come from, where it is slow to read one by itself
-_KEPT = 2**16  # numbers of an image
-_ROOM = 0.05  # of what the numbers span
-_DARK = 0.1  # floats that stay below it are not taken to be from 0 to 1
+_BLOCKS = 8  # that those images come from, if a source has blocks
+_KEPT = 2**16  # values of an image
+_ROOM = 0.05  # margin, as a share of the span of values
+_DARK = 0.1  # floats that stay below it are not assumed to be from 0 to 1
 
 
 class Spread(NamedTuple):
-    """The numbers of an image.
+    """Statistics of the pixel values of an image.
 
     Attributes:
         kind: see `kind_of`.
-        extremes: the least and the largest.
-        common: likewise, of those that a whole block of 2 x 2 pixels does not fall below, or exceed; single defective pixels do
-            not change them.
-        tail: all that lie outside of `common`.
-        some: a part of all of them.
-        size: how many there are.
+        extremes: the smallest and the largest value.
+        common: the range that whole blocks of 2 x 2 pixels reach, which single defective pixels do not change.
+        tail: all values outside `common`.
+        some: a sample of all values.
+        size: number of values.
     """
 
     kind: str
@@ -46,7 +45,7 @@ class Spread(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What an image is, what becomes of it, and its numbers if they are more than Pillow's 8 bits."""
+    """An image's type, remarks about its conversion, and its value statistics if it has more than 8 bits."""
 
     name: str
     remarks: list[str]
@@ -63,21 +62,21 @@ def find_pixels(
     upright: bool | None,
     flag: str = "--data",
 ) -> tuple[Pixels, str]:
-    """How the images' numbers become values: as given, as known, or as some of the images let one estimate.
+    """The conversion of pixel values: as given, as in an earlier run, or estimated from a sample of the images.
 
     Args:
         images: a source, or files.
         channels, background: see `load_image`.
-        known: what a run before this one, whose weights or checkpoint are taken, found; None if there is none.
-        given: low and high, where the command line says them.
-        upright: whether to turn images as their EXIF says, where the command line says so.
-        flag: what the images were given by, for messages.
+        known: that of the run whose weights or checkpoint are used, if any.
+        given: low and high from the command line, if any.
+        upright: whether to rotate images as their EXIF orientation says, from the command line.
+        flag: the command-line flag of the images, for messages.
 
     Returns:
-        It, and for people what the images are and what becomes of them.
+        The conversion, and a line for people about the images.
 
     Raises:
-        UserError: none of them can be read.
+        UserError: no sampled image can be read.
     """
     source, looks, problem = as_source(images), [], ""
     if upright is None:
@@ -90,7 +89,7 @@ def find_pixels(
         except OSError as error:
             problem = str(error)
     if not looks:
-        raise UserError(f"{flag}: none of the images that were looked at can be read, such as {problem}")
+        raise UserError(f"{flag}: none of the sampled images can be read, such as {problem}")
     spreads: dict[str, list[Spread]] = {}
     for look in looks:
         if look.spread is not None:
@@ -100,17 +99,17 @@ def find_pixels(
     if pixels.ranges is not None and pixels.stretches_bytes() and BYTES not in spreads:
         texts.append(f"{BYTES}: {_words(pixels.ranges[BYTES])} become 0 to 1, {_origin(BYTES, known, given)}")
     elif given is not None and any(look.spread is None or look.spread.kind == BYTES for look in looks):
-        texts.append(f"{BYTES}: 0 to 255 become 0 to 1, since others have more than 8 bits")
+        texts.append(f"{BYTES}: 0 to 255 become 0 to 1, since --value-range is for the deeper images")
     if len(looks) < len(chosen):
         texts.append(f"{len(chosen) - len(looks)} cannot be read, such as {problem}")
-    names = f"{_names_text(looks)} ({len(chosen)} of {len(source):,} looked at)"
+    names = f"{_names_text(looks)} ({len(chosen)} of {len(source):,} sampled)"
     return pixels, "; ".join([names, *_remarks(looks), *filter(None, texts)])
 
 
 def _ranges(
     spreads: dict[str, list[Spread]], known: Pixels | None, given: list[float] | None, *, is_part: bool
 ) -> dict[str, list[float]] | None:
-    """Of each kind of numbers. 8 bits have one of their own if it is given, and nothing deeper is there."""
+    """The range of each kind of values. A given range applies to 8 bits only if there are no deeper images."""
     deep = {kind: found for kind, found in spreads.items() if kind != BYTES}
     if given is not None:
         return dict.fromkeys((INTEGERS, FLOATS) if deep else (BYTES, INTEGERS, FLOATS), given)
@@ -124,7 +123,7 @@ def _ranges(
 
 
 def _chosen(source: ImageSource) -> list[int]:
-    """Numbers of images all over the source; of few blocks where a source has blocks."""
+    """Numbers of images spread over the source, from few blocks if it has blocks."""
     if source.blocks is None:
         return _over(range(len(source)), LOOKED_AT)
     ends = source.blocks.tolist()
@@ -143,7 +142,7 @@ def _look_at(source: ImageSource, number: int, channels: int, background: str, u
             if isinstance(found, Planes):
                 return _look_at_planes(found, channels, background, upright, is_strict)
             return _look_at_image(found, channels, background, upright)
-    except Exception as error:  # decoders fail in all ways there are
+    except Exception as error:  # decoders may raise anything
         raise OSError(f"{stored.name}: {first_line(error)}") from error
 
 
@@ -153,7 +152,7 @@ def _look_at_planes(planes: Planes, channels: int, background: str, upright: boo
     if planes.orientation != 1:
         remarks.append(_turned(upright))
     if planes.pages > 1:
-        remarks.append("whose pages are the channels" if planes.pages == bands else _first_page(planes.pages, is_tiff=True))
+        remarks.append("with one page per channel" if planes.pages == bands else _first_page(planes.pages, is_tiff=True))
     if bands != channels:
         left = bands - planes.colours - planes.has_alpha
         remarks += [f"with alpha, laid on {background} (--background)"] if planes.has_alpha else []
@@ -161,7 +160,7 @@ def _look_at_planes(planes: Planes, channels: int, background: str, upright: boo
         remarks += _recoloured(planes.colours, channels)
     colours = planes.values[..., : planes.colours] if planes.has_alpha or bands != channels else planes.values
     if is_strict:
-        range_of(colours, Pixels())  # refuses what it does not hold
+        range_of(colours, Pixels())  # raises if values are outside
     return Look(f"{bands} channel{'s' * (bands > 1)} of {colours.dtype}", remarks, spread_of(colours))
 
 
@@ -170,47 +169,43 @@ def _look_at_image(opened: Image.Image, channels: int, background: str, upright:
     bands, pages, bits = len(opened.getbands()), num_pages(opened), bits_of(opened)
     stored = int(getattr(opened, "tag_v2", {}).get(277, bands)) if opened.format == "TIFF" else bands
     remarks = [_turned(upright)] if orientation_of(opened) != 1 else []
-    if pages > 1 and opened.format != "MPO":  # whose further images are previews of the first one
+    if pages > 1 and opened.format != "MPO":  # MPO's further images are previews of the first
         remarks.append(_first_page(pages, is_tiff=opened.format == "TIFF"))
     if stored > bands:
         remarks.append(_left_out(stored, bands))
     if channels in (1, 3) and opened.has_transparency_data:
         remarks.append(f"with alpha, laid on {background} (--background)")
     if bits > 8:
-        remarks.append(f"brought down from {bits} bits to 8, since Pillow reads no more of colours in {opened.format}")
+        remarks.append(f"reduced from {bits} bits to 8, since Pillow reads no more of {opened.format} colours")
     remarks += _recoloured(1 if opened.mode in ("1", "L", "LA") else 3, channels)
     return Look({"1": "1 bit", "P": "a palette of 8 bits"}.get(opened.mode, f"{opened.mode} of 8 bits"), remarks, None)
 
 
 def _turned(upright: bool) -> str:
-    return "turned as their EXIF says (--no-upright)" if upright else "not turned, though their EXIF says so (--no-upright)"
+    return "rotated as their EXIF says (--no-upright)" if upright else "not rotated as their EXIF says (--no-upright)"
 
 
 def _first_page(pages: int, *, is_tiff: bool) -> str:
     if is_tiff:
-        return f"with {pages} pages, of which the first is taken (--channels {pages} takes grey pages for channels)"
-    return f"with {pages} frames, of which the first is taken"
+        return f"with {pages} pages, the first is used (--channels {pages} uses grey pages as channels)"
+    return f"with {pages} frames, the first is used"
 
 
 def _left_out(stored: int, taken: int) -> str:
-    return f"with {stored} bands, of which the first {taken} are taken (--channels {stored} takes all)"
+    return f"with {stored} bands, the first {taken} are used (--channels {stored} uses all)"
 
 
 def _recoloured(colours: int, channels: int) -> list[str]:
     if (colours, channels) == (1, 3):
-        return ["grey, taken as three equal channels"]
-    return ["of colour, made grey"] if (colours, channels) == (3, 1) else []
+        return ["grey, copied to three channels"]
+    return ["colour, converted to grey"] if (colours, channels) == (3, 1) else []
 
 
 def spread_of(values: np.ndarray) -> Spread:
-    """Of (H, W, C) numbers.
-
-    Raises:
-        OSError: there are some that are not finite.
-    """
+    """The statistics of (H, W, C) values. Raises OSError if some are not finite."""
     kind = kind_of(values.dtype)
     if kind == FLOATS and not np.isfinite(values).all():
-        raise OSError("it has values that are no numbers (NaN), or infinite")
+        raise OSError("it has NaN or infinite values")
     low = high = values
     for axis in (0, 1):
         if values.shape[axis] > 1:
@@ -224,11 +219,11 @@ def spread_of(values: np.ndarray) -> Spread:
 
 
 def estimate_range(spreads: list[Spread], *, is_part: bool = False) -> list[float]:
-    """Low and high of what the numbers of images can be expected to be.
+    """The expected value range of images, low and high.
 
-    Numbers of single pixels count unless they lie farther outside of the others than half of those span, as those of defective
-    pixels do. Where zero is near, it is the low end; then whole numbers have the largest number of so many bits for high end.
-    Other ends leave room for images that are not among these, if `is_part`.
+    Values of single pixels count unless they lie outside the others by more than half of their span, as those of defective
+    pixels do. If zero is near, it is the low end, and the high end of integers is the largest number with as many bits. Other
+    ends get a margin for images outside the sample, if `is_part`.
     """
     low, high = min(s.common[0] for s in spreads), max(s.common[1] for s in spreads)
     reach = (high - low) / 2
@@ -252,7 +247,7 @@ def _origin(kind: str, known: Pixels | None, given: list[float] | None) -> str:
         return "as given"
     if known is None or (known.ranges is not None and kind not in known.ranges):
         return "estimated (--value-range LOW HIGH)"
-    return "as before" if known.ranges is not None else "which their type can hold, as before (--value-range LOW HIGH)"
+    return "as before" if known.ranges is not None else "the range of their type, as before (--value-range LOW HIGH)"
 
 
 def _range_text(kind: str, spreads: list[Spread], pixels: Pixels, origin: str) -> str:
@@ -261,13 +256,13 @@ def _range_text(kind: str, spreads: list[Spread], pixels: Pixels, origin: str) -
     low, high = usual if pixels.ranges is None else pixels.ranges.get(kind, usual)
     if kind == BYTES and [low, high] == usual:
         return ""
-    text = f"{kind} from {_words([least, most])}, of which {_words([low, high])} become 0 to 1, {origin}"
+    text = f"{kind} from {_words([least, most])}; {_words([low, high])} become 0 to 1, {origin}"
     outside = sum(_num_outside(s, low, high) for s in spreads) / sum(s.size for s in spreads)
-    return f"{text}; {100 * outside:.2g} % of them lie outside and are cut" if outside else text
+    return f"{text}; {100 * outside:.2g} % of them lie outside and are clipped" if outside else text
 
 
 def _num_outside(spread: Spread, low: float, high: float) -> float:
-    """How many numbers of an image are outside; estimated where the range cuts into the common ones."""
+    """How many values of an image are outside; estimated if the range clips common values."""
     if low <= spread.common[0] and spread.common[1] <= high:
         return int(((spread.tail < low) | (spread.tail > high)).sum())
     return float(((spread.some < low) | (spread.some > high)).mean()) * spread.size

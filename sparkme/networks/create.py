@@ -1,6 +1,6 @@
-"""The networks that can be pretrained: torchvision's by NAME, timm's by timm:NAME, a user's own by package.module:factory.
+"""Creates networks: NAME of torchvision, timm:NAME, or a user's own as package.module:factory.
 
-Any convolutional network is taken that `sparkme.sparsify` takes; what it cannot take it refuses by the name of a layer.
+Every convolutional network works that `sparkme.sparsify` accepts; it names the layer that it refuses.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def create_dense(name: str, *, in_channels: int = 3, drop_path: float = 0.0, num
     Args:
         name: `resnet50` of torchvision, `timm:resnet50`, or `package.module:factory`, which is imported, also from the
             working directory, and called.
-        in_channels: of the images.
-        drop_path: probability of the deepest block to be left out, growing linearly from 0 at the first. torchvision's
-            ResNets, which have none, get theirs from `add_drop_path`.
-        num_classes: of its classifier; whatever the network has by itself if None.
+        in_channels: channels of the images.
+        drop_path: rate of the deepest block, growing linearly from 0 at the first. torchvision's ResNets lack drop path and get
+            it from `add_drop_path`.
+        num_classes: classes of its classifier; the network's default if None.
 
     Raises:
-        ValueError: no such network, or it cannot have that many channels or a drop path; says what to change.
+        ValueError: an unknown network, or one that does not support these channels or drop path; says what to change.
     """
     kind, colon, rest = name.rpartition(":")
     if not colon:
@@ -57,12 +57,12 @@ def create_encoder(
 
     Args:
         name: see `create_dense`.
-        in_channels: of the images.
+        in_channels: channels of the images.
         drop_path: see `create_dense`; the paper's for this network if None.
         proof: see `sparkme.sparsify`.
 
     Raises:
-        ValueError: no such network, a probability outside [0, 1), or a network that cannot be sparse.
+        ValueError: an unknown network, a rate outside [0, 1), or a network that cannot be sparse.
     """
     rate = paper_drop_path(name) if drop_path is None else drop_path
     if not 0 <= rate < 1:
@@ -74,9 +74,9 @@ def create_encoder(
 
 
 def add_drop_path(network: nn.Module, rate: float) -> None:
-    """Gives the residual branches of a torchvision ResNet, which has none, a drop path of linearly growing probability.
+    """Adds drop path with linearly growing rates to a torchvision ResNet.
 
-    The branch ends at the last batch norm of its block, so the drop is applied to that layer's output, as timm does.
+    As in timm, it applies to the output of a block's last batch norm, where the residual branch ends.
     """
     blocks = [m for m in network.modules() if isinstance(m, BasicBlock | Bottleneck)]
     for i, block in enumerate(blocks):
@@ -87,7 +87,7 @@ def add_drop_path(network: nn.Module, rate: float) -> None:
 
 
 class _DropBranch:
-    """Forward hook: leaves out the branch of each sample with a probability, in training mode."""
+    """A forward hook that drops the branch of a sample at random, in training mode."""
 
     def __init__(self, probability: float) -> None:
         self.drop = StochasticDepth(probability, "row")
@@ -102,9 +102,9 @@ def _torchvision_model(name: str, in_channels: int, drop_path: float, num_classe
     if name not in known:
         raise ValueError(f"unknown model {name!r}; {_suggestion(name, known, 'torchvision')}")
     options: dict[str, Any] = {"weights": None} | ({} if num_classes is None else {"num_classes": num_classes})
-    if name in ("googlenet", "inception_v3"):  # else a warning that the default will change
+    if name in ("googlenet", "inception_v3"):  # avoids a warning about the default
         options["init_weights"] = True
-    # Residual branches start at zero where that can be had, as in timm's ResNets, which the official code trains.
+    # Residual branches start at zero if supported, as in timm's ResNets, which the official code trains.
     model: nn.Module | None = None
     for extra in ({"stochastic_depth_prob": drop_path}, {"zero_init_residual": True}, {}):
         with suppress(TypeError):  # no such option
@@ -142,16 +142,16 @@ def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's code
-        hint = f"; start where {module_name.partition('.')[0]}.py lies" if isinstance(error, ModuleNotFoundError) else ""
+        hint = f"; start in the folder of {module_name.partition('.')[0]}.py" if isinstance(error, ModuleNotFoundError) else ""
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise ValueError(f"{where} cannot be imported: {kind}{first_line(error)}{hint}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
-        raise ValueError(f"{where}: {module_name} has no function {factory_name!r} that makes a network")
+        raise ValueError(f"{where}: {module_name} has no function {factory_name!r} that returns a network")
     try:
         takes: Any = inspect.signature(factory).parameters
-    except ValueError as error:  # of a builtin
-        raise ValueError(f"{where} is no function that makes a network") from error
+    except ValueError as error:  # a builtin function
+        raise ValueError(f"{where} is not a function that returns a network") from error
     wanted: dict[str, Any] = {"in_channels": in_channels, "drop_path": drop_path}
     wanted |= {} if num_classes is None else {"num_classes": num_classes}
     if drop_path and "drop_path" not in takes:
@@ -161,7 +161,7 @@ def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path:
     except (Exception, SystemExit) as error:  # the user's code
         raise ValueError(f"{where} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{where} made a {type(model).__name__}, which is no torch.nn.Module")
+        raise ValueError(f"{where} returned a {type(model).__name__}, not a torch.nn.Module")
     for key, value in state_dict_of(model).items():
         if (
             isinstance(value, Tensor)
@@ -169,13 +169,13 @@ def _own_model(module_name: str, factory_name: str, in_channels: int, drop_path:
             and (value.dtype, value.device.type) != (torch.float32, "cpu")
         ):
             raise ValueError(
-                f"{where} made weights of {value.dtype} on {value.device} ({key}); make them of float32 on the CPU"
+                f"{where} returned weights of {value.dtype} on {value.device} ({key}); make them float32 on the CPU"
             )
     return model if num_classes is None else _with_classes(model, in_channels, num_classes, where)
 
 
 class Classifier(nn.Module):
-    """A network that ends in features, with a mean over their pixels and a linear layer behind it."""
+    """A network of features, followed by a spatial mean and a linear layer."""
 
     def __init__(self, network: nn.Module, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -189,11 +189,11 @@ class Classifier(nn.Module):
 
 
 def _with_classes(model: nn.Module, in_channels: int, num_classes: int, where: str) -> nn.Module:
-    """Gives a user's network, whatever it ends in, a classifier of `num_classes` classes."""
+    """Gives a user's network a classifier of `num_classes` classes."""
     out, last = _try_out(model, in_channels)
     if not isinstance(out, Tensor) or out.ndim not in (2, 4):
-        kind = f"of {out.ndim} axes" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise ValueError(f"{where} gives {kind}; to be fine-tuned it has to give (B, C) or (B, C, H, W)")
+        kind = f"{out.ndim} axes" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(f"{where} returns {kind}; fine-tuning needs (B, C) or (B, C, H, W)")
     if out.ndim == 2 and out.shape[1] == num_classes:
         return model
     layer = model.get_submodule(last)
@@ -205,13 +205,13 @@ def _with_classes(model: nn.Module, in_channels: int, num_classes: int, where: s
 
 
 def find_classifier(model: nn.Module, in_channels: int) -> str:
-    """The path of the layer with weights that a network calls last."""
+    """The path of the last called layer with weights."""
     return _try_out(model, in_channels)[1]
 
 
 @torch.no_grad()
 def _try_out(model: nn.Module, in_channels: int) -> tuple[Any, str]:
-    """What a network makes of an image, in eval mode, and the path of the layer with weights that it calls last."""
+    """A network's output for an image, in eval mode, and the path of the last called layer with weights."""
     called: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: called.append(name))
@@ -220,7 +220,7 @@ def _try_out(model: nn.Module, in_channels: int) -> tuple[Any, str]:
     ]
     was_training = model.training
     try:
-        model.eval()  # of a network's own class it may return nothing
+        model.eval()  # a user's class may not return self
         out = model(torch.zeros(1, in_channels, 128, 128, device=next(model.parameters()).device))
     finally:
         model.train(was_training)
@@ -230,10 +230,10 @@ def _try_out(model: nn.Module, in_channels: int) -> tuple[Any, str]:
 
 
 def with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:
-    """Replaces the convolution that is called first by one for other images, with new weights as its class draws them.
+    """Replaces the first called convolution by one with random weights for another number of channels.
 
     Raises:
-        ValueError: what is called first is grouped, or no plain nn.Conv2d.
+        ValueError: that convolution is grouped, or not a plain nn.Conv2d.
     """
     found: list[str] = []
     names = {id(module): name for name, module in model.named_modules()}
@@ -254,7 +254,7 @@ def with_in_channels(model: nn.Module, in_channels: int) -> nn.Module:
     name = found[0]
     old = model.get_submodule(name)
     if type(old) is not nn.Conv2d or old.groups != 1:
-        raise ValueError(f"--channels {in_channels}: layer {name!r} ({type(old).__name__}) cannot take other images than RGB")
+        raise ValueError(f"--channels {in_channels}: layer {name!r} ({type(old).__name__}) supports RGB images only")
     new = nn.Conv2d(
         in_channels,
         old.out_channels,
@@ -275,4 +275,4 @@ def _suggestion(name: str, known: list[str], library: str, prefix: str = "") -> 
     elsewhere = "" if prefix else "; timm's are `timm:NAME`, your own is `package.module:factory`"
     if close:
         return f"did you mean {' or '.join(close)}?{elsewhere}"
-    return f"{library} has none like it; --list-models prints those that are known to work{elsewhere}"
+    return f"{library} has no similar name; --list-models prints those that are known to work{elsewhere}"

@@ -1,6 +1,6 @@
-"""What the name of a network says: which library's it is, the paper's drop path for it, and which names were tried and work.
+"""Names of networks: their library, the paper's drop path, and the list of networks that are known to work.
 
-Those stand in networks.txt, which `python -m benchmarks.networks` writes, so that no library is imported to list them.
+`python -m benchmarks.networks` writes that list, networks.txt, so that listing imports no library.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-# Drop path of the paper (models/__init__.py:34 of the official code), for torchvision's and timm's networks of these names;
-# other networks train without.
+# The paper's drop path (models/__init__.py:34 of the official code), for networks of these names in torchvision and timm.
 PAPER_DROP_PATH = {
     "resnet50": 0.05,
     "resnet101": 0.08,
@@ -22,17 +21,17 @@ PAPER_DROP_PATH = {
 
 
 def paper_drop_path(name: str) -> float:
-    """The paper's drop path for a network of this name, whoever's it is; 0 if it has none."""
+    """The paper's drop path for a network of this name; 0 if it has none."""
     return PAPER_DROP_PATH.get(name.removeprefix("timm:").partition(".")[0], 0.0)
 
 
 def model_names(pattern: str = "*") -> list[str]:
-    """The names that were tried and work, those that match a shell pattern."""
+    """The names of networks that are known to work and match a shell pattern."""
     lines = Path(__file__).with_name("networks.txt").read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#") and fnmatch(line, pattern)]
 
 
 def library_of(name: str) -> str:
-    """Whose network a name stands for: torchvision, timm or own."""
+    """The library of a network: torchvision, timm or own."""
     kind, colon, _ = name.rpartition(":")
     return "torchvision" if not colon else "timm" if kind == "timm" else "own"

@@ -36,7 +36,7 @@ def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | N
         rows: (N_in, C_in).
         kernel: (K, C_in / groups, C_out).
         table, inverse: (N_out, K) and (N_in, K) int32, from `neighbour_table`, plain and transposed. The inverse is for
-            the gradient of the rows, and may be None where that is not asked for.
+            the gradient of the rows; None if that is not needed.
         groups: as in `torch.nn.Conv2d`.
 
     Returns:
@@ -48,7 +48,7 @@ def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | N
             f"kernel must be ({table.shape[1]}, {rows.shape[1]} / groups={groups}, C_out), got {tuple(kernel.shape)}"
         )
     if inverse is None and rows.requires_grad and torch.is_grad_enabled():
-        raise ValueError("inverse is None, and the gradient of the rows needs it")
+        raise ValueError("inverse is None, but the gradient of the rows needs it")
     if groups < 1 or kernel.shape[2] % groups:
         raise ValueError(f"groups={groups} must divide the kernel's {kernel.shape[2]} output channels")
     check_same("kernel", kernel, rows)

@@ -1,7 +1,7 @@
-"""How an operator becomes known to torch, and what all of them check.
+"""Registers operators with torch, and checks their arguments.
 
-An operator has a schema and shapes here in Python, and kernels elsewhere: those of the CPU and of CUDA, and the gradients, are
-registered by the extension `sparkme._C` (cuda_ext/csrc), CUDA's convolution by `sparkme.ops.convolution`.
+Schemas and shapes are in Python. The CPU and CUDA kernels and the gradients are registered by the extension `sparkme._C`
+(cuda_ext/csrc), CUDA's convolution by `sparkme.ops.convolution`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def define(*mutates: str) -> Callable[[Shapes], Shapes]:
-    """Defines the operator `torch.ops.sparkme.NAME` by a function `_NAME`: its annotations are the schema, and what it makes of
-    tensors without data are the results' shapes and types (a fake implementation). `mutates`: arguments changed in place."""
+    """Defines the operator `torch.ops.sparkme.NAME` by a function `_NAME`: its annotations are the schema, and it is the fake
+    implementation, which gives shapes and dtypes of the results. `mutates` names arguments that change in place."""
 
     def decorate(shapes: Shapes) -> Shapes:
         name = shapes.__name__.removeprefix("_")
@@ -31,7 +31,7 @@ def define(*mutates: str) -> Callable[[Shapes], Shapes]:
 
 
 def sum_type(dtype: torch.dtype) -> torch.dtype:
-    """In which sums over rows of a type are kept, and numbers per channel."""
+    """The dtype of sums over rows and of numbers per channel."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -58,7 +58,7 @@ def check_same(name: str, value: Tensor, rows: Tensor) -> None:
 
 
 def check_channels(name: str, value: Tensor | None, channels: int, rows: Tensor, *, same: bool = False) -> None:
-    """That `value` is None or a number for each channel, on the rows' device. `same`: of the rows' type as well."""
+    """Checks that `value` is None or one number per channel, on the rows' device, and with `same` of the rows' dtype."""
     if value is None:
         return
     if value.shape != (channels,):
@@ -74,7 +74,7 @@ def check_sites(slots: Tensor, patches: Tensor) -> None:
 
 
 def check_patches(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> None:
-    """That `rows` are those of the visible patches."""
+    """Checks that `rows` belong to the visible patches."""
     check_rows("rows", rows)
     check_sites(slots, patches)
     check_device("slots", slots, rows)

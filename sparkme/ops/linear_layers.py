@@ -1,4 +1,4 @@
-"""Linear layers, alone, together with a batch norm, and as the MLP of a ConvNeXt block."""
+"""Linear layers, alone, fused with a batch norm, and as the MLP of a ConvNeXt block."""
 
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ def linear(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class ProductStatistics(NamedTuple):
-    """Of x = rows @ kernel, without computing it; see `product_statistics`."""
+    """Statistics of x = rows @ kernel, see `product_statistics`."""
 
     row_mean: Tensor
     gram: Tensor
@@ -129,12 +129,12 @@ def product_statistics(rows: Tensor, kernel: Tensor) -> ProductStatistics:
         kernel: (K, C).
 
     Returns:
-        The rows' mean (K,) and Gram matrix (K, K), the sum of (row - mean)' (row - mean), and x's mean and variance (C,), all
-        float32 or, for float64 rows, float64. For use in `linear_batch_norm`; they have no gradient of their own.
+        The rows' mean (K,) and Gram matrix (K, K), the sum of (row - mean)' (row - mean), and x's mean and variance (C,), in
+        float32 or, for float64 rows, float64. They are for `linear_batch_norm` and have no gradient.
     """
     check_rows("rows", rows)
     if rows.dtype == torch.bfloat16:
-        raise ValueError("rows must be float64 or float32: of products rounded to bfloat16 there are no statistics")
+        raise ValueError("rows must be float64 or float32, since products rounded to bfloat16 have other statistics")
     _check_kernel(rows, kernel)
     return ProductStatistics(*torch.ops.sparkme.product_statistics(rows.detach(), kernel.detach()))
 
@@ -151,8 +151,8 @@ def linear_batch_norm(
     residual: Tensor | None = None,
     ceiling: float | None = None,
 ) -> Tensor:
-    """`batch_norm` of rows @ kernel in training mode, which is neither kept nor ever whole; for kernels with more columns than
-    rows. Kept for the gradient are the rows and, with ceiling, the result.
+    """`batch_norm` of rows @ kernel in training mode, without ever storing the product; for kernels with more columns than
+    rows. Autograd keeps the rows and, with a ceiling, the result.
 
     Args:
         rows: (N, K).
@@ -185,8 +185,8 @@ def mlp(
     factor: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """factor * scale * (gelu(rows @ weight1' + bias1) @ weight2' + bias2) + residual. Of what is between the layers only the
-    first one's result is kept.
+    """factor * scale * (gelu(rows @ weight1' + bias1) @ weight2' + bias2) + residual. Autograd keeps only the first layer's
+    result of those in between.
 
     Args:
         rows: (N, C).

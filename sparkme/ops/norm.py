@@ -88,8 +88,8 @@ def _layer_norm_grad(grad: Tensor, rows: Tensor, statistics: Tensor, weight: Ten
 
 
 def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each channel of (N, C) rows: two (C,), float32 or, for float64 rows, float64. For use in
-    `batch_norm`, which knows that they depend on the rows; they have no gradient of their own."""
+    """Mean and (biased) variance of each channel of (N, C) rows: two (C,), float32 or, for float64 rows, float64. They are for
+    `batch_norm`, whose gradient accounts for them, and have no gradient."""
     check_rows("rows", rows)
     mean, variance = torch.ops.sparkme.batch_statistics(rows.detach())
     return mean, variance
@@ -98,12 +98,12 @@ def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
 def norm_statistics(
     rows: Tensor, epsilon: float, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """What `batch_norm` takes, mean and 1 / sqrt(variance + epsilon) of (N, C) rows, as `batch_statistics`; of no rows zeros.
+    """Mean and 1 / sqrt(variance + epsilon) of (N, C) rows, for `batch_norm`; zeros for zero rows.
 
     Args:
         rows: (N, C).
         epsilon: added to the (biased) variance.
-        running_mean, running_var: (C,), moved in place towards the mean and the unbiased variance, by `momentum`; None: not.
+        running_mean, running_var: (C,), updated in place with mean and unbiased variance by `momentum`; or None.
         momentum: in [0, 1].
     """
     check_rows("rows", rows)
@@ -123,16 +123,16 @@ def batch_norm(
     residual: Tensor | None = None,
     ceiling: float | None = None,
 ) -> Tensor:
-    """Batch norm with what follows it in a residual block: factor * (weight * (rows - mean) * inverse_deviation + bias) +
-    residual, clamped to [0, ceiling]. Only the rows are kept for the gradient, and with ceiling and residual the result.
+    """Batch norm fused with the rest of a residual block: factor * (weight * (rows - mean) * inverse_deviation + bias) +
+    residual, clamped to [0, ceiling]. Autograd keeps the rows and, with ceiling and residual, the result.
 
     Args:
         rows: (N, C).
         mean, inverse_deviation, weight, bias: (C,), of any floating type.
         training: whether mean and deviation are `batch_statistics` of these rows, so that the gradient goes through them.
-        factor: (B,), for each sample; N is a multiple of B, and a sample's rows lie next to each other. No gradient.
-        residual: (N, C) or (..., C), as many rows, of the rows' type.
-        ceiling: above zero, or None for no clamp: infinity makes a ReLU of it, 6 a ReLU6.
+        factor: (B,), one per sample, without gradient; N is a multiple of B, and a sample's rows are adjacent.
+        residual: (N, C) or (..., C) with as many rows, in the rows' dtype.
+        ceiling: above zero: infinity for a ReLU, 6 for a ReLU6; None for no clamp.
 
     Returns:
         (N, C).
@@ -170,7 +170,7 @@ def check_norm(
         if factor.ndim != 1 or not len(factor) or len(rows) % len(factor):
             raise ValueError(f"factor must be a number for each sample of {len(rows)} rows, got {tuple(factor.shape)}")
         if factor.requires_grad and torch.is_grad_enabled():
-            raise ValueError("factor has no gradient, and requires one")
+            raise ValueError("factor must not require a gradient")
         check_device("factor", factor, rows)
     if residual is not None:
         if residual.ndim < 2 or residual.shape[-1] != channels or residual.numel() != len(rows) * channels:
@@ -204,7 +204,7 @@ def batch_norm_reference(
     ceiling: float | None,
     training: bool,
 ) -> Tensor:
-    if training:  # the same values, with a gradient; the epsilon is what is left
+    if training:  # the same values with a gradient; epsilon follows from them
         own_mean, own_variance = batch_statistics_reference(rows)
         epsilon = inverse_deviation**-2 - own_variance.detach()
         mean, inverse_deviation = own_mean, (own_variance + epsilon).rsqrt()

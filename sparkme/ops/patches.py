@@ -1,4 +1,4 @@
-"""Between dense maps and the rows of visible patches: copies there and back, and the neighbours of every row."""
+"""Copies between dense maps and rows of visible patches, and neighbour tables."""
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def neighbour_table(
     dilation: int = 1,
     transposed: bool = False,
 ) -> Tensor:
-    """Where the neighbours of every row are.
+    """The neighbours of every row.
 
     Args:
         slots, patches: the visible patches, see `sparkme.ops`.
@@ -45,11 +45,11 @@ def neighbour_table(
         kernel_size: (kh, kw). An odd side is centred on the output pixel, an even one starts at it.
         stride: of the convolution.
         dilation: of the kernel.
-        transposed: the inverse question, asked by gradients: which output a given input contributes to through a tap.
+        transposed: the inverse table, for gradients.
 
     Returns:
-        (N, kh * kw) int32: for each output row and tap the input row, or -1 where it is hidden or outside of the image.
-        Transposed, for each input row and tap the output row, or -1.
+        (N, kh * kw) int32: for each output row and offset the input row, or -1 if hidden or outside the image. Transposed: for
+        each input row and offset the output row, or -1.
     """
     check_sites(slots, patches)
     if pixels < 1 or stride < 1 or dilation < 1 or min(kernel_size) < 1:
@@ -60,8 +60,7 @@ def neighbour_table(
 
 
 def voxelise(dense: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> Tensor:
-    """Copies the visible patches of a (B, C, f_h * pixels, f_w * pixels) map, of any memory format, to (P * pixels^2, C)
-    rows."""
+    """Copies visible patches of a (B, C, f_h * pixels, f_w * pixels) map in any memory format to (P * pixels^2, C) rows."""
     check_sites(slots, patches)
     check_float("dense", dense)
     batch, f_h, f_w = slots.shape
@@ -83,7 +82,7 @@ def densify(rows: Tensor, slots: Tensor, patches: Tensor, pixels: int, fill: Ten
 
 
 def row_numbers(slots: Tensor, pixels: int) -> Tensor:
-    """(B, f_h * p, f_w * p) int64: the row of every pixel, -1 where it is hidden."""
+    """(B, f_h * p, f_w * p) int64: the row of every pixel; -1 if hidden."""
     inside = torch.arange(pixels, device=slots.device)
     first = slots.long().repeat_interleave(pixels, 1).repeat_interleave(pixels, 2) * pixels**2
     within = (inside.view(-1, 1) * pixels + inside).repeat(slots.shape[1], slots.shape[2])
@@ -91,13 +90,13 @@ def row_numbers(slots: Tensor, pixels: int) -> Tensor:
 
 
 def gather(rows: Tensor, table: Tensor) -> Tensor:
-    """(N, K, C): the neighbours of every row, zero where there is none."""
+    """(N, K, C): the neighbours of every row, zero if missing."""
     padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return padded[table.long()]  # -1 is the last row
 
 
 def _offsets(size: int, dilation: int) -> list[int]:
-    """Pixels from an output to the inputs of a window of `size` taps: centred if odd, else starting at the output."""
+    """Input pixels relative to an output, for a window of `size` offsets: centred if odd, else starting at the output."""
     start = -(size // 2) if size % 2 else 0
     return [(start + i) * dilation for i in range(size)]
 
@@ -122,7 +121,7 @@ def neighbour_table_reference(
 
 def voxelise_reference(dense: Tensor, slots: Tensor, patches: Tensor, pixels: int) -> Tensor:
     numbers = row_numbers(slots, pixels).flatten()
-    places = numbers.argsort()[len(numbers) - len(patches) * pixels**2 :]  # of the rows, behind those of hidden pixels
+    places = numbers.argsort()[len(numbers) - len(patches) * pixels**2 :]  # after the hidden pixels
     return dense.permute(0, 2, 3, 1).flatten(0, 2)[places]
 
 

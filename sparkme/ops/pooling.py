@@ -33,13 +33,13 @@ def max_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
     """Maximum over the visible neighbours, (N_out, C); tables as for `sparse_conv`. NaN is larger than everything."""
     check_tables(rows, table, inverse)
     if table.shape[1] > 255:
-        raise ValueError(f"table has {table.shape[1]} taps, at most 255 can be pooled")
+        raise ValueError(f"table has {table.shape[1]} offsets; at most 255 can be pooled")
     return torch.ops.sparkme.max_pool(rows, table, inverse)[0]
 
 
 def avg_pool(rows: Tensor, table: Tensor, inverse: Tensor) -> Tensor:
-    """Sum over the visible neighbours divided by the number of taps, (N_out, C): a hidden neighbour counts as zero, as in
-    the masked dense pooling. Tables as for `sparse_conv`."""
+    """Sum over the visible neighbours divided by the number of offsets, (N_out, C), as in masked dense pooling; tables as for
+    `sparse_conv`."""
     check_tables(rows, table, inverse)
     return torch.ops.sparkme.avg_pool(rows, table, inverse)
 

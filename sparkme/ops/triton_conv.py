@@ -1,12 +1,12 @@
 """CUDA's sparse convolution, and its gradients, through Triton.
 
-An implicit GEMM over the neighbour table (`sparkme.ops.triton_kernels`) serves bfloat16 and float32, the latter in TF32 where
-`torch.backends.cudnn.allow_tf32` lets dense convolutions use it. Where input channels are few, as in
-images, columns are written down and multiplied by torch. float64, and machines whose torch has no Triton, gather the neighbours
-of a part of the rows at a time and multiply them by torch.
+bfloat16 and float32 run as an implicit GEMM over the neighbour table (`sparkme.ops.triton_kernels`), float32 in TF32 if
+`torch.backends.cudnn.allow_tf32` allows it for dense convolutions. For few input channels, as in images, columns are written to
+memory and multiplied by torch. For float64, or without Triton, neighbours are gathered for a part of the rows at a time and
+multiplied by torch.
 
-Block sizes are fixed by rule and not searched for: results repeat from one process to the next, and nothing happens at a
-first call but the compilation, so a layer that has run once can be captured in a CUDA graph.
+Block sizes follow fixed rules instead of autotuning. So results repeat between processes, the first call only compiles, and a
+layer that has run once can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NARROW = 16  # fewer input channels than this, and columns are written down: taps and channels are one dimension of the product
-GATHERED_BYTES = 1 << 28  # of neighbours that the path without Triton holds at a time
+NARROW = 16  # below so many input channels, columns (offsets x channels) are written to memory
+GATHERED_BYTES = 1 << 28  # of gathered neighbours at a time, without Triton
 PARTIAL_BYTES = 1 << 26  # of partial sums of a kernel's gradient
-# Rows that lie this far apart are at the same pixel of their patches (or, at fewer pixels than 8 x 8, of another patch),
-# and up to 32 pixels along a patch, if a power of two, they agree on whether x and y are even.
+# Rows this far apart agree on whether x and y are even, for patches of up to 32 pixels a side, if that is a power of two.
 APART = 64
 
 
@@ -41,7 +40,7 @@ def sparse_conv(rows: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor | N
 
 def sparse_conv_grad_rows(grad: Tensor, kernel: Tensor, table: Tensor, inverse: Tensor, groups: int) -> Tensor:
     _check(grad, kernel, inverse, groups, channels=kernel.shape[2])
-    # The convolution over the inverse table, with in and out of the kernel exchanged.
+    # The convolution over the inverse table, with input and output channels of the kernel exchanged.
     if not (_on_tensor_cores(grad) and len(inverse) and grad.numel() and kernel.numel()):
         return _gathered_conv(grad, _exchange(kernel, groups), inverse, groups)
     out = grad.new_empty(len(inverse), kernel.shape[1] * groups)
@@ -60,7 +59,7 @@ def sparse_conv_grad_kernel(rows: Tensor, grad: Tensor, table: Tensor, groups: i
 
 
 def _check(rows: Tensor, kernel: Tensor, table: Tensor, groups: int, *, channels: int) -> None:
-    """What keeps the kernels within their arrays, but for the contents of the table."""
+    """Checks all that keeps kernels within their arrays, except the contents of the table."""
     if kernel.ndim != 3 or groups < 1 or kernel.shape[2] % groups:
         raise ValueError(f"kernel must be (K, C_in / groups, C_out), got {tuple(kernel.shape)} with groups={groups}")
     if table.dtype != torch.int32 or table.ndim != 2 or table.shape[1] != kernel.shape[0]:
@@ -94,9 +93,9 @@ def _on_tensor_cores(rows: Tensor) -> bool:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: that of cuDNN's convolutions, which the dense network would run."""
+    """The precision of products; for float32 that of cuDNN's convolutions in the dense network."""
     if dtype == torch.bfloat16:
-        return "tf32"  # of no account
+        return "tf32"  # unused
     cudnn = torch.backends.cudnn
     conv = getattr(cudnn, "conv", None)
     precision = getattr(conv, "fp32_precision", None)
@@ -107,13 +106,13 @@ def _precision(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How much of a product one program computes. `rows` is the reduction of a kernel's gradient."""
+    """The block of a product that one program computes; in a kernel's gradient, `rows` is the reduction."""
 
     rows: int
     channels_in: int
     channels_out: int
     warps: int
-    stages: int = 4  # one of them is spent on the table's entries, which have to be there before the rows can be loaded
+    stages: int = 4  # one is for the table's entries, which must arrive before the rows
 
     def options(self) -> dict[str, int]:
         return {
@@ -131,8 +130,8 @@ def _fit(size: int, most: int) -> int:
 
 
 def convolution_blocks(width: int, out_width: int, dtype: torch.dtype, precision: str, few: bool = False) -> Blocks:
-    """`few`: rows, so that larger blocks would leave multiprocessors without work."""
-    if dtype == torch.float32 and precision == "ieee":  # without tensor cores, so registers are what is short
+    """With `few` rows, larger blocks would leave multiprocessors idle."""
+    if dtype == torch.float32 and precision == "ieee":  # without tensor cores, registers are scarce
         return Blocks(64, _fit(width, 16), _fit(out_width, 64), warps=4, stages=2)
     channels_in, channels_out = _fit(width, 64 if dtype == torch.bfloat16 else 32), _fit(out_width, 128)
     if channels_out <= 64:
@@ -145,7 +144,7 @@ def correlation_blocks(width: int, out_width: int, dtype: torch.dtype, precision
         return Blocks(16, _fit(width, 64), _fit(out_width, 64), warps=4, stages=2)
     channels_in, channels_out = _fit(width, 128), _fit(out_width, 128)
     small, half = channels_in * channels_out <= 64 * 64, dtype == torch.bfloat16
-    if small:  # longer pieces of rows keep a program as busy
+    if small:  # longer pieces of rows keep a program busy
         return Blocks(128 if half else 64, channels_in, channels_out, warps=4, stages=3)
     return Blocks(64 if half else 32, channels_in, channels_out, warps=4 if half else 8, stages=5)
 
@@ -166,13 +165,12 @@ def _ceil_div(a: int, b: int) -> int:
 def _convolve(
     out: Tensor, rows: Tensor, kernel: Tensor, table: Tensor, groups: int, *, exchange: bool = False, skip: bool = False
 ) -> None:
-    """Writes `out`. With `exchange` the kernel is read as the gradient of the rows needs it, (K, C_out, C_in).
+    """Writes `out`. With `exchange` the kernel is read as (K, C_out, C_in), for the gradient of the rows.
 
-    `skip` is for the gradient of a strided convolution. Of the taps of its 3x3 window with stride 2 a row has 1, 2, 2 or 4,
-    depending on whether its x and y are even. A block of neighbouring rows has them all, and would multiply zeros for 3/4
-    of the time. So a block takes every 64th row: those agree on x and y, and the block leaves out a tap that none of its
-    rows has. That needs neither sorting nor another table, and is merely slower where rows do not agree. A row is a piece
-    of memory of its own anyway, so reading them in another order costs nothing.
+    `skip` is for the gradient of a strided convolution. In a 3x3 window with stride 2, a row has 1, 2, 2 or 4 offsets,
+    depending on whether its x and y are even. A block of adjacent rows has all offsets, and 3/4 of its products would be zero.
+    So a block takes every 64th row, which agree on x and y, and skips offsets that none of its rows has. Blocks whose rows do
+    not agree are merely slower, and the order of reading rows costs nothing.
     """
     kernels, precision = _kernels(), _precision(rows.dtype)
     groups, kernel = _merge_groups(kernel.contiguous(), groups)
@@ -192,7 +190,7 @@ def _convolve(
         programs = _ceil_div(len(out), 128) * groups * _ceil_div(out_width, 128)
         few = not skip and programs < 3 * _multiprocessors(rows.device)
         blocks = convolution_blocks(width, out_width, rows.dtype, precision, few)
-        if skip:  # whose inner loop has the entries of the table already
+        if skip:  # its inner loop has the entries of the table already
             blocks = replace(blocks, stages=1) if blocks.stages < 4 else replace(blocks, warps=4, stages=3)
         apart = APART if skip else 1
         while apart > 1 and apart * blocks.rows > len(out):
@@ -221,12 +219,12 @@ def _convolve(
 
 
 def _span(columns: int) -> int:
-    """So many that a row of them is a multiple of 16 bytes, as tensor cores like it."""
+    """`columns` rounded up so that a row is a multiple of 16 bytes, for tensor cores."""
     return _ceil_div(columns, 8) * 8
 
 
 def _columns(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The neighbours of a part of the rows at a time, (n, span), taps and channels side by side."""
+    """The neighbours of a part of the rows at a time, (n, span), with offsets and channels side by side."""
     kernels, taps, width = _kernels(), table.shape[1], rows.shape[1]
     span, block = _span(taps * width), 1024
     with _guard(rows):
@@ -250,7 +248,7 @@ def _columns(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _correlate(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
-    """The gradient of the kernel. Parts of the rows are summed apart and then added, always in the same order."""
+    """The gradient of the kernel. Parts of the rows are summed separately, and then added in a fixed order."""
     kernels, precision = _kernels(), _precision(rows.dtype)
     merged = _group_merge(groups, rows.shape[1] // groups)
     groups //= merged
@@ -301,7 +299,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _group_merge(groups: int, width: int) -> int:
-    """How many neighbouring groups to take for one, with zeros between them, so that a tensor core's tile is full."""
+    """How many adjacent groups to merge into one, with zeros between them, to fill a tensor core's tile."""
     return next(m for m in range(1, groups + 1) if groups % m == 0 and (m * width >= 32 or m == groups))
 
 
@@ -319,7 +317,7 @@ def _merge_groups(kernel: Tensor, groups: int) -> tuple[int, Tensor]:
 
 
 def _split_groups(kernel: Tensor, groups: int, merged: int) -> Tensor:
-    """The kernel of which `_merge_groups` would make this one."""
+    """The inverse of `_merge_groups`."""
     if merged == 1:
         return kernel
     taps, width, out_channels = kernel.shape
@@ -337,7 +335,7 @@ def _parts(num_rows: int, row_bytes: int) -> Iterator[slice]:
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # which the entry -1 of a table takes
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # the row of a table's entry -1
 
 
 def _gather(padded: Tensor, table: Tensor, groups: int) -> Tensor:

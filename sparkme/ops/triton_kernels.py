@@ -1,8 +1,8 @@
 """The Triton kernels of the sparse convolution; `sparkme.ops.triton_conv` chooses and launches them.
 
-The convolution and the gradient of its kernel are implicit GEMMs: the rows that a neighbour table names are loaded straight
-into a tile of the left operand, a missing neighbour as zeros, and never written down as columns. Sums are in float32. Only rows
-of few channels are, since their pieces are too small to be loaded one by one.
+The convolution and the gradient of its kernel are implicit GEMMs: rows of the neighbour table are loaded directly into a tile
+of the left operand, missing neighbours as zeros, without writing columns to memory. Sums are in float32. Only rows with few
+channels are written as columns, since they are too small to load one by one.
 """
 
 # mypy: ignore-errors
@@ -77,7 +77,7 @@ def convolve(
 ):
     """out[n, g, o] = the sum over taps and c of rows[table[n, tap], g, c] * kernel[tap, c, g, o], by the kernel's strides.
 
-    SKIP: leave out a tap that no row of the block has.
+    SKIP: skip a tap that no row of the block has.
     WIDE: offsets do not fit into 32 bits.
     """
     out_blocks = tl.cdiv(out_width, BLOCK_OUT)

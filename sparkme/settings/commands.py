@@ -1,4 +1,4 @@
-"""The settings of probe, visualize and report; those of export follow from its formats, see `sparkme.weights.settings`."""
+"""The settings of probe, visualize and report. Those of export stand in `sparkme.weights.settings`."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ class ProbeSettings(LoaderSettings, EngineSettings, DeviceSettings, WeightSettin
 
     # fmt: off
     weights: Path = setting(
-        "a checkpoint, exported weights, a hub folder, or weights of torchvision, timm and others", positional=True,
+        "checkpoint, exported weights, hub folder, or weights of torchvision, timm and others", positional=True,
         metavar="CHECKPOINT_OR_WEIGHTS")
-    model: str | None = in_network("the network, where the file does not say it (see sparkme.pretrain --model)")
+    model: str | None = in_network("network, if the weights file does not name it; see sparkme.pretrain --model")
     compare: tuple[str, ...] = setting(
-        "more rows for the table: random, for random weights of the same network, or other checkpoints and weights", (),
+        "more rows of the table: random (random weights of the same network), or other checkpoints and weights", (),
         metavar="WHAT", group="what is measured")
     stage: tuple[str, ...] = setting(
-        "strides of the maps: all, last, or numbers", ("all",), metavar="STRIDE", group="what is measured")
-    linear: bool = setting("fit the linear classifier", True, group="what is measured")
+        "maps to measure, by stride: all, last, or numbers", ("all",), metavar="STRIDE", group="what is measured")
+    linear: bool = setting("also fit a linear classifier", True, group="what is measured")
     shots: int | None = setting(
-        "learn from N images of each class only", otherwise="all of them", metavar="N", at_least=1, group="what is measured")
-    draws: int = setting("with --shots: so many times, averaged", 5, metavar="N", at_least=1, group="what is measured")
+        "train on N images of each class", otherwise="all", metavar="N", at_least=1, group="what is measured")
+    draws: int = setting("with --shots: average over N random draws", 5, metavar="N", at_least=1, group="what is measured")
     input_size: tuple[int, ...] = setting(
-        "side of the images, or height and width, for all rows", otherwise="the first file's, or 224", metavar="PIXELS",
-        at_least=1, group="what is measured")
-    batch_size: int = in_machine("images at a time", 64, metavar="N", at_least=1)
-    output: Path | None = in_output(".json for the numbers and the settings", otherwise="none", metavar="FILE")
+        "side of the images, or their height and width, the same in all rows", otherwise="the first file's, or 224",
+        metavar="PIXELS", at_least=1, group="what is measured")
+    batch_size: int = in_machine("images per forward pass", 64, metavar="N", at_least=1)
+    output: Path | None = in_output(".json file for the numbers and the settings", otherwise="none", metavar="FILE")
     overwrite: bool = in_output("replace an existing file", False)
     # fmt: on
 
     def check(self) -> None:
-        """Raises UserError for what cannot be meant, before anything is read."""
+        """Raises UserError for values that are out of range or do not fit together."""
         check(self)
         check_workers(self.workers)
         checked_range(self.value_range)
         if self.input_size is not None and len(self.input_size) > 2:
-            raise UserError(f"--input-size {as_text(self.input_size)}: takes a side, or height and width, in pixels")
+            raise UserError(f"--input-size {as_text(self.input_size)}: give one side, or height and width, in pixels")
         for stage in self.stage:
             if stage not in ("all", "last") and not stage.isdecimal():
-                raise UserError(f"--stage {stage} is neither all, nor last, nor the stride of a map in pixels, such as 32")
+                raise UserError(f"--stage {stage} must be all, last, or the stride of a map in pixels, such as 32")
         if self.output is not None and self.output.suffix != ".json":
             raise UserError(f"--output {self.output}: the suffix must be .json")
         if self.output is not None and self.output.exists() and not self.overwrite:
@@ -71,33 +71,33 @@ class VisualizeSettings(EngineSettings, DeviceSettings, PixelSettings):
 
     # fmt: off
     checkpoint: Path | None = setting(
-        "a checkpoint of sparkme.pretrain", positional=True, nargs="?", metavar="CHECKPOINT", group="what is shown")
+        "checkpoint of sparkme.pretrain", positional=True, nargs="?", metavar="CHECKPOINT", group="what is shown")
     images: tuple[Path, ...] = setting(
-        "image files, and folders of them, nested or flat", (), otherwise="scikit-image's photographs", positional=True,
+        "image files or folders, nested or flat", (), otherwise="scikit-image's photographs", positional=True,
         nargs="*", metavar="IMAGE", group="what is shown")
     max_images: int | None = setting(
-        "show at most so many, spread over what was given", otherwise="8", metavar="N", group="what is shown")
+        "show at most N images, spread evenly over those given", otherwise="8", metavar="N", group="what is shown")
     size: tuple[int, ...] | None = setting(
-        "size of the images, side or height and width: any multiple of the patch", otherwise="the run's --input-size",
+        "side of the images, or their height and width: any multiples of the patch", otherwise="the run's --input-size",
         metavar="PIXELS", group="what is shown")
     statistics: str | None = setting(
-        "where hidden patches get their mean and standard deviation from: true: their own, as in the paper; predicted: the "
-        "visible patches around, without a look at hidden pixels", otherwise="true", choices=("true", "predicted"),
+        "mean and standard deviation of the hidden patches: true: their own, as in the paper; predicted: estimated from the "
+        "visible patches around them", otherwise="true", choices=("true", "predicted"),
         group="what is shown")
     value_range: Any = varied(PixelSettings, "value_range", group="what is shown")
     upright: bool = varied(PixelSettings, "upright", group="what is shown")
     mask_ratio: tuple[float, ...] | None = setting(
         "share of patches to hide", otherwise="the run's", metavar="R", group="masks")
     seeds: tuple[int, ...] | None = setting(
-        "a mask for each seed, the same for all images", otherwise="the run's", metavar="N", group="masks")
-    num_seeds: int | None = setting("the seeds 0 to N - 1", metavar="N", group="masks")
+        "seeds of masks: one mask per seed, the same for all images", otherwise="the run's", metavar="N", group="masks")
+    num_seeds: int | None = setting("use the seeds 0 to N - 1", metavar="N", group="masks")
     mask_pattern: bool = setting(
-        "needs no checkpoint: draw what becomes of a mask in dense convolutions and in this project's sparse ones", False,
+        "draw what dense convolutions and this project's sparse ones do to a mask; needs no checkpoint", False,
         group="why sparse convolutions")
-    layers: int | None = setting("how many convolutions", otherwise="16", metavar="N", group="why sparse convolutions")
+    layers: int | None = setting("number of convolutions", otherwise="16", metavar="N", group="why sparse convolutions")
     output: Path | None = in_output(
-        ".png, or .html for one page that needs no other file", otherwise="visualize.png in the run's folder, mask_pattern.png",
-        metavar="FILE")
+        "file to write: .png, or .html for a self-contained page", otherwise="visualize.png in the run's folder; "
+        "mask_pattern.png", metavar="FILE")
     overwrite: bool = in_output("replace an existing file", False)
     # fmt: on
 
@@ -111,11 +111,11 @@ class ReportSettings(Settings):
 
     # fmt: off
     runs: tuple[Path, ...] = setting(
-        "a run's folder, or a folder of runs, which stands for all", positional=True, nargs="+", metavar="RUN")
+        "run folder, or a folder with several of them", positional=True, nargs="+", metavar="RUN")
     output: Path | None = setting(
-        ".html; a report that is there is replaced", otherwise="report.html in the run's folder, of several in the one they "
-        "share", metavar="FILE")
-    title: str | None = setting("title of the page", otherwise="the runs' names", metavar="TEXT")
+        ".html file to write, replaced if it exists", otherwise="report.html in the run's folder, or in the folder that the "
+        "runs share", metavar="FILE")
+    title: str | None = setting("page title", otherwise="the runs' names", metavar="TEXT")
     watch: float | None = setting(
-        "write the page anew every so often, until Ctrl-C; an open page shows it by itself", metavar="SECONDS")
+        "rewrite the page every SECONDS until Ctrl-C; an open page reloads itself", metavar="SECONDS")
     # fmt: on

@@ -1,4 +1,4 @@
-"""The settings of `sparkme.finetune`: its recipes, and what each setting becomes where the command line does not say."""
+"""The settings of `sparkme.finetune`: its recipes, and the default of each setting that the command line leaves out."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from sparkme.settings.shared import (
     with_precision,
 )
 
-SMALL_SET = 10_000  # images to learn from, below which the recipe `small` is the default
+SMALL_SET = 10_000  # training images; the recipe `small` is the default below
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """Settings that stand wherever the command line says nothing else.
+    """Defaults of settings.
 
     Attributes:
         name: `paper` or `small`.
-        source: where they are from and why they were chosen, for people.
-        defaults: by the settings' names.
+        source: where the values come from and why this recipe was chosen, for people.
+        defaults: value by name of the setting.
     """
 
     name: str
@@ -53,7 +53,7 @@ class FinetuneRecipe:
     defaults: dict[str, Any]
 
 
-# Of the official code (downstream_imagenet/arg.py), and of ConvNeXt V2's for networks that FCMAE pretrained.
+# From the official code (downstream_imagenet/arg.py), and from ConvNeXt V2's for networks that FCMAE pretrained.
 _PAPER: dict[str, Any] = {
     "weight_decay": 0.02, "clip_grad": 0.0, "ema_decay": 0.9999, "ema_warmup": False, "cutmix": 1.0, "smoothing": 0.1,
     "auto_augment": "trivial", "random_erasing": 0.25, "crop_scale": 0.08, "head_init": "random", "eval_epochs": 1,
@@ -85,10 +85,10 @@ SMALL: dict[str, Any] = {
     "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.1, "loss": "ce", "auto_augment": "none", "random_erasing": 0.0,
     "crop_scale": 0.35, "repeats": 1, "drop_path": 0.0, "ema_decay": 0.0, "ema_warmup": True, "head_init": "linear",
 }  # fmt: skip
-# Of images with several labels: what mixes or blurs classes has no meaning there.
+# For images with several labels: mixing or blurring classes has no meaning there.
 SEVERAL_LABELS = {"loss": "bce", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
 
-SMALL_STEPS, SMALL_EPOCHS = 200, 20  # the least of a run with few images, where --epochs does not say
+SMALL_STEPS, SMALL_EPOCHS = 200, 20  # the fewest of a run with few images, unless --epochs is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,53 +97,58 @@ class FinetuneSettings(WeightSettings, TrainingSettings, PixelSettings, Labelled
 
     # fmt: off
     weights: Path | None = setting(
-        "a checkpoint, exported weights, a hub folder, or weights of torchvision, timm and others; not needed with "
+        "checkpoint, exported weights, hub folder, or weights of torchvision, timm and others; not needed with "
         "--from-scratch --model", positional=True, nargs="?", metavar="CHECKPOINT_OR_WEIGHTS", fixed=True)
     recipe: str = setting(
-        "the paper's fine-tuning of this network, or settings for small sets", "auto",
-        otherwise=f"auto: small below {SMALL_SET:,} images, else paper", choices=("auto", "paper", "small"))
+        "the paper's fine-tuning settings for this network, or settings for small sets", "auto",
+        otherwise=f"auto, which is small below {SMALL_SET:,} images, else paper", choices=("auto", "paper", "small"))
     from_scratch: bool = setting(
-        "random weights of the same network: what pretraining is to be compared with", False, fixed=True)
+        "start from random weights, to compare pretraining with", False, fixed=True)
 
     shots: int | None = in_images(
-        "learn from N images of each class, drawn by --seed", otherwise="all", metavar="N", at_least=1, fixed=True)
-    input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", otherwise="the run's, or 224")
-    flip: bool = in_images("mirror half of the crops", True)
-    auto_augment: str = in_images("torchvision's TrivialAugmentWide or RandAugment", choices=("none", "trivial", "rand"))
+        "train on N images of each class, drawn with --seed", otherwise="all", metavar="N", at_least=1, fixed=True)
+    input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", otherwise="the pretraining run's, or 224")
+    flip: bool = in_images("mirror half of the crops left to right", True)
+    auto_augment: str = in_images(
+        "augmentation policy: torchvision's TrivialAugmentWide or RandAugment", choices=("none", "trivial", "rand"))
     random_erasing: float = in_images("share of the crops that get a box of noise", metavar="P", at_least=0, at_most=1)
-    mixup: float = in_images("mixup's parameter of the beta distribution; 0 for none", metavar="ALPHA", at_least=0)
-    cutmix: float = in_images("CutMix's; 0 for none; one of both is drawn for every batch", metavar="ALPHA", at_least=0)
-    repeats: int = in_images("repeated augmentation: so many crops of an image in a row", metavar="N", at_least=1, fixed=True)
+    mixup: float = in_images("mixup's alpha, of the beta distribution; 0: no mixup", metavar="ALPHA", at_least=0)
+    cutmix: float = in_images(
+        "CutMix's alpha; 0: no CutMix. With mixup on, too, each batch gets one of the two at random", metavar="ALPHA",
+        at_least=0)
+    repeats: int = in_images("repeated augmentation: N crops of an image in a row", metavar="N", at_least=1, fixed=True)
 
     model: str = varied(
-        TrainingSettings, "model", help="the network, where the file does not say it (see sparkme.pretrain --model)")
+        TrainingSettings, "model", help="network, if the weights file does not name it; see sparkme.pretrain --model")
     head_init: str = in_network(
-        "how the classifier starts: at random, or as the best linear one on the frozen features", choices=("random", "linear"))
+        "initial classifier: random, or the best linear one on the frozen features", choices=("random", "linear"))
     ema_decay: float = in_network(
-        "measure and keep a running average of the weights; 0: none", metavar="D", at_least=0, below=1)
+        "decay of the running average of the weights, which is validated and saved; 0: no average", metavar="D", at_least=0,
+        below=1)
 
     layer_decay: float = in_optimisation(
-        "learning rate of a layer over that of the next; 1 from scratch", metavar="D", above=0, at_most=1, fixed=True)
+        "learning rate of a layer divided by the next layer's; with --from-scratch 1, unless given", metavar="D", above=0,
+        at_most=1, fixed=True)
     loss: str = in_optimisation(
-        "cross entropy, or binary cross entropy of every class (bce of several labels)", choices=("ce", "bce"))
+        "ce: cross entropy; bce: binary cross entropy of every class, the default for several labels", choices=("ce", "bce"))
     smoothing: float = in_optimisation("label smoothing", at_least=0, below=1)
 
     output: Path = varied(TrainingSettings, "output", otherwise="runs/finetune-MODEL, -scratch, -Nshots")
     eval_epochs: int = in_output(
-        "measure every N epochs", otherwise="1, or twenty times with --recipe small", metavar="N", at_least=1)
+        "validate every N epochs", otherwise="1; with --recipe small twenty times per run", metavar="N", at_least=1)
 
     command: str = found(default="finetune")
     channels: int = found("channels", fixed=True)
-    num_train_images: int = found("images to learn from", fixed=True)
+    num_train_images: int = found("training images", fixed=True)
     num_val_images: int = found()
     num_classes: int = found("classes", fixed=True)
     several_labels: bool = found(default=False)
-    split_digest: str = found("as digest of the images, their classes and which of them are measured on", fixed=True)
+    split_digest: str = found("as digest of the images, their classes and their split", fixed=True)
     ema_warmup: bool = found()
     # fmt: on
 
     def run_folder(self, model: str) -> Path:
-        """The run folder that is asked for, or the one that the model and what is learnt from stand for."""
+        """The value of --output, or a name made of the model, --from-scratch and --shots."""
         name = "finetune-" + re.sub(r"[^\w.]+", "-", model) + "-scratch" * self.from_scratch
         return self.output or Path("runs", name + (f"-{self.shots}shots" if self.shots else ""))
 
@@ -152,7 +157,7 @@ GROUPS = ("data", "images", "network", "optimisation", "machine", "output")
 
 
 def paper_recipe(model: str, norm: str) -> FinetuneRecipe:
-    """The published settings for a network or, where there are none, those of the one that is most like it.
+    """The published settings for a network, or for the most similar network that has some.
 
     Args:
         model: the network's name.
@@ -162,14 +167,14 @@ def paper_recipe(model: str, norm: str) -> FinetuneRecipe:
     if plain in PAPER:
         return FinetuneRecipe("paper", f"the paper's for {plain}", PAPER[plain])
     like = "convnextv2_base" if plain.startswith("convnextv2") else "resnet50" if norm == "bn" else "convnext_small"
-    return FinetuneRecipe("paper", f"the paper's for {like}, as it has none for {plain}", PAPER[like])
+    return FinetuneRecipe("paper", f"the paper's for {like}, since it has none for {plain}", PAPER[like])
 
 
 def choose_recipe(settings: FinetuneSettings, norm: str) -> FinetuneRecipe:
-    """The recipe for a network and a number of images, and in its `source` why it is that one.
+    """The recipe for a network and a number of images; its `source` says why.
 
     Args:
-        settings: as asked for, with the model, the number of images and whether they have several labels.
+        settings: as asked for, with the model, the number of images and `several_labels` filled in.
         norm: the network's kind, `bn` or `ln`.
     """
     images = settings.num_train_images
@@ -177,13 +182,13 @@ def choose_recipe(settings: FinetuneSettings, norm: str) -> FinetuneRecipe:
     recipe = FinetuneRecipe("small", "for small sets", SMALL) if small else paper_recipe(settings.model, norm)
     source, defaults = recipe.source, recipe.defaults
     if settings.recipe == "auto":
-        least = f"{'' if small else 'not '}less than {SMALL_SET:,}"
+        least = f"{'fewer than' if small else 'at least'} {SMALL_SET:,}"
         source += f", chosen since there are {images:,} images, {least}"
     if settings.from_scratch:
         defaults = defaults | {"layer_decay": 1.0}
     if settings.several_labels:
         defaults = defaults | SEVERAL_LABELS
-        source += "; of several labels an image: binary cross entropy, without mixup, cutmix and label smoothing"
+        source += "; for several labels per image: binary cross entropy, no mixup, CutMix or label smoothing"
     return FinetuneRecipe(recipe.name, source, defaults)
 
 
@@ -193,7 +198,7 @@ def resolve(
     """The settings with every default filled in.
 
     Args:
-        asked: on the command line, with what was found: the model, the images, and what the weights expect of them.
+        asked: from the command line, with what was found: the model, the images, and the pixel settings of the weights.
         recipe: see `choose_recipe`.
         machine: where it runs.
         saved: the settings of the run to continue.
@@ -231,7 +236,7 @@ def resolve(
 def _with_batch(
     settings: FinetuneSettings, recipe: FinetuneRecipe, machine: Machine, saved: FinetuneSettings | None
 ) -> FinetuneSettings:
-    """The recipe's batch, as far as the machine and the number of images go."""
+    """Fills in the batch size: the recipe's, as far as the machine and the number of images allow."""
     share, images = machine.processes * settings.accumulate, settings.num_train_images
     if saved is not None:
         settings = filled(settings, {"batch_size": saved.batch_size})
@@ -240,7 +245,7 @@ def _with_batch(
     settings = filled(settings, {"batch_size": pairs})
     check_batch(settings)
     if settings.batch_size > images:
-        raise UserError(f"--batch-size {settings.batch_size} is more than the {images} images to learn from; lower it")
+        raise UserError(f"--batch-size {settings.batch_size} is more than the {images} training images; lower it")
     return settings
 
 
@@ -248,12 +253,16 @@ def _check_together(settings: FinetuneSettings) -> None:
     """Raises UserError for values that exclude each other."""
     check_warmup(settings)
     if settings.auto_augment != "none" and settings.channels != 3:
-        raise UserError(f"--auto-augment {settings.auto_augment} changes colours; with {settings.channels} channels use none")
+        raise UserError(
+            f"--auto-augment {settings.auto_augment} needs 3 channels, these images have {settings.channels}; use none"
+        )
     if (settings.mixup or settings.cutmix) and settings.images_per_pass % 2:
-        raise UserError(f"--batch-size {settings.batch_size}: --mixup and --cutmix pair images, so its parts must be even")
+        raise UserError(
+            f"--batch-size {settings.batch_size} gives {settings.images_per_pass} images per forward pass; --mixup and "
+            "--cutmix need an even number"
+        )
     for name, value in SEVERAL_LABELS.items() if settings.several_labels else ():
         if getattr(settings, name) != value:
             raise UserError(
-                f"{flag_of(name)} {getattr(settings, name)} is for images with one class, and these have several labels; leave "
-                "it out"
+                f"{flag_of(name)} {getattr(settings, name)} is for images with one label, these have several; leave it out"
             )

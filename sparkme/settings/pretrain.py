@@ -1,4 +1,4 @@
-"""The settings of `sparkme.pretrain`: its recipes, and what each setting becomes where the command line does not say."""
+"""The settings of `sparkme.pretrain`: its recipes, and the default of each setting that the command line leaves out."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ from sparkme.settings.shared import (
 )
 
 PAPER_BATCH, PAPER_WARMUP = 4096, 40
-SMALL_SET = 100_000  # images, below which the recipe `small` is the default
-SMALL_CROPS, SMALL_EPOCHS = 400_000, 100  # that it trains on in a run, and the least number of epochs
+SMALL_SET = 100_000  # images; the recipe `small` is the default below
+SMALL_CROPS, SMALL_EPOCHS = 400_000, 100  # crops of a whole run with that recipe, and its fewest epochs
 DEMO_CROPS, DEMO_CROP_SCALE = 512, 0.1  # of scikit-image's photographs
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method with its settings, which stand wherever the command line says nothing else.
+    """A method and the defaults of its settings.
 
     Attributes:
         name: for people.
         reference: the paper.
         method: module and class, a `sparkme.methods.base.MaskedAutoencoder`.
-        defaults: by the settings' names.
-        crop_scale: of a data set; the few photographs of the demo have their own.
+        defaults: value by name of the setting.
+        crop_scale: default for a data set; the few photographs of the demo have their own.
         rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
-        largest_batch: up to which the batch grows with the number of processes.
-        folder: what the names of run folders begin with.
-        without: settings that the method does not have: the value they must keep, and what to say about another, `{}`.
+        largest_batch: the default batch size grows with the number of processes up to this.
+        folder: prefix of the names of run folders.
+        without: settings that the method lacks: the value that they must keep, and the error for another value, `{}`.
     """
 
     name: str
@@ -137,41 +137,42 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
 
     # fmt: off
     recipe: str = setting(
-        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: of ConvNeXt V2", "auto",
-        otherwise=f"auto: small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True, older="spark")
+        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: ConvNeXt V2's method", "auto",
+        otherwise=f"auto, which is small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True,
+        older="spark")
     data: str | tuple[str, ...] | None = in_data(
-        "images, labels not needed: a folder, nested or flat; a list (.txt, .csv); tar shards, such as "
-        "'shards/{000..146}.tar', also from a URL; Parquet; or package.module:dataset; or several of these, whose images come "
-        "together", otherwise="scikit-image's photographs", metavar="SOURCE", parse=source_argument, nargs="+", extends=True)
+        "images without labels: a folder, nested or flat; a list (.txt, .csv); tar shards, such as 'shards/{000..146}.tar', "
+        "local or from a URL; Parquet; or package.module:dataset. Several sources are joined",
+        otherwise="scikit-image's photographs", metavar="SOURCE", parse=source_argument, nargs="+", extends=True)
     samples_per_epoch: int = in_data(
-        "crops in an epoch", otherwise=f"the number of images; {DEMO_CROPS} for the photographs", metavar="N", at_least=1,
+        "crops per epoch", otherwise=f"the number of images; {DEMO_CROPS} for the photographs", metavar="N", at_least=1,
         fixed=True)
     channels: int = in_data(
-        "channels of the images: 3 for colour, 1 for grey, or as many as .npy arrays or the pages of TIFF files have", 3,
+        "channels per image: 3 for colour, 1 for grey, any number for .npy arrays and TIFF files of several pages", 3,
         metavar="C", at_least=1, at_most=MAX_CHANNELS, fixed=True, older=3)
     mean: tuple[float, ...] = in_data(
-        "mean of each channel, of values from 0 to 1", otherwise="ImageNet's with 3 channels, else estimated once", metavar="M",
-        nargs="+")
-    std: tuple[float, ...] = in_data("standard deviation of each channel", otherwise="as the mean", metavar="S", nargs="+")
-    background: str = in_data("colour behind transparent images, a name or #rrggbb", "white", metavar="COLOUR", older="white")
+        "mean of each channel, for pixel values from 0 to 1", otherwise="ImageNet's for 3 channels, else estimated once",
+        metavar="M", nargs="+")
+    std: tuple[float, ...] = in_data("standard deviation of each channel", otherwise="as for --mean", metavar="S", nargs="+")
+    background: str = in_data("colour behind transparent pixels, a name or #rrggbb", "white", metavar="COLOUR", older="white")
     crop_scale: float = varied(
         TrainingSettings, "crop_scale",
         otherwise=f"{_together(r.crop_scale for r in RECIPES.values())}; {DEMO_CROP_SCALE} for the photographs")
     model: str = varied(
         TrainingSettings, "model",
-        help="a convolutional network: torchvision's NAME, timm:NAME, or your own, package.module:factory")
+        help="convolutional network: NAME of torchvision, timm:NAME, or your own as package.module:factory")
     init: Path | None = in_network(
-        "start from weights of the same network: of torchvision, timm, the ConvNeXt authors, mmpretrain, the official SparK "
-        "code, or a checkpoint of this project; behind whatever prefix", metavar="FILE")
+        "start from weights of the same network: from torchvision, timm, the ConvNeXt authors, mmpretrain, the official SparK "
+        "code or a checkpoint of this project, under any prefix of names", metavar="FILE")
     input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", default=(224,))
     patch: int | None = in_network(
         "side of a patch", otherwise="the network's total stride, 32", metavar="PIXELS", at_least=1, fixed=True)
     mask_ratio: float = in_network("share of patches to hide")
     decoder_width: int = in_network("channels of the decoder's input", fixed=True)
     norm_pix_loss: bool = in_network(
-        "compare patches after mean and standard deviation of each are taken away; SparK always does", otherwise="on")
+        "normalise each target patch by its own mean and standard deviation; SparK always does", otherwise="on")
     densify_norm: str = in_network(
-        "norm before mask tokens are filled in, with SparK", "auto", otherwise="auto: the network's own kind",
+        "SparK's norm of the features before mask tokens are filled in", "auto", otherwise="auto, the network's own kind",
         choices=("auto", "bn", "ln", "none"), fixed=True)
     drop_path: float = varied(TrainingSettings, "drop_path", otherwise="SparK's for this model, else 0")
     warmup_epochs: float = varied(
@@ -179,33 +180,35 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
     batch_size: int = varied(
         TrainingSettings, "batch_size", otherwise="128 per GPU or 32 per CPU process, up to "
         f"{_together(recipe.largest_batch for recipe in RECIPES.values())} and the number of samples")
-    weight_decay: float = varied(TrainingSettings, "weight_decay", help="weight decay at the start")
-    weight_decay_end: float = in_optimisation(
-        "weight decay at the end, by a cosine", at_least=0)
+    weight_decay: float = varied(TrainingSettings, "weight_decay", help="weight decay at the start of training")
+    weight_decay_end: float = in_optimisation("weight decay at the end; a cosine leads to it", at_least=0)
     beta2: float = in_optimisation(
-        "second moment's decay", otherwise="0.999 for ConvNeXts with SparK, else 0.95", at_least=0, below=1, fixed=True)
+        "decay of the optimiser's second moment", otherwise="0.999 for ConvNeXts with SparK, else 0.95", at_least=0, below=1,
+        fixed=True)
 
     compile: bool = in_machine(
-        "torch.compile the encoder's stages and the decoder: minutes at the start, for a GPU (slower on the CPU)", False)
+        "torch.compile the encoder's stages and the decoder: minutes at the start; meant for GPUs, slower on the CPU", False)
     cuda_graph: bool = in_machine(
-        "queue each step's forward and backward pass as one CUDA graph: faster where the host is slower than the GPU; for one "
-        "process", False)
+        "replay each step's forward and backward pass as one CUDA graph: faster if the host is slower than the GPU; for "
+        "one process only", False)
     checkpoint_activations: bool = in_machine(
-        "keep only what goes into the encoder's blocks, and compute them again for the gradient: less memory, more time", False)
+        "store only the inputs of the encoder's blocks and recompute the rest in the backward pass: less memory, more time",
+        False)
 
     output: Path = varied(TrainingSettings, "output", otherwise="runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE")
     panel_epochs: int = in_output(
-        "draw reconstructions every N epochs; 0 never", otherwise="ten times in a run", metavar="N", at_least=0)
+        "draw reconstructions every N epochs; 0: never", otherwise="ten times per run", metavar="N", at_least=0)
     probe_data: str | None = in_output(
-        "labelled images, a folder for each class or a .csv, to measure the frozen encoder's kNN accuracy on while it trains",
+        "labelled images, one folder per class or a .csv, for the frozen encoder's kNN accuracy during training",
         otherwise="none", metavar="LABELLED", parse=source_argument)
-    probe_epochs: int = in_output("measure it every K epochs", otherwise="ten times in a run", metavar="K", at_least=1)
+    probe_epochs: int = in_output(
+        "measure kNN accuracy every K epochs", otherwise="ten times per run", metavar="K", at_least=1)
     command: str = found(default="pretrain")
     num_images: int = found()
     # fmt: on
 
     def run_folder(self) -> Path:
-        """The run folder that is asked for, or the one that the model and the size stand for."""
+        """The value of --output, or a name made of the model and the size."""
         recipe = RECIPES.get(self.recipe, RECIPES["spark"])
         model = re.sub(r"[^\w.]+", "-", self.model or recipe.defaults["model"])
         return self.output or Path("runs", f"{recipe.folder}{model}-{'x'.join(map(str, self.input_size))}")
@@ -215,32 +218,32 @@ GROUPS = ("data", "images", "network", "optimisation", "machine", "output")
 
 
 def choose_recipe(asked: str, num_images: int, saved: PretrainSettings | None) -> tuple[str, str]:
-    """The recipe's name, and why it is that one where it was not asked for.
+    """The recipe's name, and the reason for it if it was not asked for.
 
     Args:
         asked: a name, or `auto`.
         num_images: found in the data.
-        saved: the settings of the run to continue, which stays with its recipe.
+        saved: the settings of the run to continue, which keeps its recipe.
     """
     if asked != "auto":
         return asked, ""
     if saved is not None:
         return saved.recipe, ", as before"
     if num_images < SMALL_SET:
-        return "small", f", since there are {num_images:,} images, less than {SMALL_SET:,}; --recipe spark is the paper's"
-    return "spark", f", since there are {num_images:,} images, not less than {SMALL_SET:,}"
+        return "small", f", since there are {num_images:,} images, fewer than {SMALL_SET:,}; --recipe spark is the paper's"
+    return "spark", f", since there are {num_images:,} images, at least {SMALL_SET:,}"
 
 
 def resolve(
     asked: PretrainSettings, num_images: int, machine: Machine, saved: PretrainSettings | None = None
 ) -> PretrainSettings:
-    """The settings with every default filled in, but for what is to be found in the pixels.
+    """The settings with every default filled in, except those that are estimated from the pixels.
 
     Args:
-        asked: on the command line.
+        asked: from the command line.
         num_images: found in the data.
         machine: where it runs.
-        saved: the settings of the run to continue; what follows from the number of images stays as it was there.
+        saved: the settings of the run to continue, which keeps what followed from its number of images.
 
     Raises:
         UserError: values that are out of range or do not fit together; names the flag.
@@ -268,9 +271,9 @@ def resolve(
 
 
 def _check_together(asked: PretrainSettings) -> None:
-    """Raises UserError for flags that another one is missing for."""
+    """Raises UserError for flags that need another flag."""
     if (asked.weights_key or asked.adapt_stem) and not asked.init:
-        raise UserError("--weights-key and --adapt-stem say how --init is read, which is missing")
+        raise UserError("--weights-key and --adapt-stem need --init, the weights to read")
     if asked.probe_epochs is not None and not asked.probe_data:
         raise UserError("--probe-epochs needs --probe-data, the labelled images to measure on")
     if asked.label_column is not None and not asked.probe_data:
@@ -278,7 +281,7 @@ def _check_together(asked: PretrainSettings) -> None:
 
 
 def _with_statistics(settings: PretrainSettings, saved: PretrainSettings | None) -> PretrainSettings:
-    """With the mean and the standard deviation of the run to continue, if its channels are the same, or ImageNet's."""
+    """Fills in mean and standard deviation: those of the run to continue if it has as many channels, or ImageNet's."""
     if saved is not None and saved.channels == settings.channels:
         settings = filled(settings, {"mean": saved.mean, "std": saved.std})
     if settings.channels == 3 and settings.mean is None and settings.std is None:
@@ -290,7 +293,7 @@ def _with_statistics(settings: PretrainSettings, saved: PretrainSettings | None)
         if len(values) != settings.channels:
             raise UserError(f"--{name} takes {settings.channels} numbers, one for each of --channels; got {len(values)}")
         if any(not 0 <= v <= 1 for v in values):
-            raise UserError(f"--{name} {as_text(values)}: pixels are numbers from 0 to 1, so these are, too; divide by 255")
+            raise UserError(f"--{name} {as_text(values)} must be from 0 to 1, as pixel values are; divide by 255")
     if settings.std is not None and 0 in settings.std:
         raise UserError(f"--std {as_text(settings.std)} must be above 0")
     if (settings.mean is None) != (settings.std is None):
@@ -299,7 +302,7 @@ def _with_statistics(settings: PretrainSettings, saved: PretrainSettings | None)
 
 
 def _with_epochs(settings: PretrainSettings, saved: PretrainSettings | None) -> PretrainSettings:
-    """With what follows from the model, the number of images and the number of epochs."""
+    """Fills in what follows from the model, the number of images and the number of epochs."""
     demo = settings.data is None
     before = saved.samples_per_epoch if saved is not None else None
     settings = filled(settings, {"samples_per_epoch": before or (DEMO_CROPS if demo else settings.num_images)})
@@ -322,7 +325,7 @@ def _with_epochs(settings: PretrainSettings, saved: PretrainSettings | None) -> 
 
 
 def _with_batch(settings: PretrainSettings, machine: Machine, saved: PretrainSettings | None) -> PretrainSettings:
-    """With the batch of the run to continue or, of a new one, what the machine and the number of samples allow."""
+    """Fills in the batch size: that of the run to continue, or what the machine and the number of samples allow."""
     if saved is not None:
         settings = filled(settings, {"batch_size": saved.batch_size})
     largest = RECIPES[settings.recipe].largest_batch
@@ -332,7 +335,7 @@ def _with_batch(settings: PretrainSettings, machine: Machine, saved: PretrainSet
     check_batch(settings)
     if settings.batch_size > settings.samples_per_epoch:
         raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {settings.samples_per_epoch} crops of an epoch; lower it, or "
+            f"--batch-size {settings.batch_size} is more than the {settings.samples_per_epoch} crops per epoch; lower it, or "
             f"raise --samples-per-epoch to at least {settings.batch_size}"
         )
     return settings

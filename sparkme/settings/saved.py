@@ -1,4 +1,4 @@
-"""The settings of a run that was saved, whichever command's it is, and which of them are not the defaults."""
+"""Reads the settings of a saved run of any command, and finds those that are not the defaults."""
 
 from __future__ import annotations
 
@@ -12,34 +12,29 @@ from sparkme.settings.finetune import FinetuneSettings
 from sparkme.settings.pretrain import PretrainSettings
 from sparkme.settings.shared import MOST_WORKERS, Machine
 
-# Settings that say what is trained on what, and settings that others follow from, as the warm-up from the epochs.
+# Settings that name the data and the network, and settings that others follow from, as the warm-up from the epochs.
 NAMED = ("data", "model", "recipe", "channels", "probe_data", "from_scratch")
 LEADING = ("epochs", "samples_per_epoch", "batch_size", "accumulate", "shots")
 
 
 def class_of(config: Mapping[str, Any]) -> type[PretrainSettings] | type[FinetuneSettings]:
-    """Whose settings a config has; one that names no command is of pretraining."""
+    """The class of a config's settings. A config that names no command is of pretraining."""
     return FinetuneSettings if config.get("command") == "finetune" else PretrainSettings
 
 
 def read_settings(config: Mapping[str, Any]) -> PretrainSettings | FinetuneSettings:
-    """The settings in config.json or in a checkpoint.
-
-    Raises:
-        TypeError: a value is of another kind than the setting.
-    """
+    """The settings in config.json or a checkpoint. Raises TypeError for a value of the wrong type."""
     cls: type[Any] = class_of(config)
     settings: PretrainSettings | FinetuneSettings = from_config(cls, config)
     return settings
 
 
 def not_default(config: Mapping[str, Any], *, exactly: bool = False) -> list[Difference]:
-    """The settings of a run that are not the defaults of its command and recipe, as far as these can be known.
+    """The settings of a run that are not the defaults of its command and recipe, as far as those can be known.
 
     Args:
-        config: of a run, which may be damaged.
-        exactly: also those that follow from the machine, such as the precision, with which a run would go on otherwise
-            on another one.
+        config: a run's, perhaps damaged.
+        exactly: also report values that follow from the machine, such as the precision: another machine would choose others.
     """
     defaults = _defaults(config)
     found = []
@@ -49,7 +44,7 @@ def not_default(config: Mapping[str, Any], *, exactly: bool = False) -> list[Dif
         if value is None or about.is_found or not about.saved or name == "output" or _same(value, default):
             continue
         if (name == "value_range" and isinstance(value, dict)) or (name == "probe_epochs" and not config.get("probe_data")):
-            continue  # found in the data; of nothing
+            continue  # found in the data; without data to probe
         if (exactly and name != "workers") or not _is_of_the_machine(config, name, value):
             found.append(Difference(name, value, default))
     return found
@@ -60,7 +55,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _is_of_the_machine(config: Mapping[str, Any], name: str, value: Any) -> bool:
-    """Whether a setting may well be what the machine or the data made of a default."""
+    """Whether the value may be a default that followed from the machine or the data."""
     if name == "precision":
         return value in ("float32", "bf16")
     if name == "workers":
@@ -69,7 +64,7 @@ def _is_of_the_machine(config: Mapping[str, Any], name: str, value: Any) -> bool
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What each setting of the run is if the command line does not say it."""
+    """The value of each setting of the run if the command line leaves it out."""
     given = {name: config[name] for name in NAMED + LEADING if config.get(name) is not None}
     named = {name: value for name, value in given.items() if name in NAMED}
     plain, recipe = _plain(config)
@@ -82,7 +77,7 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(config: Mapping[str, Any]) -> tuple[Settings, str]:
-    """What is declared, with the defaults of the run's recipe; and the recipe that it would take by itself."""
+    """The declared defaults with those of the run's recipe, and the recipe that `auto` would choose."""
     images, model = config.get("num_train_images", config.get("num_train", config.get("num_images"))), str(config.get("model"))
     is_known = isinstance(images, int)
     if config.get("command") == "finetune":
@@ -96,7 +91,7 @@ def _plain(config: Mapping[str, Any]) -> tuple[Settings, str]:
 
 
 def _resolved(config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-    """The settings of the same data, if only these are given."""
+    """The resolved settings for the same data if only these are given."""
     if config.get("command") != "finetune":
         return pretrain.resolve(from_config(PretrainSettings, given), int(config.get("num_images") or 0), Machine())
     found = {name: config.get(name) for name in ("num_classes", "several_labels", "channels")}
@@ -106,5 +101,5 @@ def _resolved(config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
 
 
 def _norm_of(model: str) -> str:
-    """The kind of a network's norms; the network itself would say, and take long to make."""
+    """The kind of a network's norms, guessed from its name: building the network takes long."""
     return "ln" if "convnext" in model else "bn"

@@ -31,7 +31,7 @@ from sparkme.settings.declare import (
 MAX_CHANNELS, MAX_SIDE = 4096, 16384
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, of values in [0, 1]
 MOST_WORKERS = 32  # by default
-# With --on-nan: of the last so many steps, at most so many may be left out. More are no accident.
+# With --on-nan: more skipped steps than this among the recent ones are no accident.
 RECENT_STEPS, MOST_NOT_FINITE = 100, 10
 
 
@@ -58,32 +58,32 @@ class SourceSettings(Settings):
     # fmt: off
     data: Any = in_data("images", parse=source_argument)
     root: Path | None = in_data(
-        "the folder that the names in a list start from", otherwise="the list's own folder", metavar="DIR")
+        "folder that relative names in a list start from", otherwise="the list's own folder", metavar="DIR")
     shard_cache: Path | None = in_data(
-        "folder for the index of tar shards, and for copies of shards that are compressed or remote",
+        "folder for the index of tar shards and for copies of compressed or remote shards",
         otherwise="~/.cache/sparkme/shards", metavar="DIR")
     shard_cache_gib: float = in_data("GiB of shards kept in the cache", 50.0, metavar="G", at_least=0)
     max_pixels: int | None = in_data(
-        "an image with more pixels counts as unreadable", otherwise="178956970, Pillow's limit", metavar="N")
+        "treat an image with more pixels as unreadable", otherwise="178956970, Pillow's limit", metavar="N")
     image_column: str | None = in_data(
-        "column of a Parquet file with the images", otherwise="found by its name and type", metavar="NAME")
+        "Parquet column with the images", otherwise="found by its name and type", metavar="NAME")
     label_column: str | None = in_data(
-        "column of a Parquet file with the labels", otherwise="label, labels, cls or class, whichever is there", metavar="NAME")
+        "Parquet column with the labels", otherwise="the first of label, labels, cls and class that exists", metavar="NAME")
     # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSettings(Settings):
-    """How the numbers of images become values from 0 to 1."""
+    """How pixel values become numbers from 0 to 1."""
 
     # fmt: off
-    # Two numbers as they are given; in a run's settings the range of each kind of numbers, as `sparkme.data.planes` has it.
+    # Two numbers on the command line; in a run's settings one range for each pixel type, see `sparkme.data.planes`.
     value_range: Any = in_data(
-        "the numbers that are black and white, such as 0 4095 for 12 bits; others are cut", parse=float, nargs=2,
-        otherwise="0 255 for 8 bits; for more bits those of the run whose weights are read, else estimated from some images",
+        "pixel values of black and white, such as 0 4095 for 12 bits; values outside are clipped", parse=float, nargs=2,
+        otherwise="0 255 for 8 bits; for more bits the range of the pretraining run, else estimated from some images",
         metavar=("LOW", "HIGH"))
     upright: bool = in_data(
-        "turn images as their EXIF or TIFF says", otherwise="as the run whose weights are read, else on", older=True)
+        "rotate images as their EXIF or TIFF orientation says", otherwise="as in the pretraining run, else on", older=True)
     # fmt: on
 
 
@@ -93,41 +93,41 @@ class LabelledSettings(SourceSettings):
 
     # fmt: off
     data: str = in_data(
-        "a folder with a folder of images for each class, or with folders train and val of that kind; a .csv; tar shards with "
-        ".cls or .json; Parquet with a column label; or package.module:dataset with `targets`", metavar="LABELLED",
-        parse=source_argument, required=True, once="link the folders of classes into one folder, or name images in a .csv")
+        "labelled images: a folder with one folder per class, or with train and val folders of that form; a .csv; tar shards "
+        "with .cls or .json entries; Parquet with a label column; or package.module:dataset with `targets`", metavar="LABELLED",
+        parse=source_argument, required=True, once="link the class folders into one folder, or list the images in a .csv")
     labels: str | None = in_data(
-        "a table with lines of path,label for images in --data, whose column split may say train or val; or, where --data is a "
-        "table, the column with labels. Several, with commas between, of 0 and 1 or of names: several labels an image, for "
-        "finetune only", metavar="FILE_OR_COLUMNS", parse=source_argument)
+        "table of path,label for the images in --data, with an optional split column (train or val); if --data is a table "
+        "itself, the name of its label column. Several columns, separated by commas, of 0 and 1 or of names give each image "
+        "several labels (finetune only)", metavar="FILE_OR_COLUMNS", parse=source_argument)
     label_separator: str | None = in_data(
-        "what separates several labels of an image in a table, such as '|', for finetune only; '' if each cell is one class",
+        "text between several labels in one cell of a table, such as '|' (finetune only); '': each cell is one class",
         metavar="TEXT")
-    val_share: float = in_data("share of each class to measure on, where the data names no split", 0.2, metavar="S")
+    val_share: float = in_data("share of each class to validate on, if the data has no split", 0.2, metavar="S")
     # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSettings(Settings):
-    """How weights are found in a file of another code, see `sparkme.weights.prefixes`."""
+    """How weights are found in a file that other code wrote, see `sparkme.weights.prefixes`."""
 
     # fmt: off
     weights_key: str | None = in_network(
-        "which weights to take of a file that has several of this network: a container or module in it, such as teacher, "
-        "state_dict_ema or encoder_k", otherwise="what is trained itself, before an average of it", metavar="NAME")
+        "which weights to load if the file has several sets for this network: the name of a container or module, such as "
+        "teacher, state_dict_ema or encoder_k", otherwise="trained weights rather than their running average", metavar="NAME")
     adapt_stem: str | None = in_network(
-        "change the first convolution of weights that are for another number of channels: each channel gets its share of the "
-        "sum, or the mean, or the channels are repeated", otherwise="such weights are refused",
+        "fit the first convolution to another number of channels: divide the sum of its channels evenly, give each their "
+        "mean, or repeat them", otherwise="weights for another number of channels are refused",
         choices=("sum", "mean", "repeat"))
     # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings(Settings):
-    """What computes."""
+    """Where the command computes."""
 
     # fmt: off
-    device: str = in_machine("auto, cpu, cuda or cuda:N", "auto")
+    device: str = in_machine("device: auto, cpu, cuda or cuda:N", "auto")
     # fmt: on
 
 
@@ -137,19 +137,19 @@ class EngineSettings(Settings):
 
     # fmt: off
     engine: str = in_machine(
-        "kernels of the encoder", "auto", otherwise="auto: the first of these that can run",
+        "kernels of the sparse encoder", "auto", otherwise="auto, the first in this list that can run",
         choices=("auto", "cuda_ext", "minkowski", "masked-dense"))
     # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings(Settings):
-    """How images are loaded, and what is drawn at random."""
+    """How images are loaded, and the seed."""
 
     # fmt: off
     workers: int = in_machine(
-        "processes that load images", otherwise="as many as cores, at most 32, or 8 without a GPU", metavar="N", at_least=0)
-    seed: int = in_machine("seed of all that is random", 0, at_least=0, fixed=True)
+        "processes that load images", otherwise="one per core, at most 32 with a GPU and 8 without", metavar="N", at_least=0)
+    seed: int = in_machine("random seed", 0, at_least=0, fixed=True)
     # fmt: on
 
 
@@ -158,7 +158,7 @@ T = TypeVar("T", bound="TrainingSettings")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(LoaderSettings, DeviceSettings):
-    """What pretraining and fine-tuning share, and what their loop and their checkpoints read.
+    """Settings of both pretraining and fine-tuning, which their loop and checkpoints read.
 
     Batches are counted over all processes and accumulation steps.
     """
@@ -166,53 +166,56 @@ class TrainingSettings(LoaderSettings, DeviceSettings):
     # fmt: off
     model: str = in_network("the network", fixed=True)
     input_size: tuple[int, ...] = in_images(
-        "side of the crops, or height and width", metavar="PIXELS", nargs="+", fixed=True, at_least=1, at_most=MAX_SIDE)
-    crop_scale: float = in_images("smallest share of an image's area in a crop", metavar="S", above=0, at_most=1)
+        "side of the crops, or their height and width", metavar="PIXELS", nargs="+", fixed=True, at_least=1, at_most=MAX_SIDE)
+    crop_scale: float = in_images("smallest area of a crop, as a share of the image's area", metavar="S", above=0, at_most=1)
     max_unreadable: int = in_images(
-        "stop when more images than this cannot be read", otherwise="10, or 1% of the images if that is more", metavar="N",
+        "stop after more than N unreadable images", otherwise="10, or 1% of the images if that is more", metavar="N",
         at_least=0)
     reduced_jpeg: bool = in_images(
-        "decode JPEG files at 1/2, 1/4 or 1/8 of their size where a crop keeps as many pixels as it needs: faster, and a few "
-        "grey levels different", True)
+        "decode JPEG files at 1/2, 1/4 or 1/8 of their size if the crop still has enough pixels: faster, and pixels differ by "
+        "a few grey levels", True)
 
-    drop_path: float = in_network("drop path of the deepest block, from 0 at the first", metavar="P", at_least=0, below=1)
+    drop_path: float = in_network(
+        "drop-path rate of the deepest block; it grows from 0 at the first", metavar="P", at_least=0, below=1)
 
     epochs: int = in_optimisation("epochs to train for", at_least=1)
-    warmup_epochs: float = in_optimisation("linear warm-up", at_least=0)
+    warmup_epochs: float = in_optimisation("epochs of linear learning-rate warm-up", at_least=0)
     batch_size: int = in_optimisation(
-        "GLOBAL batch, over all processes and accumulation steps", metavar="N", fixed=True, at_least=1)
+        "GLOBAL batch size, over all processes and accumulation steps", metavar="N", fixed=True, at_least=1)
     accumulate: int = in_optimisation(
-        "split each process's batch into N forward passes, to save memory", 1, metavar="N", at_least=1)
+        "split each process's batch into N forward passes to save memory", 1, metavar="N", at_least=1)
     optimizer: str = in_optimisation("optimiser", choices=("lamb", "adamw"), fixed=True)
-    base_lr: float = in_optimisation("peak learning rate per 256 images", above=0)
+    base_lr: float = in_optimisation("peak learning rate for a batch of 256; it scales linearly with the batch size", above=0)
     weight_decay: float = in_optimisation("weight decay", at_least=0)
-    clip_grad: float = in_optimisation("largest gradient norm; 0 for no limit", at_least=0)
+    clip_grad: float = in_optimisation("clip the gradient norm to this; 0: no clipping", at_least=0)
 
     precision: str = in_machine(
-        "autocast to bf16", "auto", otherwise="auto: on GPUs that have it", choices=("auto", "float32", "bf16"))
+        "float32, or autocast to bf16", "auto", otherwise="auto, bf16 on GPUs that have it",
+        choices=("auto", "float32", "bf16"))
     tf32: bool = in_machine(
-        "let a GPU multiply float32 numbers in TF32, which keeps 10 bits of them, in all products; without this in none", False)
+        "let a GPU multiply float32 numbers in TF32 (10 bits of mantissa) everywhere; off: nowhere", False)
 
     output: Path = in_output("run folder", metavar="DIR")
-    resume: bool = in_output("continue the run in --output; --no-resume starts it anew", True, saved=False)
+    resume: bool = in_output("continue the run in --output; --no-resume starts again", True, saved=False)
     checkpoint_minutes: float = in_output(
-        "save when the last save is older; 0 saves every epoch", 10.0, metavar="M", at_least=0)
+        "save a checkpoint when the last one is M minutes old; 0: after every epoch", 10.0, metavar="M", at_least=0)
     keep_checkpoints: int = in_output("keep the newest N checkpoints", 3, metavar="N", at_least=1)
-    keep_every: int = in_output("and keep that of every K-th epoch for good; 0: none", 0, metavar="K", at_least=0)
+    keep_every: int = in_output("also keep the checkpoint of every K-th epoch for good; 0: none", 0, metavar="K", at_least=0)
     log_steps: int = in_output("steps between log lines", 10, metavar="N", at_least=1)
     on_nan: str = in_output(
-        "a step whose loss or gradient is not finite: stop; skip: leave it out; or rollback: leave it out and go "
-        "on with the weights of the last checkpoint. skip and rollback wait for the device in every step, and stop after "
-        f"{MOST_NOT_FINITE} such steps of {RECENT_STEPS}", "stop", choices=("stop", "skip", "rollback"))
+        "what to do with a step whose loss or gradient is not finite: stop training; skip the step; or rollback: skip it and "
+        "load the last checkpoint's weights. skip and rollback synchronise with the device in every step, and stop after "
+        f"{MOST_NOT_FINITE} such steps in {RECENT_STEPS}", "stop", choices=("stop", "skip", "rollback"))
     on_full_disk: str = in_output(
-        "what to do where a file cannot be written: say so, go on, and try again; or save if possible, and stop", "continue",
+        "what to do when a file cannot be written: continue training and try again later; or stop, after saving if possible",
+        "continue",
         choices=("continue", "stop"))
     hang_seconds: float = in_output(
-        "end a process where a step, waiting for images or for other processes takes longer than this and five usual steps, or "
-        "where its start does nothing for ten minutes; 0: never", 45.0, metavar="S", at_least=0)
-    wandb: bool = in_output("send the metrics to Weights & Biases, too, where it is installed", False)
+        "end a process that hangs: a step, or waiting for images or other processes, takes longer than S seconds and than five "
+        "usual steps, or start-up makes no progress for ten minutes; 0: never", 45.0, metavar="S", at_least=0)
+    wandb: bool = in_output("also send the metrics to Weights & Biases, if it is installed", False)
 
-    # What is found, or known from the weights.
+    # Found in the data, on the machine or in the weights.
     command: str = found(default="")
     processes: int = found()
     channels: int = found()
@@ -238,7 +241,7 @@ class TrainingSettings(LoaderSettings, DeviceSettings):
 
 
 def fixed_size(sides: Sequence[int]) -> tuple[int, int]:
-    """Height and width of what --input-size was given.
+    """Height and width from the values of --input-size.
 
     Raises:
         UserError: too many numbers.
@@ -249,11 +252,7 @@ def fixed_size(sides: Sequence[int]) -> tuple[int, int]:
 
 
 def checked_range(values: Sequence[float] | None) -> list[float] | None:
-    """What --value-range was given; whole numbers as integers, for people.
-
-    Raises:
-        UserError: it is no range.
-    """
+    """The values of --value-range, whole numbers as integers. Raises UserError if they are no range."""
     if values is None:
         return None
     low, high = (int(v) if math.isfinite(v) and v % 1 == 0 else v for v in values)
@@ -263,10 +262,10 @@ def checked_range(values: Sequence[float] | None) -> list[float] | None:
 
 
 def check_workers(workers: int | None) -> None:
-    """Raises UserError for more processes than a machine is well with."""
+    """Raises UserError for more loading processes than the machine can usefully run."""
     cores = len(os.sched_getaffinity(0))
     if workers is not None and workers > (most := max(16, 4 * cores)):
-        raise UserError(f"--workers {workers} is more than {most}, four for each of {cores} cores or 16; lower it")
+        raise UserError(f"--workers {workers} is more than {most} (4 per core of {cores} cores, or 16); use fewer")
 
 
 def default_workers(*, on_gpu: bool) -> int:
@@ -279,7 +278,7 @@ def default_workers(*, on_gpu: bool) -> int:
 
 
 def with_precision(settings: T, machine: Machine) -> T:
-    """With the precision that the machine is best at, where it was left to it."""
+    """The settings with `auto` precision resolved for the machine."""
     if settings.precision != "auto":
         return settings
     return replace(settings, precision="bf16" if machine.has_bf16 else "float32")

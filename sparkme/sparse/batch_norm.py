@@ -1,7 +1,7 @@
-"""Batch norms that train: their statistics, alone or over the processes that train together, and what they compute on rows.
+"""Batch norm on rows, with statistics of one process or of all that train together.
 
-`BatchNorm` is the layer of dense networks. That of sparse ones is in `sparkme.sparse.forms.norm`, and waits for what follows it
-in `sparkme.sparse.fusion.norm`. Both compute with the functions here.
+`BatchNorm` is the layer of dense networks, such as the decoder. The sparse layer is in `sparkme.sparse.forms.norm`, and its
+fusion with later layers in `sparkme.sparse.fusion.norm`. Both compute with the functions here.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def normalises_batch(bn: BATCH_NORM) -> bool:
-    """Whether it takes the statistics of the batch, and not its running ones."""
+    """Whether it uses the statistics of the batch, not its running ones."""
     return bn.training or bn.running_mean is None or bn.running_var is None
 
 
 def processes_of(bn: nn.Module) -> int:
-    """How many share its statistics, each with as many rows."""
+    """The number of processes that share its statistics, each with the same number of rows."""
     return getattr(bn, "processes", 1)
 
 
-def normalise(
+def apply_norm(
     bn: BATCH_NORM,
     rows: Tensor,
     mean: Tensor,
@@ -39,7 +39,7 @@ def normalise(
     residual: Tensor | None = None,
     ceiling: float | None = None,
 ) -> Tensor:
-    """`ops.batch_norm` with a layer's weight and bias; `mean` and `deviation` are from `statistics_of_batch` if it trains."""
+    """`ops.batch_norm` with a layer's weight and bias. In training, `statistics_of_batch` gives `mean` and `deviation`."""
     if training and (processes := processes_of(bn)) > 1:
         residual = None if residual is None else residual.flatten(0, -2)
         out: Tensor = _Shared.apply(rows, bn.weight, bn.bias, residual, mean, deviation, factor, ceiling, processes)
@@ -51,18 +51,16 @@ def normalise(
 
 @torch.no_grad()
 def statistics_of_batch(bn: BATCH_NORM, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and inverse deviation that a batch norm trains with on (N, C) rows; its running statistics move.
+    """Mean and inverse standard deviation of (N, C) rows, in training; updates the running statistics.
 
-    Of several processes one sum of two numbers a channel is taken, and the host does not wait for the device.
-
-    Raises:
-        ValueError: there is a single row to train on.
+    Several processes exchange one sum of two numbers per channel, and the host does not wait for the device. Raises ValueError
+    for a single row.
     """
     processes = processes_of(bn)
     if processes == 1:
         return ops.norm_statistics(rows, bn.eps, *running_statistics(bn, len(rows)))
     mean, variance = ops.batch_statistics(rows)
-    # In float64, since what comes back is a difference of large numbers where a channel's mean is.
+    # In float64: with a large mean, the variance is a small difference of large numbers.
     own = mean.double()
     mean_of_all, square_of_all = sum_over_processes(torch.stack([own, own**2 + variance])) / processes
     variance = (square_of_all - mean_of_all**2).clamp_min(0).to(mean.dtype)
@@ -73,7 +71,7 @@ def statistics_of_batch(bn: BATCH_NORM, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def move_running_statistics(bn: BATCH_NORM, mean: Tensor, variance: Tensor, count: int) -> None:
-    """The same where the statistics of `count` pixels are known already."""
+    """Updates the running statistics with known statistics of `count` pixels."""
     running_mean, running_var, momentum = running_statistics(bn, count)
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -81,7 +79,7 @@ def move_running_statistics(bn: BATCH_NORM, mean: Tensor, variance: Tensor, coun
 
 
 def running_statistics(bn: BATCH_NORM, count: int) -> tuple[Tensor | None, Tensor | None, float]:
-    """What has to move after a batch of `count` pixels, and how far, as torch's own batch norm does; the batch is counted."""
+    """The running statistics to update after a batch of `count` pixels, and the momentum, as in torch; counts the batch."""
     if count == 1:
         raise ValueError("a batch norm cannot train on a single visible pixel")
     if not bn.training or not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
@@ -95,7 +93,7 @@ def running_statistics(bn: BATCH_NORM, count: int) -> tuple[Tensor | None, Tenso
 
 @torch.library.custom_op("sparkme_training::sum_over_processes", mutates_args=())
 def sum_over_processes(value: Tensor) -> Tensor:
-    """An operator, since compiled code takes those as they are, and cannot be interrupted."""
+    """An operator, so that torch.compile keeps it in the graph."""
     value = value.clone()
     dist.all_reduce(value)
     return value
@@ -107,8 +105,8 @@ def _(value: Tensor) -> Tensor:
 
 
 class _Shared(torch.autograd.Function):
-    """`ops.batch_norm` with statistics of all processes. The sums that its gradient takes over rows are theirs, too; weight and
-    bias get those of the own rows, which are added up with all other gradients."""
+    """`ops.batch_norm` with statistics of all processes. The gradient of the rows uses sums over all processes; those of weight
+    and bias use the process's own rows, since DistributedDataParallel adds them up later."""
 
     @staticmethod
     def forward(
@@ -125,7 +123,7 @@ class _Shared(torch.autograd.Function):
     ) -> Tensor:
         numbers = mean, deviation, weight, bias, factor
         out: Tensor = torch.ops.sparkme.batch_norm(rows, *numbers, residual, ceiling, True)
-        # Only after a residual it cannot be worked out from the rows where the result was clamped.
+        # With a residual, the rows alone do not tell where the result was clamped.
         ctx.save_for_backward(rows, *numbers, None if ceiling is None or residual is None else out)
         ctx.ceiling, ctx.processes = ceiling, processes
         return out
@@ -152,17 +150,17 @@ class _Shared(torch.autograd.Function):
 
 
 class BatchNorm(BATCH_NORM):
-    """A batch norm of (N, C, ...), perhaps with a ReLU behind it, by this project's operators where they are asked for.
+    """A batch norm of (N, C, ...), optionally with a ReLU, that can use this project's operators.
 
     Args:
         num_features: C.
-        ceiling: what the result is clamped to, [0, ceiling]: 6 for a ReLU6. None leaves it as it is.
+        ceiling: clamps the result to [0, ceiling], as a ReLU6 does for 6; None for no clamp.
 
     Attributes:
-        by_operators: whether, in training, a channels_last map is normalised and clamped in one pass; see `use_operators`.
-        processes: how many share its statistics, whose batches have to be of the same size. Since they are, two numbers per
-            channel are summed over them in each pass, and the host never waits for the device. torch.nn.SyncBatchNorm allows
-            for any sizes, so it has to learn in every layer which are zero; and it runs on GPUs alone.
+        by_operators: in training, normalise and clamp a channels_last map in one pass; see `use_operators`.
+        processes: how many processes share its statistics, with batches of equal size. Equal sizes need only two numbers per
+            channel and pass, and no wait for the device. torch.nn.SyncBatchNorm allows any size, so that every layer has to
+            ask which are zero; and it needs GPUs.
     """
 
     by_operators = False
@@ -171,7 +169,7 @@ class BatchNorm(BATCH_NORM):
     def __init__(self, num_features: int, ceiling: float | None = None) -> None:
         super().__init__(num_features)
         self.ceiling = ceiling
-        # Asked here, since compiled code cannot; whether they run on the CPU, and on a GPU.
+        # Whether operators run on the CPU and on a GPU; compiled code cannot ask later.
         self.has_operators = (not ops.unavailable(on_gpu=False), not ops.unavailable(on_gpu=True))
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -183,16 +181,16 @@ class BatchNorm(BATCH_NORM):
             out = self._by_torch(input) if shares else super().forward(input)
             return out if self.ceiling is None else F.hardtanh(out, 0.0, self.ceiling, inplace=True)
         rows = input.movedim(1, -1).flatten(0, -2)
-        out = normalise(self, rows, *statistics_of_batch(self, rows), training=True, ceiling=self.ceiling)
+        out = apply_norm(self, rows, *statistics_of_batch(self, rows), training=True, ceiling=self.ceiling)
         return out.view(input.shape[0], *input.shape[2:], -1).movedim(-1, 1)
 
     def _takes(self, input: Tensor) -> bool:
-        """Whether its rows lie in memory, and nobody else computes the layers together."""
+        """Whether the input is rows in memory, and torch.compile does not fuse the layers anyway."""
         asked = self.by_operators and self.training and not torch.compiler.is_compiling()
         return asked and input.is_contiguous(memory_format=torch.channels_last)
 
     def _by_torch(self, input: Tensor) -> Tensor:
-        """The same without the operators, as where they were not built for CUDA; slower, and in more memory."""
+        """The shared batch norm without operators, which may be missing for CUDA; slower and needs more memory."""
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         axes, by_channel = [axis for axis in range(input.ndim) if axis != 1], (1, -1, *[1] * (input.ndim - 2))
         mean = _AddUp.apply(wide.mean(axes)) / self.processes
@@ -206,17 +204,17 @@ class BatchNorm(BATCH_NORM):
 
 
 def use_operators(network: nn.Module, enabled: bool) -> None:
-    """Says whether the `BatchNorm`s of a network take this project's operators where they fit."""
+    """Sets `by_operators` of the `BatchNorm`s of a network."""
     for module in network.modules():
         if isinstance(module, BatchNorm) and module.by_operators != enabled:
             module.by_operators = enabled
 
 
 def share_batch_norms(network: nn.Module) -> list[str]:
-    """Has the batch norms of a network share their statistics, in place, with all that hangs on them: names, weights, hooks.
+    """Makes the batch norms of a network share statistics over processes, in place; names, weights and hooks stay.
 
     Returns:
-        Those that have code of their own, with their kind: they keep to their process's part of the batch.
+        Names and classes of batch norms with their own code, which keep the statistics of their process.
     """
     own_code, processes = [], dist.get_world_size() if dist.is_initialized() else 1
     for name, module in list(network.named_modules()):
@@ -236,7 +234,7 @@ def share_batch_norms(network: nn.Module) -> list[str]:
 
 
 class _AddUp(torch.autograd.Function):
-    """A sum over the processes, each of which has a loss of its own."""
+    """A sum over processes that each have their own loss."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ class SparseEncoder(nn.Module):
     Args:
         network: the module tree with sparse layers.
         hierarchy: where the maps come out.
-        versions: of the weights of each module of the dense network, by its path, as torch keeps them in state dicts.
+        versions: state-dict version of each module of the dense network, by its path.
 
     Attributes:
-        proof: that the network passed its trial, as plain values for a later `sparkme.sparsify`; None where the network's code
-            cannot be compared with what it was.
-        tried_because: why it was tried this time; empty where a proof made that unnecessary.
+        proof: record of the passed trial, as plain values for a later `sparkme.sparsify`; None if the network's code cannot be
+            compared with an earlier one.
+        tried_because: why the trial ran; empty if a proof made it unnecessary.
     """
 
     proof: dict[str, Any] | None = None
@@ -62,29 +62,28 @@ class SparseEncoder(nn.Module):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The outermost modules of the dense network that are left out: its head or decoder."""
+        """The outermost dropped modules of the dense network: its head or decoder."""
         left_out = self.hierarchy.left_out
         return tuple(sorted(name for name in left_out if name.rpartition(".")[0] not in left_out))
 
     @property
     def patch(self) -> int:
-        """What the side of a patch has to be a multiple of, in pixels: the total stride or, where the network pools further
-        inside of its blocks, that."""
+        """The side of a patch must be a multiple of this: the coarsest stride in the network, in pixels."""
         return self.hierarchy.patch
 
     @property
     def norm(self) -> str:
-        """The network's kind of normalisation, `bn` or `ln`; densify uses the same."""
+        """The network's kind of norm, `bn` or `ln`; densify uses the same."""
         return "bn" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()) else "ln"
 
     def set_engine(self, name: str) -> SparseEncoder:
         """Chooses the kernels: `cuda_ext`, `minkowski`, `masked-dense` or `auto`. The weights stay.
 
-        Kernels are put into the memory order that the engine reads, so choose before optimizers, DistributedDataParallel or
-        CUDA graphs take hold of them.
+        This changes the memory order of the kernels, so call it before creating an optimizer, DistributedDataParallel or a
+        CUDA graph.
 
         Raises:
-            ValueError: no such engine, or it cannot run on the encoder's device.
+            ValueError: an unknown engine, or one that cannot run on the encoder's device.
         """
         return self._choose_engine(name, next(self.parameters()).device)
 
@@ -103,7 +102,7 @@ class SparseEncoder(nn.Module):
             options: for torch.compile.
 
         Returns:
-            The names of the stages: the largest modules of several layers with no map of the hierarchy inside of them.
+            The names of the stages: the largest modules of several layers without a tap inside.
         """
         stages: list[str] = []
         self.compiled = True
@@ -117,19 +116,18 @@ class SparseEncoder(nn.Module):
         return stages
 
     def checkpoint_blocks(self) -> list[str]:
-        """Has the forward pass of each block computed once more for its gradient, so that only what goes into blocks is kept.
+        """Activation checkpointing: stores only the inputs of blocks and recomputes the rest in the backward pass.
 
-        The results stay the same. Like `compile_stages`, which it does not go with, this is for the network as it is: a copy of
-        it would run the old one's blocks.
+        The results stay the same. A copy of the network would run the original's blocks, as after `compile_stages`.
 
         Returns:
-            The names of the blocks; none where the network has no rows of blocks.
+            The names of the blocks; none if the network has no sequence of blocks.
 
         Raises:
             ValueError: stages are compiled.
         """
         if self.compiled:
-            raise ValueError("blocks of compiled stages cannot be computed twice; use one or the other")
+            raise ValueError("checkpoint_blocks does not work on compiled stages; use it or compile_stages, not both")
         blocks = find_blocks(self.network, [tap.module for tap in self.hierarchy.taps])
         for name in blocks:
             recompute(self.network.get_submodule(name))
@@ -141,13 +139,13 @@ class SparseEncoder(nn.Module):
         Args:
             images: (B, C, H, W). Hidden pixels are never read.
             active: (B, 1, f_h, f_w) bool, True = visible, the same number in every image. A patch has H / f_h pixels.
-            keep: that number, where known; it saves reading the mask back from the device.
+            keep: that number, if known; this saves a synchronisation with the device.
 
         Returns:
             Maps at `strides`, shallow to deep.
 
         Raises:
-            ValueError: the sizes do not fit, or images differ in how many patches are visible.
+            ValueError: the sizes do not fit, or the number of visible patches differs between images.
         """
         return self.encode(images, Grid(active, self._patch(images, active), keep))
 
@@ -156,7 +154,7 @@ class SparseEncoder(nn.Module):
         recorder = Recorder([tap.call for tap in self.hierarchy.taps], compiled=self.compiled)
         device_type = images.device.type
         name, chosen_for = self._engine_choice
-        if chosen_for != device_type:  # the encoder has moved since
+        if chosen_for != device_type:  # the encoder has moved to another device
             self._choose_engine(name, images.device)
         with self.engine.precision(device_type):
             if not torch.is_autocast_enabled(device_type):
@@ -166,7 +164,8 @@ class SparseEncoder(nn.Module):
                 self.network(x)
         if missed := [tap for i, tap in enumerate(self.hierarchy.taps) if i not in recorder.maps]:
             raise RuntimeError(
-                f"this time the network did not call {missed[0].module!r}, where its map of stride {missed[0].stride} comes out"
+                f"in this forward pass the network did not call {missed[0].module!r}, the tap of its map of stride "
+                f"{missed[0].stride}"
             )
         return [recorder.maps[i] for i in range(len(self.strides))]
 
@@ -185,10 +184,10 @@ class SparseEncoder(nn.Module):
         return patch
 
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and in the layout of the dense model it came from, without its head.
+        """The weights with the names and layout of the dense model, without its head.
 
-        Tensors are copies where the layout differs and share memory where it does not. As torch's own state dicts it says
-        which version each module's weights are of, which some models ask for when they load it.
+        Tensors share memory unless the layout differs. Like torch's state dicts it carries each module's version, which some
+        models need for loading.
         """
         state = OrderedDict(
             (prefix + name, value) for prefix, module in walk(self.network) for name, value in _dense_state(module).items()
@@ -198,14 +197,14 @@ class SparseEncoder(nn.Module):
 
     @torch.no_grad()
     def load_dense_state_dict(self, state: dict[str, Tensor]) -> list[str]:
-        """Takes the dense model's weights. Returns the names it did not use, which should be the head's.
+        """Loads a dense model's weights. Returns the unused names, which should be the head's.
 
         Raises:
             ValueError: a name is missing or has another shape.
         """
         modules = [(prefix, module, _dense_views(module)) for prefix, module in walk(self.network)]
         own = {prefix + name: value for prefix, _, views in modules for name, value in views.items()}
-        # Counters, which files of old versions of torch lack.
+        # Files of old torch versions lack the counters.
         state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
         missing = [name for name in own if name not in state]
         wrong = [
@@ -216,7 +215,7 @@ class SparseEncoder(nn.Module):
         if missing or wrong:
             problems = [f"missing {', '.join(missing[:5])}"] if missing else []
             problems += [f"wrong shape {', '.join(wrong[:5])}"] if wrong else []
-            raise ValueError(f"weights of another model: {'; '.join(problems)} ({len(missing) + len(wrong)} in all)")
+            raise ValueError(f"the weights are of another model: {'; '.join(problems)} ({len(missing) + len(wrong)} in all)")
         for prefix, module, views in modules:
             values = {name: state[prefix + name] for name in views}
             if isinstance(module, SparseLayer):
@@ -232,7 +231,7 @@ def _reached(i: int, value: Any) -> bool:
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules with the prefix of their names; a sparse layer is one, whatever it is made of."""
+    """All modules with the prefix of their names. A sparse layer counts as one, whatever is inside."""
     yield prefix, module
     if not isinstance(module, SparseLayer):
         for name, child in module.named_children():
@@ -240,7 +239,7 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def _dense_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own weights as the dense model has them, without those of its children."""
+    """A module's own weights in the dense layout, without those of its children."""
     return module.dense_state() if isinstance(module, SparseLayer) else _dense_views(module)
 
 

@@ -1,7 +1,7 @@
-"""What the visible pixels of a batch hold, in the two layouts that engines compute on: rows, and dense maps.
+"""Features at the visible pixels of a batch, in the two layouts that engines compute on: rows and dense maps.
 
-Engines take features and give them. What happens between layers, pixel by pixel or from channel to channel, happens here, so
-that nobody else has to ask which layout it is. Between layers there may be several channel axes in the place of C, or none.
+Engines take and return features. Pixelwise and channelwise operations between layers happen here, so that no other code asks
+for the layout. Between layers there may be several channel axes in place of C, or none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparkme.sparse.grid import Grid
 
 
 class Hidden(Enum):
-    """What a function of single pixels makes of the hidden ones, where they were zero."""
+    """The result of a pixelwise function at hidden pixels, which were zero."""
 
     ZERO = "zero again, whatever the other arguments"
     SUM = "zero again, if all arguments are maps"
@@ -29,7 +29,8 @@ class Hidden(Enum):
 
 
 class Features(ABC):
-    """
+    """Features in one layout.
+
     Attributes:
         data: the values.
         grid: the sites.
@@ -57,14 +58,14 @@ class Features(ABC):
     @property
     @abstractmethod
     def channel_shape(self) -> torch.Size:
-        """Of the channel axes."""
+        """The sizes of the channel axes."""
 
     @abstractmethod
     def replace(self, data: Tensor, stride: int | None = None) -> Self:
-        """The same with other data, which is zero where this one's is: values that were moved, taken or left out."""
+        """A copy with other data that is zero wherever this data is: values that were moved, selected or dropped."""
 
     def rows(self) -> Tensor:
-        """(N, C) patch-major rows, of one channel axis."""
+        """(N, C) patch-major rows; needs one channel axis."""
         return self.by_sample().flatten(0, 1)
 
     @abstractmethod
@@ -88,22 +89,22 @@ class Features(ABC):
     @staticmethod
     @abstractmethod
     def spread(value: Tensor, grid: Grid, stride: int) -> Tensor:
-        """(B or 1, channels..., 1, 1) or (B, channels..., H, W) as what can be computed with data."""
+        """Makes (B or 1, channels..., 1, 1) or (B, channels..., H, W) broadcast with data."""
 
     @abstractmethod
     def apply(self, function: Callable[..., Tensor], args: list[Any], kwargs: dict[str, Any], hidden: Hidden) -> Self:
-        """A function of single pixels.
+        """Applies a pixelwise function.
 
         Args:
-            function: of tensors.
-            args, kwargs: features on the same sites, of which this is one; tensors that were spread; anything else.
-            hidden: what it makes of hidden pixels.
+            function: takes tensors.
+            args, kwargs: features on the same sites, including this one; spread tensors; anything else.
+            hidden: its result at hidden pixels.
         """
 
     @abstractmethod
     def blocks(self, r: int, down: int, across: int) -> Self:
-        """The pixels of r x r blocks as channels. Where they lie in a block down and across are new channel axes, in front of
-        those that had the numbers `down` and `across`."""
+        """Turns the pixels of r x r blocks into channels: two new channel axes for the position in a block, before the channel
+        axes number `down` and `across`."""
 
     @abstractmethod
     def repeated(self, factor: int) -> Self:
@@ -114,7 +115,7 @@ class RowFeatures(Features):
     """(B, L, C) patch-major rows of each sample.
 
     Args:
-        again: computes the rows (B * L, C) once more from what is kept anyway, where that costs little.
+        again: recomputes the rows (B * L, C) cheaply from tensors that are stored anyway.
     """
 
     channel_axis = 2
@@ -167,15 +168,15 @@ class RowFeatures(Features):
         return self.replace(data, self.stride // factor)
 
     def kept(self) -> AbstractContextManager[Any]:
-        """Within it, autograd keeps of these features how they are computed again, where there is a way, and not themselves.
+        """Within it, autograd stores `again`, if there is one, instead of these features.
 
-        Whoever has hooks of their own for what autograd keeps, as torch.utils.checkpoint has, gets to see the features.
+        Saved-tensor hooks of others, such as torch.utils.checkpoint's, see the features themselves.
         """
         if torch.compiler.is_compiling() or self.again is None or type(self.data) is not Tensor:
             return nullcontext()
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return nullcontext()
-        again, place, count = self.again, self.data.data_ptr(), self.data.numel()  # autograd keeps the functions, too
+        again, place, count = self.again, self.data.data_ptr(), self.data.numel()  # autograd keeps the lambdas, too
         return torch.autograd.graph.saved_tensors_hooks(
             lambda saved: again if saved.data_ptr() == place and saved.numel() == count else saved,
             lambda kept: kept() if kept is again else kept,
@@ -183,10 +184,10 @@ class RowFeatures(Features):
 
 
 class DenseFeatures(Features):
-    """(B, C, H, W) maps, whose hidden pixels hold what no visible pixel may read.
+    """(B, C, H, W) maps. No visible pixel may read the values at hidden ones.
 
     Args:
-        clean: whether they are zero.
+        clean: whether hidden pixels are zero.
     """
 
     channel_axis = 1
@@ -228,14 +229,14 @@ class DenseFeatures(Features):
             or (hidden is Hidden.PRODUCT and not infinite)
         )
         if not keeps_zero and (infinite or hidden is Hidden.INFINITY):
-            # One is a safe place for all of these functions and their derivatives: an infinite one times zero is not zero.
+            # All these functions and derivatives are finite at one; an infinite derivative times zero would not be zero.
             args, kwargs = [self._hide(a, 1) for a in args], {key: self._hide(value, 1) for key, value in kwargs.items()}
             return self.replace(self._hide(self.replace(function(*args, **kwargs)), 0), clean=True)
         data = function(*map(_data, args), **{key: _data(value) for key, value in kwargs.items()})
         return self.replace(data, clean=keeps_zero and all(value.clean for value in maps))
 
     def _hide(self, value: Any, number: int) -> Any:
-        """The data of features, with a number at hidden pixels."""
+        """The data of features with `number` at hidden pixels."""
         if not isinstance(value, DenseFeatures):
             return value
         data, mask = value.data, self.grid.mask(self.stride, torch.bool)

@@ -1,8 +1,7 @@
 """The sites of a batch: which pixels are visible, in which order, and where their neighbours are.
 
-A `Grid` is made once per batch from the mask and is handed along with the features, so no layer needs global state.
-Whatever follows from the mask (coordinates, dense masks, MinkowskiEngine's coordinate maps) is built on first use and
-kept on the grid.
+A `Grid` is made once per batch from the mask and travels with the features, so no layer needs global state. Coordinates, dense
+masks, MinkowskiEngine's coordinate maps and all else that follows from the mask are built on first use and cached on the grid.
 
 Rows are patch-major at every stride: sorted by (sample, visible patch in row-major order, y, x). A map at stride s has
 p = patch / s pixels along a patch, and `rows.view(B, keep, p, p, C)` is always valid.
@@ -19,7 +18,7 @@ T = TypeVar("T")
 
 
 def in_inference_mode() -> bool:
-    """Not where code is compiled: torch.compile cannot trace the question."""
+    """False in compiled code: torch.compile cannot trace the question."""
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
@@ -29,11 +28,10 @@ class Grid:
     Args:
         active: (B, 1, f_h, f_w) bool, True = visible; the same number of visible patches in every image.
         patch: side of a patch in input pixels.
-        keep: visible patches per image, where the caller knows it. Without it the mask is read back from the device
-            once, to count and check it.
+        keep: visible patches per image, if known. Otherwise the mask is read back from the device once, to count and check.
 
     Raises:
-        ValueError: the mask has another shape or type, or its images differ in how many patches are visible.
+        ValueError: the mask has a wrong shape or type, or images differ in the number of visible patches.
     """
 
     def __init__(self, active: Tensor, patch: int, keep: int | None = None) -> None:
@@ -44,7 +42,7 @@ class Grid:
             if len(counts) != 1 or counts[0] == 0:
                 raise ValueError(f"every image needs the same number of visible patches, at least one; got {counts}")
             if keep not in (None, counts[0]):
-                raise ValueError(f"keep is {keep}, and {counts[0]} patches are visible")
+                raise ValueError(f"keep is {keep}, but {counts[0]} patches are visible")
             keep = int(counts[0])
         self.active = active
         self.patch = patch
@@ -87,7 +85,7 @@ class Grid:
 
     @property
     def slots(self) -> Tensor:
-        """(B, f_h, f_w) int32: the number of each patch among the visible ones of the batch, -1 where it is hidden."""
+        """(B, f_h, f_w) int32: the number of each patch among the visible ones of the batch; -1 if hidden."""
 
         def build() -> Tensor:
             slots = torch.full((self.batch * self.f_h * self.f_w,), -1, dtype=torch.int32, device=self.device)
@@ -98,7 +96,7 @@ class Grid:
 
     @property
     def patches(self) -> Tensor:
-        """(B * keep,) int32: where each visible patch of the batch lies in the flattened `slots`."""
+        """(B * keep,) int32: the index of each visible patch of the batch in the flattened `slots`."""
 
         def build() -> Tensor:
             first = torch.arange(self.batch, device=self.device).view(-1, 1) * (self.f_h * self.f_w)
@@ -107,8 +105,7 @@ class Grid:
         return self.cached("patches", build)
 
     def cached(self, key: Any, build: Callable[[], T]) -> T:
-        """What `build` makes, once for the batch: its readers may be in other modes than the first one, so that it is never an
-        inference tensor."""
+        """The result of `build`, computed once per batch. It is no inference tensor, since later readers may need gradients."""
         if key not in self._cache:
             with torch.inference_mode(False) if in_inference_mode() else nullcontext():
                 self._cache[key] = build()
@@ -135,10 +132,10 @@ class Grid:
         return torch.stack(torch.broadcast_tensors(sample, y, x), dim=-1).view(-1, 3).int()
 
     def runs(self, stride: int) -> Tensor:
-        """(B * keep * p,) int64: where in a (B, H, W, C) map the rows lie, in runs of p pixels, in the order of rows.
+        """(B * keep * p,) int64: indices of the visible runs of a (B, H, W, C) map, in the order of rows.
 
-        Neighbours along x within a patch are neighbours in memory, so a channels-last map is (B * H * f_w, p * C) runs,
-        and what is visible can be copied run by run.
+        A run is the p pixels of one line of a patch, adjacent in memory: the map is (B * H * f_w, p * C) runs, and visible
+        pixels are copied run by run.
         """
 
         def build() -> Tensor:
@@ -151,7 +148,7 @@ class Grid:
         return self.cached(("runs", stride), build)
 
     def row_numbers(self, stride: int) -> Tensor:
-        """(B, H / stride, W / stride) int64: the row of every pixel, -1 where it is hidden."""
+        """(B, H / stride, W / stride) int64: the row of every pixel; -1 if hidden."""
 
         def build() -> Tensor:
             numbers = torch.arange(1, self.num_rows(stride) + 1, device=self.device).view(-1, 1)
@@ -166,8 +163,7 @@ class Grid:
         return taken.view(-1, dense.shape[1])
 
     def to_dense(self, rows: Tensor, stride: int, fill: Tensor | None = None) -> Tensor:
-        """Copies (N, C) rows to a (B, C, H / stride, W / stride) map in channels_last memory; hidden pixels get `fill`,
-        (C,), or zero."""
+        """Copies (N, C) rows to a channels_last (B, C, H / stride, W / stride) map; hidden pixels get `fill` (C,) or zero."""
         p, channels, (h, w) = self.pixels(stride), rows.shape[1], self.size(stride)
         shape = self.batch * h * self.f_w, p * channels
         runs = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(p).expand(shape).clone()
@@ -176,11 +172,10 @@ class Grid:
 
 
 class TakeRuns(torch.autograd.Function):
-    """`runs[index]` where no index comes twice: autograd would add where copying is enough."""
+    """`runs[index]` for an index without duplicates, so that its gradient is a copy instead of a sum."""
 
     @staticmethod
     def forward(ctx, runs: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        """(R, W) and (M,) int64 give (M, W)."""
         ctx.save_for_backward(index)
         ctx.num_runs = len(runs)
         return runs.index_select(0, index)

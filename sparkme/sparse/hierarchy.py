@@ -1,12 +1,12 @@
 """Finds the hierarchy of a dense network: where its feature maps of each stride come out, and how wide they are.
 
-Nothing is listed by hand. A dense probe records every call of a module with the strides of its inputs and outputs. The map
-of stride s is what enters the last, outermost module that leads from s to the next stride, and the deepest map is what enters
-the head. So for torchvision's ResNet these are the outputs of layer1 to layer4, for ConvNeXt the outputs of the four
-stages (and not of the norms of the downsampling layers that follow them), as in SparK.
+A forward pass on a small image records every call of a module with the strides of its inputs and outputs. The map of stride s
+is the input of the last, outermost module that leads from s to the next stride. The deepest map is the input of the head. For
+torchvision's ResNet these are the outputs of layer1 to layer4. For ConvNeXt they are the outputs of the four stages, before the
+norms of the downsampling layers, as in SparK.
 
 A network that predicts maps ends in a decoder, which leads from the deepest stride back to finer ones, or in a head, which
-stays at that stride and narrows to what is predicted. Neither belongs to the encoder: its deepest map is what enters them.
+stays at that stride and narrows to the prediction. Neither belongs to the encoder: its deepest map is their input.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from sparkme.errors import first_line
 from sparkme.sparse.recorder import Recorder
 
-# Neither square nor powers of two, so that neither a (B, H, W, C) map nor a pooled (B, C, 1, 1) one can be mistaken.
+# Not square and not powers of two, so that (B, H, W, C) and pooled (B, C, 1, 1) tensors can be told from (B, C, H, W) maps.
 _PROBE_CELLS = (2, 3)
-_PROBE_STRIDE = 64  # strides up to this are seen
+_PROBE_STRIDE = 64  # the largest stride that the probe sees
 
 
 class ReachedDeepest(Exception):
@@ -39,9 +39,9 @@ class Tap:
         stride: input pixels per pixel of the map.
         channels: its width.
         module: the path of a module in the network.
-        at_input: whether the map enters the module, or comes out of it.
-        call: which call of the module in a forward pass, from 1.
-        path: where in (args, kwargs), or in the output, the map is: keys and indices, outermost first.
+        at_input: whether the map is the module's input; else it is its output.
+        call: number of the module's call in a forward pass, from 1.
+        path: place of the map in (args, kwargs) or in the output: keys and indices, outermost first.
     """
 
     stride: int
@@ -54,19 +54,17 @@ class Tap:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """The taps, shallow to deep, and what the probe saw.
+    """The taps and what the probe saw.
 
     Attributes:
-        in_channels: of the images.
+        in_channels: channels of the images.
         taps: shallow to deep.
-        patch: the coarsest stride of any map before the last tap, of which patches have to be multiples; some networks pool
-            to a coarser map inside of a block than any they hand on.
-        called: the modules that run before the last tap.
-        left_out: the modules that are not run: the head.
-        branches: the outermost modules that run, and that no gradient of the maps comes from: auxiliary heads, or what runs
-            without gradients.
-        needed: the parameters that a gradient of the maps comes to, in either mode.
-        on_maps: the modules all of whose calls before the last tap take a feature map first.
+        patch: the coarsest stride of any map before the last tap, perhaps inside a block. Patches must be multiples of it.
+        called: modules that run before the last tap.
+        left_out: modules that do not run: the head.
+        branches: outermost modules that run and get no gradient from the maps, such as auxiliary heads.
+        needed: parameters that get a gradient from the maps, in either mode.
+        on_maps: modules whose first argument is a feature map in every call before the last tap.
     """
 
     in_channels: int
@@ -86,19 +84,19 @@ class _Found:
     path: tuple[Any, ...]
     stride: int
     channels: int
-    made: int  # when it was made: the number of the call that gave it, or -1
+    made: int  # the number of the call that returned it, or -1
 
 
 @dataclass
 class _Call:
     module: str
-    number: int  # of the calls of this module, from 1
+    number: int  # among the calls of this module, from 1
     entered: int
     parents: tuple[_Call, ...]
     inputs: list[_Found]
     outputs: list[_Found] = field(default_factory=list)
     left: int = 0
-    unaligned: tuple[int, ...] = ()  # the size of the map that it gives, where that is aligned to nothing
+    unaligned: tuple[int, ...] = ()  # the size of its output map if that lies on no grid of patches
     is_window: bool = False
     steps: bool = False  # a window with a stride
 
@@ -115,10 +113,10 @@ def find_hierarchy(
     """Runs a small dense image through the model, in eval and in training mode, and reads the hierarchy off its calls.
 
     Args:
-        model: its buffers, modes and what requires gradients are changed: pass a copy.
-        num_scales: how many maps at most; the deepest ones are taken.
-        taps: the modules whose outputs are the maps, instead of those that are found.
-        in_channels: of the images; found if None.
+        model: pass a copy, since its buffers, modes and requires_grad flags change.
+        num_scales: take at most this many maps, the deepest ones.
+        taps: modules whose outputs are the maps; found if None.
+        in_channels: channels of the images; found if None.
 
     Raises:
         ValueError: the model has no convolution, cannot be run, or has no hierarchy of feature maps.
@@ -154,23 +152,19 @@ def _without_gradient(model: nn.Module, called: set[str], needed: set[str]) -> f
 
 
 def _check_last(calls: list[_Call], last: Tap, branches: frozenset[str]) -> None:
-    """The deepest map has to come out of a module.
-
-    Raises:
-        ValueError: functions put it together from several ones.
-    """
+    """Raises ValueError if a function computes the deepest map from the outputs of several modules."""
     others = [
         c.module
         for c in calls
         if c.gives(last.stride)
         and c.module != last.module
-        and not any(parent.gives(last.stride) for parent in c.parents)  # its module hands out what becomes of it
+        and not any(parent.gives(last.stride) for parent in c.parents)  # a module around it returns its map
         and any(f"{c.module}.".startswith(f"{b}.") for b in branches)
     ]
     if others:
         raise ValueError(
-            f"the map of stride {last.stride} is put together by a function behind the layers {last.module!r} and "
-            f"{others[-1]!r}, where it has no name; make that a module, or let an nn.Identity take the result"
+            f"a function computes the map of stride {last.stride} from the outputs of {last.module!r} and {others[-1]!r}, so "
+            "no module returns it; make the function a module, or pass its result through an nn.Identity"
         )
 
 
@@ -182,7 +176,7 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
         bad, (h, w) = leaves[0], (_PROBE_STRIDE * cells for cells in _PROBE_CELLS)
         module = model.get_submodule(bad.module)
         raise ValueError(
-            f"{name} cannot be aligned to a grid of patches: of an image of {h}x{w} pixels its layer {bad.module!r} makes "
+            f"{name} cannot be aligned to a grid of patches: for an image of {h}x{w} pixels its layer {bad.module!r} returns "
             f"{'x'.join(map(str, bad.unaligned))}; {_alignment_remedy(module)}"
         )
     if len(strides) < 2:
@@ -191,8 +185,8 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
     for call in calls:
         if call.is_window and call.takes(_PROBE_STRIDE) and call.steps:
             raise ValueError(
-                f"layer {call.module!r} of {name} makes maps of a stride above {_PROBE_STRIDE}, the largest; name the layers "
-                "that give the maps up to there with taps=[...]"
+                f"layer {call.module!r} of {name} has an output stride above {_PROBE_STRIDE}, the largest allowed; choose "
+                "layers of smaller strides with taps=[...]"
             )
     strides = strides[-num_scales:]
     chosen = []
@@ -204,7 +198,7 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
         if consumer is not None:
             found = max((f for f in consumer.inputs if f.stride == stride), key=lambda f: f.made)
             chosen.append(Tap(stride, found.channels, consumer.module, True, consumer.number, found.path))
-        else:  # what follows is a function and no module
+        else:  # a function follows, not a module
             producer = _last_producer(calls, stride)
             found = next(f for f in reversed(producer.outputs) if f.stride == stride)
             chosen.append(Tap(stride, found.channels, producer.module, False, producer.number, found.path))
@@ -212,16 +206,16 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
 
 
 def _alignment_remedy(module: nn.Module) -> str:
-    """What to change in the layer whose map lies on no grid of patches."""
+    """How to change a layer whose map lies on no grid of patches."""
     steps = getattr(module, "stride", 1)
     stride = steps[0] if isinstance(steps, tuple | list) and len({*steps}) == 1 else steps
     if not isinstance(stride, int):
-        return f"it has the stride {tuple(stride)}, and height and width have to shrink alike; give it one stride for both"
+        return f"its stride is {tuple(stride)}, but height and width must shrink alike; give it one stride for both"
     if stride & (stride - 1):
-        return f"it has the stride {stride}, and only powers of two fit; give it another one"
+        return f"its stride is {stride}, but only powers of two fit; give it another stride"
     if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and not list(module.children()):
         return "let it change the size of its input by a power of two, or leave it out"
-    return "pad what is not padded, so that a layer of stride s, a power of two, makes n pixels of n * s"
+    return "pad its input, so that a layer of stride s, a power of two, turns n * s pixels into n"
 
 
 def _before(calls: list[_Call], end: _Call) -> list[_Call]:
@@ -229,12 +223,12 @@ def _before(calls: list[_Call], end: _Call) -> list[_Call]:
 
 
 def _decoder(calls: list[_Call], deepest: int, predicted: list[int]) -> _Call | None:
-    """The first outermost call that leads from the deepest stride to finer ones only, and behind which the encoder ends.
+    """The first outermost call that leads from the deepest stride to finer ones only; the encoder ends before it.
 
     Args:
-        calls: of the whole network.
+        calls: those of the whole network.
         deepest: the stride.
-        predicted: strides of the maps that the network gives, if it gives maps only.
+        predicted: strides of the network's outputs, if all are maps.
     """
     for c in calls:
         leads_back = c.takes(deepest) and c.outputs and not any(f.stride >= deepest for f in c.outputs)
@@ -244,19 +238,19 @@ def _decoder(calls: list[_Call], deepest: int, predicted: list[int]) -> _Call | 
     return None
 
 
-# Behind the last convolution of a head: they make numbers of the scores, and no features.
+# These layers may follow the last convolution of a head: they change scores, not features.
 _OF_SCORES = (nn.Sigmoid, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LogSigmoid, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 def _head(model: nn.Module, calls: list[_Call], deepest: int, predicted: list[int]) -> _Call | None:
-    """The first outermost call behind the widest map of the deepest stride, if what follows narrows to a prediction.
+    """The first outermost call after the widest map of the deepest stride, if the following layers narrow to a prediction.
 
     Args:
-        calls: of the encoder and, perhaps, a head; in order.
+        calls: those of the encoder and perhaps of a head, in order.
         deepest, predicted: as for `_decoder`.
 
     Raises:
-        ValueError: it may be a head, or the last layers of the encoder.
+        ValueError: the call may belong to a head or to the encoder.
     """
     within = [c for c in calls if c.gives(deepest) and not c.takes(1)]
     chain = [c for c in within if not any(parent in within for parent in c.parents)]
@@ -274,14 +268,14 @@ def _head(model: nn.Module, calls: list[_Call], deepest: int, predicted: list[in
     if deepest not in predicted:
         return head
     raise ValueError(
-        f"the maps of stride {deepest} of {type(model).__name__} narrow from {widths[widest]} channels, of "
-        f"{chain[widest].module!r}, to {width}, of {chain[-1].module!r}, and either may be its deepest features: call sparsify "
-        "with taps=[...], the modules whose outputs are the maps, shallow to deep, or pass the network without its head"
+        f"the maps of stride {deepest} of {type(model).__name__} narrow from {widths[widest]} channels "
+        f"({chain[widest].module!r}) to {width} ({chain[-1].module!r}), and either may be its deepest features: pass sparsify "
+        "taps=[...], the modules whose outputs are the maps, shallow to deep, or pass the network without its head"
     )
 
 
 def _goes_on(call: _Call, stride: int) -> bool:
-    """Whether a map of this stride leaves the block that it is made in, or a deeper one does."""
+    """Whether the block that computes a map of this stride returns it or a deeper map."""
     return all(max(f.stride for f in parent.outputs) >= stride for parent in call.parents if parent.outputs)
 
 
@@ -298,7 +292,7 @@ def _consumer(calls: list[_Call], stride: int, following: int | None) -> _Call |
 
 
 def _last_producer(calls: list[_Call], stride: int) -> _Call:
-    """The call that gives a map of `stride` and ends last; of a block and its last layer that is the block."""
+    """The call that returns a map of `stride` and ends last: the block rather than its last layer."""
     return max((c for c in calls if c.gives(stride)), key=lambda c: c.left)
 
 
@@ -308,17 +302,17 @@ def _given_taps(model: nn.Module, calls: list[_Call], names: Sequence[str]) -> l
         of_module = [c for c in calls if c.module == name and c.outputs]
         if not of_module:
             known = name in dict(model.named_modules())
-            raise ValueError(f"taps names {name!r}, which {'gives no aligned feature map' if known else 'is no module'}")
+            raise ValueError(f"taps names {name!r}, which {'returns no aligned feature map' if known else 'is not a module'}")
         found = of_module[-1].outputs[-1]
         chosen.append(Tap(found.stride, found.channels, name, False, of_module[-1].number, found.path))
     strides = [tap.stride for tap in chosen]
     if strides != sorted(set(strides)) or not strides:
-        raise ValueError(f"taps must go from shallow to deep, one for each stride; their strides are {strides}")
+        raise ValueError(f"taps must go from shallow to deep, one per stride; their strides are {strides}")
     return chosen
 
 
 class TapHook:
-    """What stands at the module of a tap; calls `reached(i, map)`, which says when the last map is there."""
+    """The hook at a tap's module: calls `reached(i, map)`, and ends the forward pass if that returns True."""
 
     def __init__(self, i: int, tap: Tap, reached: Callable[[int, Any], bool]) -> None:
         self.i, self.path, self.reached = i, tap.path, reached
@@ -337,7 +331,7 @@ class TapHook:
 
 
 def attach(model: nn.Module, taps: tuple[Tap, ...], reached: Callable[[int, Any], bool]) -> list[Any]:
-    """Calls `reached(i, map)` at every call of the module of tap i; the run ends with `ReachedDeepest` when it returns True."""
+    """Hooks all taps: each call of tap i's module calls `reached(i, map)`; when that is True, `ReachedDeepest` is raised."""
     handles = []
     for i, tap in enumerate(taps):
         module, hook = model.get_submodule(tap.module), TapHook(i, tap, reached)
@@ -349,15 +343,12 @@ def attach(model: nn.Module, taps: tuple[Tap, ...], reached: Callable[[int, Any]
 
 
 def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor, *, training: bool = False) -> list[Tensor]:
-    """The hierarchy of a dense model on images (B, C, H, W), in eval mode: maps (B, D, H / s, W / s), shallow to deep.
-
-    Differentiable; call it under torch.no_grad() where no gradients are wanted.
-    """
+    """A dense model's maps (B, D, H / s, W / s), shallow to deep, of images (B, C, H, W), in eval mode; differentiable."""
     recorder = Recorder([tap.call for tap in taps])
     modes = {module: module.training for module in model.modules()}
     handles = attach(model, taps, recorder.reached)
     try:
-        model.train(training)  # of a network's own class it may return nothing
+        model.train(training)  # a user's class may not return self
         model(images)
     except ReachedDeepest:
         pass
@@ -376,14 +367,14 @@ def dense_features(model: nn.Module, taps: tuple[Tap, ...], images: Tensor, *, t
 
 
 def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call], list[int]]:
-    """What `_record` finds on a small image, of as many channels as the model takes; and that number."""
+    """The number of channels that the model takes, and what `_record` finds on a small image."""
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     candidates = [in_channels] if in_channels else list(dict.fromkeys([*(m.in_channels for m in convolutions), 3, 1]))
     problems = []
     for channels in candidates:
         try:
             return channels, *_record(model, channels)
-        except Exception as error:  # whatever the network makes of an image that it does not take
+        except Exception as error:  # a network may fail in any way on an image that it does not take
             said = f": {first_line(error)}" if str(error).strip() else ""
             problems.append(f"{type(error).__name__}{said}")
     raise ValueError(
@@ -393,7 +384,7 @@ def _probe(model: nn.Module, in_channels: int | None) -> tuple[int, list[_Call],
 
 
 def probe_images(model: nn.Module, in_channels: int, stride: int = _PROBE_STRIDE) -> Tensor:
-    """Two images on which strides up to the given one can be told apart."""
+    """Two images that tell strides up to the given one apart."""
     like = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     size = tuple(stride * cells for cells in _PROBE_CELLS)
@@ -401,7 +392,7 @@ def probe_images(model: nn.Module, in_channels: int, stride: int = _PROBE_STRIDE
 
 
 def _stride_and_channels(value: Any, largest: int = _PROBE_STRIDE) -> tuple[int, int] | None:
-    """Of a map (B, C, H, W) or (B, H, W, C) of the probe; None for what is no map, or not aligned."""
+    """Those of a map (B, C, H, W) or (B, H, W, C) of the probe; None for other tensors and unaligned maps."""
     if not isinstance(value, Tensor) or value.ndim != 4:
         return None
     for sizes, channels in ((value.shape[2:], value.shape[1]), (value.shape[1:3], value.shape[3])):
@@ -425,11 +416,11 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 
 @torch.no_grad()
 def _record(model: nn.Module, in_channels: int) -> tuple[list[_Call], list[int]]:
-    """The calls of the model's modules, and the strides of the maps that it gives, if it gives maps only."""
+    """The calls of the model's modules, and the strides of its outputs if all are maps."""
     calls: list[_Call] = []
     open_calls: list[_Call] = []
-    made: dict[int, int] = {}  # by the address of a tensor: the number of the call that gave it
-    kept: list[Tensor] = []  # so that no address comes twice
+    made: dict[int, int] = {}  # by the id of a tensor: the number of the call that returned it
+    kept: list[Tensor] = []  # so that no id comes twice
     clock = 0
 
     def maps_in(value: Any) -> list[_Found]:
@@ -479,8 +470,8 @@ def _record(model: nn.Module, in_channels: int) -> tuple[list[_Call], list[int]]
 
 
 def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch: int) -> tuple[set[str], set[str], set[str]]:
-    """The modules that run before the last tap, in either mode; those of them that take a map first at every call; and the
-    parameters that a gradient comes to. No module's map is coarser than a pixel for each patch."""
+    """Modules that run before the last tap in either mode, those of them whose first argument is always a map, and parameters
+    that get a gradient. `patch` is at least the coarsest stride of a module's map."""
     called: set[str] = set()
     on_vectors: set[str] = set()
     needed: set[str] = set()
@@ -495,7 +486,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
 
     def run(training: bool) -> None:
         recorder = Recorder([tap.call for tap in taps])
-        # The taps come first, so that a module at whose input the last map is taken does not count as called.
+        # The taps come first, so that a module whose input is the last map does not count as called.
         handles = attach(model, tuple(taps), recorder.reached)
         handles += [
             module.register_forward_pre_hook(lambda _m, a, k, name=name: enter(name, a, k), with_kwargs=True)
@@ -518,7 +509,7 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
         try:
             with torch.enable_grad():
                 run(training)
-        except Exception:  # operations in place of which autograd keeps the inputs: it runs, but what is needed stays open
+        except Exception:  # autograd forbids some in-place operations: without gradients it runs, and all may be needed
             needed.update(parameters)
             try:
                 with torch.no_grad():
@@ -533,5 +524,5 @@ def _before_last_tap(model: nn.Module, taps: list[Tap], in_channels: int, patch:
 
 
 def _is_unaligned(value: Any) -> bool:
-    """Whether a tensor is some map, though not one of the hierarchy: its layers have to say why they cannot be sparse."""
+    """Whether a tensor is a map on no grid of patches; its layers become sparse, too, so that they can say what is wrong."""
     return isinstance(value, Tensor) and value.ndim == 4 and min(value.shape[2:]) > 1

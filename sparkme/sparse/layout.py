@@ -1,7 +1,7 @@
-"""How MinkowskiEngine lays out a convolution's kernel, against torch's (C_out, C_in / groups, kh, kw).
+"""Converts kernels between MinkowskiEngine's layout and torch's (C_out, C_in / groups, kh, kw).
 
 With coordinates (sample, y, x) the first spatial axis, y, runs fastest in MinkowskiEngine's kernel index k = y + kh * x
-(measured). A transposed kernel has the right shape and trains well, so the tests use kernels that are not symmetric.
+(measured). A transposed kernel has the right shape and trains well, so the tests use asymmetric kernels.
 """
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def kernel_to_weight(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """(kh * kw, C_in, C_out) or, for 1x1, (C_in, C_out), to (C_out, C_in, kh, kw); a view."""
+    """A view of (kh * kw, C_in, C_out) or, for 1x1, (C_in, C_out), as (C_out, C_in, kh, kw)."""
     kh, kw = size
     channels_in, channels_out = kernel.shape[-2:]
-    # The channels are moved before the offsets are split, so that a gradient comes back in the kernel's own memory order.
+    # Channels move before offsets split, so that the gradient has the kernel's own memory order.
     return kernel.view(-1, channels_in, channels_out).permute(2, 0, 1).unflatten(1, (kw, kh)).permute(0, 3, 2, 1)
 
 
 def dense_order(kernel: Tensor) -> Tensor:
-    """The same kernel, in memory (C_out, kh * kw, C_in): close to a channels_last weight, to which it is copied in runs."""
+    """The same kernel with memory order (C_out, kh * kw, C_in), which is fast to copy to a channels_last weight."""
     return kernel.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
@@ -46,6 +46,6 @@ def block_diagonal(kernel: Tensor, groups: int) -> Tensor:
     return full.view(volume, groups * width, out_channels)
 
 
-def embed(kernel: Tensor, taps: list[int], volume: int) -> Tensor:
-    """A kernel (K, ...) as one of `volume` taps, of which the given ones are its own and the others zero."""
-    return kernel.new_zeros(volume, *kernel.shape[1:]).index_copy(0, torch.tensor(taps, device=kernel.device), kernel)
+def embed(kernel: Tensor, offsets: list[int], volume: int) -> Tensor:
+    """A kernel (K, ...) at the given offsets of a larger one (volume, ...) that is zero elsewhere."""
+    return kernel.new_zeros(volume, *kernel.shape[1:]).index_copy(0, torch.tensor(offsets, device=kernel.device), kernel)

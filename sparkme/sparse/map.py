@@ -1,4 +1,4 @@
-"""The value that flows through a sparse network, and that its encoder gives: features at the visible pixels of a batch."""
+"""The value that flows through a sparse network and that its encoder returns."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the trial of a network found, kept as plain values, so that the same network need not be tried again.
+"""Keeps the result of a network's trial as plain values, so that the same network need not be tried again.
 
-A proof holds the hierarchy and a description of all that the trial depended on: the network's modules with their attributes,
-the code that runs in them, the sparse forms, the engines, and the versions of the libraries. It counts only where the same
-description is made of the network at hand. What cannot be described, such as code that reads files, is tried every time.
+A proof holds the hierarchy and a description of everything that the trial depended on: the network's modules with their
+attributes, their code, the sparse forms, the engines, and the versions of the libraries. It counts only if the network at hand
+has the same description. A network that cannot be described, such as one whose code reads files, is tried every time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sparkme.sparse.engines import ENGINES, why_not
 from sparkme.sparse.forms import SPARSE_FORMS
 from sparkme.sparse.hierarchy import Hierarchy, Tap
 
-# What reaches outside of the code: what it gives may be something else tomorrow.
+# Names that reach outside the code: their results may change.
 _OUTSIDE = {"open", "exec", "eval", "environ", "getenv", "__import__", "import_module"}
 _MOST = 100_000
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -53,18 +53,13 @@ _UNIMPORTANT = {
 
 
 class NotProved(Exception):
-    """Why a network has to be tried, in a few words."""
+    """The reason why a network has to be tried."""
 
 
 def describe(model: nn.Module, request: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a trial of this network depends on, as plain values.
+    """All that a trial of the dense network depends on, as plain values.
 
-    Args:
-        model: the dense network.
-        request: what else `sparsify` was told.
-
-    Raises:
-        NotProved: part of it cannot be described; says what.
+    `request` holds the arguments of `sparsify`. Raises NotProved for a network that cannot be described.
     """
     reader = _Reader()
     try:
@@ -72,7 +67,7 @@ def describe(model: nn.Module, request: Mapping[str, Any]) -> dict[str, Any]:
         reader.add({k: form for k, form in SPARSE_FORMS.items() if not _is_ours(getattr(form, "__module__", None) or "")})
     except NotProved:
         raise
-    except Exception as error:  # whatever a network's attributes do when they are looked at
+    except Exception as error:  # reading a network's attributes may raise anything
         raise NotProved(f"its attributes cannot be read: {first_line(error)}") from error
     device = next(model.parameters()).device
     return {
@@ -86,24 +81,20 @@ def describe(model: nn.Module, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_proof(hierarchy: Hierarchy, description: dict[str, Any]) -> dict[str, Any]:
-    """The proof that a network of this description passed its trial with this hierarchy; plain values, which JSON can keep."""
+    """The proof that a network with this description passed its trial with this hierarchy, as values for JSON."""
     found = {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(hierarchy).items()}
     proof: dict[str, Any] = json.loads(json.dumps({"hierarchy": found, **description}))
     return {**proof, "seal": seal(proof)}
 
 
 def proved_hierarchy(proof: Any, description: dict[str, Any], model: nn.Module) -> Hierarchy:
-    """The hierarchy of a proof that was made of the same network.
-
-    Raises:
-        NotProved: it was made of something else, or is no proof; says what differs.
-    """
+    """The hierarchy of a proof of the same network. Raises NotProved, which says what differs, for any other proof."""
     if proof is None:
-        raise NotProved("no trial of it was kept")
+        raise NotProved("no proof of its trial was kept")
     try:
         kept = {key: value for key, value in proof.items() if key != "seal"}
         if proof["seal"] != seal(kept):
-            raise NotProved("the kept trial has been changed")
+            raise NotProved("the kept proof has been changed")
         for key, now in json.loads(json.dumps(description)).items():
             if kept[key] != now:
                 raise NotProved(_difference(key, kept[key], now))
@@ -114,7 +105,7 @@ def proved_hierarchy(proof: Any, description: dict[str, Any], model: nn.Module) 
         for tap in taps:
             model.get_submodule(tap.module)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise NotProved("the kept trial is damaged") from error
+        raise NotProved("the kept proof is damaged") from error
     return hierarchy
 
 
@@ -124,8 +115,8 @@ def _difference(key: str, before: Any, now: Any) -> str:
         return f"{changed[0]} was {before.get(changed[0], 'not there')} and is {now.get(changed[0], 'not there')}"
     if key in ("device", "engines"):
         return f"it was tried on {', '.join(before) if key == 'engines' else before}"
-    what = {"network": "the network's code or structure", "request": "what was asked of it", "sparse forms": "sparkme"}[key]
-    return f"{what} has changed since it was tried"
+    what = {"network": "the network's code or structure", "request": "the call of sparsify", "sparse forms": "sparkme"}[key]
+    return f"{what} changed since the trial"
 
 
 def seal(proof: Mapping[str, Any]) -> str:
@@ -134,27 +125,27 @@ def seal(proof: Mapping[str, Any]) -> str:
 
 
 class _Reader:
-    """Takes the digest of a network, and of the code that it can reach.
+    """Computes the digest of a network and of the code that it can reach.
 
-    What lies in site-packages or in Python is taken by its version, and the files of a network's own classes also by what is
-    in them; all other code is followed from name to name.
+    Libraries and Python count by their versions, and files of the network's own classes also by their content. All other code
+    is followed from name to name.
     """
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.packages: set[str] = set()
         self._seen: dict[int, int] = {}
-        self._kept: list[Any] = []  # so that no id is given twice
+        self._kept: list[Any] = []  # so that no id comes twice
         self._followed: set[tuple[str, str]] = set()
 
     def add(self, value: Any) -> None:
-        """Adds any value: a module, a function, a class, or what such a thing keeps."""
+        """Adds any value: a module, a function, a class, or an attribute of one."""
         if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
             self._put(type(value).__name__, repr(value))
         elif id(value) in self._seen:
             self._put("again", self._seen[id(value)])
         elif len(self._seen) > _MOST:
-            raise NotProved(f"it refers to more than {_MOST} things")
+            raise NotProved(f"it refers to more than {_MOST} objects")
         else:
             self._seen[id(value)] = len(self._seen)
             self._kept.append(value)
@@ -205,9 +196,9 @@ class _Reader:
         self.add(type(module))
         for key, value in vars(module).items():
             self._put(key)
-            if key == "_buffers":  # their values come with the weights
+            if key == "_buffers":  # their values belong to the weights
                 self._put([(name, b is not None and (tuple(b.shape), str(b.dtype))) for name, b in value.items()])
-            elif "_hooks" in key and isinstance(value, dict):  # the keys count all hooks there ever were
+            elif "_hooks" in key and isinstance(value, dict):  # the keys count all hooks that ever existed
                 self._put_all(value.values())
             else:
                 self.add(dict(value) if key in ("_parameters", "_modules") else value)
@@ -230,7 +221,7 @@ class _Reader:
         for cell in function.__closure__ or ():
             try:
                 self.add(cell.cell_contents)
-            except ValueError:  # nothing in it yet
+            except ValueError:  # the cell is still empty
                 self._put("empty")
         if _is_ours(function.__module__ or "") or self._put_file(function.__module__ or ""):
             return
@@ -244,7 +235,7 @@ class _Reader:
             self._put_name(module, names)
 
     def _put_name(self, value: Any, names: set[str]) -> None:
-        """A global of a function; of a module only what the function names can come from it."""
+        """A global of a function; of a module, only the names that the function uses."""
         if not isinstance(value, types.ModuleType):
             self.add(value)
         elif not self._put_file(value.__name__):
@@ -263,7 +254,7 @@ class _Reader:
                 self._put(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
     def _put_file(self, name: str) -> bool:
-        """Adds the file of a module. Returns whether it is a library's, which nothing is followed into."""
+        """Adds the file of a module. Returns whether it belongs to a library, whose code is not followed."""
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
         if file is None:
@@ -316,13 +307,13 @@ def _slots(value: Any) -> dict[str, Any]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """All names that code may look up, that of the functions within it included."""
+    """All names that code may look up, including those of its inner functions."""
     inner = [_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
     return {*code.co_names, *(name for names in inner for name in names)}
 
 
 def _imports(function: types.FunctionType) -> list[types.ModuleType]:
-    """The modules that a function, or one within it, imports when it runs: as Python does it, relative names included."""
+    """The modules that a function, or one within it, imports when it runs, relative names included."""
     found, codes = [], [function.__code__]
     for code in codes:
         codes += [value for value in code.co_consts if isinstance(value, types.CodeType)]
@@ -354,7 +345,7 @@ def _digest_of_files(paths: Iterable[Path]) -> str:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of what is installed by these names; Python's own modules have none."""
+    """The versions of installed packages; Python's own modules have none."""
     found = {}
     for name in packages:
         try:

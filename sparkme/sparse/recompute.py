@@ -1,4 +1,4 @@
-"""Keeps the inputs of blocks and computes what is in them once more for the gradient: less memory for more time."""
+"""Activation checkpointing: keeps the inputs of blocks and recomputes the rest in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sparkme.sparse.recorder import Recorder
 
 
 def find_blocks(network: nn.Module, taps: Sequence[str]) -> list[str]:
-    """The paths of the blocks of a sparse network: the smallest modules of several layers that stand in a row with others.
+    """The paths of a sparse network's blocks: the smallest modules of several layers inside a Sequential or ModuleList.
 
     Args:
-        network: of sparse layers.
-        taps: the paths of the modules whose maps are read; none of them may be inside of a block.
+        network: the sparse network.
+        taps: paths of the modules whose maps are read; no block contains one.
     """
     in_a_row = {
         f"{name}.{child}" if name else child
@@ -38,9 +38,9 @@ def find_blocks(network: nn.Module, taps: Sequence[str]) -> list[str]:
 
 
 def recompute(block: nn.Module) -> None:
-    """Has a block's forward pass computed again for the gradient, by torch.utils.checkpoint, where there is one.
+    """Makes a block run under torch.utils.checkpoint when gradients are on.
 
-    The second time random numbers are the first one's, running statistics stay, and the maps that go in are as they were.
+    The second forward pass sees the same random numbers, running statistics and inputs as the first.
     """
     forward = block.forward
 
@@ -54,7 +54,7 @@ def recompute(block: nn.Module) -> None:
 
 
 class _Run:
-    """A call of a block, which may be made once more."""
+    """A call of a block that can be repeated."""
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.block, self.forward, self.kwargs = block, forward, kwargs
@@ -70,7 +70,7 @@ class _Run:
 
 
 def _copy(value: Any) -> Any:
-    """A map that holds what this one does now, and that nobody records."""
+    """A copy of the map as it is now, without a recorder."""
     if type(value) is not SparseMap or value.padding is not None:
         return value
     recorder = None if value.recorder is None else Recorder([], compiled=value.recorder.compiled)
@@ -78,7 +78,7 @@ def _copy(value: Any) -> Any:
 
 
 def _written(value: Any) -> Any:
-    """What waits to be computed is computed inside of the block."""
+    """Computes a waiting map inside the block."""
     if type(value) is SparseMap:
         value.storage.read()
     return value
@@ -86,7 +86,7 @@ def _written(value: Any) -> Any:
 
 @contextmanager
 def _as_it_was(block: nn.Module) -> Iterator[None]:
-    """Without moving running statistics."""
+    """Freezes running statistics."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""What collects the encoder's outputs while its network runs."""
+"""Collects the encoder's outputs while its network runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Recorder:
     """Collects the maps of the hierarchy during one run of the encoder.
 
     Args:
-        calls: for each map the number of the call of its module at which it is taken, from 1.
+        calls: for each map the number of its module's call that returns it, from 1.
         compiled: whether parts of the network are compiled.
     """
 
@@ -23,9 +23,9 @@ class Recorder:
         self.maps: dict[int, Any] = {}
 
     def reached(self, i: int, value: Any) -> bool:
-        """Notes a call of the module of map i; true once all maps are there."""
+        """Counts a call of the module of map i; returns True once all maps are there."""
         self.counts[i] += 1
         if self.counts[i] == self.calls[i]:
-            with torch.enable_grad():  # what reads it may be frozen; the map is not
-                self.maps[i] = value.snapshot() if hasattr(value, "snapshot") else value.clone()  # a tensor has none
+            with torch.enable_grad():  # a frozen module may read it, but the map needs gradients
+                self.maps[i] = value.snapshot() if hasattr(value, "snapshot") else value.clone()  # tensors have no snapshot
         return len(self.maps) == len(self.calls)

@@ -1,6 +1,6 @@
 """Makes a sparse network from a dense one: the module tree and its names stay, the leaves become sparse.
 
-What becomes of which layer and function stands in `sparkme.sparse.forms`.
+`sparkme.sparse.forms` lists the sparse form of each layer and function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparkme.sparse.hierarchy import Hierarchy, dense_features, find_hierarchy
 from sparkme.sparse.proof import NotProved, describe, make_proof, proved_hierarchy, seal
 from sparkme.sparse.trial import DifferenceError, TooSmallError, compare_once, expose_branches, small_images, try_out
 
-_tried: dict[str, dict[str, Any]] = {}  # the proofs of this process, by the seals of what they are of
+_tried: dict[str, dict[str, Any]] = {}  # the proofs of this process, by the seal of their description
 
 
 def sparsify(
@@ -37,23 +37,23 @@ def sparsify(
 ) -> SparseEncoder:
     """Makes a sparse encoder with the weights of a dense convolutional network.
 
-    The dense model is left as it is. Layers after the deepest feature map (pooling, classifier) are dropped. Before that, a
-    copy is tried on a small image: on every engine, with patches hidden and with none, against the dense model. So what
-    comes back computes what the model computes, and runs.
+    The dense model does not change. Layers after the deepest feature map (pooling, classifier) are dropped. A trial first
+    compares copies of both networks on a small image: on every engine, with and without hidden patches. So the encoder runs,
+    and computes what the model computes.
 
     Args:
         model: any convolutional network; called as `model(images)`.
-        taps: the modules whose outputs are the maps, shallow to deep, instead of those that are found.
-        in_channels: of the images; found if None.
-        num_scales: how many maps at most, the deepest ones.
-        proof: `SparseEncoder.proof` of an earlier call, of this process if None. Where it is of the same network, code and
-            versions, the trial is left out; else `SparseEncoder.tried_because` says why not.
+        taps: modules whose outputs are the maps, shallow to deep; found if None.
+        in_channels: channels of the images; found if None.
+        num_scales: take at most this many maps, the deepest ones.
+        proof: `SparseEncoder.proof` of an earlier call; None stands for those of this process. The trial is skipped if it is
+            of the same network, code and versions; else `SparseEncoder.tried_because` says why not.
 
     Returns:
-        A `SparseEncoder`, on the model's device and in its dtype, with the engine that `auto` stands for there.
+        A `SparseEncoder` on the model's device, in its dtype, with the engine that `auto` chooses there.
 
     Raises:
-        UnsupportedLayerError: a layer, or a function that one calls, has no sparse form; says which one, why, and what to do.
+        UnsupportedLayerError: a layer, or a function that it calls, has no sparse form; says which, why, and what to do.
         ValueError: the network is not hierarchical, or cannot be run.
     """
     if not isinstance(model, nn.Module):
@@ -68,7 +68,7 @@ def sparsify(
         hierarchy, kept, reason = _known(model, request, proof)
         if hierarchy is None:
             hierarchy = find_hierarchy(_copy(model), num_scales, taps=taps, in_channels=in_channels)
-            if next(model.parameters()).device.type != "meta":  # without values there is nothing to try
+            if next(model.parameters()).device.type != "meta":  # a meta tensor has no values to compare
                 hierarchy = _working(model, hierarchy)
                 with suppress(NotProved):
                     kept = make_proof(hierarchy, description := describe(model, request))
@@ -83,7 +83,7 @@ def sparsify(
 def _known(
     model: nn.Module, request: dict[str, Any], proof: Mapping[str, Any] | None
 ) -> tuple[Hierarchy | None, dict[str, Any] | None, str]:
-    """The hierarchy that was found before, with its proof, or None and why the network has to be tried."""
+    """The hierarchy and the proof of an earlier trial, or None and the reason for a new trial."""
     try:
         description = describe(model, request)
         proof = _tried.get(seal(description)) if proof is None else proof
@@ -95,49 +95,41 @@ def _known(
 
 
 def _check_again(model: nn.Module, hierarchy: Hierarchy) -> None:
-    """A short look in place of the trial: one image, in eval mode, on one engine.
-
-    Raises:
-        NotProved: the sparse network does not compute what the dense one does.
-    """
+    """A short check in place of the trial: one image, in eval mode, on one engine. Raises NotProved if outputs differ."""
     network = expose_branches(_copy(model))
     try:
         images = small_images(hierarchy, next(model.parameters()))
         maps = dense_features(network, hierarchy.taps, images)
         compare_once(SparseEncoder(_sparse_network(network, hierarchy), hierarchy), images, maps)
     except Exception as error:  # a wrong hierarchy may fail anywhere
-        raise NotProved(f"it no longer computes what it did when it was tried: {first_line(error)}") from error
+        raise NotProved(f"it no longer passes the check that it passed before: {first_line(error)}") from error
 
 
 def _check_hooks(model: nn.Module) -> None:
-    """Refuses what would be lost without a sign.
-
-    Raises:
-        UnsupportedLayerError: code that is compiled, or that is called with gradients.
-    """
+    """Raises UnsupportedLayerError for compiled code and backward hooks, which a sparse network would silently lose."""
     for name, module in model.named_modules():
         where = f"layer {name!r} ({type(module).__name__})" if name else "the network"
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise UnsupportedLayerError(
-                f"{where} is compiled and cannot be run on sparse maps; pass it as it was before torch.jit or torch.compile"
+                f"{where} is compiled and cannot run on sparse maps; pass the network without torch.jit or torch.compile"
             )
         if module._backward_hooks or module._backward_pre_hooks:
-            raise UnsupportedLayerError(f"{where} has backward hooks, which nothing calls in a sparse network; remove them")
+            raise UnsupportedLayerError(f"{where} has backward hooks, which a sparse network never calls; remove them")
         for own, parameter in module.named_parameters(recurse=False):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise UnsupportedLayerError(
-                    f"the parameter {own!r} of {where} has hooks, which nothing calls in a sparse network; remove them"
+                    f"the parameter {own!r} of {where} has hooks, which a sparse network never calls; remove them"
                 )
 
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # whatever its modules make of it
+    except Exception as error:  # a module's own __deepcopy__ may raise anything
         remedy = (
             "look for tensors that a forward pass left there, pruned layers (torch.nn.utils.prune.remove) or weights of "
             "torch.nn.utils.weight_norm (remove_weight_norm)"
-            if isinstance(error, RuntimeError)  # torch's, of a tensor that has a graph
+            if isinstance(error, RuntimeError)  # from torch, for a tensor with a graph
             else "take it out of the network's attributes"
         )
         raise ValueError(f"{type(model).__name__} cannot be copied: {first_line(error)}; {remedy}") from error
@@ -146,11 +138,11 @@ def _copy(model: nn.Module) -> nn.Module:
 def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:
     """The hierarchy with which copies of the network pass the trial.
 
-    Branches that no gradient comes from are run if they can be, since something may depend on them nevertheless; a function
-    may pool further than any module shows, so that patches have to be larger.
+    Branches without gradients run if they can, since something else may depend on them. Patches double if that helps, since a
+    function may pool further than any module shows.
 
     Raises:
-        UnsupportedLayerError: none of it works; says what to change.
+        UnsupportedLayerError: no variant works; says what to change.
     """
     without_branches = replace(hierarchy, left_out=hierarchy.left_out | hierarchy.branches)
     variants = [hierarchy, without_branches] if hierarchy.branches else [hierarchy]
@@ -163,13 +155,13 @@ def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:
         except UnsupportedLayerError as error:
             problems.append(error)
     if ran := [problem for problem in problems if not isinstance(problem, TooSmallError)]:
-        problems = ran  # the others say of a size what it takes to run on a larger one
+        problems = ran  # errors about the size do not matter if a larger one runs
     in_branch = len(problems) > 1 and any(f"{problems[0].layer}.".startswith(f"{branch}.") for branch in hierarchy.branches)
     raise problems[1 if in_branch else 0] from None
 
 
 def _try(model: nn.Module, hierarchy: Hierarchy) -> None:
-    """Tries copies of the network; once more in float64 where they differ, which rounding can be the reason of."""
+    """Tries copies of the network, and again in float64 if they differ, since rounding can be the reason."""
     try:
         _try_copies(_copy(model), hierarchy)
     except DifferenceError as difference:
@@ -227,28 +219,24 @@ def _sparse_network(network: nn.Module, hierarchy: Hierarchy) -> nn.Module:
 
 
 def _find(network: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter that a dense network's is in the sparse one; None for what is left out."""
+    """A dense network's parameter in the sparse network; None for dropped layers."""
     found = _place(network, name)
     return found[0]._parameters[found[1]] if found else None
 
 
 def _place(network: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The module that keeps it, and its name there."""
+    """The module that holds the parameter, and its name there."""
     path, _, own = name.rpartition(".")
     try:
         layer = network.get_submodule(path)
-    except AttributeError:  # of the head, which is gone
+    except AttributeError:  # a layer of the dropped head
         return None
     holder, key = layer.holder(own) if isinstance(layer, SparseLayer) else (layer, own)
     return (holder, key) if holder._parameters.get(key) is not None else None
 
 
 def _tie(network: nn.Module, names: Sequence[str]) -> None:
-    """Has layers that share a parameter in the dense network, by these names, share it in the sparse one.
-
-    Raises:
-        UnsupportedLayerError: they have become layers that keep it in different layouts.
-    """
+    """Ties a parameter that layers of the dense network share. Raises UnsupportedLayerError if their layouts differ."""
     first: tuple[str, type, nn.Parameter] | None = None
     for name in names:
         path = name.rpartition(".")[0]
@@ -261,15 +249,15 @@ def _tie(network: nn.Module, names: Sequence[str]) -> None:
             first = path, layout, parameter
         elif (layout, parameter.shape) != (first[1], first[2].shape):
             raise UnsupportedLayerError(
-                f"layers {first[0]!r} and {path!r} share a weight, of which sparse networks have different layouts; give each "
-                "a weight of its own, or use one layer twice"
+                f"layers {first[0]!r} and {path!r} share a weight, but their sparse forms store it in different layouts; give "
+                "each a weight of its own, or use one layer twice"
             )
         holder._parameters[key] = first[2]
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Leaves the random states as they were, computes in full precision, and whatever the caller's gradient mode is."""
+    """Keeps the random states, and computes in full precision with gradients, whatever the caller's modes are."""
     state = random.getstate()
     try:
         with (

@@ -1,4 +1,4 @@
-"""Where maps keep what they hold, so that operations in place reach all who have it."""
+"""Storage of maps, shared by views so that in-place operations reach all of them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from sparkme.sparse.fusion.waiting import Unwritten
 
 
 class Storage:
-    """What a map and its views share, so that an operation in place on one is seen by the others, or refused.
+    """The storage of a map and its views: an in-place operation on one is visible to the others, or refused.
 
     Args:
-        features: what it holds; perhaps still to be written.
+        features: its content, perhaps not computed yet.
         root: the storage that it is a view of.
-        span: the channels of the root that it shows, (first, one after the last); None for all, in whatever order.
+        span: the root's channels that it shows, (first, last + 1); None for all, in any order.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class Storage:
         self.root = root
         self.span = span
         self.views = 0
-        self.writes: list[tuple[int, tuple[int, int] | None]] = []  # in place: by which view (0 is the root), to which channels
+        self.writes: list[tuple[int, tuple[int, int] | None]] = []  # in-place writes: view (0 is the root), channels
         self.number = 0
         self.seen = 0
         if root is not None:
@@ -37,17 +37,17 @@ class Storage:
 
     @property
     def in_graph(self) -> bool:
-        """Whether gradients may come to what it holds; without writing it."""
+        """Whether gradients may reach its content, which this does not compute."""
         return self.held.modes.grad if isinstance(self.held, Unwritten) else self.held.data.requires_grad
 
     def check(self) -> None:
-        """Raises NotImplementedError where what is here is not what the network would find."""
+        """Raises NotImplementedError if torch would show another value here after an in-place operation."""
         root = self if self.root is None else self.root
         for number, span in root.writes[self.seen :]:
             if number != self.number and _overlap(span, self.span):
                 raise NotImplementedError(
-                    "a map and a view of it (a slice, a chunk, a reshaped one), of which one was changed in place before the "
-                    "other was used, have no sparse form; write x = x + y for x += y there, or inplace=False"
+                    "changing a map in place and then using an earlier view of it (a slice, a chunk, a reshaped map), or the "
+                    "reverse, has no sparse form; write x = x + y for x += y there, or inplace=False"
                 )
 
     def read(self) -> Features:

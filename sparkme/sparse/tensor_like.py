@@ -1,12 +1,12 @@
-"""How a map passes for a tensor, so that the code of dense networks runs on it unmodified.
+"""Makes a map behave like a tensor, so that the code of dense networks runs on it unmodified.
 
-Convolutions, norms and poolings have been replaced by sparse layers. What a network does in between (`out += identity`,
-`layer_scale * x`, `x.permute(0, 2, 3, 1)`, `x.mean((2, 3))`, `torch.cat`) arrives here, through Python's operators and torch's
-`__torch_function__` protocol. A function that has no form may mix visible and hidden pixels, and is refused by name.
+Sparse layers replace convolutions, norms and poolings. The operations in between (`out += identity`, `layer_scale * x`,
+`x.permute(0, 2, 3, 1)`, `x.mean((2, 3))`, `torch.cat`) arrive here, through Python's operators and torch's
+`__torch_function__` protocol. A function without a sparse form may mix visible and hidden pixels, so it is refused by name.
 
 Why `__class__` reads its caller's frame: a wrapper subclass of torch.Tensor would pass `isinstance` by itself, at the same cost
-to the host (measured). But torch.compile cannot trace how one is made (`Tensor._make_wrapper_subclass`), so each layer would
-break a graph. And torch's C++ would take a map for a tensor, so that `torch.as_tensor`, refused today, would go through.
+to the host (measured). But torch.compile cannot trace `Tensor._make_wrapper_subclass`, so each layer would break the graph. And
+torch's C++ would take a map for a tensor, so that `torch.as_tensor`, refused today, would go through.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from torch import Tensor
 from sparkme.sparse.forms import FUNCTIONS
 from sparkme.sparse.working_map import WorkingMap
 
-_SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}  # numpy's, which torch takes, too
+_SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}  # torch accepts numpy's names, too
 
 
 class TensorLike(WorkingMap):
-    """A map with what is asked of a tensor."""
+    """A map with the interface of a tensor."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """Networks ask `isinstance(x, torch.Tensor)` to tell one map from a list of them, so it is true of a map on its way
-        through a network, where code that says `isinstance` or `is_tensor` asks. Torch's own code gets the truth, also in
-        C++ (custom autograd functions, scripted ones) and under torch.compile: it would go on to look for a tensor's memory.
-        `type(x)` is SparseMap."""
+        """torch.Tensor for a network's `isinstance` and `is_tensor`, which tell one map from a list of maps. Torch's own code,
+        C++ (custom and scripted autograd functions) and torch.compile get SparseMap, since they would look for a tensor's
+        memory. `type(x)` is always SparseMap."""
         if self.recorder is None or self.recorder.compiled:
             return type(self)
         asking = sys._getframe(1)
@@ -74,7 +73,7 @@ class TensorLike(WorkingMap):
         return False
 
     def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
-        return True  # the memory layout is the engine's affair
+        return True  # the engine decides the memory layout
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Self:
         return self
@@ -86,7 +85,7 @@ class TensorLike(WorkingMap):
         raise NotImplementedError("the truth value of a map depends on hidden pixels; write `x is None` for `x == None`")
 
     def __iter__(self) -> Iterator[Any]:
-        raise NotImplementedError("a map cannot be taken apart by sample; let the code take the whole batch")
+        raise NotImplementedError("a loop over the samples of a map has no sparse form; process the whole batch at once")
 
     def __repr__(self) -> str:
         rows = self.grid.num_rows(self.stride)
@@ -97,7 +96,7 @@ class TensorLike(WorkingMap):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise NotImplementedError(
-            "assigning to a part of a map has no sparse form; put channels together with torch.cat, choose with torch.where"
+            "assigning to a part of a map has no sparse form; join channels with torch.cat, or select with torch.where"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -133,9 +132,9 @@ class TensorLike(WorkingMap):
 
 @lru_cache(maxsize=1024)
 def _calls_isinstance(code: CodeType, at: int) -> bool:
-    """Whether it is `isinstance` that is called at this instruction: a call begins where the name of what it calls does.
+    """Whether the call at this instruction is of `isinstance`: a call starts at the position of the called name.
 
-    Others ask, too, such as torch.as_tensor, which would take a map for the memory of a tensor.
+    Other functions ask for the class, too, such as torch.as_tensor, which would look for a tensor's memory.
     """
     starts = [(line, column) for line, _, column, _ in code.co_positions()]
     loads = (i for i in dis.get_instructions(code) if i.argval == "isinstance")

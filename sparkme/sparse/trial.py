@@ -1,6 +1,6 @@
-"""Tries a sparse network against the dense one it came from, so that what is accepted computes what it should, and runs.
+"""Compares a sparse network with the dense one that it came from, so that every accepted network runs and computes the same.
 
-Both are copies that are thrown away: whatever a network keeps between its calls, the one that is handed out has not run.
+Both are copies that are thrown away, so the returned network has not run, whatever state it keeps between calls.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.hierarchy import Hierarchy, dense_features
 
-# What the sparse and the dense network may differ by on a whole image, relative to the largest value of a map. Rounding stays
-# a hundred times below, a wrong layer is off by a hundred times more.
+# Allowed difference on a whole image, relative to the largest value of a map. Rounding stays a hundred times below it, and a
+# wrong layer a hundred times above.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-# The same for a gradient, of Euclidean norms, relative to its own and, besides, to the largest of all: where a ReLU's input is
-# within rounding of zero, a whole gradient may move.
+# Allowed difference of a gradient, in Euclidean norm: relative to its own, plus a share of the largest of all. Where a ReLU's
+# input is within rounding of zero, a whole gradient may move.
 GRADIENT_TOLERANCE, GRADIENT_FLOOR = 0.2, 1e-4
-# And for maps and gradients in training mode: batch norms over the few pixels of a small image amplify rounding.
+# For maps and gradients in training mode: batch norms over the few pixels of a small image amplify rounding.
 TRAINING_TOLERANCE = 0.5
 
 _BLIND = (
-    "look for a torch.autograd.Function or a checkpoint with use_reentrant=True, which see no sparse map, and write it with "
-    "torch's own functions"
+    "look for a torch.autograd.Function or a checkpoint with use_reentrant=True, which do not work on sparse maps, and use "
+    "torch's own functions instead"
 )
 
 
 class DifferenceError(UnsupportedLayerError):
-    """The sparse network computes something else; which may be rounding, in a network that amplifies it."""
+    """The sparse network computes something else, perhaps because it amplifies rounding."""
 
 
 class TooSmallError(UnsupportedLayerError):
-    """The dense network itself does not run on images of so few pixels."""
+    """The dense network itself does not run on such small images."""
 
 
 @torch.no_grad()
 def expose_branches(model: nn.Module) -> nn.Module:
-    """Gives gains and layer scales that are close to zero values around one, else whole branches would not show."""
+    """Sets gains and layer scales close to zero to values around one, so that errors in their branches show."""
     for parameter in model.parameters():
         is_vector = parameter.ndim <= 1 or parameter.numel() == max(parameter.shape)
         if parameter.is_floating_point() and is_vector and parameter.numel() and parameter.abs().mean() < 0.1:
@@ -57,8 +57,8 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
     """Runs the encoder on small images, in eval and training mode, on every engine that can run, and compares.
 
     Args:
-        encoder: changed by it, as any run changes a network.
-        dense: what it was made from, with the same weights; likewise.
+        encoder: the run may change it.
+        dense: the network that it was made from, with the same weights; the run may change it, too.
 
     Raises:
         DifferenceError: the encoder does not compute what the dense network does.
@@ -79,7 +79,7 @@ def try_out(encoder: SparseEncoder, dense: nn.Module) -> None:
         total = torch.stack([x.rows.float().square().mean() for x in encoder.set_engine("auto")(images.clone(), some)]).sum()
         if not total.requires_grad:
             raise UnsupportedLayerError(
-                f"no gradient reaches any parameter of the network; take out a torch.no_grad() or detach(), or {_BLIND}"
+                f"no gradient reaches any parameter of the network; remove torch.no_grad() and detach(), or {_BLIND}"
             )
         total.backward()
 
@@ -92,7 +92,7 @@ def small_images(hierarchy: Hierarchy, like: Tensor, batch: int = 1) -> Tensor:
 
 @torch.no_grad()
 def compare_once(encoder: SparseEncoder, images: Tensor, expected: list[Tensor]) -> None:
-    """The shortest part of a trial: whole images, in eval mode, on the engine that `auto` stands for.
+    """The shortest part of a trial: whole images, in eval mode, on the engine that `auto` chooses.
 
     Raises:
         UnsupportedLayerError: the encoder does not compute what the dense network does, or does not run.
@@ -109,16 +109,16 @@ def _dense_maps(dense: nn.Module, encoder: SparseEncoder, images: Tensor, *, tra
     except Exception as error:
         sides = " x ".join(map(str, images.shape[2:]))
         raise TooSmallError(
-            f"the network cannot be run on images of {sides} pixels, patches of {encoder.patch} x {encoder.patch}: "
-            f"{first_line(error)}; patches are as large as the coarsest map of a module needs them, so where a function makes "
-            "a coarser one, let a module do it, such as nn.PixelUnshuffle"
+            f"the network cannot run on images of {sides} pixels, with patches of {encoder.patch} x {encoder.patch}: "
+            f"{first_line(error)}; the patch follows from the coarsest map of a module, so if a function makes a coarser map, "
+            "use a module for it, such as nn.PixelUnshuffle"
         ) from error
 
 
 def _compare_maps(
     encoder: SparseEncoder, expected: list[Tensor], images: Tensor, whole: Tensor, spoiled: Tensor, some: Tensor
 ) -> None:
-    """In eval mode: on whole images with the dense network, with hidden patches of NaN from engine to engine."""
+    """In eval mode: compares with the dense network on whole images, and engines with each other on hidden patches of NaN."""
     results = []
     for name in ENGINES:
         if why_not(name, images.device):
@@ -136,32 +136,32 @@ def _compare_maps(
 def _compare(value: Tensor, expected: Tensor, where: str) -> None:
     if value.shape != expected.shape:
         raise DifferenceError(
-            f"the sparse network gives {tuple(value.shape)} {where}, the dense one {tuple(expected.shape)}; look for code that "
-            "asks for a tensor's class, or for sizes that are hard-coded"
+            f"the sparse network returns {tuple(value.shape)} {where}, the dense one {tuple(expected.shape)}; look for code "
+            "that checks a tensor's class, or for hard-coded sizes"
         )
     error = (value - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
     if not error <= TOLERANCE.get(value.dtype, 0.1) and (value - expected).abs().max() != 0:
         raise DifferenceError(
-            f"the sparse network does not compute what the dense one does: {where} they differ by {float(error):.1e} of the "
-            "largest value; look for operations in place, state that changes from call to call, or sizes that are hard-coded"
+            f"the sparse and the dense network differ {where}, by {float(error):.1e} of the largest value; look for in-place "
+            "operations, state that changes between calls, or hard-coded sizes"
         )
 
 
 class _Pass(NamedTuple):
-    """Forward and backward pass on whole images: the maps, and gradients by the dense network's names, NaN where none comes."""
+    """A forward and backward pass on whole images: maps, and gradients by the dense names (NaN stands for none)."""
 
     maps: list[Tensor]
     gradients: dict[str, Tensor]
 
 
 def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor, whole: Tensor, engines: Sequence[str]) -> None:
-    """Compares maps and which parameters get which gradient with the dense network, in the encoder's mode, on every engine.
+    """Compares maps and gradients with the dense network's, in the encoder's mode, on every engine.
 
-    Where operations in place keep the dense network from being trained, the first engine stands for it. Where it draws random
-    numbers, only whether gradients come is compared.
+    If in-place operations forbid training the dense network, the first engine stands for it. If it draws random numbers, only
+    the presence of gradients is compared.
 
     Raises:
-        DifferenceError: something differs, since the network does what torch does not show to a sparse map.
+        DifferenceError: a map or a gradient differs.
     """
     expected, names = _dense_pass(dense, encoder, images), {name for name, _ in dense.named_parameters()}
     is_random = encoder.training and _draws_numbers(dense, encoder, images)
@@ -177,7 +177,7 @@ def _compare_gradients(encoder: SparseEncoder, dense: nn.Module, images: Tensor,
 
 
 def _dense_pass(dense: nn.Module, encoder: SparseEncoder, images: Tensor) -> _Pass | None:
-    """None where operations in place keep the network from being trained as it is."""
+    """None if in-place operations forbid training the dense network."""
     names, weights = zip(*((name, p) for name, p in dense.named_parameters() if p.requires_grad))
     torch.manual_seed(1)
     with _as_before(dense), torch.enable_grad():
@@ -202,7 +202,7 @@ def _sparse_pass(
 
 
 def _wait_for_gradients(encoder: SparseEncoder, images: Tensor, whole: Tensor, expected: _Pass, found: _Pass) -> None:
-    """Layers may be left out by chance: tries a few times more until each has had its gradient once."""
+    """Tries more seeds until each parameter has had a gradient, since stochastic depth skips layers."""
     for seed in range(2, 10):
         missing = [n for n, g in found.gradients.items() if _is_missing(g) and not _is_missing(expected.gradients[n])]
         if not missing:
@@ -211,7 +211,7 @@ def _wait_for_gradients(encoder: SparseEncoder, images: Tensor, whole: Tensor, e
 
 
 def _draws_numbers(dense: nn.Module, encoder: SparseEncoder, images: Tensor) -> bool:
-    """Whether the dense network gives different maps in training mode from seed to seed."""
+    """Whether the dense network's maps in training mode depend on the seed."""
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -222,7 +222,7 @@ def _draws_numbers(dense: nn.Module, encoder: SparseEncoder, images: Tensor) -> 
 
 @contextmanager
 def _as_before(network: nn.Module) -> Iterator[None]:
-    """Puts back what buffers held before."""
+    """Restores the values of buffers."""
     kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         yield
@@ -237,8 +237,8 @@ def _compare_training_maps(maps: Sequence[Tensor], expected: Sequence[Tensor], s
         error = float((x - y).norm() / y.norm().clamp_min(1e-30))
         if not error <= TRAINING_TOLERANCE:
             raise DifferenceError(
-                f"{where}, the sparse network does not compute what the dense one does: at stride {stride} they differ by "
-                f"{error:.1e} of the map; look for code that asks for a layer's class or changes its attributes"
+                f"{where}, the sparse and the dense network differ at stride {stride}, by {error:.1e} of the map; look for "
+                "code that checks a layer's class or changes its attributes"
             )
 
 
@@ -250,20 +250,16 @@ def _compare_passes(
     for name, value in found.items():
         if name not in sizes:
             if not is_random and not _is_missing(value) and float(value.norm()) > least:
-                raise DifferenceError(
-                    f"{where}, a gradient comes to the parameter {name!r} of the sparse network alone; {_BLIND}"
-                )
+                raise DifferenceError(f"{where}, the parameter {name!r} gets a gradient in the sparse network only; {_BLIND}")
             continue
         if _is_missing(value):
-            raise DifferenceError(
-                f"{where}, the gradient does not reach the parameter {name!r} of the sparse network; {_BLIND}"
-            )
+            raise DifferenceError(f"{where}, the parameter {name!r} gets no gradient in the sparse network; {_BLIND}")
         tolerance = TRAINING_TOLERANCE if training else GRADIENT_TOLERANCE
         error = float((value - expected[name]).norm())
         if not is_random and not error <= tolerance * sizes[name] + least:
             raise DifferenceError(
-                f"{where}, the gradient of the parameter {name!r} of the sparse network differs from the dense one's by "
-                f"{error:.2g}, and that is {sizes[name]:.2g} large; {_BLIND}"
+                f"{where}, the gradient of the parameter {name!r} in the sparse network is off by {error:.2g}, the dense one's "
+                f"norm is {sizes[name]:.2g}; {_BLIND}"
             )
 
 
@@ -272,7 +268,7 @@ def _is_missing(gradient: Tensor) -> bool:
 
 
 def _gradients(maps: Sequence[Tensor], like: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Of a number in which every map counts, however large its values are; NaN for weights that none comes to."""
+    """Gradients of a sum to which every map contributes, however large its values are; NaN for weights without one."""
     total = _weighted(maps, [y.detach().cos() for y in like])
     found = torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else [None] * len(weights)
     return [torch.full_like(p, torch.nan) if g is None else g for p, g in zip(weights, found, strict=True)]
@@ -283,7 +279,7 @@ def _weighted(maps: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
 
 
 def _in_dense_layout(encoder: SparseEncoder, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Values for the encoder's parameters, such as their gradients, under the dense names and in the dense layout."""
+    """One value per encoder parameter, such as its gradient, by dense name and in the dense layout."""
     kept = [p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
@@ -296,7 +292,7 @@ def _in_dense_layout(encoder: SparseEncoder, parameters: Sequence[nn.Parameter],
 
 @contextmanager
 def _named_errors(network: nn.Module) -> Iterator[None]:
-    """Names the module in which something failed. What a sparse layer is made of gets no hooks: fused layers would not be."""
+    """Adds the name of the failing module to errors. Modules inside sparse layers get no hooks, which would prevent fusion."""
     open_modules: list[str] = []
     modules: dict[nn.Module, str] = {}
     for prefix, module in walk(network):
@@ -320,11 +316,9 @@ def _named_errors(network: nn.Module) -> Iterator[None]:
         has_form = any(name == path and isinstance(module, SparseLayer) for module, name in modules.items())
         remedy = "replace it in the dense model, or give its class a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
         if has_form:
-            remedy = "change it, or what enters it, in the dense model"
+            remedy = "change it, or its input, in the dense model"
         elif not path:
-            remedy = (
-                "change that in its forward, or move it into a module with a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
-            )
+            remedy = "change its forward, or move that into a module with a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
         kind = "" if isinstance(error, NotImplementedError | ValueError) else f"{type(error).__name__}: "
         raise UnsupportedLayerError(f"{where} has no sparse form: {kind}{first_line(error)}; {remedy}", layer=path) from error
     finally:

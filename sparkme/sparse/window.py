@@ -15,15 +15,15 @@ class Window:
     """Output pixel (y, x) reads input pixels (y * stride - padding[0] + i * dilation, x * stride - padding[1] + j * dilation),
     i < kernel_size[0], j < kernel_size[1].
 
-    An input of n * stride pixels gives n outputs, so the outputs lie on the grid of patches; `Window.of` sees to it. What
-    the network pads below and to the right follows from that.
+    `Window.of` ensures that n * stride input pixels give n outputs, so that outputs lie on the grid of patches. The padding
+    below and to the right follows from that.
 
     Attributes:
         kernel_size: height and width.
         stride: the same down and across.
         padding: pixels before the first one, above and to the left.
         dilation: the same down and across.
-        border: what lies outside of the image, as torch names it: `zeros` (constant), `reflect` or `replicate`.
+        border: values outside the image, in torch's terms: `zeros` (constant), `reflect` or `replicate`.
     """
 
     kernel_size: Pair
@@ -51,16 +51,16 @@ class Window:
             border: see above.
 
         Raises:
-            ValueError: outputs would not lie on the grid of patches; says what would.
+            ValueError: outputs would not lie on the grid of patches; names the padding that fits.
         """
         size, steps, spread = pair(kernel_size), pair(stride), pair(dilation)
         if steps[0] != steps[1] or spread[0] != spread[1]:
             which, value = ("stride", steps) if steps[0] != steps[1] else ("dilation", spread)
-            raise ValueError(f"the {which} {value} is not the same down and across, as patches need it")
+            raise ValueError(f"the {which} {value} differs between height and width; patches need one value for both")
         s, d = steps[0], spread[0]
         if padding == "valid":
             padding = 0
-        if padding == "same":  # torch puts the odd pixel behind
+        if padding == "same":  # torch puts the odd pixel last
             total = [d * (k - 1) for k in size]
             sides = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
         elif isinstance(padding, tuple) and len(padding) == 4:
@@ -74,22 +74,22 @@ class Window:
                 fits = [p for p in totals if _outputs(64 * s, k, s, p // 2, p - p // 2, d, ceil_mode) == 64]
                 raise ValueError(
                     f"kernel {k}, stride {s}, padding {before if before == after else (before, after)}, dilation {d} cannot be "
-                    f"aligned to the grid of patches: of n * {s} pixels it makes more or fewer than n; pad by "
-                    f"{f'{fits[0]} to {fits[-1]}' if len(fits) > 1 else fits[0]} pixels in all"
+                    f"aligned to the grid of patches: it does not turn n * {s} pixels into n; use a total padding of "
+                    f"{f'{fits[0]} to {fits[-1]}' if len(fits) > 1 else fits[0]} pixels"
                 )
         return Window(size, s, (sides[0], sides[2]), d, border)
 
     @property
     def key(self) -> tuple[Pair, int, Pair, int, str]:
-        """What tells windows apart, as plain numbers: torch.compile cannot hand out a window that it made, such as in a key."""
+        """The window as plain values: torch.compile cannot return a Window that it made, for example in a key."""
         return self.kernel_size, self.stride, self.padding, self.dilation, self.border
 
     def offsets(self, axis: int) -> list[int]:
-        """From an output pixel times the stride to the input pixels, along one axis."""
+        """Input pixels relative to output pixel * stride, along one axis."""
         return [i * self.dilation - self.padding[axis] for i in range(self.kernel_size[axis])]
 
     @property
-    def taps(self) -> int:
+    def volume(self) -> int:
         return self.kernel_size[0] * self.kernel_size[1]
 
     @property
@@ -99,16 +99,16 @@ class Window:
 
     @property
     def is_plain(self) -> bool:
-        """Whether kernels that know no padding have it: an odd side is centred, an even one starts at the output pixel, as
-        MinkowskiEngine and the operators of this project have it."""
+        """Whether kernels without a padding argument compute it: an odd side is centred and an even one starts at the output
+        pixel, as in MinkowskiEngine and this project's operators."""
         return self.border == "zeros" and all(
             p == (d * (k // 2) if k % 2 else 0) for k, p, d in zip(self.kernel_size, self.padding, (self.dilation,) * 2)
         )
 
     def enclosing(self) -> tuple[Window, list[int] | None]:
-        """A plain window that reads all that this one reads, and which of its taps are this one's, in this one's order.
+        """A plain window that contains this one, and the indices of this one's offsets in it, in order.
 
-        Taps are numbered as in MinkowskiEngine's kernels: y + height * x. The second is None where the windows are equal.
+        Indices are y + height * x, as in MinkowskiEngine's kernels. They are None if the windows are equal.
         """
         if self.is_plain:
             return self, None
@@ -122,7 +122,7 @@ class Window:
         return around, [y + reach[0] + height * (x + reach[1]) for x, y in product(across, down)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """The offsets (dy, dx) of the taps, in the order of MinkowskiEngine's kernels."""
+        """The offsets (dy, dx), in the order of MinkowskiEngine's kernels."""
         return ((dy, dx) for dx, dy in product(self.offsets(1), self.offsets(0)))
 
 
@@ -134,7 +134,7 @@ def pair(value: int | tuple[int, ...] | list[int]) -> Pair:
 
 
 def _outputs(size: int, k: int, s: int, before: int, after: int, d: int, ceil_mode: bool) -> int:
-    """How many outputs torch makes of `size` pixels."""
+    """How many outputs torch computes from `size` pixels."""
     reach = size + before + after - d * (k - 1) - 1
     if not ceil_mode:
         return reach // s + 1

@@ -1,4 +1,4 @@
-"""A map as the forms of layers and functions work on it: its axes, what it holds, and how the next map is made of it."""
+"""A map as sparse forms use it: its axes, its features, and ways to make the next map."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Padding(NamedTuple):
-    """Pixels that `F.pad` put around a map, waiting for the convolution or pooling that reads them."""
+    """Padding that `F.pad` put around a map, for the next convolution or pooling."""
 
     top: int
     bottom: int
@@ -30,18 +30,18 @@ class Padding(NamedTuple):
 
 
 class WorkingMap:
-    """Features, with the axes that the network sees.
+    """Features with the axes that the network sees.
 
     Args:
-        features: what the engine computes on, or what is still to be written.
-        engine: the kernels that the layers use on it.
+        features: computed, or waiting to be computed.
+        engine: the kernels that layers use on it.
         recorder: collects the encoder's outputs as this map and its descendants reach them.
-        dims: what the axes are to the network: B, C (the channel axes in their order, usually one), H and W, or P for both in
-            one. `BCHW`, or `BHWC` after a `permute(0, 2, 3, 1)`, or `BCCHW` after channels were split into groups.
-        padding: around it, after `F.pad`.
+        dims: the axes as the network sees them: B, C (one or more channel axes), H and W, or P for both in one. `BCHW`; `BHWC`
+            after `permute(0, 2, 3, 1)`; `BCCHW` after channels were split into groups.
+        padding: padding from `F.pad`.
 
-    An operation in place replaces what the map holds, so that everyone who has the map sees it; the tensor itself stays as it
-    was, since MinkowskiEngine's layers keep a reference to their input for the backward pass.
+    An in-place operation replaces the features in the storage, so that every holder of the map sees it. The tensor itself does
+    not change, since MinkowskiEngine's layers keep a reference to their input for the backward pass.
     """
 
     def __init__(
@@ -95,19 +95,18 @@ class WorkingMap:
 
     @property
     def unpadded(self) -> Storage:
-        """Raises NotImplementedError after `F.pad`."""
+        """The storage; raises NotImplementedError after `F.pad`."""
         if self.padding is not None:
             raise NotImplementedError("only a convolution or a pooling can follow F.pad of a map; pad right before it")
         return self.storage
 
     @property
     def features(self) -> Features:
-        """What the engine computes on."""
         return self.unpadded.read()
 
     @property
     def unwritten(self) -> Unwritten | None:
-        """What is still to be computed of it, and what is called now may become part of."""
+        """The waiting features, if a function called now may be fused with them."""
         if not isinstance(self.storage.held, Unwritten) or not self.storage.held.is_current:
             return None
         self.unpadded.check()
@@ -115,18 +114,14 @@ class WorkingMap:
 
     @property
     def values(self) -> Tensor:
-        """The tensor in it, in the engine's form."""
+        """The features' tensor, in the engine's layout."""
         return self.features.data
 
     @property
     def flat(self) -> Features:
-        """`features`, with one channel axis.
-
-        Raises:
-            NotImplementedError: the channels are split into groups, or there are none.
-        """
+        """`features`; raises NotImplementedError unless there is exactly one channel axis."""
         if self.dims.count("C") != 1:
-            raise NotImplementedError(f"a map with axes {self.dims} has no sparse form here, only one with one channel axis")
+            raise NotImplementedError(f"a map with axes {self.dims} has no sparse form here, only a map with one channel axis")
         return self.features
 
     @property
@@ -139,15 +134,11 @@ class WorkingMap:
         return self.engine.layout.channel_axis
 
     def channel(self, dim: int) -> int:
-        """Which of the channel axes an axis of the map is.
-
-        Raises:
-            NotImplementedError: it is no channel axis.
-        """
+        """The number of an axis among the channel axes; raises NotImplementedError for any other axis."""
         dim = self.axis(dim)
         if self.dims[dim] != "C":
             raise NotImplementedError(
-                f"axis {dim} ({self.dims[dim]}) of a map {self.dims}: this can be done along channels only, pixels stay apart"
+                f"axis {dim} ({self.dims[dim]}) of a map {self.dims}: this works along channels only, since it would mix pixels"
             )
         return self.dims[:dim].count("C")
 
@@ -158,21 +149,21 @@ class WorkingMap:
 
     @property
     def row_axes(self) -> Tensor:
-        """(B, L, channels...), whatever the engine computes on."""
+        """(B, L, channels...) rows, for any layout."""
         return self.features.by_sample()
 
     def operand(self, value: Any) -> Any:
-        """An argument in the engine's layout: of other maps their features, tensors spread over the pixels.
+        """An argument in the engine's layout: the features of another map, or a tensor spread over the pixels.
 
-        A tensor may be a number for each channel (and sample), or a whole map, of which only what is visible is taken. Under
-        autocast it takes the map's type, as the weights of convolutions do: else a parameter in float32, such as ConvNeXt's
-        layer scale, would make all that follows float32, to be cast back before every product.
+        A tensor may have a number per channel (and sample), or be a whole map, whose visible pixels count. Under autocast it
+        takes the map's dtype, as weights of convolutions do. Otherwise a float32 parameter, such as ConvNeXt's layer scale,
+        would make all later maps float32.
         """
         if is_map(value):
             if value.grid is not self.grid or value.stride != self.stride:
                 raise ValueError(
-                    f"maps of shape {tuple(value.shape)} and {tuple(self.shape)} do not lie on the same sites: one has another "
-                    "stride, or was kept from an earlier call; keep no maps between calls"
+                    f"maps of shape {tuple(value.shape)} and {tuple(self.shape)} lie on different sites: their strides differ, "
+                    "or one is from an earlier call; keep no maps between calls"
                 )
             if value.dims != self.dims:
                 raise NotImplementedError(
@@ -184,7 +175,9 @@ class WorkingMap:
         if value.dtype == torch.float32 and self.dtype == torch.bfloat16 and torch.is_autocast_enabled(self.device.type):
             value = value.to(self.dtype)
         if value.ndim > self.ndim:
-            raise NotImplementedError(f"a tensor of shape {tuple(value.shape)} has more axes than the map {self.dims} it meets")
+            raise NotImplementedError(
+                f"a tensor of shape {tuple(value.shape)} has more axes than the other operand, a map {self.dims}"
+            )
         value = value.view(*(1,) * (self.ndim - value.ndim), *value.shape)
         channels = [i for i, label in enumerate(self.dims) if label == "C"]
         pixels = [i for i, label in enumerate(self.dims) if label in "HWP"]
@@ -196,21 +189,21 @@ class WorkingMap:
         return self.engine.layout.spread(value, self.grid, self.stride)
 
     def replace(self, features: Features | Unwritten, dims: str | None = None) -> Self:
-        """A map with other features, otherwise like this one."""
+        """A map like this one with other features."""
         return type(self)(features, self.engine, self.recorder, dims or self.dims)
 
     def with_values(self, data: Tensor, dims: str | None = None) -> Self:
-        """The same sites with other data in the engine's form, whose hidden pixels are zero where this map's are."""
+        """The same sites with other data in the engine's layout. Hidden pixels must be zero if this map's are."""
         return self.replace(self.features.replace(data), dims)
 
     def with_rows(self, rows: Tensor, dims: str | None = None) -> Self:
-        """The same sites with (N, C') or (B, L, channels...) rows, in whatever form the engine computes on."""
+        """The same sites with (N, C') or (B, L, channels...) rows, for any layout."""
         is_flat = rows.ndim == 2 and (dims or self.dims).count("C") == 1
         layout, grid, stride = self.engine.layout, self.grid, self.stride
         return self.replace((layout.of_rows if is_flat else layout.of_samples)(rows, grid, stride), dims)
 
     def view_of(self, data: Tensor, dims: str | None = None, span: tuple[int, int] | None = None) -> Self:
-        """A map that shares its memory with this one, as the network sees it."""
+        """A map that the network sees as a view of this one."""
         features, storage = self.features, self.storage
         if storage.root is not None:  # a view of a view
             first = None if storage.span is None or span is None else storage.span[0]
@@ -220,7 +213,7 @@ class WorkingMap:
         return type(self)(shared.features, self.engine, self.recorder, dims or self.dims, storage=shared)
 
     def same_storage(self, dims: str) -> Self:
-        """The same map with its axes in another order: a change of one in place is a change of the other."""
+        """The same map with its axes in another order; an in-place change affects both."""
         self.unpadded.check()
         return type(self)(self.storage.held, self.engine, self.recorder, dims, storage=self.storage)
 
@@ -232,24 +225,24 @@ class WorkingMap:
         return type(self)(features, self.engine, self.recorder, self.dims, storage=self.storage)
 
     def write(self, new: Self) -> Self:
-        """Replaces what this map holds, for operations in place."""
+        """Replaces this map's features, for in-place operations."""
         if not torch.is_grad_enabled() and self.storage.in_graph:
             new = new.replace(_with_graph_of(self.features, new.features))
         self.storage.write(new.storage.held)
         return self
 
     def snapshot(self) -> Self:
-        """The map as it is now, (B, C, H, W); what happens to this one in place later does not reach it."""
+        """The map as it is now, (B, C, H, W), safe from later in-place changes."""
         if sorted(self.dims) != sorted("BCHW"):
             raise NotImplementedError(f"a map {self.dims} cannot be an output of the encoder")
         return type(self)(self.features, self.engine, None, "BCHW")
 
 
 def _with_graph_of(old: Features, new: Features) -> Features:
-    """The new values with the old ones' graph: what torch makes of an operation in place that is called without gradients."""
+    """The new values with the graph of the old ones, as torch does for in-place operations without gradients."""
     with torch.enable_grad():
         data = old.data.clone()
-    data.copy_(new.data)  # called without gradients, so that the graph does not notice
+    data.copy_(new.data)  # without gradients, so that the graph stays
     return new.replace(data)
 
 

@@ -1,4 +1,4 @@
-"""A run's network from its settings, for the command that trains it and those that read its checkpoints."""
+"""Builds a run's network from its settings, for training and for reading checkpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def build_network(settings: PretrainSettings, proof: Mapping[str, Any] | None = 
     """The network that settings describe, with random weights.
 
     Args:
-        settings: of a run; those of a checkpoint are `from_config(PretrainSettings, checkpoint["config"])`.
-        proof: what the checkpoint keeps of the encoder's trial, see `sparkme.sparsify`.
+        settings: a run's; those of a checkpoint are `from_config(PretrainSettings, checkpoint["config"])`.
+        proof: the checkpoint's proof of the encoder's trial, see `sparkme.sparsify`.
 
     Raises:
-        ValueError: a value is not possible.
+        ValueError: a value is not allowed.
     """
     if settings.recipe not in RECIPES:
         raise ValueError(f"there is no recipe {settings.recipe!r}")
@@ -29,11 +29,7 @@ def build_network(settings: PretrainSettings, proof: Mapping[str, Any] | None = 
 
 
 def network_of(checkpoint: dict[str, Any], path: Path) -> MaskedAutoencoder:
-    """The network of a checkpoint, with its weights.
-
-    Raises:
-        UserError: its configuration does not describe a network, or not the one whose weights it holds.
-    """
+    """The network of a checkpoint, with its weights. Raises UserError if configuration and weights do not match."""
     with described(checkpoint, path):
         network = build_network(settings_in(checkpoint, path), checkpoint.get("proof"))
         load_weights(network, checkpoint["model"])

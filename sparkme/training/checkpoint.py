@@ -1,6 +1,6 @@
-"""Checkpoints: written beside and renamed, so that a crash or a full disk never costs the last good one.
+"""Checkpoints: written to a temporary file and renamed, so that a crash or a full disk never costs the last good one.
 
-A checkpoint is torch's own format, a zip archive, which has a CRC-32 of every part; `sparkme.weights.checkpoint` compares them.
+A checkpoint has torch's format, a zip archive with a CRC-32 of every part, which `sparkme.weights.checkpoint` verifies.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sparkme.weights.checkpoint import FORMAT
 
 
 class SpoiledWeights(ValueError):
-    """Weights that are not finite, which are never written."""
+    """The weights are not finite; they are never written."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: `step_<n>.pt`, the newest few, and `last.pt`, a link to the newest.
+    """The checkpoints of a run: the newest `step_<n>.pt`, and `last.pt`, a link to the newest.
 
     Args:
-        folder: where they are.
-        keep: how many to keep.
-        keep_every: those of steps that are a multiple of this are kept beside them for good; 0: none.
+        folder: their folder.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep those whose step is a multiple of this; 0: none.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
@@ -38,19 +38,19 @@ class Checkpoints:
         self.keep = keep
         self.keep_every = keep_every
         self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._written: futures.Future[Path] | None = None  # what is being written, or was and nobody has asked for yet
-        self._copy: Any = None  # of the state, in the host's memory
+        self._written: futures.Future[Path] | None = None  # the latest save, until `wait` returns it
+        self._copy: Any = None  # of the state, in host memory
 
     @property
     def last(self) -> Path:
         return self.folder / "last.pt"
 
     def newest(self) -> Path | None:
-        """What `last.pt` points at or, where it is lost, as copying can lose links, the checkpoint of the highest step."""
+        """The target of `last.pt` or, if copying lost the link, the checkpoint with the highest step."""
         return next(iter(self.candidates()), None)
 
     def candidates(self) -> list[Path]:
-        """The checkpoints, the one to go on from first; one of an earlier step takes its place where it is damaged."""
+        """The checkpoints in the order in which a resuming run tries them."""
         steps = self._steps()[::-1]
         if not self.last.exists():
             return steps
@@ -61,7 +61,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.pt"))
 
     def set_aside(self, damaged: Path) -> Path:
-        """Renames a checkpoint that cannot be read, so that it is neither read nor counted again."""
+        """Renames a damaged checkpoint, so that it is neither read nor counted again."""
         path = damaged.resolve()
         aside = path.with_name(path.name + ".damaged")
         os.replace(path, aside)
@@ -70,27 +70,24 @@ class Checkpoints:
         return aside
 
     def save(self, state: dict[str, Any], step: int) -> Path:
-        """Writes a checkpoint, points `last.pt` at it and removes the oldest; returns when it is on the disk.
+        """Writes a checkpoint to the disk, points `last.pt` at it and removes the oldest.
 
         Raises:
             CannotWrite: earlier checkpoints are untouched.
             SpoiledWeights: a weight is not finite; nothing is written.
         """
-        with suppress(CannotWrite):  # this one takes the place of what could not be written before
+        with suppress(CannotWrite):  # this checkpoint replaces the failed one
             self.wait()
         return self._write(state, step)
 
     def make_room(self, state: dict[str, Any]) -> None:
-        """Takes the memory that `start_saving` copies a state to, which is slow the first time only."""
+        """Allocates the memory to which `start_saving` copies a state, which is slow the first time."""
         self._copy = _copied(state, None)
 
     def start_saving(self, state: dict[str, Any], step: int) -> None:
-        """As `save`, but returns as soon as the state is copied; the rest is done by another thread.
-
-        Raises:
-            CannotWrite, SpoiledWeights: of the save before, where nobody has waited for it; this one is not begun.
-        """
-        self.wait()  # it is written from the memory that this one is copied to
+        """As `save`, but returns once the state is copied; another thread writes it. Raises errors of the previous save, which
+        it waits for."""
+        self.wait()  # the previous save reads the memory that this one is copied to
         self._copy = _copied(state, self._copy)
         event = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if event is not None:
@@ -99,23 +96,19 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether a save was started that nobody has waited for."""
+        """Whether there is a started save that nobody has waited for."""
         return self._written is not None
 
     @property
     def busy(self) -> bool:
-        """Whether a save that was started is still being written."""
+        """Whether a started save is still being written."""
         return self._written is not None and not self._written.done()
 
     def wait(self) -> Path | None:
-        """Waits for the save that was started, if there is one. Returns its path.
-
-        Raises:
-            CannotWrite, SpoiledWeights: why it was not written.
-        """
+        """Waits for a started save. Returns its path, or raises its CannotWrite or SpoiledWeights."""
         if self._written is None:
             return None
-        futures.wait([self._written])  # Ctrl-C may end this; then it is still being written
+        futures.wait([self._written])  # Ctrl-C may interrupt this wait
         written, self._written = self._written, None
         return written.result()
 
@@ -130,9 +123,9 @@ class Checkpoints:
             resume = f"{self.last} is intact" if self.last.exists() else "there is no earlier one"
             free, needed = free_gib(path), _gib(state)
             cause: BaseException = error
-            while cause.__context__ is not None:  # torch fails a second time, to close what it failed to write
+            while cause.__context__ is not None:  # torch fails again while closing the file
                 cause = cause.__context__
-            reason = f"it takes {needed:.2f} GiB, {free:.2f} are free" if free < needed else first_line(cause)
+            reason = f"it takes {needed:.2f} GiB, but {free:.2f} are free" if free < needed else first_line(cause)
             raise CannotWrite(f"cannot write the checkpoint {path} ({reason}); {resume}") from error
         earlier = [old for old in self._steps() if old.name < path.name and not self._is_kept(old)]
         recent = self.keep - (not self._is_kept(path))
@@ -144,7 +137,7 @@ class Checkpoints:
         temporary = path.with_suffix(".pt.writing")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:  # by Python, whose errors give the system's reason
+            with temporary.open("wb") as file:  # Python's errors name the system's reason, torch's do not
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -170,24 +163,20 @@ class Checkpoints:
         os.replace(link, self.last)
 
     def clean(self) -> None:
-        """Removes what a process that was killed left half written.
-
-        Raises:
-            OSError: the folder cannot be written to.
-        """
+        """Removes half-written files of a killed process. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for torn in self.folder.glob("*.writing"):
             torn.unlink()
 
 
 def _copied(value: Any, into: Any) -> Any:
-    """A copy of nested dicts, lists and tensors in the host's memory; `into`, an earlier copy, lends its memory where it fits.
+    """A copy of nested dicts, lists and tensors in host memory, which reuses the memory of an earlier copy `into` if it fits.
 
-    Copies from a GPU are only begun.
+    Copies from a GPU are only started.
     """
     if isinstance(value, Tensor):
         value = value.detach()
-        # In the same order in memory: sums over what an optimiser keeps would be rounded differently after a resume.
+        # With equal strides: else sums over optimiser state would be rounded differently after a resume.
         fits = isinstance(into, Tensor) and (into.shape, into.dtype, into.stride()) == (
             value.shape,
             value.dtype,
@@ -196,7 +185,7 @@ def _copied(value: Any, into: Any) -> Any:
         host = into if fits else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return host.copy_(value, non_blocking=True)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # a state dict keeps more than its items
+        copied = copy.copy(value)  # a state dict has attributes
         copied.update({k: _copied(v, into.get(k) if isinstance(into, dict) else None) for k, v in value.items()})
         return copied
     if isinstance(value, list | tuple):
@@ -206,14 +195,14 @@ def _copied(value: Any, into: Any) -> Any:
 
 
 def _check_finite(state: dict[str, Any], step: int) -> None:
-    """Raises SpoiledWeights: the loss of a step says nothing of its update, so the weights are looked at themselves."""
-    for name, value in state.get("model", {}).items():  # a module may keep other things
+    """Raises SpoiledWeights. A finite loss does not show that the following update was finite."""
+    for name, value in state.get("model", {}).items():  # extra state may be of any type
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise SpoiledWeights(f"the weights are not finite after step {step} ({name})")
 
 
 def _gib(value: Any) -> float:
-    """How much memory the tensors in nested dicts and lists take."""
+    """Memory of the tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return value.nbytes / 2**30
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -229,6 +218,6 @@ def _names_to_disk(folder: Path) -> None:
 
 
 def free_gib(path: Path) -> float:
-    """Free space on the disk that a path is or would be on."""
+    """Free space on the disk of a path, which need not exist."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free / 2**30

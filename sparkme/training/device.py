@@ -1,4 +1,4 @@
-"""How training has a device compute."""
+"""Sets torch's options for training on a device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from sparkme.training.memory import keep_freed_memory
 
 
 def prepare_device(device: torch.device, *, tf32: bool) -> None:
-    """Sets, for the whole process, what torch leaves at other defaults.
+    """Sets process-wide options.
 
-    Args:
-        device: on the CPU freed memory is kept for the next step. On a GPU cuDNN looks for its fastest kernel, since sizes do
-            not change; sums of bfloat16 products stay float32 until they are complete.
-        tf32: whether a GPU may round what float32 products multiply to TF32's 10 bits: all of them, dense and sparse
-            convolutions and matrix products. torch's own default is yes for the former and no for the latter.
+    On the CPU, freed memory is kept for the next step. On a GPU, cuDNN searches its fastest kernels, since sizes do not change,
+    and sums of bfloat16 products stay float32. `tf32` allows TF32 in all convolutions and matrix products; torch's default
+    allows it in convolutions only.
     """
     if device.type == "cpu":
         keep_freed_memory()

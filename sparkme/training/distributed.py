@@ -1,4 +1,4 @@
-"""One process or several, started by torchrun: who am I, and what do we agree on."""
+"""One process or several, started by torchrun, and their communication."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from sparkme.machine import whereabouts
 from sparkme.settings.shared import Machine
 from sparkme.sparse.batch_norm import share_batch_norms
 
-LEAVING_S = 60  # that a process takes to end after an error, at most
-MEETING_S = 300.0  # that the processes take to meet, at most
+LEAVING_S = 60  # a process ends at most so long after an error
+MEETING_S = 300.0  # limit for the processes to connect
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the `world` of those that train together.
+    """This process among the `world` processes that train together.
 
     Attributes:
-        hosts: a gloo group of all processes, for what concerns the hosts alone.
-        peers: `whereabouts` and process number of each, by rank.
+        hosts: a gloo group of all processes, for communication between hosts.
+        peers: `whereabouts` and process id of each, by rank.
     """
 
     rank: int
@@ -48,12 +48,11 @@ class Process:
 
     @property
     def machine(self) -> Machine:
-        """What defaults follow from."""
         on_gpu = self.device.type == "cuda"
         return Machine(self.world, on_gpu, has_bf16=on_gpu and torch.cuda.is_bf16_supported())
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Which flags are set in any process. The processes wait for each other, but not for their devices."""
+        """Whether each flag is set in any process. Processes wait for each other, but not for their devices."""
         if self.world == 1:
             return list(flags)
         values = torch.tensor([int(flag) for flag in flags])
@@ -69,13 +68,13 @@ class Process:
         return value / self.world
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Gives every process the first one's buffers, such as running statistics of batch norms that are not synchronised."""
+        """Gives every process the first one's buffers, such as running statistics."""
         if self.world > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
     def share(self, value: Any) -> Any:
-        """What the first process has. It travels between the hosts."""
+        """The first process's value, sent between hosts."""
         if self.world == 1:
             return value
         values = [value]
@@ -83,13 +82,13 @@ class Process:
         return values[0]
 
     def check_same(self, value: Any, what: str) -> None:
-        """Raises UserError where a process has another value than the first one, whose steps would then differ from its."""
+        """Raises UserError if a process has another value than the first, since their steps would differ."""
         first = self.share(value)
         if any(self.agree(value != first)):
             raise UserError(f"the processes do not see the same data: the {what} is {first} in the first, {value} in another")
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process has, in the first one; elsewhere what this one has. It travels between the hosts."""
+        """In the first process the values of all, elsewhere this one's; sent between hosts."""
         if self.world == 1:
             return [value]
         values: list[Any] | None = [None] * self.world if self.is_main else None
@@ -98,7 +97,7 @@ class Process:
 
 
 def start_process(device: str) -> Process:
-    """Joins the processes that torchrun started, if it did, and takes a device.
+    """Joins the processes of torchrun, if any, and chooses a device.
 
     Args:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -128,10 +127,10 @@ def start_process(device: str) -> Process:
     if device.startswith("cuda:"):
         raise UserError(f"--device {device} puts {world} processes on one GPU; use --device cuda")
     try:
-        with ending_after(MEETING_S, f"the {world} processes have not met"):
+        with ending_after(MEETING_S, f"the {world} processes did not connect"):
             return _meet(rank, world, chosen)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{world} processes cannot meet ({first_line(error)}); start them with torchrun") from error
+        raise UserError(f"{world} processes cannot connect ({first_line(error)}); start them with torchrun") from error
 
 
 def _meet(rank: int, world: int, device: torch.device) -> Process:
@@ -147,7 +146,7 @@ def _meet(rank: int, world: int, device: torch.device) -> Process:
 
 
 def find_pixels_together(process: Process, *args: Any, **words: Any) -> tuple[Pixels, str]:
-    """As `find_pixels`, which the first process does for all."""
+    """`find_pixels` in the first process, for all."""
     found, problem = None, ""
     if process.is_main:
         try:
@@ -161,11 +160,11 @@ def find_pixels_together(process: Process, *args: Any, **words: Any) -> tuple[Pi
 
 
 def store_of_this_start() -> dist.Store | None:
-    """Where the processes leave their addresses for each other; None leaves it to torch.
+    """The store in which processes exchange addresses; None leaves it to torch.
 
-    torchrun keeps one store over all restarts, in which those started again may find the addresses of those that ended. On one
-    machine the number of the restart keeps them apart. The launchers of several machines count their restarts each for itself;
-    there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has torchrun take a new store every time.
+    torchrun keeps one store over all restarts, in which restarted processes may find addresses of ended ones. On one machine
+    the number of the restart keeps them apart. Launchers of several machines count restarts separately; there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new store each time.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
         return None
@@ -175,8 +174,8 @@ def store_of_this_start() -> dist.Store | None:
 
 @contextmanager
 def ending_after(seconds: float, problem: str) -> Iterator[None]:
-    """Ends this process where what is in it takes too long: gloo can wait half an hour for a connection that was lost. torchrun
-    then starts all of them again, if it may."""
+    """Ends this process if the body takes too long, since gloo may wait half an hour for a lost connection. torchrun may then
+    restart all processes."""
 
     def end() -> None:
         os.write(2, f"\nerror: {problem} within {seconds:.0f} s; start them again\n".encode())
@@ -192,7 +191,7 @@ def ending_after(seconds: float, problem: str) -> Iterator[None]:
 
 
 def stop_process(*, in_order: bool = True) -> None:
-    """Takes leave of the other processes. After an error nothing is waited for: NCCL would, for those that are gone."""
+    """Leaves the process group. After an error it does not wait, since NCCL would wait for processes that are gone."""
     if not dist.is_initialized():
         return
     if in_order:
@@ -202,25 +201,25 @@ def stop_process(*, in_order: bool = True) -> None:
 
 
 def is_of_others(error: Exception) -> bool:
-    """Whether an exception says that another process does not answer any more."""
+    """Whether an exception says that another process does not answer."""
     text = str(error).lower()
     named = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
     return named or (isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed")))
 
 
 def distribute(network: Any, process: Process, prepare: Callable[[], None] | None = None) -> tuple[Any, nn.Module]:
-    """Has several processes train a network together: one gradient, and one statistics of batch norms.
+    """Lets several processes train a network together, with shared gradients and batch-norm statistics.
 
     Args:
         network: on the process's device.
         process: this process.
-        prepare: called in between, such as to compile.
+        prepare: called in between, for example to compile.
 
     Returns:
-        The network, and what a step runs.
+        The network, and the module that a step calls.
     """
     if process.world > 1 and (own_code := share_batch_norms(network)) and process.is_main:
-        print(f"note: not synchronised over processes, since they have code of their own: {', '.join(own_code[:4])}")
+        print(f"note: these batch norms have their own code and are not synchronised over processes: {', '.join(own_code[:4])}")
     if prepare is not None:
         prepare()
     return network, DistributedDataParallel(network) if process.world > 1 else network

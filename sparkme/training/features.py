@@ -1,7 +1,7 @@
-"""Frozen features of whole images, and how much of the labels they tell: nearest neighbours and a linear classifier.
+"""Frozen features of whole images, and their accuracy with nearest neighbours and a linear classifier.
 
-On a whole image an encoder computes what the dense network with its weights computes, so one way of measuring serves an
-encoder that is being trained, a checkpoint, and exported weights.
+On a whole image an encoder computes the same as the dense network, so the same code measures an encoder during training, a
+checkpoint, and exported weights.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from sparkme.data.labelled import WholeBatch
 from sparkme.data.statistics import Statistics
 from sparkme.sparse.encoder import SparseEncoder
 
-# Of the weighted vote: Wu et al., CVPR 2018, section 3.4, with the values of DINO (Caron et al., ICCV 2021, section 4.1).
+# For the weighted vote: Wu et al., CVPR 2018, section 3.4, with the values of DINO (Caron et al., ICCV 2021, section 4.1).
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-# Of the linear classifier, on features of deviation 1: which is best on a fifth of the images to learn from is taken.
+# For the linear classifier, on features with standard deviation 1; the best on a fifth of the training images is used.
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
-class Features:
-    """Of some images, the mean over the pixels of every map.
+class PooledFeatures:
+    """The spatial mean of every map, for some images.
 
     Attributes:
         maps: by stride (N, channels) float32, on the CPU.
-        numbers: (N,) int64, which images these are: those that could be read.
-        unreadable: why the others could not be.
+        numbers: (N,) int64 numbers of the readable images.
+        unreadable: errors of the others.
     """
 
     maps: dict[int, Tensor]
@@ -42,13 +42,13 @@ class Features:
 @torch.no_grad()
 def pooled_features(
     encoder: SparseEncoder, batches: Iterable[WholeBatch], statistics: Statistics, device: torch.device
-) -> Features:
-    """Runs an encoder, in eval mode, on images with every patch visible; its modes are as before when this returns.
+) -> PooledFeatures:
+    """Runs an encoder in eval mode on images with every patch visible, and then restores its modes.
 
     Args:
         encoder: on the device.
         batches: whole images, (B, C, H, W) bytes or floats in [0, 1].
-        statistics: what they are normalised by.
+        statistics: mean and standard deviation of the images.
         device: where to compute.
     """
     modes = [(module, module.training) for module in encoder.modules()]
@@ -70,7 +70,7 @@ def pooled_features(
     finally:
         for module, mode in modes:
             module.training = mode
-    return Features({stride: torch.cat(parts) for stride, parts in found.items()}, torch.cat(numbers), tuple(unreadable))
+    return PooledFeatures({stride: torch.cat(parts) for stride, parts in found.items()}, torch.cat(numbers), tuple(unreadable))
 
 
 def knn_accuracy(
@@ -82,16 +82,16 @@ def knn_accuracy(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> float:
-    """The share of images whose class wins the vote of their nearest neighbours, each weighing exp(cosine / temperature).
+    """The share of images whose class wins the vote of their nearest neighbours, weighted by exp(cosine / temperature).
 
     Args:
         train, val: (N, C) and (M, C) features, of any lengths.
         labels, val_labels: (N,) and (M,) int64.
-        neighbours: how many vote; all where there are fewer.
-        temperature: of their weights.
+        neighbours: number of voters, at most all.
+        temperature: of the weights.
     """
     classes = int(max(labels.max(), val_labels.max())) + 1
-    # Without the mean that all features share, angles tell more: features behind a ReLU all lie in one corner.
+    # Features after a ReLU all lie in one orthant; without their mean, angles tell more.
     center = train.mean(0)
     train, val = F.normalize(train - center, dim=1), F.normalize(val - center, dim=1)
     right = 0
@@ -106,13 +106,13 @@ def knn_accuracy(
 def linear_accuracy(
     train: Tensor, labels: Tensor, val: Tensor, val_labels: Tensor, *, decays: tuple[float, ...] = DECAYS
 ) -> tuple[float, float]:
-    """The share of images that a linear classifier (multinomial logistic regression) gets right.
+    """The accuracy of a linear classifier (multinomial logistic regression).
 
-    Features are brought to mean 0 and deviation 1. Every fifth image of each class is held out to choose the weight decay;
-    then the classifier is fitted to all of them.
+    Features are scaled to mean 0 and standard deviation 1. Every fifth image of each class is held out to choose the weight
+    decay; then the classifier is fitted to all images.
 
     Returns:
-        The share, and the weight decay.
+        The accuracy, and the weight decay.
     """
     mean, std = scale_of(train)
     train, val = (train - mean) / std, (val - mean) / std
@@ -121,38 +121,37 @@ def linear_accuracy(
 
 
 def scale_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) of (N, C) features; a deviation that is rounding beside the others counts as none of its own."""
+    """Mean and standard deviation (C,) of (N, C) features; a deviation of the size of rounding is raised."""
     mean, std = x.mean(0), x.std(0, correction=0)
     least = 1e-6 * max(float(mean.abs().max()), float(std.max()))
     return mean, std.clamp_min(max(least, 1e-30))
 
 
 def best_decay(x: Tensor, labels: Tensor, decays: tuple[float, ...] = DECAYS) -> float:
-    """The weight decay of the classifier that is best on every fifth image of each class, fitted to the others. Of several
-    labels an image it is every fifth image."""
+    """The weight decay that is best on every fifth image of each class (of all, with several labels), fitted to the others."""
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     groups = labels if labels.ndim == 1 else torch.zeros(len(labels))
     for group in groups.unique().tolist():
         members = (groups == group).nonzero().flatten()
         held_out[members[4::5] if len(members) >= 5 else members[1:2]] = True
-    if not held_out.any():  # one image of each class
+    if not held_out.any():  # one image per class
         return decays[len(decays) // 2]
     scores = []
     for decay in decays:
         classifier = fit_linear(x[~held_out], labels[~held_out], decay, classes=_num_classes(labels))
         score = _share if labels.ndim == 1 else _minus_loss
         scores.append((score(classifier, x[held_out], labels[held_out]), decay))
-    return max(scores)[1]  # of equals the strongest
+    return max(scores)[1]  # the strongest of equals
 
 
 def fit_linear(x: Tensor, labels: Tensor, decay: float, *, classes: int | None = None) -> nn.Linear:
-    """The minimum of cross entropy + decay / 2 |W|^2, from zero, by L-BFGS; of several labels an image, binary cross entropy.
+    """Minimises cross entropy (binary, for several labels) + decay / 2 |W|^2 by L-BFGS, from zero.
 
     Args:
         x: (N, C) features.
         labels: (N,) int64, or (N, labels) bool.
-        decay: of the weights, not of the biases.
-        classes: how many there are; as many as the labels name if None.
+        decay: weight decay, not of the biases.
+        classes: number of classes; those in the labels if None.
     """
     classifier = nn.Linear(x.shape[1], classes or _num_classes(labels))
     nn.init.zeros_(classifier.weight)
@@ -178,7 +177,7 @@ def _loss(classifier: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
     scores = classifier(x)
     if labels.ndim == 1:
         return F.cross_entropy(scores, labels)
-    # The sum over labels: each one's classifier then weighs its weight decay as if it were alone.
+    # The sum over labels, so that weight decay acts on each label's classifier as if it were alone.
     return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype)) * labels.shape[1]
 
 

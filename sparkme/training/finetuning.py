@@ -1,4 +1,4 @@
-"""One run of `sparkme.finetune`: from its command line to its weights and measurements."""
+"""A run of `sparkme.finetune`, from its settings to its weights and measurements."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from sparkme.weights.pretrained import Pretrained, read_pretrained
 
 
 def finetune(asked: FinetuneSettings) -> Outcome:
-    """Trains, or continues, the run that is asked for."""
+    """Starts or continues a run."""
     process = start_process(asked.device)
     return run_training(lambda: Finetuning(asked, process), asked.hang_seconds)
 
@@ -48,11 +48,11 @@ class Finetuning(Training):
     """One fine-tuning run.
 
     Args:
-        asked: the settings that the user gives.
+        asked: the user's settings.
         process: this process.
 
     Raises:
-        UserError, ValueError: what was asked for cannot be done; says what to change.
+        UserError, ValueError: the settings or the data do not work; says what to change.
     """
 
     settings: FinetuneSettings
@@ -83,7 +83,7 @@ class Finetuning(Training):
         self.steps_per_epoch = len(self.train_set) // settings.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.best: dict[str, float] = {}
-        self.unreadable: set[str] = set()  # of those that are measured on
+        self.unreadable: set[str] = set()  # validation images
         self.resume()
         self.network, self.model = distribute(self.network, process)
         self.mix, self.criterion, self.erase = create_losses(settings, process.device)
@@ -105,7 +105,7 @@ class Finetuning(Training):
             self._introduce(pretrained, split, reason, taken)
 
     def _find_data(self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None) -> Split:
-        """The images, their classes, and how their numbers become values."""
+        """Finds the images, their classes and the conversion of pixel values."""
         split = find_labelled(
             asked.data,
             asked.labels,
@@ -135,7 +135,7 @@ class Finetuning(Training):
     def _create_network(
         self, asked: FinetuneSettings, pretrained: Pretrained, saved: FinetuneSettings | None
     ) -> tuple[nn.Module, str, str]:
-        """The network with the weights that it starts from; which recipe it is and why; and what was taken of the weights."""
+        """The network with its initial weights, the reason for the recipe, and a line about the weights."""
         torch.manual_seed(asked.seed)
         network, self.missing, taken = pretrained.dense(len(self.classes))
         informed = self._with_found(asked, pretrained)
@@ -151,7 +151,7 @@ class Finetuning(Training):
                 if asked.drop_path is not None:
                     raise
                 self.settings = replace(self.settings, drop_path=0.0)
-                reason += f"; without drop path, which {pretrained.model} does not have"
+                reason += f"; no drop path, which {pretrained.model} does not support"
         return network, reason, taken
 
     def batches(self, steps: range) -> Iterable[Batch]:
@@ -192,7 +192,7 @@ class Finetuning(Training):
 
     def after_step(self) -> None:
         if self.average is not None:
-            with torchs_state_dict(self.network, self.average.module):  # timm moves the one's values towards the other's
+            with torchs_state_dict(self.network, self.average.module):  # timm updates the average from the state dict
                 self.average.update(self.network, self.step)
 
     def state(self) -> dict[str, Any]:
@@ -204,14 +204,14 @@ class Finetuning(Training):
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:
             nn.Module.load_state_dict(self.average.module, saved.get("average", saved["model"]))
-        if not self.best:  # with `--on-nan rollback` what is in best.safetensors stays
+        if not self.best:  # with `--on-nan rollback`, best.safetensors stays
             self.best = saved["best"]
 
     def is_due(self, epoch: int) -> bool:
         return epoch > 0 and (epoch % self.settings.eval_epochs == 0 or epoch == self.settings.epochs)
 
     def report(self, epoch: int, log: RunLog | None) -> None:
-        """Measures the weights and, if there is one, their running average; keeps the best, by the latter."""
+        """Validates the weights and their running average, if any; saves the best, by the average if there is one."""
         found, measure = self._measure(self.network)
         values, text = {f"val_{name}": value for name, value in found.items()}, measure.describe(found)
         kept = self.network
@@ -227,14 +227,14 @@ class Finetuning(Training):
             before, self.best = self.best, {measure.best: found[measure.best], "epoch": epoch}
             try:
                 self._write_weights(kept)
-            except CannotWrite:  # a full disk: what is there is still that of before
+            except CannotWrite:  # a full disk: the file still has the earlier weights
                 self.best = before
                 raise
         self._write_results(values, epoch, measure)
 
     @torch.no_grad()
     def _measure(self, network: nn.Module) -> tuple[dict[str, float], Measure]:
-        """What whole images to measure on say of a network; the processes share the images."""
+        """Validates a network; the processes share the images."""
         settings, process, measure = self.settings, self.process, self._new_measure()
         images = self._whole_images(self.val_set)
         share = range(process.rank, len(self.val_set), process.world)
@@ -243,7 +243,7 @@ class Finetuning(Training):
         for batch in whole_batches(images, batch_size=64, workers=settings.workers, share=share):
             for problem in batch.unreadable:
                 if problem not in self.unreadable:
-                    print(f"not measured on unreadable image {problem}", file=sys.stderr, flush=True)
+                    print(f"skipped unreadable validation image {problem}", file=sys.stderr, flush=True)
             self.unreadable.update(batch.unreadable)
             if batch.images is None:
                 continue
@@ -261,18 +261,18 @@ class Finetuning(Training):
         return create_measure(self.classes, self.settings.several_labels)
 
     def _fit_head(self) -> None:
-        """Starts the classifier as the best linear one on the frozen features of the training images.
+        """Initialises the classifier with the best linear one on the frozen features of the training images.
 
-        A classifier that starts at random first sends gradients of chance through the network, and what was learnt
-        before is lost to them (Kumar et al., ICLR 2022, linear probing then fine-tuning). Batch norm's running statistics are
-        estimated before, since a step's are those of whole images, and pretraining's were of visible patches.
+        A random classifier first sends random gradients through the network, which distort its features (Kumar et al., ICLR
+        2022, linear probing then fine-tuning). Batch norm's running statistics are estimated before, since those of pretraining
+        are of visible patches, not of whole images.
         """
         with averaging_batch_norms(self.network):
             self._run_whole_images()
         layer: Any = self.network.get_submodule(self.head)
         is_pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1
         if type(layer) is not nn.Linear and not is_pointwise:
-            print(f"note: the classifier starts at random, since {type(layer).__name__} is no linear layer", file=sys.stderr)
+            print(f"note: the classifier starts at random, since {type(layer).__name__} is not a linear layer", file=sys.stderr)
             return
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
@@ -292,10 +292,10 @@ class Finetuning(Training):
 
     @torch.no_grad()
     def _run_whole_images(self) -> Tensor:
-        """Runs the network, as its modes are, on the whole training images. Returns the labels of those that can be read."""
+        """Runs the network in its current modes on whole training images. Returns the labels of the readable ones."""
         settings, labels = self.settings, []
         images = self._whole_images(self.train_set)
-        # Shuffled, since a batch of one class would give batch norms its own statistics.
+        # Shuffled, since a batch of one class would have its own batch-norm statistics.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed)).tolist()
         for batch in whole_batches(images, batch_size=64, workers=settings.workers, share=order):
             if batch.images is not None and len(batch.images) > 1:
@@ -346,12 +346,12 @@ class Finetuning(Training):
         folder = self.folder.path
         if not self.best:
             return "no weights could be written; make room, then start again with more --epochs"
-        best = f"best of the measured epochs: {self._new_measure().describe(self.best)} after epoch {self.best['epoch']}"
+        best = f"best epoch: {self._new_measure().describe(self.best)} after epoch {self.best['epoch']}"
         pictures = [folder / "loss.png", *([] if self.settings.several_labels else [folder / "confusion.png"])]
         return f"{best}, {folder / 'best.safetensors'}\npictures: {', '.join(map(str, pictures))}"
 
     def _with_found(self, asked: FinetuneSettings, pretrained: Pretrained) -> FinetuneSettings:
-        """With what the images are, and what the weights expect of them."""
+        """Fills in what the images are, and what the weights expect of them."""
         return replace(
             asked,
             model=pretrained.model,
@@ -375,7 +375,7 @@ class Finetuning(Training):
             raise UserError(f"--batch-size {settings.batch_size} leaves batch norm a single image; raise it")
 
     def _introduce(self, pretrained: Pretrained, split: Split, reason: str, taken: str) -> None:
-        """Prints what will be done, and why where something was chosen."""
+        """Prints the settings, with the reasons for automatic choices."""
         settings, process = self.settings, self.process
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
         shots = f"; --shots {settings.shots} of each class" if settings.shots else ""
@@ -388,8 +388,7 @@ class Finetuning(Training):
             "network": f"{settings.model}, {len(self.classes)} {kind}, {'x'.join(map(str, self.size))} pixels",
             "recipe": reason,
             "training": f"{settings.epochs} epochs of {self.steps_per_epoch} steps, batch {settings.batch_size}, "
-            f"{settings.optimizer}, peak learning rate {settings.peak_rate:.2g}, of a layer {settings.layer_decay:g} of the "
-            "next one's",
+            f"{settings.optimizer}, peak learning rate {settings.peak_rate:.2g}, layer decay {settings.layer_decay:g}",
             "machine": f"{process.world} x {process.device.type}{threads}, {settings.precision}",
             "output": f"{self.folder.path}" + (f", resumed after step {self.step}" if self.folder.saved else ""),
         }
@@ -402,13 +401,9 @@ class Finetuning(Training):
 
 
 def find_weights(asked: FinetuneSettings) -> Pretrained:
-    """What a run starts from.
-
-    Raises:
-        UserError: it does not say.
-    """
+    """The initial weights of a run. Raises UserError if none are named."""
     if asked.from_scratch and (asked.weights_key or asked.adapt_stem):
-        raise UserError("--weights-key and --adapt-stem say how weights are read, and --from-scratch reads none")
+        raise UserError("--weights-key and --adapt-stem are for reading weights, but --from-scratch reads none")
     if asked.weights is not None:
         found = read_pretrained(asked.weights, asked.model, Choice(asked.weights_key, asked.adapt_stem))
         return found.random() if asked.from_scratch else found
@@ -421,8 +416,7 @@ def find_weights(asked: FinetuneSettings) -> Pretrained:
 
 @contextmanager
 def averaging_batch_norms(network: nn.Module) -> Iterator[None]:
-    """Puts a network into eval mode, but for its batch norms, whose running statistics become the mean over what is run; after
-    it the whole network is in eval mode."""
+    """Re-estimates running statistics as the mean over all forward passes inside; leaves the network in eval mode."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     network.eval()
@@ -443,21 +437,21 @@ def norm_of(network: nn.Module) -> str:
 
 
 def scores_of(out: Any) -> Tensor:
-    """The scores (B, classes) of what a network gives; some give more of them, from earlier layers, in training."""
+    """The scores (B, classes) of a network's output; in training some add those of auxiliary heads."""
     scores: Tensor = out if isinstance(out, Tensor) else out[0]
     return scores
 
 
 def freeze_auxiliary_heads(network: nn.Module) -> None:
-    """Takes heads on earlier layers (torchvision's GoogLeNet and Inception) out of the training, as the loss has no part for
-    them; of several processes each would wait for their gradients."""
+    """Freezes auxiliary heads (torchvision's GoogLeNet and Inception), which the loss does not use: several processes would
+    wait for their gradients."""
     for name, child in network.named_children():
         if name.lower().startswith("aux"):
             child.requires_grad_(False)
 
 
 def create_average(network: nn.Module, decay: float, *, warmup: bool) -> Any:
-    """timm's running average of the weights, or None; with `warmup` it forgets the first steps faster."""
+    """timm's running average of the weights, or None; with `warmup` it forgets early steps faster."""
     return ModelEmaV3(network, decay=decay, use_warmup=warmup) if decay else None
 
 
@@ -472,7 +466,7 @@ def create_augment(name: str) -> nn.Module | None:
 
 
 class ImagesOrArrays(nn.Module):
-    """Pillow's images go one way, tensors the other: torchvision turns them with other interpolations."""
+    """Augments Pillow images and tensors with different modules, since torchvision rotates them with other interpolations."""
 
     def __init__(self, of_images: nn.Module, of_arrays: nn.Module) -> None:
         super().__init__()
@@ -483,7 +477,7 @@ class ImagesOrArrays(nn.Module):
 
 
 def create_losses(settings: FinetuneSettings, device: torch.device) -> tuple[Any, nn.Module, Any]:
-    """timm's mixup and cutmix, or None; the loss; and timm's random erasing, or None."""
+    """timm's mixup and CutMix or None, the loss, and timm's random erasing or None."""
     mix, criterion = create_loss(settings)
     erasing = settings.random_erasing
     return mix, criterion, RandomErasing(erasing, mode="pixel", device=str(device)) if erasing else None

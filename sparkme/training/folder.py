@@ -1,4 +1,4 @@
-"""The folder of a run: what may be written there, and the checkpoint to go on from."""
+"""The folder of a run, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ S = TypeVar("S", bound=TrainingSettings)
 
 
 class RunFolder:
-    """The folder of a run, and the checkpoint to go on from.
+    """The folder of a run, and the checkpoint to resume from.
 
     Args:
         path: the folder.
-        asked: the settings that are asked for. Another command's run is refused.
-        process: this process; all of them take the checkpoint that the first one finds.
+        asked: the user's settings. A run of another command is refused.
+        process: this process; all processes use the checkpoint that the first one finds.
 
     Raises:
-        UserError: there are checkpoints and none can be read, or they are another command's; or the folder cannot be written,
-            or --wandb cannot be had.
+        UserError: no checkpoint can be read, or they are another command's; the folder is not writable; --wandb is missing.
     """
 
     def __init__(self, path: Path, asked: TrainingSettings, process: Process) -> None:
@@ -46,10 +45,10 @@ class RunFolder:
             raise UserError(f"{self.newest} is a checkpoint of sparkme.{other}; use another --output")
 
     def read_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """The newest checkpoint that is whole; those that are not are named, and renamed. The same in every process.
+        """The newest intact checkpoint, the same in every process. Damaged ones are reported and renamed.
 
         Raises:
-            UserError: none is whole.
+            UserError: none is intact.
         """
         path: Path | None = None
         saved: dict[str, Any] | None = None
@@ -65,8 +64,8 @@ class RunFolder:
                 saved = load_checkpoint(path, verify=False)
             except UserError as error:
                 problem = str(error)
-        if any(self.process.agree(problem is not None)):  # nobody goes on, and replaces it, before all have read it
-            raise UserError(problem or f"{path} cannot be read by another process, see its lines")
+        if any(self.process.agree(problem is not None)):  # nobody replaces it before all have read it
+            raise UserError(problem or f"{path} cannot be read by another process, see its output")
         return path, saved
 
     def _first_whole(self) -> tuple[Path | None, dict[str, Any] | None]:
@@ -80,7 +79,7 @@ class RunFolder:
             for damaged, problem in problems:
                 aside = self.checkpoints.set_aside(damaged)
                 self.damaged.append(aside)
-                print(f"{problem}; it is now {aside.name}, and the run goes on from {path.resolve().name}", file=sys.stderr)
+                print(f"{problem}; it is now {aside.name}, and the run continues from {path.resolve().name}", file=sys.stderr)
             return path, saved
         if problems:
             raise UserError(f"{problems[0][1]}; no other checkpoint can be read; use another --output, or --no-resume")
@@ -91,31 +90,27 @@ class RunFolder:
         return self.saved["config"] if self.saved else None
 
     def saved_as(self, cls: type[S]) -> S | None:
-        """The settings of the run to continue.
-
-        Raises:
-            UserError: one is of another kind.
-        """
+        """The settings of the run to continue. Raises UserError for a value of the wrong type."""
         try:
             return None if self.saved_config is None else from_config(cls, self.saved_config)
         except TypeError as error:
-            raise UserError(f"{self.newest}: {error}; use another --output, or --no-resume to start anew") from error
+            raise UserError(f"{self.newest}: {error}; use another --output, or --no-resume to start again") from error
 
     def restore(self, load: Callable[[dict[str, Any]], None]) -> int:
-        """Has `load` take what the checkpoint keeps, if there is one. Returns how many steps were done."""
+        """Calls `load` with the checkpoint, if any. Returns the number of finished steps."""
         if self.saved is None:
             return 0
         try:
             load(self.saved)
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"{self.newest}: {first_line(error)}; use another --output, or --no-resume to start anew"
+                f"{self.newest}: {first_line(error)}; use another --output, or --no-resume to start again"
             ) from error
         step: int = self.saved["step"]
         return step
 
     def prepare(self, settings: TrainingSettings, *, pictures: tuple[str, ...]) -> None:
-        """Makes the folder, with config.json; takes away what an earlier run left, if this one starts anew."""
+        """Makes the folder and config.json; without --resume, first deletes the files of an earlier run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resume:
@@ -137,7 +132,7 @@ class RunFolder:
             raise UserError(f"cannot write to --output {self.path}: {error}") from error
 
     def print_changes(self, settings: TrainingSettings) -> None:
-        """Says which settings differ from the checkpoint's."""
+        """Prints the settings that differ from the checkpoint's."""
         for name, now, before in differences(settings, self.saved_config) if self.saved_config else ():
             print(f"{'changed':9s} {name.replace('_', ' ')} from {as_text(before)} to {as_text(now)}")
         if self.newest and self.newest != self.checkpoints.last and not self.damaged:
@@ -145,7 +140,7 @@ class RunFolder:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError where nothing can be written to a folder, which need not be there yet; changes nothing."""
+    """Raises UserError if a folder, which need not exist, is not writable; changes nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"cannot write to --output {folder}: {existing} is a file")
@@ -154,22 +149,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_same_run(saved: dict[str, Any], settings: TrainingSettings, path: Path | None) -> None:
-    """Refuses to continue a run with other settings than it has to keep.
-
-    Args:
-        saved: the checkpoint's configuration.
-        settings: the command's.
-        path: the checkpoint.
-
-    Raises:
-        UserError: names the first one that differs.
-    """
+    """Raises UserError for the first setting that must stay in a resumed run but differs from the checkpoint at `path`."""
     known = settings_of(type(settings))
     for name, now, before in differences(settings, saved):
         if name in known and (about := known[name]).fixed:
             said = f"{before} {about.help}" if about.is_found else f"{flag_of(name)} {as_text(before)}"
-            said = f"{before} to start from" if about.positional else said
+            said = f"{before} as initial weights" if about.positional else said
             raise UserError(
                 f"{path} was trained with {said}, now it is {as_text(now)}; use the same, another --output, or --no-resume to "
-                "start anew"
+                "start again"
             )

@@ -1,4 +1,4 @@
-"""A step's forward and backward pass in a CUDA graph: queued at once, where the host would take longer than the GPU."""
+"""Runs a step's forward and backward pass from a CUDA graph, for GPUs that wait for the host."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sparkme.methods.base import MaskedAutoencoder
 
 
 class GraphedLoss(nn.Module):
-    """The loss of a training network for masks that hide the same number of patches in every image, from a CUDA graph.
+    """The loss of a network in training mode, from a CUDA graph.
 
-    The passes are captured once, for one size of batch, and replayed: the same kernels on the same memory, so every pass is
-    over before the next begins, and gradients are not added up over several. Random numbers (drop path) are torch's own and new
-    in every pass. In eval mode the network runs as it is. While it is made, no other thread may call CUDA.
+    Forward and backward pass are captured once, for one batch size, and replayed with the same kernels on the same memory. So
+    gradients cannot accumulate over several passes. Random numbers (drop path) are new in every pass. In eval mode the network
+    runs normally. During capture no other thread may call CUDA.
 
     Args:
         network: on a GPU, in training mode, on an engine that does not wait for the device (not `minkowski`).
-        images: (B, C, H, W) of the size that will be trained on; their values are of no account.
-        precision: of autocast, bfloat16; None for none.
+        images: (B, C, H, W) of the training size, with any values.
+        precision: autocast dtype, bfloat16; None for no autocast.
     """
 
     def __init__(self, network: MaskedAutoencoder, images: Tensor, precision: torch.dtype | None) -> None:
@@ -32,14 +32,14 @@ class GraphedLoss(nn.Module):
             torch.cuda.make_graphed_callables(self, (images, active), allow_unused_input=True)
 
     def forward(self, images: Tensor, active: Tensor) -> Tensor:
-        """The mean loss, scalar; `active` is (B, 1, f_h, f_w) bool, of which `network.keep` are visible in every image."""
+        """The mean loss (scalar); `active` is (B, 1, f_h, f_w) bool with `network.keep` visible patches per image."""
         loss: Tensor = self.network(images, active, keep=self.network.keep)
         return loss
 
 
 @contextmanager
 def unchanged(network: nn.Module) -> Iterator[None]:
-    """Puts buffers, such as running statistics, and the GPU's random numbers back to what they were."""
+    """Restores buffers, such as running statistics, and the GPU's random state."""
     before = [(buffer, buffer.clone()) for buffer in network.buffers()]
     random = torch.cuda.get_rng_state()
     try:

@@ -1,4 +1,4 @@
-"""Says early when something is wrong with a run, while it can still be mended: each thing once, with what to change."""
+"""Early warnings about problems of a run, each once, with what to change."""
 
 from __future__ import annotations
 
@@ -14,32 +14,28 @@ from torch import Tensor
 from sparkme.data.dataset import Batch
 from sparkme.training.distributed import Process
 
-LINES, STEPS = 3, 20  # log lines in a row, and steps, that have to say the same
-FIRST_STEPS = 50  # whose numbers say little: of a start, and of the warm-up's end
-FIRST_IMAGES, LEAST_IMAGES = 256, 32  # that are looked at
-MOST_OUTSIDE = 0.01  # share of the pixels outside of the range of values that hurts nobody
+LINES, STEPS = 3, 20  # a problem must last for so many log lines and steps
+FIRST_STEPS = 50  # ignored after a start and after the warm-up
+FIRST_IMAGES, LEAST_IMAGES = 256, 32  # most and fewest images that are checked
+MOST_OUTSIDE = 0.01  # harmless share of pixel values outside the value range
 
 
 class Watched(Protocol):
-    """What has to be known of a training, see `sparkme.training.loop.Training`."""
+    """The part of `sparkme.training.loop.Training` that is needed here."""
 
-    settings: Any  # of a command that trains
+    settings: Any
     process: Process
     poor_loss: float | None
     steps_per_epoch: int
 
 
 class Health:
-    """Looks at the first images, and at the numbers of every log line.
-
-    Args:
-        training: what is trained.
-    """
+    """Checks the first images and the numbers of every log line."""
 
     def __init__(self, training: Watched) -> None:
         self.training = training
         self.said: set[str] = set()
-        self.lasting: dict[str, tuple[int, int]] = {}  # how many lines have said it, and the step of the first
+        self.lasting: dict[str, tuple[int, int]] = {}  # number of log lines in a row, and the step of the first
         self.rates: list[float] = []
         self.first_step: int | None = None
         self.seen = self.enlarged = self.plain = self.ranged = 0
@@ -48,7 +44,7 @@ class Health:
         self.differ = False
 
     def of_batch(self, batch: Batch) -> Iterator[str]:
-        """What is odd about a batch, mostly about the first ones."""
+        """Warnings about a batch, mostly about the first ones."""
         images = batch.images
         yield from self._of_range(batch)
         if images is None or self.seen >= FIRST_IMAGES:
@@ -61,33 +57,33 @@ class Health:
         self.plain += int((values.flatten(1).std(1) < 1 / 255).sum())
         if self.seen >= min(FIRST_IMAGES, max(LEAST_IMAGES, self.training.settings.batch_size)):
             if not self.differ:
-                yield from self._once("alike", f"the first {self.seen} pictures are all the same: is --data what it should be?")
+                yield from self._once("alike", f"the first {self.seen} images are all the same: check --data")
             size = self.training.settings.input_size
             if 2 * self.enlarged > self.seen:
                 yield from self._once(
                     "enlarged",
                     f"{100 * self.enlarged // self.seen} % of the crops are enlarged, since the images are smaller than "
-                    f"--input-size {' '.join(map(str, size))}; a smaller one is faster and loses nothing",
+                    f"--input-size {' '.join(map(str, size))}; a smaller size is faster and loses nothing",
                 )
             if 2 * self.plain > self.seen and self.differ:
                 yield from self._once(
                     "plain",
-                    f"{100 * self.plain // self.seen} % of the crops are of one colour: see --data, --background",
+                    f"{100 * self.plain // self.seen} % of the crops have a single colour: check --data and --background",
                 )
 
     def _of_range(self, batch: Batch) -> Iterator[str]:
-        """In the whole run: an image that is unlike those that were looked at may come late."""
+        """Checks the whole run, since images unlike the sampled ones may come late."""
         self.outside += batch.outside
         self.ranged += len(batch.images) if batch.images is not None else 0
         if self.ranged >= LEAST_IMAGES and self.outside > MOST_OUTSIDE * self.ranged:
             yield from self._once(
                 "outside",
-                f"{100 * self.outside / self.ranged:.1f} % of the pixels lie outside of the range of values and are cut to it; "
-                "--value-range LOW HIGH takes another",
+                f"{100 * self.outside / self.ranged:.1f} % of the pixel values lie outside the value range and are clipped; "
+                "set another with --value-range LOW HIGH",
             )
 
     def of_numbers(self, step: int, numbers: dict[str, float]) -> Iterator[str]:
-        """What the numbers of a log line, and of those before it, say."""
+        """Warnings about the numbers of a log line and of those before it."""
         training, settings = self.training, self.training.settings
         poor = training.poor_loss
         self.first_step = step if self.first_step is None else self.first_step
@@ -97,8 +93,8 @@ class Health:
         if self._lasts("loss", step, poor is not None and warm and numbers["loss"] > 1.01 * poor):
             yield from self._once(
                 "loss",
-                f"the loss is {numbers['loss']:.3f} after the warm-up, above {poor:g}, which painting every patch in its mean "
-                "colour would reach: lower --base-lr, or look at the reconstructions",
+                f"the loss is {numbers['loss']:.3f} after the warm-up, above {poor:g}, the loss of predicting each patch's "
+                "mean: lower --base-lr, or look at the reconstructions",
             )
         wait = numbers["loader_wait"]
         if self._lasts("wait", step, wait > 0.2):
@@ -109,7 +105,8 @@ class Health:
         usual = median(self.rates) if len(self.rates) >= 10 else 0.0
         if self._lasts("rate", step, rate < 0.6 * usual):
             yield from self._once(
-                "rate", f"{rate:.0f} images/s, and {usual:.0f} were usual: does something else use this machine, or its disk?"
+                "rate",
+                f"{rate:.0f} images/s instead of the usual {usual:.0f}: does something else use this machine or its disk?",
             )
         self.rates = [*self.rates[-99:], rate]
         if training.process.device.type == "cuda":
@@ -117,12 +114,12 @@ class Health:
             if self._lasts("gpu", step, busy is not None and busy < 50 and wait < 0.2):
                 yield from self._once(
                     "gpu",
-                    f"the GPU computes {busy} % of the time, and images are there: raise --batch-size, or --cuda-graph or "
-                    "--compile",
+                    f"the GPU is busy {busy} % of the time, though images are ready: raise --batch-size, or use --cuda-graph "
+                    "or --compile",
                 )
 
     def _lasts(self, name: str, step: int, is_so: bool) -> bool:
-        """Whether something is so for some time: of a single step, or a few, many things are."""
+        """Whether a problem has lasted for some time."""
         lines, since = self.lasting.get(name, (0, step))
         self.lasting[name] = (lines + 1, since) if is_so else (0, step)
         return is_so and lines + 1 >= LINES and step - since >= STEPS
@@ -134,18 +131,18 @@ class Health:
 
 
 def more_workers(workers: int, wait: float) -> str:
-    """How many would keep up, where the machine has the cores."""
+    """Advice on the number of workers."""
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     wanted = max(workers + 1, math.ceil(max(1, workers) / (1 - min(wait, 0.9))))
     if workers >= cores:
-        return f"--workers is {workers}, and there are no more cores; smaller image files, or a faster disk, would help"
-    more = f" (of {wanted} that would keep up)" if wanted > cores else ""
+        return f"--workers is {workers}, and there are no more cores; smaller image files or a faster disk would help"
+    more = f" ({wanted} would keep up)" if wanted > cores else ""
     return f"try --workers {min(wanted, cores)} instead of {workers}{more}"
 
 
 def utilisation(device: torch.device) -> int | None:
-    """Percent of the last second that a GPU computed; None where it cannot be asked, for want of nvidia-ml-py for example."""
+    """Percent of the last second in which a GPU computed; None if unknown, for example without nvidia-ml-py."""
     try:
         return int(torch.cuda.utilization(device))
-    except Exception:  # of a driver, of a library that is not installed
+    except Exception:  # driver errors, or a missing library
         return None

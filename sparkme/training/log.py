@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: metrics.jsonl, notes.jsonl, TensorBoard events, loss.png, lines on the screen."""
+"""A run's log: metrics.jsonl, notes.jsonl, TensorBoard events, loss.png and lines on the screen."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ from sparkme.files import replaced_when_whole
 from sparkme.screen import show
 from sparkme.text import duration, ended
 
-LEAST_POINTS = 10  # of percent that the axis of what was measured spans, so that an image more or less is no fall
-EARLIER_RUNS = 4  # of the same folder, shown in loss.png
-MOST_BYTES = 256 * 2**20  # of a metrics file that is read
+LEAST_POINTS = 10  # smallest span of the accuracy axis in percent, so that single images do not look like a drop
+EARLIER_RUNS = 4  # runs in the same parent folder, shown in loss.png
+MOST_BYTES = 256 * 2**20  # largest metrics file that is read
 
 
 class Lines:
-    """A file of JSON lines that grows. What a full disk refuses is kept, and written with the next line.
-
-    Args:
-        path: the file.
-    """
+    """A growing file of JSON lines. Lines that a full disk refuses are kept, and written with the next line."""
 
     MOST_KEPT = 100_000
 
@@ -39,28 +35,20 @@ class Lines:
         self.kept: list[str] = []
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Appends a record, and what was kept before; numbers that are not finite, which JSON does not have, are left out.
-
-        Raises:
-            OSError: it could not be written, as a whole; the file is as before.
-        """
+        """Appends a record without its non-finite numbers. Raises OSError; the file is then as before."""
         values = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         self.kept = [*self.kept[-self.MOST_KEPT :], json.dumps(values) + "\n"]
         self.flush()
 
     def flush(self) -> None:
-        """Writes what was kept.
-
-        Raises:
-            OSError: likewise.
-        """
+        """Writes the kept lines. Raises OSError; the file is then as before."""
         if not self.kept:
             return
         data = "".join(self.kept).encode()
         number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             end = os.fstat(number).st_size
-            while data:  # a full disk takes a part
+            while data:  # a full disk may take a part
                 data = data[os.write(number, data) :]
         except OSError:
             os.ftruncate(number, end)
@@ -71,28 +59,27 @@ class Lines:
 
 
 class Notes:
-    """notes.jsonl: when a run started and stopped, images that could not be read, warnings. Every process may write it."""
+    """notes.jsonl: starts, stops, unreadable images and warnings of a run, from every process."""
 
     def __init__(self, folder: Path) -> None:
         self.lines = Lines(folder / "notes.jsonl")
 
     def add(self, kind: str, step: int, text: str) -> None:
-        """Keeps a note for the reader; one that cannot be written now is written with the next."""
+        """Writes a note now, or with the next one if that fails."""
         with suppress(OSError):
             self.lines.add({"time": round(time.time(), 3), "step": step, "kind": kind, "text": text})
 
 
 class RunLog:
-    """Writes a run's metrics; on a resumed run, drops the lines of steps that will be done again.
+    """Writes a run's metrics. A resumed run first drops the lines of steps that it repeats.
 
     Args:
         folder: the run folder.
-        first_step: the step training (re)starts at.
-        total_steps: of the whole run.
-        steps_per_epoch: likewise.
-        bar: whether to draw progress bars; plain lines otherwise.
+        first_step: the step at which training starts or resumes.
+        total_steps, steps_per_epoch: of the whole run.
+        bar: draw progress bars instead of plain lines.
         loss_name: for the picture.
-        tracker: what takes the metrics beside the files, such as a run of Weights & Biases.
+        tracker: also gets the metrics, such as a run of Weights & Biases.
     """
 
     def __init__(
@@ -112,7 +99,7 @@ class RunLog:
         self.lines = Lines(folder / "metrics.jsonl")
         drop_after(self.lines.path, first_step)
         self._events: Any = None
-        self._purge: int | None = first_step + 1  # TensorBoard shows no events from here on of writers before
+        self._purge: int | None = first_step + 1  # TensorBoard hides events of earlier writers from here on
         self.bars: list[Any] = []
         if bar:  # both follow the terminal's width
             epoch, in_epoch = divmod(first_step, steps_per_epoch)
@@ -123,7 +110,7 @@ class RunLog:
 
     @property
     def events(self) -> Any:
-        """TensorBoard's writer; a new one where the last could not write, since it never tries again."""
+        """TensorBoard's writer; a new one after a failure, since it never tries again."""
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (torch, and in the first process alone)
 
@@ -147,11 +134,7 @@ class RunLog:
         return f"epoch {done + 1}/{self.total_steps // self.steps_per_epoch}"
 
     def metrics(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Records metrics after `step` steps; needs `loss`, `learning_rate`, `images_per_s` and `seconds_left`.
-
-        Raises:
-            OSError: the disk refused them.
-        """
+        """Logs metrics: `loss`, `learning_rate`, `images_per_s`, `seconds_left` and others. Raises OSError."""
         rate = f"{values['images_per_s']:.1f} images/s"
         shown = f"loss {values['loss']:.4f} | lr {values['learning_rate']:.2e}"
         left = duration(values["seconds_left"])
@@ -164,10 +147,8 @@ class RunLog:
         self._write(step, epoch, values)
 
     def measured(self, step: int, epoch: float, values: dict[str, float], text: str) -> None:
-        """Records what was measured after `step` steps, such as an accuracy from 0 to 1, and says it.
-
-        What the disk refuses now is written with the next line, so that what follows, such as the best weights, is not lost.
-        """
+        """Logs measured values, such as an accuracy from 0 to 1, and prints the text. On a full disk, the line is written
+        later."""
         self.say(f"epoch {epoch:g}: {text}")
         with suppress(OSError):
             self._write(step, epoch, values)
@@ -177,7 +158,7 @@ class RunLog:
         if self.tracker is not None:
             try:
                 self.tracker.log({"epoch": epoch, **values}, step=step)
-            except Exception as error:  # of its service, or of its own files
+            except Exception as error:  # from its service or its files
                 self.warn(f"--wandb: {first_line(error)}; it gets no more metrics")
                 self.tracker = None
         self.lines.add({"step": step, "epoch": round(epoch, 4), **values})
@@ -190,19 +171,19 @@ class RunLog:
 
     def _drop_events(self) -> None:
         events, self._events = self._events, None
-        with suppress(Exception):  # it says again what it could not write
+        with suppress(Exception):  # it raises the same error again
             events.close()
 
     def say(self, text: str) -> None:
-        """A line that does not tear the bars."""
+        """Prints a line above the progress bars."""
         show(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        """The same on the error stream."""
+        """Prints a line above the progress bars, to stderr."""
         show(text, sys.stderr)
 
     def finish(self, text: str) -> None:
-        """Last words: below the bars, where nothing is drawn any more."""
+        """Closes the bars and prints the last line."""
         self._close_bars()
         show(text, sys.stdout)
 
@@ -221,7 +202,7 @@ class RunLog:
             raise
 
     def plot(self) -> None:
-        """Draws loss.png: the loss and the learning rate over epochs and, below, what was measured."""
+        """Draws loss.png: loss and learning rate over epochs and, below, measured values."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (likewise, and after an epoch)
         from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -233,7 +214,7 @@ class RunLog:
         height = 6.5 if measured else 4
         figure = Figure(figsize=(7, height))
         FigureCanvasAgg(figure)
-        # Margins in inches: a layout that is worked out costs as much as all the rest of the picture.
+        # Fixed margins in inches: an automatic layout takes as long as the rest of the picture.
         figure.subplots_adjust(left=0.8 / 7, right=1 - 0.8 / 7, bottom=0.5 / height, top=1 - 0.35 / height, hspace=0.06)
         rows = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if measured else [1])
         axes = rows[0, 0]
@@ -241,7 +222,7 @@ class RunLog:
         for (name, points), colour in zip(earlier.items(), ("0.35", "0.5", "0.65", "0.8"), strict=False):
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, label=unformatted(ended(name, 30)))
         epochs = [record["epoch"] for record in trained]
-        dots = "o" if len(trained) < 5 else ""  # of which a line shows little
+        dots = "o" if len(trained) < 5 else ""  # a line through few points shows little
         axes.plot(
             epochs,
             [record["loss"] for record in trained],
@@ -257,7 +238,7 @@ class RunLog:
         axes.set_ylabel(self.loss_name, color="tab:blue")
         axes.ticklabel_format(useOffset=False)
         low, high = axes.get_ylim()
-        if high - low < 0.05:  # otherwise a flat curve looks like a wild one
+        if high - low < 0.05:  # else a flat curve looks noisy
             axes.set_ylim((low + high) / 2 - 0.025, (low + high) / 2 + 0.025)
         axes.grid(alpha=0.3)
         rate_axes = axes.twinx()
@@ -287,13 +268,13 @@ class RunLog:
 
 
 def check_tracker() -> None:
-    """Raises UserError where the package of --wandb is not installed."""
+    """Raises UserError if the package of --wandb is not installed."""
     if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb needs the package wandb: pip install wandb; or leave --wandb out")
+        raise UserError("--wandb needs the package wandb: pip install wandb, or leave --wandb out")
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Cuts the lines of later steps off a metrics file, and what a crash has torn; that takes no room on the disk."""
+    """Truncates a metrics file before later steps and torn lines, which needs no disk space."""
     if not path.is_file():
         return
     end = 0
@@ -307,7 +288,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def earlier_runs(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Epoch and loss of the newest other runs of the same command in the same parent folder, by their names."""
+    """Epochs and losses of the newest other runs of the same command in the parent folder, by name."""
     command, found = _command(folder), list[tuple[float, Path]]()
     with suppress(OSError):
         for entry in os.scandir(folder.absolute().parent):
@@ -332,7 +313,7 @@ def _command(folder: Path) -> str:
 
 
 def unformatted(text: str) -> str:
-    """For matplotlib, which takes what stands between two dollars for a formula."""
+    """Escapes dollar signs, which matplotlib would read as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -341,10 +322,9 @@ def _label(name: str) -> str:
 
 
 class Throughput:
-    """Images per second since the last report, the share of it that was waited for images, and the time left at that rate.
+    """Images per second since the last report, the share of time that waits for images, and the time left.
 
-    Attributes:
-        waited_s: for images, since the last report; the loop adds to it.
+    The loop adds waiting times to `waited_s`.
     """
 
     def __init__(self, images_per_step: int, total_steps: int) -> None:
@@ -353,7 +333,7 @@ class Throughput:
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Counts from here; called after what is not training, such as pictures."""
+        """Restarts the count, after work other than training, such as pictures."""
         self.since, self.step, self.waited_s = time.perf_counter(), step, 0.0
 
     def report(self, step: int) -> dict[str, float]:
@@ -370,7 +350,7 @@ class Throughput:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; from one that a crash has torn they are left out."""
+    """The lines of a metrics file, up to the first torn one."""
     records: list[dict[str, Any]] = []
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return records

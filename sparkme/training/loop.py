@@ -1,7 +1,7 @@
 """The loop that every training command shares: resume, step, log, save, stop.
 
-A command derives from `Training` and says what a step is, what is measured and what is drawn; `Loop` runs it. Step k of a
-run is the same whether or not the run was interrupted before it.
+A command derives a class from `Training` with its step, measurements and pictures; `Loop` runs it. Step k of a run is the same
+whether or not the run was interrupted before it.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ from sparkme.training.log import Notes, RunLog, Throughput
 from sparkme.training.optimizer import update_schedule
 from sparkme.watchdog import SAVING_S, STARTING_S, Watchdog
 
-CHECKPOINT = "the checkpoint"  # among what is written
-FIRST_IMAGES_S = 900.0  # that the first images may take, from a disk that is cold or far
-PATIENCE_S = 5.0  # that a run which is to stop waits for images
-RETRY_S = 60.0  # after which a checkpoint that could not be written is tried again
-LAST_TRIES, LAST_TRIES_S = 60, 10.0  # after the last step it is tried so often, every so many seconds
+CHECKPOINT = "the checkpoint"  # its name among the files that are written
+FIRST_IMAGES_S = 900.0  # limit for the first images, from a cold or remote disk
+PATIENCE_S = 5.0  # a stopping run waits this long for images
+RETRY_S = 60.0  # until a failed checkpoint is tried again
+LAST_TRIES, LAST_TRIES_S = 60, 10.0  # after the last step: number of tries, and seconds between them
 
 
 class Training(ABC):
-    """What is trained, and how.
+    """A training that `Loop` can run.
 
     Attributes:
-        settings: of the run.
+        settings: the run's.
         process: this process.
-        folder: where the run lives.
-        network: whose weights are trained and saved, on the process's device.
-        model: what a step runs: the network, or what wraps it for several processes.
-        optimizer: of the network's parameters; its groups may have an `lr_scale` and a `decay`, see `update_schedule`.
-        clip_norm: the largest norm of a gradient, where the optimizer does not see to it.
-        loss_name: of the curve in the picture.
-        poor_loss: what a network reaches that has learnt nothing, if that is known.
+        folder: the run folder.
+        network: trained and saved, on the process's device.
+        model: what a step calls: the network, or its DistributedDataParallel wrapper.
+        optimizer: its groups may have an `lr_scale` and a `decay`, see `update_schedule`.
+        clip_norm: largest gradient norm, unless the optimizer clips.
+        loss_name: label of the curve.
+        poor_loss: loss of a network that has learnt nothing, if known.
         steps_per_epoch, total_steps: of the whole run.
-        step: how many were done.
-        not_finite: how many of them were left out, and the last of those.
-        gradient_norm: of the last step where it was computed, before clipping; a scalar on the device.
+        step: number of finished steps.
+        not_finite: number of skipped steps, and the most recent ones.
+        gradient_norm: the latest one computed, before clipping; a scalar on the device.
     """
 
     settings: TrainingSettings
@@ -84,27 +84,27 @@ class Training(ABC):
 
     @abstractmethod
     def batches(self, steps: range) -> Iterable[Batch]:
-        """The batches of these steps, in order, of this process."""
+        """This process's batches of these steps, in order."""
 
     @abstractmethod
     def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
-        """The mean loss, a scalar, of a part of a batch's tensors, on the device; randomness is torch's own, which the loop
-        seeds, and the generator's."""
+        """The mean loss (scalar) of a part of a batch, on the device. Random numbers come from torch, which the loop seeds, and
+        from the generator."""
 
     @abstractmethod
     def rates(self, step: int) -> dict[str, float]:
         """The `learning_rate` and the `weight_decay` of a step."""
 
     def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What of a batch goes to the device, each (B, ...)."""
+        """The batch's tensors for the device, each (B, ...)."""
         assert batch.images is not None
         return (batch.images,)
 
     def after_step(self) -> None:  # noqa: B027
-        """After an update of the weights."""
+        """Runs after an update of the weights."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside `step`."""
+        """The content of a checkpoint, except `step`."""
         count, steps = self.not_finite
         return {
             "model": state_dict_of(self.network),
@@ -115,28 +115,24 @@ class Training(ABC):
 
     @abstractmethod
     def load(self, saved: dict[str, Any]) -> None:
-        """Takes what `state` gave.
-
-        Raises:
-            ValueError, KeyError, RuntimeError: it does not fit.
-        """
+        """Loads the result of `state`. Raises ValueError, KeyError or RuntimeError if it does not fit."""
 
     def resume(self) -> None:
-        """Goes on from the folder's checkpoint, if there is one."""
+        """Resumes from the folder's checkpoint, if any."""
         self.step = self.folder.restore(self.load)
         if self.step and self.folder.saved is not None:
             before = self.folder.saved.get("not_finite", {"count": 0, "steps": []})
             self.not_finite = before["count"], before["steps"]
 
     def is_due(self, epoch: int) -> bool:
-        """Whether there is something to measure or to draw at the end of this epoch, counted from 1; 0 is before the first."""
+        """Whether to call `report` after this epoch, counted from 1; 0 is before the first."""
         return False
 
     def report(self, epoch: int, log: RunLog | None) -> None:  # noqa: B027
-        """Measures and draws, at the end of an epoch that is due; every process comes here, and the first has a log."""
+        """Measures and draws after an epoch, in every process; only the first has a log."""
 
     def last_words(self, checkpoint: Path) -> str:
-        """What to look at, and what to do next."""
+        """Lines about pictures and the next command."""
         return ""
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -147,8 +143,8 @@ class Training(ABC):
         """One update of the weights.
 
         Returns:
-            The mean loss, scalar, on the device; nothing waits for it. None where `--on-nan` is not `stop`, which does wait,
-            and the loss or its gradient is not finite: then nothing is updated, and the step is done nevertheless.
+            The mean loss (scalar) on the device, without waiting for it. Unless `--on-nan` is `stop`, it waits, and returns
+            None for a skipped step, whose loss or gradient is not finite.
         """
         settings, process = self.settings, self.process
         update_schedule(self.optimizer, **self.rates(self.step))
@@ -172,7 +168,7 @@ class Training(ABC):
             nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, self.gradient_norm)
         self.step += 1
         if is_guarded and any(process.agree(not _is_finite(total, self.gradient_norm))):
-            with torch.no_grad():  # what the forward passes left in batch norms
+            with torch.no_grad():  # undoes updates of running statistics
                 for buffer, before in buffers:
                     buffer.copy_(before)
             self.optimizer.zero_grad(set_to_none=True)
@@ -185,7 +181,7 @@ class Training(ABC):
         return total
 
     def _gradients_stay_here(self, *, last: bool) -> AbstractContextManager[None]:
-        """Processes exchange gradients at the last accumulation step only."""
+        """Processes exchange gradients in the last accumulation step only."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
@@ -196,13 +192,13 @@ def _is_finite(*scalars: Tensor | None) -> bool:
 
 
 class WaitEndedError(BaseException):
-    """The run is to stop, and the images that it waits for do not come. No loader may take it for an error of its own."""
+    """Ends the wait for images of a stopping run. A BaseException, so that loaders do not handle it."""
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the run can save before it leaves; a second Ctrl-C ends it at once.
+    """Records SIGTERM and Ctrl-C, so that the run saves before it exits; a second Ctrl-C ends it at once.
 
-    Python leaves signals to the main thread. A run in another one goes on without.
+    Python delivers signals to the main thread only; a run in another thread does without.
     """
 
     def __init__(self, *, announce: bool) -> None:
@@ -216,10 +212,10 @@ class StopRequest:
     def listen(self) -> Iterator[None]:
         if not is_main_thread():
             if self.announce:
-                show("note: outside of the main thread no signal is heard, so Ctrl-C and SIGTERM do not save", sys.stderr)
+                show("note: this is not the main thread, so Ctrl-C and SIGTERM do not save", sys.stderr)
             yield
             return
-        # Of a terminal that closes, too, unless nohup has it ignored.
+        # SIGHUP, too, which a closing terminal sends, unless nohup ignores it.
         closing = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, *closing)}
         try:
@@ -231,7 +227,7 @@ class StopRequest:
 
     @contextmanager
     def may_end(self) -> Iterator[None]:
-        """What is in it ends by `WaitEndedError`, where the run is to stop and it takes longer than `PATIENCE_S`."""
+        """Raises `WaitEndedError` inside if the run is stopping and the body takes longer than `PATIENCE_S`."""
         self._waits_since = time.monotonic()
         try:
             yield
@@ -239,7 +235,7 @@ class StopRequest:
             self._waits_since = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A scheduler may signal every process, and torchrun passes its own on: only an impatient user ends the run at once.
+        # Schedulers signal every process, and torchrun passes signals on: only a second Ctrl-C ends the run at once.
         if number == signal.SIGINT and self.signal and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
         if self._is_overdue():
@@ -258,18 +254,14 @@ class StopRequest:
         return bool(self.signal) and since is not None and time.monotonic() - max(since, self.since) > PATIENCE_S
 
     def _end_waits(self, main: int) -> None:
-        """Wakes the main thread where it waits for too long."""
+        """Wakes the main thread if it waits too long."""
         while not self._ended.wait(0.5):
             if self._is_overdue():
                 signal.pthread_kill(main, signal.SIGTERM)
 
 
 class Loop:
-    """Runs a training to its end, or until it is asked to stop.
-
-    Args:
-        training: what is trained.
-    """
+    """Runs a training to its end, or until it is asked to stop."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.folder = training, training.folder
@@ -282,11 +274,11 @@ class Loop:
         self.health = Health(training)
         self.unreadable: set[str] = set()
         self.log: RunLog | None = None
-        self.losses: list[Tensor] = []  # of the steps since the last log line, still on the device
-        self.in_step = False  # then the weights are neither those of one step nor of the next
-        self.refused: dict[str, str] = {}  # what a full disk refused, and why, until it can be written again
+        self.losses: list[Tensor] = []  # since the last log line, on the device
+        self.in_step = False  # during a step the weights are not consistent
+        self.refused: dict[str, str] = {}  # files that could not be written, with the reason
         self.last_save = 0.0
-        self.stopped_s = 0.0  # the longest that a step waited for a save to be begun, since the last log line
+        self.stopped_s = 0.0  # longest wait of a step for a save to start, since the last log line
 
     def run(self) -> int:
         """Steps, logs, reports and saves. Returns the exit code."""
@@ -302,7 +294,7 @@ class Loop:
                 self.watchdog.expect("saving", SAVING_S)
                 try:
                     self.checkpoints.wait()
-                except Exception as error:  # not instead of what has ended the run
+                except Exception as error:  # must not replace the error that ended the run
                     self._warn("warning", first_line(error))
                 if self.log:
                     with suppress(OSError):
@@ -314,11 +306,11 @@ class Loop:
         training, settings, process = self.training, self.settings, self.process
         if training.step >= training.total_steps:
             trained = f"{self.folder.path} is trained for {settings.epochs} epochs"
-            return self._say(f"nothing left to do: {trained}; --no-resume starts anew")
+            return self._say(f"nothing left to do: {trained}; --no-resume starts again")
         speed = Throughput(settings.batch_size, training.total_steps)
         first_step, self.last_save = training.step, time.monotonic()
         batches = iter(training.batches(range(training.step, training.total_steps)))
-        # Where a worker dies, torch raises from a signal's handler, in the midst of a step. To wait for its batch raises, too.
+        # torch's SIGCHLD handler would raise in the middle of a step if a loader dies. Waiting for its batch raises anyway.
         if is_main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         training.model.train()
@@ -327,8 +319,8 @@ class Loop:
         if training.step == 0 and training.is_due(0):
             self._report(0)
         speed.restart(training.step)
-        usual_s = 0.0  # the longest that a step took, but for the first, which may compile
-        alone_s = 0.0  # that the first process may have been busy with what the others do not do
+        usual_s = 0.0  # the longest step except the first, which may compile
+        alone_s = 0.0  # time that the first process may need for work of its own
         while training.step < training.total_steps:
             since = time.perf_counter()
             first, second = training.step == first_step, training.step == first_step + 1
@@ -337,7 +329,7 @@ class Loop:
             try:
                 batch = self._next(batches)
             except WaitEndedError:
-                if process.world == 1:  # another may not come to it
+                if process.world == 1:  # _log waits for other processes
                     self._log(speed)
                 return self._leave(spoiled=False)
             speed.waited_s += time.perf_counter() - since
@@ -368,7 +360,7 @@ class Loop:
         if self.log:
             self._say_done(self.log)
         self.watchdog.expect("waiting for the first process to save", STARTING_S)
-        process.agree(True)  # so that they leave together
+        process.agree(True)  # so that all exit together
         return 0
 
     def _say(self, text: str) -> int:
@@ -404,7 +396,7 @@ class Loop:
         self.notes.add("started", training.step, command_line(self.process, settings.command))
 
     def _keep(self, *, save: bool, done: bool) -> None:
-        """Saves a checkpoint, if that is due, and draws the curves."""
+        """Saves a checkpoint if due, and draws the curves."""
         if save:
             self.last_save = time.monotonic()
         self.watchdog.expect("saving", SAVING_S)
@@ -414,15 +406,15 @@ class Loop:
             self._write("loss.png", self.log.plot)
 
     def _say_done(self, log: RunLog) -> None:
-        skipped = f"; images that could not be read: {len(self.unreadable)}" if self.unreadable else ""
+        skipped = f"; unreadable images: {len(self.unreadable)}" if self.unreadable else ""
         count, _ = self.training.not_finite
-        skipped += f"; steps that were not finite and left out: {count}" if count else ""
+        skipped += f"; skipped steps that were not finite: {count}" if count else ""
         last = self.checkpoints.last
         self.notes.add("done", self.training.step, f"done{skipped}")
         log.finish(f"done: {last}{skipped}\n{self.training.last_words(last)}")
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch. What ends the loader costs no step that was done."""
+        """The next batch. Saves if the loader ends."""
         try:
             with self.stop.may_end():
                 return next(batches)
@@ -431,7 +423,7 @@ class Loop:
             raise UserError(f"{problem}; {self._save_at_the_end()}") from error
 
     def _look_at(self, batch: Batch) -> None:
-        """Names what could not be read, and says what is odd about the first images."""
+        """Reports unreadable images and health warnings."""
         for problem in batch.unreadable:
             if problem not in self.unreadable:
                 self.unreadable.add(problem)
@@ -444,7 +436,7 @@ class Loop:
         show(text, sys.stderr)
 
     def _is_overdue(self) -> bool:
-        """Whether the first process would save, and can."""
+        """Whether a save is due in the first process and can start."""
         if not self.process.is_main or self.checkpoints.busy:
             return False
         every_s, since_s = 60 * self.settings.checkpoint_minutes, time.monotonic() - self.last_save
@@ -456,7 +448,7 @@ class Loop:
         return batch.images is None or len(self.unreadable) > self.settings.max_unreadable
 
     def _log(self, speed: Throughput) -> None:
-        """Reads the losses of the last steps, which waits for the device, checks them, and writes their mean."""
+        """Reads the losses since the last log line (waits for the device), checks them and logs their mean."""
         if not self.losses:
             return
         training, step = self.training, self.training.step
@@ -485,10 +477,10 @@ class Loop:
         self.training.model.train()
 
     def _leave_out(self) -> None:
-        """A step was not finite: says so and, with `--on-nan rollback`, takes the weights of the last checkpoint."""
+        """Reports a skipped step and, with `--on-nan rollback`, loads the last checkpoint's weights."""
         training = self.training
         _, recent = training.not_finite
-        text = f"the loss of step {training.step} or its gradient is not finite, the step is left out"
+        text = f"the loss of step {training.step} or its gradient is not finite, the step is skipped"
         if len(recent) > MOST_NOT_FINITE:
             self._refuse(f"{text}; {len(recent)} of the last {RECENT_STEPS} steps were not finite")
         if self.settings.on_nan == "rollback":
@@ -512,20 +504,19 @@ class Loop:
         raise UserError(f"{problem}; {good}; {clip}, or use --precision float32{others}")
 
     def _save(self) -> None:
-        """Begins to write a checkpoint."""
+        """Starts to write a checkpoint."""
         self._check_saved(wait=True)
         since = time.perf_counter()
         self.checkpoints.start_saving(self.training.state(), self.training.step)
         self.stopped_s = max(self.stopped_s, time.perf_counter() - since)
 
     def _check_saved(self, *, wait: bool) -> None:
-        """Tells what came of the save that was begun, if there is one and, unless it is to be waited for, it has ended."""
+        """Handles the result of a started save, once it has ended or, with `wait`, after waiting for it."""
         if self.checkpoints.pending and (wait or not self.checkpoints.busy):
             self._write(CHECKPOINT, self.checkpoints.wait)
 
     def _save_last(self) -> None:
-        """Writes the last checkpoint. Where a full disk refuses it, all that was done since the one before hangs on it, so
-        some time is given to make room."""
+        """Writes the last checkpoint. On a full disk it tries for some time, since the latest steps depend on it."""
         state, step = self.training.state(), self.training.step
         assert self.log
         for tries_left in reversed(range(LAST_TRIES)):
@@ -538,10 +529,10 @@ class Loop:
             self.watchdog.expect("waiting for room on the disk", STARTING_S)
             time.sleep(LAST_TRIES_S)
         if problem := self.refused.get(CHECKPOINT):
-            raise UserError(f"{problem}; what was done since then is lost; make room, then start again")
+            raise UserError(f"{problem}; later steps are lost; make room, then start again")
 
     def _write(self, what: str, write: Callable[[], object]) -> None:
-        """Writes; what a full disk refuses ends the run, or is told once, as `--on-full-disk` says."""
+        """Writes. A failure ends the run or is reported once, as `--on-full-disk` says."""
         try:
             write()
         except SpoiledWeights as error:
@@ -554,10 +545,10 @@ class Loop:
                 saved = "" if what == CHECKPOINT else f"{self._save_at_the_end()}; "
                 raise UserError(f"{text}; {saved}make room or change --output, then start again") from error
             if not self.refused or (what == CHECKPOINT and what not in self.refused):
-                self._warn("warning", f"{text}; going on without, and trying again")
+                self._warn("warning", f"{text}; continuing without it, and trying again later")
             self.refused[what] = text
         else:
-            # Of all that is written a checkpoint takes most room.
+            # A checkpoint takes the most space, so everything can be written again.
             before, self.refused = (
                 self.refused,
                 {} if what == CHECKPOINT else {other: why for other, why in self.refused.items() if other != what},
@@ -566,35 +557,35 @@ class Loop:
                 self._warn("warning", f"{what} could be written again")
 
     def _save_at_the_end(self) -> str:
-        """Saves, if the weights are whole and this is the process that does; says what came of it."""
+        """Saves in the first process, unless inside a step. Returns a line about the result."""
         step = self.training.step
         if self.log is None or self.in_step or not step:
             return self._how_to_continue()
         with suppress(OSError):
             self.log.lines.flush()
         try:
-            if self.process.device.type == "cuda":  # it may wait for a process that is gone; not as long as a save may take
+            if self.process.device.type == "cuda":  # may hang if another process is gone; before the limit for saving starts
                 torch.cuda.synchronize()
             self.watchdog.expect("saving", SAVING_S)
             path = self.checkpoints.save(self.training.state(), step)
-        except Exception as error:  # of a device that is spoiled, too; what led here is to be told as well
+        except Exception as error:  # also of a failed device; the first error must be reported as well
             return first_line(error)
         return f"saved {path} after step {step}; the same command continues from there"
 
     def _how_to_continue(self) -> str:
         newest = self.checkpoints.newest()
         if newest is None:
-            return "there is no checkpoint yet; the same command starts anew"
+            return "there is no checkpoint yet; the same command starts again"
         return f"the same command continues from {newest.resolve().name}"
 
     def _explain(self, error: Exception) -> None:
-        """Turns what is not this process's fault into one line."""
+        """Turns known problems of the machine or of other processes into one line."""
         saved = self._save_at_the_end()
         if problem := problem_of(error):
             raise UserError(f"{problem}; {saved}") from error
         if self.process.world > 1 and is_of_others(error):
             raise UserError(
-                f"another process of this run ended or does not answer, see its own lines ({first_line(error)[:120]}); {saved}"
+                f"another process of this run ended or does not answer, see its output ({first_line(error)[:120]}); {saved}"
             ) from error
         show(f"an unexpected error after step {self.training.step}; {saved}", sys.stderr)
 
@@ -606,12 +597,12 @@ class Loop:
             with suppress(OSError, CannotWrite):
                 log.plot()
         if spoiled:
-            listed = "\n  ".join(sorted(self.unreadable)) or "those of another process, see its lines"
+            listed = "\n  ".join(sorted(self.unreadable)) or "in another process, see its output"
             raise UserError(
                 f"{len(self.unreadable)} images cannot be read, more than --max-unreadable {self.settings.max_unreadable} or "
-                f"too many in a row; mend or remove them ({saved}):\n  {listed}"
+                f"too many in a row; repair or remove them ({saved}):\n  {listed}"
             )
-        number = self.stop.signal or signal.SIGTERM  # of another process, if not of this one
+        number = self.stop.signal or signal.SIGTERM  # this process's signal, or another's
         if log:
             name = signal.Signals(number).name
             self.notes.add("stopped", step, f"{name}: {saved}")
@@ -620,14 +611,14 @@ class Loop:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that was in use: of a GPU by torch, else by this process."""
+    """Peak memory: torch's on a GPU, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def command_line(process: Process, command: str) -> str:
-    """The command that this process was started with, for people to copy."""
+    """The command line of this process, for people to copy."""
     launcher = f"{python_command()} -m"
     if process.world > 1:
         launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', process.world)} -m"
@@ -635,11 +626,7 @@ def command_line(process: Process, command: str) -> str:
 
 
 def start_wandb(settings: TrainingSettings, folder: Path) -> Any:
-    """A run of Weights & Biases, which a resumed run continues.
-
-    Raises:
-        UserError: it refuses.
-    """
+    """A run of Weights & Biases, which a resumed run continues. Raises UserError."""
     import wandb  # noqa: PLC0415  (optional)
 
     path = folder / "wandb-run-id"
@@ -655,14 +642,14 @@ def start_wandb(settings: TrainingSettings, folder: Path) -> Any:
 
 
 class Outcome(NamedTuple):
-    """How a training ended: the exit code, and the run's folder."""
+    """The exit code and the run folder."""
 
     code: int
     folder: Path
 
 
 def run_training(create: Callable[[], Training], hang_seconds: float) -> Outcome:
-    """Sets a training up and runs it, and ends this process's part among others."""
+    """Creates and runs a training, then leaves the process group."""
     try:
         with user_errors(), Watchdog(hang_seconds).watch():
             training = create()

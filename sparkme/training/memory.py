@@ -1,18 +1,18 @@
-"""How the CPU's memory allocator treats what training frees."""
+"""Tunes the CPU's memory allocator for training."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h, for mallopt(3)
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep freed memory for the next step instead of handing it back to the system.
+    """Makes the C library keep freed memory for the next step. Returns False if it cannot.
 
-    A step allocates and frees the same large tensors again and again. Handed back, every page has to be mapped and
-    cleared anew: a sixth of a ResNet-50 step on the CPU, measured. Returns False where the C library cannot do it.
+    Each step allocates and frees the same large tensors. Otherwise every page is mapped and cleared again, which takes a sixth
+    of a ResNet-50 step on the CPU (measured).
     """
     if not sys.platform.startswith("linux"):
         return False

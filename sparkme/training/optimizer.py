@@ -1,4 +1,4 @@
-"""Optimiser and its schedules, as SparK has them (main.py:75-79, utils/lr_control.py)."""
+"""Optimisers and schedules, as in SparK (main.py:75-79, utils/lr_control.py)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ OPTIMIZERS = ("lamb", "adamw")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two groups: decayed, and not, which are biases, norms, mask tokens, GRN and layer scale.
+    """Two groups: with weight decay, and without (biases, norms, mask tokens, GRN and layer scale).
 
-    FCMAE's official code exempts what has one axis or is a bias, and so decays its mask token and its GRN, (1, C), as well.
-
-    Some of these have more than one axis: MinkowskiEngine's biases (1, C), mask tokens (1, C, 1, 1), layer scale (C, 1, 1).
+    Some of the latter have several axes: MinkowskiEngine's biases (1, C), mask tokens (1, C, 1, 1), layer scale (C, 1, 1).
+    FCMAE's official code exempts only vectors and biases, so it also decays its mask token and its GRN (1, C).
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -30,11 +29,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
 
 
 def create_optimizer(name: str, model: nn.Module, *, beta2: float, clip_grad: float | None) -> torch.optim.Optimizer:
-    """LAMB with the gradient's global norm clipped inside, or AdamW, whose caller clips. `update_schedule` sets rates.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """LAMB, which clips the global gradient norm itself, or AdamW, whose caller clips. `update_schedule` sets the rates."""
     groups = parameter_groups(model)
     if name == "lamb":
         from timm.optim.lamb import Lamb  # noqa: PLC0415  (half a second, for LAMB alone)
@@ -47,11 +42,10 @@ def create_optimizer(name: str, model: nn.Module, *, beta2: float, clip_grad: fl
 
 
 def layer_numbers(network: nn.Module, head: str) -> dict[str, int]:
-    """The layer of every parameter for layer-wise rates, 0 at the input, the classifier's the highest.
+    """The layer of every parameter for layer-wise learning rates, from 0 at the input to the classifier's.
 
-    As in the official code (downstream_imagenet/lr_decay.py) the stem is a layer, and every three blocks of a stage are one:
-    torchvision's and timm's ResNets and ConvNeXts. Networks whose stages have other names, or others parameters between them,
-    are cut into eight parts of as many parameters each, in their order.
+    As in the official code (downstream_imagenet/lr_decay.py) the stem is a layer, and so are three blocks of a stage, in
+    torchvision's and timm's ResNets and ConvNeXts. Other networks are cut into eight parts with equally many parameters.
     """
     names = [name for name, _ in network.named_parameters()]
     body = [name for name in names if not name.startswith(f"{head}.")]
@@ -62,7 +56,7 @@ def layer_numbers(network: nn.Module, head: str) -> dict[str, int]:
 
 
 def _layers_by_stages(names: list[str]) -> dict[str, int] | None:
-    """The layers of the stem and of the blocks; None where they have other names than those of `_STAGES`, or another order."""
+    """The layers of stem and blocks; None if names do not match `_STAGES`, or their order differs."""
     blocks = {name: block for name in names if (block := _block(name))}
     stages = sorted({stage for stage, _ in blocks.values()})
     if len(stages) < 4:
@@ -81,12 +75,12 @@ def _layers_by_stages(names: list[str]) -> dict[str, int] | None:
 _STAGES = (
     re.compile(r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."),  # ResNets
     re.compile(r"stages\.(?P<stage>\d)\.(?:blocks\.(?P<block>\d+)\.|downsample)"),  # timm's ConvNeXts
-    re.compile(r"features\.(?P<pair>[1-7])\.(?P<block>\d+)\."),  # torchvision's, where every other one halves the resolution
+    re.compile(r"features\.(?P<pair>[1-7])\.(?P<block>\d+)\."),  # torchvision's, where every other part halves the resolution
 )
 
 
 def _block(name: str) -> tuple[int, int] | None:
-    """Stage and block of a parameter; None for the stem and for what comes after the stages."""
+    """Stage and block of a parameter; None before and after the stages."""
     for pattern in _STAGES:
         if match := pattern.search(name):
             found = match.groupdict()
@@ -98,13 +92,13 @@ def _block(name: str) -> tuple[int, int] | None:
 def create_finetuning_optimizer(
     name: str, network: nn.Module, layers: dict[str, int], *, layer_decay: float
 ) -> torch.optim.Optimizer:
-    """LAMB as the official fine-tuning has it (no clipping, trust ratio everywhere, no bias correction), or AdamW.
+    """LAMB as in the official fine-tuning (no clipping, trust ratio everywhere, no bias correction), or AdamW.
 
     Args:
         name: `lamb` or `adamw`.
-        network: whose parameters are trained.
-        layers: the layer of each, see `layer_numbers`.
-        layer_decay: the rate of a layer over that of the next.
+        network: the network to train.
+        layers: the layer of each parameter, see `layer_numbers`.
+        layer_decay: learning rate of a layer divided by the next layer's.
     """
     last = max(layers.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -127,7 +121,7 @@ def create_finetuning_optimizer(
 def learning_rate(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, start: float = 0.005, end: float = 0.001
 ) -> float:
-    """Linear from `start` times the peak, then cosine to `end` times it at the last step."""
+    """Linear warm-up from `start` times the peak, then a cosine to `end` times the peak at the last step."""
     if step < warmup_steps:
         return peak * (start + (1 - start) * step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
@@ -135,12 +129,12 @@ def learning_rate(
 
 
 def weight_decay(step: int, *, start: float, end: float, total_steps: int) -> float:
-    """Cosine from `start` at the first step to `end` at the last."""
+    """A cosine from `start` at the first step to `end` at the last."""
     return end + (start - end) * _cosine(step / max(1, total_steps - 1))
 
 
 def update_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:
-    """Sets the rate of every group, times its `lr_scale` if it has one, and the decay of those that decay."""
+    """Sets each group's learning rate, times its `lr_scale` if any, and its weight decay if it decays."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         if group["decay"]:

@@ -1,4 +1,4 @@
-"""One run of `sparkme.pretrain`: from its command line to its checkpoints and pictures."""
+"""A run of `sparkme.pretrain`, from its settings to its checkpoints and pictures."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ from sparkme.weights.prefixes import Choice, Wanted, find_weights, shortened
 from sparkme.weights.pretrained import read_weights, weights_in
 from sparkme.weights.spark import beside_encoder
 
-MOST_PROBED = 10_000, 5_000  # images of --probe-data, to learn from and to measure on
+MOST_PROBED = 10_000, 5_000  # training and validation images of --probe-data
 
 
 def pretrain(asked: PretrainSettings) -> Outcome:
-    """Trains, or continues, the run that is asked for."""
+    """Starts or continues a run."""
     process = start_process(asked.device)
     return run_training(lambda: Pretraining(asked, process), asked.hang_seconds)
 
@@ -64,11 +64,11 @@ class Pretraining(Training):
     """One pretraining run.
 
     Args:
-        asked: the settings that the user gives.
+        asked: the user's settings.
         process: this process.
 
     Raises:
-        UserError, ValueError: what was asked for cannot be done; says what to change.
+        UserError, ValueError: the settings or the data do not work; says what to change.
     """
 
     settings: PretrainSettings
@@ -88,7 +88,7 @@ class Pretraining(Training):
         check_background(self.settings.background)
         if saved is not None and folder.saved_config is not None:
             check_same_run(folder.saved_config, self.settings, folder.newest)
-            # It has started so, whatever the command says now.
+            # The run has started from these weights, whatever the command says now.
             self.settings = replace(self.settings, init=saved.init, weights_key=saved.weights_key, adapt_stem=saved.adapt_stem)
         self.pixels, self.seen = self._find_pixels(images)
         self.statistics = self._find_statistics(images)
@@ -128,7 +128,7 @@ class Pretraining(Training):
         )
 
     def _build(self) -> None:
-        """The network, with the weights that it starts from, and its optimizer."""
+        """Creates the network with its initial weights, and the optimizer."""
         settings = self.settings
         torch.manual_seed(settings.seed)
         self.network = build_network(settings, self.folder.saved.get("proof") if self.folder.saved is not None else None)
@@ -148,11 +148,9 @@ class Pretraining(Training):
         self.clip_norm = settings.clip_grad if settings.optimizer == "adamw" else None  # LAMB clips by itself
         self.steps_per_epoch = settings.samples_per_epoch // settings.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.poor_loss = 1.0 if settings.norm_pix_loss else None  # of patches whose mean is 0 and variance 1
+        self.poor_loss = 1.0 if settings.norm_pix_loss else None  # of a network that predicts each patch's mean
         if not any(p.requires_grad for p in self.network.encoder.parameters()):
-            raise UserError(
-                f"--model {settings.model}: all its parameters are frozen (requires_grad is False): nothing to train"
-            )
+            raise UserError(f"--model {settings.model}: all its parameters are frozen (requires_grad is False)")
 
     def batches(self, steps: range) -> Iterable[Batch]:
         settings, process = self.settings, self.process
@@ -208,7 +206,7 @@ class Pretraining(Training):
         )
 
     def _probe(self, epoch: int, log: RunLog | None) -> None:
-        """kNN accuracy of the deepest map on the labelled images of --probe-data; the processes share the images."""
+        """Measures kNN accuracy of the deepest map on --probe-data; the processes share the images."""
         assert self.probe_split is not None
         settings, process, network = self.settings, self.process, self.network
         stride = network.encoder.strides[-1]
@@ -253,7 +251,7 @@ class Pretraining(Training):
         log.picture("reconstructions", panel, self.step)
 
     def _find_pixels(self, images: ImageSource) -> tuple[Pixels, str]:
-        """How the images' numbers become values, and for people what they are; a run that goes on stays with what it has."""
+        """The conversion of pixel values, and a line about the images; a resumed run keeps its conversion."""
         settings, saved = self.settings, self.saved
         found, seen = find_pixels_together(
             self.process,
@@ -268,7 +266,7 @@ class Pretraining(Training):
         return found, seen
 
     def _find_statistics(self, images: ImageSource) -> Statistics:
-        """Mean and deviation that images are normalised by: the command's, ImageNet's for colour, or estimated once."""
+        """Mean and standard deviation of the images: given, ImageNet's for colour, or estimated once."""
         settings = self.settings
         if settings.mean is None:
             found = estimate_statistics(images, settings.channels, settings.background, seed=settings.seed, pixels=self.pixels)
@@ -276,7 +274,7 @@ class Pretraining(Training):
         return statistics_of(self.settings)
 
     def _find_probe_data(self) -> Split | None:
-        """Labelled images to measure the encoder on; of many, some at random."""
+        """The images of --probe-data, or a random part of many."""
         settings = self.settings
         if settings.probe_data is None:
             return None
@@ -296,7 +294,7 @@ class Pretraining(Training):
         return Split(some(split.train, MOST_PROBED[0]), some(split.val, MOST_PROBED[1]), split.note)
 
     def _find_probe_pixels(self) -> tuple[Pixels, str]:
-        """As the run's own; numbers of kinds that its images do not have are looked at by themselves."""
+        """As for the training images; kinds of pixel types that those lack are sampled here."""
         if self.probe_split is None:
             return self.pixels, ""
         return find_pixels_together(
@@ -320,34 +318,33 @@ class Pretraining(Training):
     def _prepare(self) -> None:
         if self.settings.checkpoint_activations:
             if self.settings.compile:
-                raise UserError("--compile and --checkpoint-activations do not go together; use one of them")
+                raise UserError("--compile and --checkpoint-activations exclude each other; use one of them")
             if not self.network.encoder.checkpoint_blocks():
-                raise UserError(f"--checkpoint-activations: {self.settings.model} has no rows of blocks; leave it out")
+                raise UserError(f"--checkpoint-activations: {self.settings.model} has no sequence of blocks; leave it out")
         for name in ("compile", "cuda_graph"):
             if getattr(self.settings, name) and self.network.encoder.engine.name == "minkowski":
-                raise UserError(f"{flag_of(name)} cannot follow MinkowskiEngine; use --engine cuda_ext or masked-dense")
+                raise UserError(f"{flag_of(name)} does not work with MinkowskiEngine; use --engine cuda_ext or masked-dense")
         if self.settings.compile:
             self.network.compile_parts()
         if self.settings.cuda_graph:
             self._capture()
 
     def _capture(self) -> None:
-        """Puts the forward and the backward pass into a CUDA graph; before the first images are loaded, by threads that may not
-        call CUDA meanwhile."""
+        """Captures a CUDA graph, before loader threads start, which must not call CUDA meanwhile."""
         settings, process = self.settings, self.process
         if process.device.type != "cuda":
             raise UserError("--cuda-graph needs a GPU; leave it out")
         if process.world > 1:
-            raise UserError(f"--cuda-graph trains in one process, not in {process.world}; leave it out")
+            raise UserError(f"--cuda-graph works in one process only, not in {process.world}; leave it out")
         for name in ("accumulate", "compile", "checkpoint_activations"):
             if getattr(settings, name) > (1 if name == "accumulate" else 0):
-                raise UserError(f"--cuda-graph and {flag_of(name)} do not go together; use one of them")
+                raise UserError(f"--cuda-graph and {flag_of(name)} exclude each other; use one of them")
         size = settings.batch_size, settings.channels, *self.network.input_size
         precision = torch.bfloat16 if settings.precision == "bf16" else None
         self.graphed = GraphedLoss(self.network.train(), torch.zeros(size, device=process.device), precision)
 
     def _check_batch_norm(self) -> None:
-        """A batch norm needs two numbers to average. The deepest map, which is the smallest, must have as many pixels."""
+        """Raises UserError if the deepest map has a single pixel: batch norm needs two."""
         settings, encoder = self.settings, self.network.encoder
         pixels = settings.images_per_pass * self.network.keep * (self.network.patch // encoder.strides[-1]) ** 2
         if pixels < 2 and encoder.norm == "bn":
@@ -357,17 +354,17 @@ class Pretraining(Training):
             )
 
     def _introduce(self) -> None:
-        """Prints what will be done, and why where something was chosen."""
+        """Prints the settings, with the reasons for automatic choices."""
         settings, network, process = self.settings, self.network, self.process
         encoder, total = network.encoder, math.prod(network.num_patches)
         threads = f", threads: {torch.get_num_threads()}" if process.device.type == "cpu" else ""
-        in_float32 = "" if encoder.engine.bf16 or settings.precision == "float32" else "; the encoder computes in float32"
-        data = settings.data or "scikit-image, its photographs"
+        in_float32 = "" if encoder.engine.bf16 or settings.precision == "float32" else "; the encoder runs in float32"
+        data = settings.data or "scikit-image's photographs"
         where = (
             f"{as_text(data[:3])} and {len(data) - 3} others" if isinstance(data, tuple) and len(data) > 3 else as_text(data)
         )
         lines = {
-            "data": f"{len(self.dataset)} images in {where}, {settings.samples_per_epoch} crops an epoch",
+            "data": f"{len(self.dataset)} images in {where}, {settings.samples_per_epoch} crops per epoch",
             "images": self.seen,
             "recipe": RECIPES[settings.recipe].name + choose_recipe(self.asked.recipe, settings.num_images, self.saved)[1],
             "network": f"{settings.model}, {encoder.channels} channels at strides {encoder.strides}; {network.keep} of "
@@ -393,27 +390,27 @@ class Pretraining(Training):
             print(f"{'note':9s} --probe-data: {remark}")
         self.folder.print_changes(settings)
         if settings.peak_rate * self.total_steps < 0.2:  # a step changes a weight by about this share of its size
-            rates = "take --recipe small" if settings.recipe == "spark" else "raise --base-lr"
+            rates = "use --recipe small" if settings.recipe == "spark" else "raise --base-lr"
             advice = f"{rates}, or raise --epochs or --samples-per-epoch"
-            print(f"{'note':9s} {self.total_steps} steps at this rate will hardly move the weights; {advice}")
+            print(f"{'note':9s} {self.total_steps} steps at this learning rate will hardly change the weights; {advice}")
         init = self.asked.init
         if init and self.saved and init != settings.init:
-            print(f"{'note':9s} --init {init} is not used: this run goes on from its checkpoint")
+            print(f"{'note':9s} --init {init} is not used: the run continues from its checkpoint")
         sys.stdout.flush()
 
 
 def load_initial_weights(network: MaskedAutoencoder, path: Path, model: str, choice: Choice = Choice()) -> str:  # noqa: B008
-    """Starts from weights in a file: of torchvision, timm, the ConvNeXt authors or another library of `sparkme.weights`, of the
-    official SparK code (an encoder alone, or the whole network), or a checkpoint of this project; wrapped in whatever way.
+    """Loads initial weights from a file of any library of `sparkme.weights`, of the official SparK code (encoder or whole
+    network), or from a checkpoint of this project, under any prefix.
 
     Args:
         network: takes the weights.
         path: the file.
         model: the network's name.
-        choice: what the user says of how the weights are found in it.
+        choice: the user's choice among several sets of weights.
 
     Returns:
-        What matched, and what did not, in one line.
+        A line about the weights that matched, and those that did not.
 
     Raises:
         UserError: no such file, or weights of another network.

@@ -1,4 +1,4 @@
-"""The work of `sparkme.probe`: features of whole images under some weights, and the table of what they are worth."""
+"""The work of `sparkme.probe`: accuracy of frozen features under several weights, as a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparkme.settings.commands import ProbeSettings
 from sparkme.settings.declare import to_config
 from sparkme.settings.shared import checked_range, default_workers, fixed_size
 from sparkme.training.distributed import start_process, stop_process
-from sparkme.training.features import Features, knn_accuracy, linear_accuracy, pooled_features
+from sparkme.training.features import PooledFeatures, knn_accuracy, linear_accuracy, pooled_features
 from sparkme.weights.prefixes import Choice
 from sparkme.weights.pretrained import Pretrained, read_pretrained
 
@@ -48,12 +48,12 @@ def probe(args: ProbeSettings) -> list[dict[str, Any]]:
         columns=Columns(args.image_column, args.label_column),
     )
     if split.train.has_several:
-        raise UserError("probe measures one class of each image, and these have several labels; use sparkme.finetune")
+        raise UserError("sparkme.probe needs one class per image, these have several labels; use sparkme.finetune")
     if args.shots is not None:
-        split.train.shots(args.shots, args.seed)  # refused now if there are fewer
+        split.train.shots(args.shots, args.seed)  # raises now if a class has too few
     main_weights = read_pretrained(args.weights, args.model, Choice(args.weights_key, args.adapt_stem))
     args = replace(args, input_size=fixed_size(args.input_size or main_weights.input_size or (224,)))  # one for all rows
-    # Of other files the model is theirs, and --model is for those that do not say it.
+    # Other files name their own model; --model is for those that do not.
     others = [main_weights.random() if what == "random" else _read_other(Path(what), main_weights) for what in args.compare]
     print(f"data      {args.data}: {split.note}; {class_counts(split.train)}")
     for remark in split.remarks:
@@ -69,7 +69,7 @@ def probe(args: ProbeSettings) -> list[dict[str, Any]]:
             given=checked_range(args.value_range),
             upright=args.upright,
         )
-        if seen != told:  # by weights of another run
+        if seen != told:  # weights of other runs may convert pixel values differently
             print(f"images    {seen}")
             told = seen
         with user_errors():
@@ -121,8 +121,8 @@ def chosen_strides(stages: Sequence[str], strides: list[int]) -> list[int]:
 
 def extract(
     pretrained: Pretrained, args: ProbeSettings, parts: list[Labelled], device: torch.device, pixels: Pixels
-) -> list[Features]:
-    """Features of whole images under some weights."""
+) -> list[PooledFeatures]:
+    """Features of whole images for some weights."""
     encoder, taken = pretrained.encoder(args.seed)
     if taken:
         print(f"weights   {pretrained.origin}, {taken}")
@@ -139,11 +139,7 @@ def extract(
 
 
 def whole_size(size: list[int] | tuple[int, ...], patch: int) -> tuple[int, int]:
-    """Height and width.
-
-    Raises:
-        UserError: they are no multiples of the network's total stride.
-    """
+    """Height and width. Raises UserError unless they are multiples of the network's total stride."""
     height, width = size[0], size[-1]
     if height % patch or width % patch:
         nearest = max(1, round(height / patch)) * patch
@@ -152,10 +148,9 @@ def whole_size(size: list[int] | tuple[int, ...], patch: int) -> tuple[int, int]
 
 
 def measure(
-    train: Features, val: Features, stride: int, train_set: Labelled, val_set: Labelled, args: ProbeSettings
+    train: PooledFeatures, val: PooledFeatures, stride: int, train_set: Labelled, val_set: Labelled, args: ProbeSettings
 ) -> dict[str, Any]:
-    """Scores of one map, from 0 to 1, with their standard errors: over the draws of --shots or, without, of a share of so many
-    images."""
+    """Scores of one map, from 0 to 1, with standard errors: over the draws of --shots, or else binomial."""
     x, y = train.maps[stride], train_set.labels[train.numbers]
     xv, yv = val.maps[stride], val_set.labels[val.numbers]
     readable = train_set.subset(train.numbers)
@@ -181,7 +176,7 @@ def _error(values: list[float], count: int) -> float:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The scores for people, in percent."""
+    """The table of scores in percent."""
     names = [record["weights"] for record in records]
     width = max(7, *map(len, names))
     head = f"{'weights':{width}s}  stride  channels  {'kNN':>13s}" + (f"  {'linear':>13s}" if "linear" in records[0] else "")

@@ -1,4 +1,4 @@
-"""What fine-tuning learns of an image, one class or several labels: the loss of a batch, and what is measured."""
+"""Losses and measures of fine-tuning, for one class or several labels per image."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparkme.settings.finetune import FinetuneSettings
 
 
 class LabelLoss(nn.Module):
-    """Binary cross entropy, the mean over images and labels, of scores (B, labels) and labels of that shape, bool."""
+    """Mean binary cross entropy of scores (B, labels) and bool labels of the same shape."""
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
 
 
 def create_loss(settings: FinetuneSettings) -> tuple[Any, nn.Module]:
-    """timm's mixup and cutmix, or None; and the loss of scores and labels."""
+    """timm's mixup and CutMix or None, and the loss of scores and labels."""
     if settings.several_labels:
         return None, LabelLoss()
     mixed = settings.mixup or settings.cutmix
@@ -40,17 +40,11 @@ def create_loss(settings: FinetuneSettings) -> tuple[Any, nn.Module]:
 
 
 def create_measure(classes: list[str], several_labels: bool) -> Measure:
-    """Of images to measure on."""
     return Precision(classes) if several_labels else Accuracy(classes)
 
 
 class Measure(ABC):
-    """How good scores are.
-
-    Attributes:
-        best: the value that the best weights have the most of.
-        classes: their names.
-    """
+    """A measure of scores. `best` names the value by which the best weights are chosen."""
 
     best: str
 
@@ -59,32 +53,32 @@ class Measure(ABC):
 
     @abstractmethod
     def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Takes in a batch: scores (B, classes), and labels as `Labelled` has them, both on the CPU."""
+        """Adds a batch: scores (B, classes), and labels as in `Labelled`, both on the CPU."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Takes in what another process measured."""
+        """Adds the results of another process."""
 
     @property
     @abstractmethod
     def num_images(self) -> int: ...
 
     def check(self) -> None:
-        """Raises UserError where there is nothing to measure."""
+        """Raises UserError if there is nothing to measure."""
         if not self.num_images:
-            raise UserError("none of the images to measure on can be read")
+            raise UserError("none of the validation images can be read")
 
     @abstractmethod
     def values(self) -> dict[str, float]:
-        """From 0 to 1, by name."""
+        """The values from 0 to 1, by name."""
 
     @abstractmethod
     def describe(self, values: dict[str, float]) -> str:
-        """For people."""
+        """The values in words."""
 
     @abstractmethod
     def write(self, folder: Path) -> dict[str, Any]:
-        """What results.json says of the classes, after pictures of it are drawn into the folder."""
+        """Draws pictures into the folder. Returns the classes' part of results.json."""
 
 
 class Accuracy(Measure):
@@ -95,7 +89,7 @@ class Accuracy(Measure):
     def __init__(self, classes: list[str]) -> None:
         super().__init__(classes)
         self.top5 = 0
-        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)  # of a class (row), taken for each (column)
+        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)  # true class (row), predicted class (column)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         count = len(self.classes)
@@ -127,7 +121,7 @@ class Accuracy(Measure):
 
 
 class Precision(Measure):
-    """The mean over labels of the average precision, of those that some image has."""
+    """Mean average precision over the labels that some image has."""
 
     best = "map"
 
@@ -148,7 +142,7 @@ class Precision(Measure):
     def check(self) -> None:
         super().check()
         if not self.labels.any():
-            raise UserError("none of the images to measure on that can be read has a label")
+            raise UserError("none of the readable validation images has a label")
 
     def values(self) -> dict[str, float]:
         known = [value for value in self._of_each() if value is not None]
@@ -165,7 +159,7 @@ class Precision(Measure):
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float | None:
-    """The area below precision over recall, in steps at each score, as scikit-learn has it.
+    """Average precision, as in scikit-learn: the area under precision over recall, in steps at each score.
 
     Args:
         scores: (N,) floats; equal ones are one step.

@@ -1,6 +1,6 @@
 """The names of the ConvNeXt authors (facebookresearch/ConvNeXt and ConvNeXt-V2, models/convnext.py, models/convnextv2.py).
 
-They are the hub's. The official SparK code has them, too.
+They are the hub naming. The official SparK code uses them, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The names of detectron2's ResNets, as its tools/convert-torchvision-to-d2.py makes them of torchvision's.
+"""The names of detectron2's ResNets, as in its tools/convert-torchvision-to-d2.py.
 
 detectron2 reads images as BGR by default; weights trained here on RGB need `INPUT.FORMAT: "RGB"`, `MODEL.PIXEL_MEAN: [123.675,
 116.28, 103.53]`, `MODEL.PIXEL_STD: [58.395, 57.12, 57.375]`, and `MODEL.RESNETS.STRIDE_IN_1X1: False`.
@@ -27,7 +27,7 @@ RESNET = Table(
 
 class Detectron2(Format):
     def content(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        """What `MODEL.WEIGHTS` takes: arrays, whose names detectron2 matches by their endings."""
+        """The content for `MODEL.WEIGHTS`: arrays, whose names detectron2 matches by their endings."""
         return {"model": {n: v.numpy() for n, v in state.items()}, "__author__": "sparkme", "matching_heuristics": True}
 
     def notes(self, settings: PretrainSettings) -> dict[str, str]:

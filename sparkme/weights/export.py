@@ -1,4 +1,4 @@
-"""The work of `sparkme.export`: a checkpoint's encoder as weights of the dense network, compared and written."""
+"""The work of `sparkme.export`: writes a checkpoint's encoder as verified weights of the dense network."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from sparkme.weights.verify import TOLERANCE, recalibrate, verify
 
 
 def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path], Any], made_by: str) -> Path | None:
-    """Writes the weights, and says how they are loaded.
+    """Writes the weights, and prints how to load them.
 
     Args:
-        args: what was asked for.
-        network_of: makes the network of a checkpoint, with its weights, whose `encoder` is exported; see `sparkme.training`.
-        made_by: the version of this project, for the file's metadata.
+        args: the settings.
+        network_of: creates the network of a checkpoint, with its weights; see `sparkme.training`.
+        made_by: version of this project, for the metadata.
 
     Returns:
-        The file or the hub folder; None if the weights did not pass the check, which is printed.
+        The file or the hub folder; None if the weights did not pass the check, whose result is printed.
     """
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
     settings = settings_in(checkpoint, args.checkpoint)
@@ -62,27 +62,27 @@ def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path],
         write_hub_folder(args.hub_folder, settings, weights, metadata, args.push_to_hub)
         return args.hub_folder
     write_state_dict(output, form.content(form.state(weights, state_dict_of(network))), metadata)
-    if output.suffix != ".safetensors":  # the others have no place for it
+    if output.suffix != ".safetensors":  # other files have no metadata
         beside.write_text(json.dumps(metadata, indent=2) + "\n")
     verified = "verified" if args.verify else "NOT verified"
-    left = f"; left to you, the classifier: {', '.join(missing)}" if missing else ""
+    left = f"; without the classifier: {', '.join(missing)}" if missing else ""
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, {verified}){left}")
     print(f"load it:\n\n{form.loading(output, model, encoder.in_channels)}")
     return output
 
 
 def check_output(args: ExportSettings, settings: PretrainSettings, form: Format) -> tuple[Path, Path]:
-    """The files to write: the weights, and beside them what another than a .safetensors file has no place for.
+    """The files to write: weights, and metadata unless the weights are .safetensors.
 
     Raises:
-        UserError: a flag that does not fit, or a file that is there already.
+        UserError: flags that do not fit together, or an existing file.
     """
     if args.push_to_hub is not None and not args.hub_folder:
-        raise UserError("--push-to-hub sends what --hub-folder DIR writes; name that folder, too")
+        raise UserError("--push-to-hub needs --hub-folder DIR, the folder to upload")
     if args.hub_folder and args.output:
         raise UserError("--hub-folder writes its own files; leave out --output")
     if args.hub_folder and form is not FORMATS["timm"]:
-        raise UserError("--hub-folder is timm's form of a model; use it with --to timm")
+        raise UserError("--hub-folder needs --to timm")
     check(args)
     name = settings.model.replace(":", "-")
     output = args.output or run_folder(args.checkpoint) / f"{name}{form.suffixes[0]}"
@@ -101,18 +101,18 @@ def check_output(args: ExportSettings, settings: PretrainSettings, form: Format)
 
 
 def dense_network(encoder: SparseEncoder, args: ExportSettings, settings: PretrainSettings) -> nn.Module:
-    """The ordinary network that the encoder was made from, with its weights; batch norms of both recalibrated, if asked for.
+    """The ordinary network with the encoder's weights; recalibrates batch norms of both on request.
 
     Raises:
         UserError: the weights are not finite, or of another version of the network.
     """
     state = encoder.dense_state_dict()
     if not all(value.isfinite().all() for value in state.values()):
-        raise UserError(f"{args.checkpoint} has weights that are not finite; take an earlier checkpoint")
+        raise UserError(f"{args.checkpoint} has weights that are not finite; use an earlier checkpoint")
     model = settings.model
     with user_errors():
         dense = create_dense(model, in_channels=encoder.in_channels)
-    _, unexpected = nn.Module.load_state_dict(dense, state, strict=False)  # not a method of its own class
+    _, unexpected = nn.Module.load_state_dict(dense, state, strict=False)  # not a user's method
     if unexpected:
         raise UserError(f"{library_of(model)}'s {model} has no weights {', '.join(unexpected[:5])}; is it another version?")
     if args.recalibrate_bn:
@@ -124,13 +124,13 @@ def dense_network(encoder: SparseEncoder, args: ExportSettings, settings: Pretra
 def library_network(
     form: Format, target: str, weights: dict[str, Tensor], dense: nn.Module, model: str, channels: int
 ) -> tuple[nn.Module, list[str]]:
-    """The network to compare: the library's own with the exported weights, where it is at hand, or `dense`.
+    """The network to verify: the library's own with the exported weights, if it is installed here, or `dense`.
 
     Returns:
-        The network, and names of its weights that are not written.
+        The network, and names of its weights that are not exported.
 
     Raises:
-        UserError: there is no such network, or it has no place for some weights.
+        UserError: an unknown network, or one that lacks some weights.
     """
     if (name := form.counterpart(model)) is None:
         return dense, []
@@ -143,13 +143,13 @@ def library_network(
 
 
 def is_verified(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int]) -> bool:
-    """Whether both compute the same; says how far they differ."""
+    """Whether both compute the same; prints the differences."""
     errors = verify(dense, encoder, size)
     for stride, error in zip(encoder.strides, errors, strict=True):
         print(f"stride {stride:2d}: dense and sparse features differ by {error:.1e} of their largest value")
-    if all(error <= TOLERANCE for error in errors):  # NaN is not
+    if all(error <= TOLERANCE for error in errors):  # False for NaN
         return True
-    problem = f"the dense model does not compute what the sparse encoder does (more than {TOLERANCE:.0e})"
+    problem = f"the dense model and the sparse encoder differ by more than {TOLERANCE:.0e}"
     print(f"error: {problem}; nothing was written", file=sys.stderr)
     return False
 
@@ -157,7 +157,7 @@ def is_verified(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int])
 def describe(
     settings: PretrainSettings, step: int, args: ExportSettings, target: str, proof: dict[str, Any] | None
 ) -> dict[str, str]:
-    """Where the weights come from, and the proof of their network, for the file's metadata."""
+    """The metadata: origin of the weights, properties of the images, and the proof of the network's trial."""
     config, kept = (
         to_config(settings),
         ("input_size", "mask_ratio", "epochs", "batch_size", "base_lr", "optimizer", "init", "data", "num_images"),

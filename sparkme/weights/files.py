@@ -19,16 +19,16 @@ from sparkme.files import replaced_when_whole
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a file, or of a folder of timm's, without running code from it.
+    """Reads all tensors of a file or of a timm folder, without running code from it.
 
     Args:
-        path: `.safetensors`, or whatever torch writes, with an optimizer, settings and other plain values beside the weights.
+        path: `.safetensors`, or a torch file, which may also hold an optimizer, settings and other plain values.
 
     Returns:
-        The tensors by the whole way to each, such as `state_dict.module.conv1.weight`; NumPy's arrays become tensors.
+        The tensors by full name, such as `state_dict.module.conv1.weight`; NumPy arrays become tensors.
 
     Raises:
-        UserError: no such file, it is damaged, holds no tensors, or things that only running code could make.
+        UserError: the file is missing or damaged, holds no tensors, or objects that need code to be built.
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -37,9 +37,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged: {problem}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(PLAIN)):
-            warnings.simplefilter("ignore")  # of formats that are refused here
+            warnings.simplefilter("ignore")  # about formats that are refused here
             content = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a torn file can fail anywhere in the unpickler
+    except Exception as error:  # a torn file may raise anything in the unpickler
         raise UserError(f"{path} cannot be read as weights: {unreadable_reason(error)}{_remedy(error)}") from error
     if isinstance(content, dict) and "format" in content and "config" in content:
         raise UserError(f"{path} is a checkpoint of another version of sparkme; use the version that wrote it to export it")
@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensors_in(content: Any) -> dict[str, Tensor]:
-    """All tensors in nested dicts and lists, by their keys joined with dots; what is in two places counts in the first."""
+    """All tensors in nested dicts and lists, by their keys joined with dots; shared containers count once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
 
@@ -72,18 +72,18 @@ def _remedy(error: Exception) -> str:
     if "TorchScript" in str(error):
         return "; save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-        return "; where it was made, save its weights alone: torch.save(network.state_dict(), NEW_FILE)"
+        return "; save its weights only, in the code that made it: torch.save(network.state_dict(), NEW_FILE)"
     return ""
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its content where the suffix does not say so: eight bytes, then a header in JSON."""
+    """From the suffix or the content: eight bytes, then a JSON header."""
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 class _Left:
-    """Stands for a value in a file that weights have no use for, and keeps nothing of it."""
+    """An empty stand-in for a value that weights do not need."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -91,7 +91,7 @@ class _Left:
 
 
 class _LeftList(list[Any]):
-    """As `_Left`, for what is filled like a list."""
+    """As `_Left`, for values that are filled like a list."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -100,8 +100,8 @@ def _empty_dict(*args: Any) -> dict[Any, Any]:
     return {}
 
 
-# What torch's unpickler makes of the data that people keep beside their weights: containers, NumPy's numbers, or nothing.
-# No class of another library is imported for it, and none of its code runs.
+# How torch's unpickler builds other data in files of weights: as containers, NumPy numbers, or empty stand-ins. No other
+# library is imported, and none of its code runs.
 _DICTS = {
     "easydict": "EasyDict",
     "addict.addict": "Dict",
@@ -149,9 +149,9 @@ PLAIN: tuple[Any, ...] = (
 
 
 def archive_damage(path: Path) -> str | None:
-    """What is wrong with a file of torch's, where that can be told: it is a zip archive, which keeps a CRC-32 of every tensor.
+    """The damage of a torch file, or None: it is a zip archive with a CRC-32 of every tensor, which torch does not verify.
 
-    torch writes those sums and does not look at them. Its older format, and safetensors, have none.
+    torch's older format and safetensors have no checksums.
     """
     try:
         with path.open("rb") as file:
@@ -159,22 +159,18 @@ def archive_damage(path: Path) -> str | None:
                 return None
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
-    except Exception as error:  # of a damaged head zipfile has many
+    except Exception as error:  # zipfile raises many kinds for a damaged header
         return f"the archive cannot be read ({first_line(error)})"
     return None if part is None else f"the checksum of {part} differs"
 
 
 def write_state_dict(path: Path, state: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Writes a state dict beside and renames it, in the format of the file's suffix.
+    """Writes a state dict in the format of the file's suffix. Raises UserError.
 
     Args:
-        path: a `.safetensors` file keeps the metadata in its header; a `.pth` file is the bare state dict, which is what
-            `load_state_dict` takes, and the caller keeps the metadata elsewhere; the same with `.pkl`.
-        state: tensors by name; for `.pkl` whatever can be pickled.
-        metadata: where the weights come from.
-
-    Raises:
-        UserError: the file cannot be written.
+        path: a `.safetensors` file has the metadata in its header; `.pth` and `.pkl` files hold the state dict only.
+        state: tensors by name; for `.pkl` anything that can be pickled.
+        metadata: origin of the weights.
     """
     with replaced_when_whole(path) as temporary:
         if path.suffix == ".pkl":

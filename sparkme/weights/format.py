@@ -1,4 +1,4 @@
-"""What a library expects of a file of weights. Imports no torch: the command line of the export follows from it."""
+"""The interface of export formats. Imports no torch, since the command line of the export follows from it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STATE_DICTS = (".safetensors", ".pth", ".pt")  # files of a bare state dict
 
 @dataclass(frozen=True)
 class Format:
-    """A form that an encoder's weights are written in; by itself the network's own names, in a file of a state dict.
+    """A format of exported weights; the base class writes a state dict with the network's own names.
 
     Attributes:
-        whose: whose names and layouts these are, for people.
+        whose: the library, for people.
         tables: names and layouts, by family of networks, see `sparkme.weights.libraries`.
-        suffixes: of the files that the library reads; the first is taken where nobody names a file.
-        is_read: whether names of a file are looked up in the tables.
+        suffixes: suffixes of the files that the library reads; the first is the default.
+        is_read: whether the tables are also for reading files.
     """
 
     whose: str
@@ -33,30 +33,27 @@ class Format:
     is_read: bool = True
 
     def counterpart(self, model: str) -> str | None:
-        """The library's network that the weights must fit and be compared in, as `create_dense` calls it; None: it is not here.
-
-        `model` is the name of the network that was trained.
-        """
+        """The library's network for the trained `model`, as a name for `create_dense`; None if it cannot be built here."""
         return None
 
     def state(self, encoder: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is written: the encoder alone, under the library's names, unless that takes more of what was `trained`."""
+        """The tensors to write: the encoder, and other trained weights if the library needs them."""
         return encoder
 
     def content(self, state: dict[str, Tensor]) -> Any:
-        """What a file holds of it."""
+        """The content of the file."""
         return state
 
     def notes(self, settings: PretrainSettings) -> dict[str, str]:
-        """What the library has to be told of the run, for the file's metadata."""
+        """Settings that the library needs, for the file's metadata."""
         return {}
 
     def making(self, model: str, channels: int) -> tuple[str, str] | None:
-        """Modules to import and the expression that makes the library's network, where a line is enough."""
+        """Modules to import and an expression that creates the library's network, if a line is enough."""
         return None
 
     def loading(self, path: Path, model: str, channels: int) -> str:
-        """The lines that load the file, for people."""
+        """Lines of code that load the file."""
         package, function = ("safetensors.torch", "load_file") if path.suffix == ".safetensors" else ("torch", "load")
         read = f"{package}.{function}({str(path)!r})"
         if (making := self.making(model, channels)) is None:

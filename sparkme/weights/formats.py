@@ -1,10 +1,10 @@
 """The formats of `python -m sparkme.export --to NAME`, each in a file of its own.
 
-To add one, write `sparkme/weights/NAME.py` with a `FORMAT`, and add a line here; that is all. A `Format` says which tables its
-names follow (`sparkme.weights.names`). A subclass says what else differs: the content of the file, the library's network that
-must take the weights, what the library has to be told, how the file is loaded. The command's choices and help texts follow from
-this table, and so does the reading of files under those names (`--init`, `--weights`). The tests go by it, too: test_interop.py
-reads every table in both directions, test_export.py writes every format and reads it back where it is a state dict.
+To add one, write `sparkme/weights/NAME.py` with a `FORMAT`, and add a line here. A `Format` has the tables of its names
+(`sparkme.weights.names`). A subclass changes the content of the file, the library's network that loads the weights, notes for
+the library, or the lines that load the file. This table also gives the command's choices and help texts, the names for reading
+files (`--init`, `--weights`), and the tests: test_interop.py uses every table in both directions, test_export.py writes every
+format and reads every state dict back.
 """
 
 from __future__ import annotations

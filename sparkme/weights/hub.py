@@ -29,7 +29,7 @@ Encoder of `{name}` without a classifier, pretrained by {method} with sparkme.
 ```python
 import timm
 
-model = timm.create_model({load!r}, pretrained=True, num_classes=10)  # a new classifier, to be fine-tuned
+model = timm.create_model({load!r}, pretrained=True, num_classes=10)  # a new classifier to fine-tune
 ```
 
 The licence of these weights is for whoever publishes them to choose, with regard to the images they were trained on.
@@ -39,17 +39,14 @@ The licence of these weights is for whoever publishes them to choose, with regar
 def write_hub_folder(
     folder: Path, settings: PretrainSettings, state: dict[str, Tensor], metadata: dict[str, str], repository: str | None
 ) -> None:
-    """Writes config, weights and model card, and sends them where a repository is named.
+    """Writes config, weights and model card, and uploads them to a repository, if any. Raises UserError.
 
     Args:
-        folder: where they go.
-        settings: of the run.
-        state: the encoder's weights under timm's names.
-        metadata: of an exported file, for the card.
-        repository: of the hub, NAME/REPO.
-
-    Raises:
-        UserError: they cannot be written or sent.
+        folder: the folder to write.
+        settings: the run's.
+        state: the encoder's weights with timm's names.
+        metadata: for the card.
+        repository: on the hub, NAME/REPO.
     """
     import timm  # noqa: PLC0415  (half a second, for hub folders alone)
     from timm.models._hub import save_for_hf  # noqa: PLC0415
@@ -81,20 +78,16 @@ def write_hub_folder(
         raise UserError(f"cannot write {folder}: {error}") from error
     print(f"wrote {folder}; load it:\n\nimport timm\nmodel = timm.create_model('local-dir:{folder}', pretrained=True)")
     if repository:
-        print(f"sent to {send(folder, repository)}")
+        print(f"uploaded to {send(folder, repository)}")
 
 
 def send(folder: Path, repository: str) -> Any:
-    """Sends a folder to the hub. Returns its address.
-
-    Raises:
-        UserError: that failed.
-    """
+    """Uploads a folder to the hub. Returns its address. Raises UserError."""
     from huggingface_hub import HfApi  # noqa: PLC0415  (a client for the network)
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         return api.upload_folder(repo_id=repository, folder_path=str(folder))
-    except Exception as error:  # the network, a token, a name: whatever it is, the folder is there
+    except Exception as error:  # network, token or name: the folder is complete anyway
         raise UserError(f"--push-to-hub {repository} failed: {first_line(error)}; {folder} is complete") from error

@@ -1,4 +1,4 @@
-"""Weights from one library's names to another's, through the table of each."""
+"""Translates weights between the names of libraries, through their tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparkme.weights import minkowski
 from sparkme.weights.formats import FORMATS
 from sparkme.weights.names import Table
 
-# By family of networks and library: all names that files are read by.
+# By family of networks and library: the names that can be read.
 TABLES: dict[str, dict[str, Table]] = {
     family: {name: form.tables[family] for name, form in FORMATS.items() if family in form.tables and form.is_read}
     for family in dict.fromkeys(family for form in FORMATS.values() for family in form.tables)
@@ -21,28 +21,24 @@ TABLES["convnext"]["minkowski"] = minkowski.CONVNEXT  # read, and not written
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose names some weights have: a family of `TABLES` and a library; no family where no table knows them."""
+    """The naming of some weights: a library, and a family of `TABLES` if one has these names."""
 
     library: str
     family: str | None
 
     def targets(self) -> list[str]:
-        """The libraries whose names they can be given."""
+        """The libraries to whose names they can be translated."""
         return list(dict.fromkeys([self.library, *(name for name, form in FORMATS.items() if self.family in form.tables)]))
 
 
 def origin_of(library: str, state: dict[str, Tensor]) -> Origin:
-    """The family that the weights of a network of a library belong to."""
+    """The naming of the weights of a library's network."""
     families = (family for family, tables in TABLES.items() if library in tables and tables[library].knows(state))
     return Origin(library, next(families, None))
 
 
 def translate(state: dict[str, Tensor], origin: Origin, library: str) -> dict[str, Tensor]:
-    """An encoder's weights under the names and in the shapes of another library.
-
-    Raises:
-        ValueError: there is no table for that; says what there is.
-    """
+    """An encoder's weights with the names and shapes of another library. Raises ValueError, which lists the possible ones."""
     if library == origin.library:
         return state
     tables = TABLES.get(origin.family or "", {})
@@ -51,22 +47,22 @@ def translate(state: dict[str, Tensor], origin: Origin, library: str) -> dict[st
         others = [target for target in origin.targets() if target != origin.library]
         whose = "your own network" if origin.library == "own" else f"this network of {origin.library}"
         kind = whose if origin.family is None else f"a {origin.family} of {origin.library}"
-        hint = f"; with --to it can go to {', '.join(others)}" if others else ""
-        raise ValueError(f"{kind} has no names in {library}; leave out --to to keep its own{hint}")
+        hint = f", or use --to {' or '.join(others)}" if others else ""
+        raise ValueError(f"{kind} has no names in {library}; leave out --to to keep its own names{hint}")
     return table.from_hub(tables[origin.library].to_hub(state))
 
 
 @dataclass(frozen=True)
 class Form:
-    """A network's weights as a library names them, without the beginning that all names share.
+    """A library's names for a network's weights, without their common start.
 
     Attributes:
         kind: the library.
-        start: that beginning, such as `backbone.`.
-        expected: tensors of the expected shapes by their names behind `start`, in the order of the network.
+        start: the common start, such as `backbone.`.
+        expected: tensors of the expected shapes by the rest of their names, in the order of the network.
         own: the network's own name of each.
-        origin: for the way back.
-        library: whose network it is.
+        origin: the naming, for the translation back.
+        library: the library of the network.
     """
 
     kind: str
@@ -77,17 +73,12 @@ class Form:
     library: str
 
     def to_own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under the form's names, as the network has them."""
+        """Translates tensors with the form's names to the network's."""
         return translate({self.start + name: value for name, value in state.items()}, self.origin, self.library)
 
 
 def forms_of(own: dict[str, Tensor], library: str) -> list[Form]:
-    """All names that a network's weights may have in a file, its own first.
-
-    Args:
-        own: those the network has, by name.
-        library: whose network it is.
-    """
+    """All namings of a network's weights (`own`) that a file may use, its own library's first."""
     origin = origin_of(library, own)
     forms = []
     for kind in [library, *(name for name in TABLES.get(origin.family or "", {}) if name != library)]:
@@ -108,6 +99,6 @@ def forms_of(own: dict[str, Tensor], library: str) -> list[Form]:
 
 
 def shared_start(names: list[str]) -> str:
-    """The modules, with their dots, that all names begin with."""
+    """The leading modules, with dots, that all names share."""
     columns = zip(*(name.split(".")[:-1] for name in names))
     return "".join(f"{column[0]}." for column in takewhile(lambda column: len({*column}) == 1, columns))

@@ -1,7 +1,7 @@
 """The names and layouts of the ConvNeXt V2 authors' pretraining (facebookresearch/ConvNeXt-V2, models/convnextv2_sparse.py).
 
-Its encoder is made of MinkowskiEngine's layers: kernels (K, C_in, C_out) and, depthwise, (K, C), biases and GRN's weights with
-an axis in front. In its files the encoder lies under `encoder.`, beside a decoder. They are read, not written.
+Its encoder has MinkowskiEngine's layers: kernels (K, C_in, C_out), depthwise kernels (K, C), and biases and GRN weights with a
+leading axis. In its files the encoder has the prefix `encoder.`, beside a decoder. They are read, not written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of weights in other libraries: each library is a table of rules, read in both directions."""
+"""Names of weights in other libraries: a table of rules per library, used in both directions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rule:
     Attributes:
         hub: the name in the hub's network, see `Table`.
         theirs: the name in the library's network.
-        to_theirs, to_hub: change the shape on the way, where the libraries differ.
+        to_theirs, to_hub: convert shapes, if they differ.
     """
 
     hub: str
@@ -29,15 +29,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """How a library names the weights of a family of networks, against the family's hub.
+    """Maps a library's names for a family of networks to the family's hub naming.
 
-    The hub of ResNets is torchvision's naming, that of ConvNeXts their authors' (facebookresearch/ConvNeXt and ConvNeXt-V2).
+    The hub naming is torchvision's for ResNets, and the authors' for ConvNeXts (facebookresearch/ConvNeXt and ConvNeXt-V2).
 
     Attributes:
-        rules: all names there are.
-        source: where the names were read.
-        dropped: last words of hub names that the library has no place for.
-        ignored: beginnings of the library's names that are no part of an encoder.
+        rules: one for each name.
+        source: file that defines the library's names.
+        dropped: last words of hub names that the library lacks.
+        ignored: starts of the library's names that do not belong to an encoder.
     """
 
     rules: tuple[Rule, ...]
@@ -46,21 +46,17 @@ class Table:
     ignored: tuple[str, ...] = field(default=("fc.", "head.", "norm.", "classifier."))
 
     def from_hub(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The library's names and shapes.
-
-        Raises:
-            ValueError: a weight that no rule covers.
-        """
+        """Translates to the library's names and shapes. Raises ValueError for a weight that no rule covers."""
         rules = [(rule.hub, rule.theirs, rule.to_theirs) for rule in self.rules]
         return _translate({n: v for n, v in state.items() if n.rpartition(".")[2] not in self.dropped}, rules, self.source)
 
     def to_hub(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The hub's names and shapes; heads are left out."""
+        """Translates to the hub's names and shapes, without heads."""
         rules = [(rule.theirs, rule.hub, rule.to_hub) for rule in self.rules]
         return _translate({n: v for n, v in state.items() if not n.startswith(self.ignored)}, rules, self.source)
 
     def knows(self, names: Iterable[str]) -> bool:
-        """Whether every name, heads aside, is one of the library's."""
+        """Whether every name outside heads is one of the library's."""
         patterns = [_pattern(rule.theirs) for rule in self.rules]
         names = [name for name in names if not name.startswith(self.ignored)]
         return bool(names) and all(any(p.fullmatch(name) for p in patterns) for name in names)
@@ -82,7 +78,7 @@ def _translate(
                 out[after.format(**match.groupdict())] = change(value) if change else value
                 break
         else:
-            raise ValueError(f"weight {name!r} of {tuple(value.shape)} has no name there ({source})")
+            raise ValueError(f"weight {name!r} of {tuple(value.shape)} has no name in that library ({source})")
     return out
 
 
@@ -97,7 +93,7 @@ def resnet_rules(
     shortcut: str = "downsample.0",
     shortcut_norm: str = "downsample.1",
 ) -> tuple[Rule, ...]:
-    """A ResNet's names against torchvision's, from what a library calls its parts; `stage` may be a list of four."""
+    """The rules of a ResNet, from a library's names of its parts."""
     rules = [Rule("conv1.weight", f"{stem}conv1.weight"), Rule("bn1.{p}", f"{stem}{norm.format(n=1)}.{{p}}")]
     for s in range(1, 5):
         ours, theirs = f"layer{s}.{{b}}", stage.replace("{s+1}", str(s + 1)).replace("{s}", str(s)) + ".{b}"

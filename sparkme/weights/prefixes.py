@@ -1,8 +1,8 @@
-"""From a file's names to a network's by one rule: strip a prefix, then read what is left as one library's names.
+"""Finds a network's weights in a file by one rule: strip a prefix, then read the rest as one library's names.
 
-Everything in a file lies under one dotted name, containers and all: `state_dict.module.encoder_q.conv1.weight`. Codes wrap an
-encoder in many ways (`module.`, `model.backbone.`, `encoder_q.`, `backbone.body.`); each is a prefix that all the encoder's
-names share. A prefix is taken where it explains every name and shape that the network needs; the rest is left over, and said.
+Every tensor in a file has one dotted name, including containers: `state_dict.module.encoder_q.conv1.weight`. Wrappers of an
+encoder (`module.`, `model.backbone.`, `encoder_q.`, `backbone.body.`) are prefixes that all its names share. A prefix is used
+if it explains every name and shape that the network needs. Unused names are reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparkme.errors import UserError
 from sparkme.weights.libraries import Form, forms_of, shared_start
 from sparkme.weights.spark import ENCODER
 
-# Words of what is not trained itself but follows something that is. By default that is not taken where both are there.
+# Words in the names of averages and copies of trained weights. If a file has both, the trained weights are the default.
 _FOLLOWERS = {
     "ema",
     "average",
@@ -36,22 +36,22 @@ _FOLLOWERS = {
     "k",
     "optimizer",
 }
-# What torch puts anywhere into names, which is taken off.
+# torch puts these words into names; they are removed.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-COUNTER = "num_batches_tracked"  # of batch norms, which files of old versions of torch lack
+COUNTER = "num_batches_tracked"  # files of old torch versions lack it
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a network wants of a file.
+    """The weights that a network needs.
 
     Attributes:
         model: the network's name, for people.
-        library: whose it is, see `sparkme.networks.names.library_of`.
+        library: its library, see `sparkme.networks.names.library_of`.
         own: its tensors by name, in the order of its layers.
-        channels: of its images.
-        head: names of `own` that are never taken.
-        whole: whether all of the others must be there; else only those up to the last that is.
+        channels: channels of its images.
+        head: names of `own` that are never loaded.
+        whole: whether all other names must exist; else only those before the last one found.
     """
 
     model: str
@@ -63,7 +63,6 @@ class Wanted:
 
     @property
     def body(self) -> list[str]:
-        """The names of all but the head."""
         return [name for name in self.own if name not in self.head]
 
     def forms(self) -> list[Form]:
@@ -72,11 +71,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the person who starts the command says about it.
+    """The user's choice.
 
     Attributes:
-        key: a part of the prefix, where several fit.
-        adapt_stem: how the first convolution's weights become those of another number of channels: `sum`, `mean`, `repeat`.
+        key: part of the prefix, if several prefixes fit.
+        adapt_stem: how to fit the first convolution to another number of channels: `sum`, `mean`, `repeat`.
     """
 
     key: str | None = None
@@ -85,16 +84,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found.
+    """Weights found in a file.
 
     Attributes:
-        state: the network's tensors, under its names and in its shapes.
-        prefix: of the file's names.
-        kind: whose names follow it.
-        left: the file's names that nobody has a use for, those near the taken ones first.
-        others: prefixes that would do as well.
-        inside: how many of `left` are parts of layers that were taken, as networks of another kind have them.
-        stem: what was done to the first convolution.
+        state: the network's tensors, with its names and shapes.
+        prefix: the prefix of the file's names.
+        kind: the library whose names follow it.
+        left: unused names of the file, those near the used ones first.
+        others: other prefixes that fit.
+        inside: number of unused names inside used layers, a sign of another kind of network.
+        stem: a note on changes of the first convolution.
     """
 
     state: dict[str, Tensor]
@@ -106,29 +105,29 @@ class Found:
     stem: str = ""
 
     def note(self) -> str:
-        """All of it in one line, for people."""
+        """A line about the result."""
         under = f"under {self.prefix.rstrip('.')!r}, " if self.prefix else ""
-        note = f"{under}names of {self.kind}: {len(self.state)} tensors taken{self.stem}"
+        note = f"{under}names of {self.kind}: {len(self.state)} tensors loaded{self.stem}"
         note += f"; {len(self.left)} not used: {shortened(self.left)}" if self.left else ""
-        note += f" ({self.inside} of them inside of what is taken: is it another kind of network?)" if self.inside else ""
+        note += f" ({self.inside} of them inside loaded layers: is it another kind of network?)" if self.inside else ""
         also = ", ".join(prefix.rstrip(".") or "the bare names" for prefix in self.others)
-        return note + (f"; others are there, to be taken by --weights-key: {also}" if also else "")
+        return note + (f"; other weights in the file, for --weights-key: {also}" if also else "")
 
 
 def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice: Choice = Choice()) -> Found:
-    """Takes a network's weights out of what a file holds.
+    """Finds a network's weights among the tensors of a file.
 
-    Where several prefixes fit, what is trained is taken before what is an average of it (EMA, teacher, momentum or key encoder,
-    see `_FOLLOWERS`), then what stands first in the file; `choice.key` takes another.
+    If several prefixes fit, trained weights come before averages of them (EMA, teacher, momentum or key encoder, see
+    `_FOLLOWERS`), then the first in the file; `choice.key` selects another.
 
     Args:
-        tensors: of the file, see `sparkme.weights.files.read_tensors`.
-        wanted: what the network wants.
+        tensors: the file's, see `sparkme.weights.files.read_tensors`.
+        wanted: the weights that the network needs.
         origin: the file, for messages.
-        choice: what the user says.
+        choice: the user's choice.
 
     Raises:
-        UserError: no prefix explains all that is wanted; shows the file's names beside the expected ones.
+        UserError: no prefix explains all names; shows the file's names beside the expected ones.
     """
     if not any(_is_wrapped(name) for name in wanted.own):
         tensors = {_without_wrappers(name): value for name, value in tensors.items()}
@@ -153,7 +152,6 @@ def find_weights(tensors: dict[str, Tensor], wanted: Wanted, origin: str, choice
 
 
 def shortened(names: list[str], most: int = 4) -> str:
-    """The first of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -162,11 +160,11 @@ class _Fit:
     """One way to read a file.
 
     Attributes:
-        form: whose names.
-        prefix: of the file's names.
-        taken: the file's name of each tensor that fits, by the form's; in the order of the network.
-        stems: those of them that would fit with another number of input channels.
-        missing, wrong: the network's own names of what is not there, or of another shape.
+        form: the naming.
+        prefix: the prefix of the file's names.
+        taken: the file's name of each tensor that fits, by the form's name, in the order of the network.
+        stems: those that fit except for the number of input channels.
+        missing, wrong: the network's names of missing tensors and of wrong shapes.
     """
 
     form: Form
@@ -178,7 +176,7 @@ class _Fit:
 
     @property
     def shown_prefix(self) -> str:
-        """Without what the form's names begin with themselves."""
+        """The prefix without the common start of the form's names."""
         return self.prefix.removesuffix(self.form.start)
 
     def name_of(self, own: str) -> str:
@@ -187,7 +185,7 @@ class _Fit:
 
 
 def _fits(tensors: dict[str, Tensor], wanted: Wanted, form: Form) -> list[_Fit]:
-    """All prefixes behind which names of the form stand, in the order of the file."""
+    """One fit for each prefix of the form's names, in the order of the file."""
     prefixes: dict[str, None] = {}
     for name in tensors:
         parts = name.split(".")
@@ -217,7 +215,7 @@ def _fit(tensors: dict[str, Tensor], wanted: Wanted, form: Form, prefix: str) ->
 
 
 def _is_alike(value: Tensor, expected: Tensor) -> bool:
-    """Whether the shapes are equal, axes of length one aside: a linear layer may be a 1x1 convolution."""
+    """Whether the shapes are equal except for axes of size one, since a linear layer may be a 1x1 convolution."""
     shapes = [[n for n in tensor.shape if n != 1] for tensor in (value, expected)]
     return shapes[0] == shapes[1] and value.is_floating_point() == expected.is_floating_point()
 
@@ -229,7 +227,7 @@ def _is_stem(value: Tensor, expected: Tensor, channels: int) -> bool:
 
 
 def _best_first(fits: list[_Fit], least: float) -> list[_Fit]:
-    """The fits without a problem, one a prefix, none of a few tensors or a small part of another, the default first."""
+    """The complete fits, one per prefix, without small ones; the default first."""
     by_prefix: dict[str, _Fit] = {}
     for fit in fits:
         if len(fit.taken) >= least and not fit.missing and not fit.wrong:
@@ -258,10 +256,9 @@ def _is_under(prefix: str, key: str) -> bool:
 
 
 def _between(tensors: dict[str, Tensor], fit: _Fit) -> tuple[list[str], list[str]]:
-    """What the file has more in the midst of the network's layers: numbers of a series of them, and parts of single ones.
+    """Unused names between the network's layers: further members of a series of layers, and further parts of single layers.
 
-    The first is of a deeper network, the second of another kind of layers. What stands behind the last of the layers is
-    neither: it may be a neck or a head.
+    The former belong to a deeper network, the latter to another kind of layer. Later names may be a neck or head.
     """
     last: dict[str, int] = {}  # of each module, the number of its last tensor
     series = set()
@@ -289,32 +286,28 @@ def _between(tensors: dict[str, Tensor], fit: _Fit) -> tuple[list[str], list[str
 def _adapt(
     tensors: dict[str, Tensor], fit: _Fit, wanted: Wanted, origin: str, how: str | None
 ) -> tuple[dict[str, Tensor], str]:
-    """The first convolutions' weights for the network's channels, and what was done.
-
-    Raises:
-        UserError: nobody said how.
-    """
+    """The first convolutions' weights for the network's channels, and a note. Raises UserError without `how`."""
     if not fit.stems:
         return {}, f"; --adapt-stem {how} had nothing to do" if how else ""
     given = tensors[fit.taken[fit.stems[0]]].shape[1]
     if how is None:
         names = shortened([fit.taken[name] for name in fit.stems])
         raise UserError(
-            f"{origin}: {names} is for images of {given} channels, {wanted.model} here for {wanted.channels}; pass "
-            f"--adapt-stem (sum, mean or repeat) to change its weights, or pretrain with --channels {given}"
+            f"{origin}: {names} is for {given} channels, but {wanted.model} here has {wanted.channels}; pass "
+            f"--adapt-stem (sum, mean or repeat) to adapt it, or pretrain with --channels {given}"
         )
     changed = {name: adapted_stem(tensors[fit.taken[name]], wanted.channels, how) for name in fit.stems}
-    return changed, f"; {shortened([*changed])} made for {wanted.channels} channels instead of {given} by --adapt-stem {how}"
+    return changed, f"; {shortened([*changed])} adapted from {given} to {wanted.channels} channels by --adapt-stem {how}"
 
 
 def adapted_stem(weight: Tensor, channels: int, how: str) -> Tensor:
-    """A convolution's weights for images of another number of channels.
+    """A convolution's weights for another number of input channels.
 
     Args:
         weight: (C_out, C, kh, kw).
-        channels: of the new images, n.
-        how: `sum`, each channel gets an n-th of the sum over all C, so that equal channels give what they gave before; `mean`,
-            each gets the mean; `repeat`, the C in turn, times C / n, which keeps the size of what comes out.
+        channels: the new number n.
+        how: `sum`: each channel gets 1/n of the sum over C, so that equal channels give the same output as before; `mean`: each
+            gets the mean; `repeat`: repeats the C channels and multiplies by C / n, to keep the size of outputs.
 
     Returns:
         (C_out, n, kh, kw) in float32 or more.
@@ -331,11 +324,11 @@ def _refusal(tensors: dict[str, Tensor], wanted: Wanted, origin: str, key: str |
     """The file's names beside the expected ones, the nearest first."""
     if key is not None and not any(_is_under(name, key) for name in tensors):
         heads = Counter(name.split(".")[0] for name in tensors)
-        return f"{origin} has no names with {key!r} in them (--weights-key); they begin with {shortened([*heads])}"
+        return f"{origin} has no names that contain --weights-key {key!r}; they start with {shortened([*heads])}"
     nearest = max(fits, key=lambda fit: len(fit.taken) - len(fit.wrong), default=None)
     if nearest is None:
         nearest = _Fit(wanted.forms()[0], "", missing=wanted.body)
-    if not nearest.missing and not nearest.wrong:  # too little of it
+    if not nearest.missing and not nearest.wrong:  # too small a part
         nearest.missing = [own for own in wanted.body if nearest.name_of(own) not in tensors]
     pairs = [*_wrong_pairs(tensors, wanted, nearest), *_missing_pairs(tensors, wanted, nearest)]
     shown = "; ".join(text for _, text in sorted(pairs, key=lambda pair: -pair[0])[:4])
@@ -343,7 +336,7 @@ def _refusal(tensors: dict[str, Tensor], wanted: Wanted, origin: str, key: str |
         names = [f"{name} {_shape(value)}" for name, value in tensors.items()]
         shown += f"; the file has {shortened(names)}"
     under = f" under {nearest.shown_prefix!r}" if nearest.shown_prefix else ""
-    there = f"of its {len(wanted.body)} tensors {len(nearest.taken)} are there{under}"
+    there = f"{len(nearest.taken)} of its {len(wanted.body)} tensors match{under}"
     return f"{origin} does not fit {wanted.model}: {there}, no prefix explains all names; {shown}"
 
 
@@ -354,13 +347,13 @@ def _wrong_pairs(tensors: dict[str, Tensor], wanted: Wanted, fit: _Fit) -> Itera
 
 
 def _missing_pairs(tensors: dict[str, Tensor], wanted: Wanted, fit: _Fit) -> Iterator[tuple[float, str]]:
-    """How near the nearest name of the file is, from 0 to 1, and both names."""
+    """Similarity of the nearest name in the file, from 0 to 1, and a line with both names."""
     free = [name for name in tensors if name not in fit.taken.values()]
     for own in fit.missing[:20]:
         expected, text = fit.name_of(own), f"{fit.name_of(own)} {_shape(wanted.own[own])} is missing"
         alike = [name for name in free if _is_alike(tensors[name], wanted.own[own])]
         if close := difflib.get_close_matches(expected, alike or free, n=1, cutoff=0.5):
-            text += f", where the file has {close[0]} {_shape(tensors[close[0]])}"
+            text += f", the file has {close[0]} {_shape(tensors[close[0]])}"
         yield difflib.SequenceMatcher(None, expected, close[0]).ratio() if close else 0.0, text
 
 

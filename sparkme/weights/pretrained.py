@@ -1,4 +1,4 @@
-"""What comes after pretraining begins here: weights of an encoder, from a checkpoint or a file, and what they expect."""
+"""Reads an encoder's weights, from a checkpoint or a file, with the properties of the images that they expect."""
 
 from __future__ import annotations
 
@@ -36,21 +36,20 @@ from sparkme.weights.verify import TOLERANCE, verify
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights of an encoder, and the images they were trained on.
+    """Weights of an encoder, and the images that they were trained on.
 
     Attributes:
         model: the network's name, see `sparkme.networks.create.create_dense`.
-        state: tensors, among which its weights are, under the names of some library and behind some prefix. None for random
-            weights.
-        origin: where they come from, for people.
-        channels: of the images.
-        statistics: what the images are normalised by.
-        background: what transparent images are laid on.
-        input_size: height and width; None where it is not known.
-        choice: what the user says of how the weights are found in the file.
-        pixels: how the numbers of the images became values; None where it is not known.
-        drop_path: that the network was trained with.
-        proof: what is kept of its trial, see `sparkme.sparsify`.
+        state: the file's tensors, with any library's names and any prefix; None for random weights.
+        origin: the file, for people.
+        channels: channels of the images.
+        statistics: mean and standard deviation of the images.
+        background: colour behind transparent pixels.
+        input_size: height and width; None if unknown.
+        choice: the user's choice among several sets of weights.
+        pixels: conversion of pixel values; None if unknown.
+        drop_path: rate with which the network was trained.
+        proof: proof of its trial, see `sparkme.sparsify`.
     """
 
     model: str
@@ -66,11 +65,11 @@ class Pretrained:
     proof: dict[str, Any] | None = None
 
     def encoder(self, seed: int = 0) -> tuple[SparseEncoder, str]:
-        """The sparse encoder, and for people what was taken; `seed` draws random weights.
+        """The sparse encoder, and a line about its weights; `seed` is for random weights.
 
         Raises:
             UserError: the weights are of another network.
-            ValueError: there is no such network, or it cannot be sparse.
+            ValueError: an unknown network, or one that cannot be sparse.
         """
         torch.manual_seed(seed)
         encoder = create_encoder(self.model, in_channels=self.channels, drop_path=self.drop_path, proof=self.proof)
@@ -83,14 +82,14 @@ class Pretrained:
         return encoder, found.note()
 
     def dense(self, num_classes: int, *, drop_path: float = 0.0) -> tuple[nn.Module, list[str], str]:
-        """The ordinary network with a new classifier, whose weights are drawn from torch's generator as it stands.
+        """The ordinary network with a new random classifier.
 
         Returns:
-            The network, the names of what is not pretrained, and for people what was taken.
+            The network, the names of its weights that are not pretrained, and a line about the weights.
 
         Raises:
             UserError: the weights are of another network.
-            ValueError: there is no such network, or it gives no features to classify.
+            ValueError: an unknown network, or one without features to classify.
         """
         network = create_dense(self.model, in_channels=self.channels, drop_path=drop_path, num_classes=num_classes)
         if library_of(self.model) == "torchvision":
@@ -103,7 +102,7 @@ class Pretrained:
         is_head = [n for n in own if head is not None and (n.startswith(f"{head}.") or n.lower().startswith("aux"))]
         found = self._find(own, head=is_head, whole=False)
         with torch.no_grad():
-            for name, value in found.state.items():  # the values themselves: `load_state_dict` of MNASNet wants more than names
+            for name, value in found.state.items():  # by value: MNASNet's load_state_dict needs versions
                 own[name].copy_(value)
         return network, [n for n in own if n not in found.state and not n.endswith(COUNTER)], found.note()
 
@@ -113,7 +112,7 @@ class Pretrained:
         return find_weights(self.state, wanted, self.origin, self.choice)
 
     def head_of(self, network: nn.Module) -> str:
-        """The path of the classifier in a network that `dense` made."""
+        """The path of the classifier in a network of `dense`."""
         return "head" if isinstance(network, Classifier) else find_classifier(network, self.channels)
 
     def random(self) -> Pretrained:
@@ -122,21 +121,21 @@ class Pretrained:
 
 
 def load_encoder(path: Path | str, model: str | None = None) -> SparseEncoder:
-    """The sparse encoder of a file, with its weights; features of images with hidden patches, or with none, are one call away.
+    """The sparse encoder of a file, with its weights.
 
-    A network whose trial is kept in the file is not tried again, if its code and the libraries are what they were; one line on
-    stderr says so where they are not.
+    The trial is skipped if the file has a proof of it, and code and libraries have not changed; otherwise a line on stderr says
+    why the network is tried again.
 
     Args:
-        path: what `read_pretrained` reads: a checkpoint, exported weights, a hub folder, or weights of another source.
-        model: the network's name, where the file does not say it.
+        path: a checkpoint, exported weights, a hub folder, or weights of another library.
+        model: the network's name, if the file does not contain it.
 
     Returns:
         A `SparseEncoder` on the CPU, in float32 and eval mode.
 
     Raises:
-        UserError: no such file, or nothing in it that fits the network.
-        ValueError: there is no such network, or it cannot be sparse.
+        UserError: no such file, or its weights do not fit the network.
+        ValueError: an unknown network, or one that cannot be sparse.
     """
     path = Path(path)
     tensors, checkpoint = _read(path)
@@ -200,13 +199,10 @@ def _pyramid_of(network: nn.Module, taps: Sequence[str] | None, num_scales: int)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Reads what a file has of tensors or, if it is a checkpoint of this project, the whole of that.
-
-    Returns:
-        The tensors, see `read_tensors`, and None; or none, and the checkpoint.
+    """Reads a file: its tensors (see `read_tensors`) and None or, for a checkpoint of this project, {} and the checkpoint.
 
     Raises:
-        UserError: no such file, or nothing of that kind in it.
+        UserError: no such file, or no weights in it.
     """
     if path.suffix == ".safetensors" or not path.is_file():
         return read_tensors(path), None
@@ -216,23 +212,22 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         try:
             return read_tensors(path), None
         except UserError:
-            if path.parent.name == "checkpoints" and archive_damage(path):  # it says which others there are
+            if path.parent.name == "checkpoints" and archive_damage(path):  # the error lists other checkpoints
                 raise error from None
             raise
 
 
 def read_pretrained(path: Path, model: str | None = None, choice: Choice = Choice()) -> Pretrained:  # noqa: B008
-    """Reads what an encoder's weights are kept in.
+    """Reads an encoder's weights.
 
     Args:
-        path: a checkpoint of sparkme.pretrain or sparkme.finetune; a .safetensors or .pth file of sparkme.export; a folder of
-            timm's for the hub; or weights of another source, under the names of any library of `sparkme.weights`, wrapped in
-            whatever way.
-        model: the network's name; left out where the file says it.
-        choice: what the user says of how the weights are found in it.
+        path: a checkpoint of sparkme.pretrain or sparkme.finetune; a .safetensors or .pth file of sparkme.export; a hub folder
+            of timm; or weights with the names of any library of `sparkme.weights`, under any prefix.
+        model: the network's name, if the file does not contain it.
+        choice: the user's choice among several sets of weights.
 
     Raises:
-        UserError: no such file, or it does not say of which network it is, and nobody else does.
+        UserError: no such file, or the network's name is unknown.
     """
     return _pretrained(path, *_read(path), model, choice)
 
@@ -245,7 +240,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 def _check_model(given: str | None, own: str, path: Path) -> None:
     if given not in (None, own):
-        raise UserError(f"--model {given}, but {path} is of {own}; leave out --model")
+        raise UserError(f"--model {given}, but {path} has weights of {own}; leave out --model")
 
 
 def _pretrained(
@@ -257,7 +252,7 @@ def _pretrained(
         return found
     notes = _notes(path)
     if model is None and "network" not in notes:
-        raise UserError(f"{path} does not say of which network it is; pass --model NAME, such as resnet50 or timm:resnet50")
+        raise UserError(f"{path} does not name its network; pass --model NAME, such as resnet50 or timm:resnet50")
     size = json.loads(notes["input_size"]) if "input_size" in notes else None
     statistics = Statistics(*(tuple(json.loads(notes[name])) for name in ("mean", "std"))) if "mean" in notes else Statistics()
     return Pretrained(
@@ -276,17 +271,13 @@ def _pretrained(
 
 
 def _pixels(notes: dict[str, str]) -> Pixels | None:
-    """What sparkme.export or sparkme.finetune wrote; earlier, they wrote other things only."""
+    """The conversion of pixel values that sparkme.export or sparkme.finetune wrote; None for other and older files."""
     kept: dict[str, Any] = {name: json.loads(notes[name]) for name in ("value_range", "upright") if name in notes}
     return pixels_of(from_config(PixelSettings, kept)) if "background" in notes else None
 
 
 def weights_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The dense network's weights in a checkpoint of this project, for `find_weights`.
-
-    Raises:
-        UserError: its configuration describes no network.
-    """
+    """The dense network's weights in a checkpoint of this project, for `find_weights`. Raises UserError."""
     if checkpoint["config"].get("command") == "finetune":
         return tensors_in({name: checkpoint[name] for name in ("model", "average") if name in checkpoint})
     return encoder_of(checkpoint, path).dense_state_dict()
@@ -315,11 +306,11 @@ def _from_checkpoint(checkpoint: dict[str, Any], path: Path, choice: Choice) -> 
             proof,
         )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} has a configuration that describes no network: {type(error).__name__} {error}") from error
+        raise UserError(f"{path} has an invalid configuration: {type(error).__name__} {error}") from error
 
 
 def _notes(path: Path) -> dict[str, str]:
-    """What sparkme.export, or timm, wrote beside or into a file of weights."""
+    """Metadata that sparkme.export or timm wrote into a file of weights or beside it."""
     try:
         if path.is_dir():
             timms = json.loads((path / "config.json").read_text())

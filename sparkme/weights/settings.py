@@ -1,4 +1,4 @@
-"""The settings of `sparkme.export`; which formats there are, it takes from their table. Imports no torch."""
+"""The settings of `sparkme.export`. Its formats come from their table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparkme.settings.declare import Settings, setting
 from sparkme.weights.format import STATE_DICTS
 from sparkme.weights.formats import FORMATS
 
-# The formats whose files are no state dicts.
+# Suffixes of the formats whose files are no state dicts.
 SPECIAL = {name: form.suffixes[0] for name, form in FORMATS.items() if not {*STATE_DICTS}.intersection(form.suffixes)}
 
 
@@ -18,23 +18,24 @@ class ExportSettings(Settings):
     """The settings of `sparkme.export`."""
 
     # fmt: off
-    checkpoint: Path = setting("a checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt", positional=True)
+    checkpoint: Path = setting("checkpoint of sparkme.pretrain, such as runs/x/checkpoints/last.pt", positional=True)
     to: str | None = setting(
-        f"whose names and layouts the weights get: {', '.join(form.whose for form in FORMATS.values())}",
-        otherwise="those of the library that the network came from", choices=tuple(FORMATS), group="what is written")
+        f"library whose names and layout the weights get: {', '.join(form.whose for form in FORMATS.values())}",
+        otherwise="the library that the network came from", choices=tuple(FORMATS), group="what is written")
     output: Path | None = setting(
-        f".safetensors or .pth, {', '.join(f'for {name} {suffix}' for name, suffix in SPECIAL.items())}",
+        f"file to write: .safetensors or .pth; {', '.join(f'{suffix} for {name}' for name, suffix in SPECIAL.items())}",
         otherwise="MODEL.safetensors in the run folder", metavar="FILE", group="what is written")
     overwrite: bool = setting("replace an existing file", False, group="what is written")
     hub_folder: Path | None = setting(
-        "with --to timm: a folder with config, weights and model card, for timm.create_model('local-dir:DIR')", metavar="DIR",
-        group="what is written")
+        "with --to timm: write a folder with config, weights and model card for timm.create_model('local-dir:DIR') instead",
+        metavar="DIR", group="what is written")
     push_to_hub: str | None = setting(
-        "send the hub folder to the Hugging Face hub", metavar="NAME/REPO", group="what is written")
+        "upload the hub folder to the Hugging Face hub", metavar="NAME/REPO", group="what is written")
     verify: bool = setting(
         "compare every stage of the dense model with the sparse encoder before writing", True, group="checks and batch norm")
     recalibrate_bn: Path | None = setting(
-        "estimate batch norm's running statistics anew, on whole images of this folder", metavar="DATA",
+        "re-estimate batch norm's running statistics on whole images of this folder", metavar="DATA",
         group="checks and batch norm")
-    recalibrate_images: int = setting("on at most so many", 1024, metavar="N", at_least=2, group="checks and batch norm")
+    recalibrate_images: int = setting(
+        "use at most N images for that", 1024, metavar="N", at_least=2, group="checks and batch norm")
     # fmt: on

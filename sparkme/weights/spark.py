@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENCODER = "sparse_encoder.sp_cnn."
-_BESIDE = ("decoder.", "densify_norms.", "densify_projs.", "mask_tokens.")  # what `SparK` trains beside its encoder
-_NEVER_USED = ("imn_m", "imn_s", "norm_black", "config")  # buffers the official code keeps for old checkpoints
+_BESIDE = ("decoder.", "densify_norms.", "densify_projs.", "mask_tokens.")  # `SparK`'s parts except the encoder
+_NEVER_USED = ("imn_m", "imn_s", "norm_black", "config")  # buffers that the official code keeps for old checkpoints
 
 
 def is_official(names: list[str]) -> bool:
@@ -25,10 +25,10 @@ def split_official_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
     """Translates an official state dict.
 
     Args:
-        state: of the whole network (`sparse_encoder.sp_cnn.*`, `dense_decoder.*`, ...), or of its encoder alone.
+        state: the whole network's (`sparse_encoder.sp_cnn.*`, `dense_decoder.*`, ...), or its encoder's.
 
     Returns:
-        The encoder under torchvision's names, and the rest under `SparK`'s; the rest is empty for an encoder alone.
+        The encoder with torchvision's names, and the rest with `SparK`'s names, empty for an encoder alone.
     """
     state = {name: value for name, value in state.items() if name not in _NEVER_USED}
     whole = is_official(list(state))
@@ -41,10 +41,7 @@ def split_official_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
 
 
 def beside_encoder(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """The names in `SparK` of what a file has beside an encoder whose names begin with `prefix`, by those in the file.
-
-    There are none where that is not the official code's prefix.
-    """
+    """`SparK`'s names for a file's tensors outside the encoder at `prefix`, by the file's names; {} for other code's files."""
     if not prefix.endswith(ENCODER):
         return {}
     root = prefix.removesuffix(ENCODER)
@@ -56,11 +53,11 @@ def _own_name(name: str) -> str:
 
 
 def join_official_state(encoder: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: an encoder under the names that the official code's network has, and what else `SparK` trains.
+    """The inverse: the official names for an encoder and the other parts of `SparK`.
 
     Args:
-        encoder: under the names of the library that the official code takes it from.
-        model: all that was trained, by its names in `SparK`; of a method that trains other things the encoder alone is left.
+        encoder: with the names of the library that the official code uses.
+        model: all trained weights by their names in `SparK`; for another method only the encoder is kept.
     """
     out = {ENCODER + name: value for name, value in encoder.items()}
     rest = {name: value for name, value in model.items() if not name.startswith("encoder.")}
@@ -78,5 +75,5 @@ FORMAT = OfficialSparK(
     "the official SparK code",
     {"resnet": timm.RESNET, "convnext": convnext.CONVNEXT},
     suffixes=(".pth", ".pt", ".safetensors"),
-    is_read=False,  # a prefix tells its files; behind it stand the names of others
+    is_read=False,  # its files are recognised by the prefix, which other libraries' names follow
 )

@@ -7,8 +7,8 @@ from sparkme.weights.names import Rule, Table, resnet_rules, vector
 
 RESNET = Table(resnet_rules(), "torchvision.models.resnet")
 
-# Stage i of the authors' ConvNeXt is features[2 i + 1] of torchvision's, the stem features[0], and the downsampling layer in
-# front of stage i > 0 features[2 i].
+# Stage i of the authors' ConvNeXt is torchvision's features[2 i + 1], the stem is features[0], and the downsampling layer
+# before stage i > 0 is features[2 i].
 CONVNEXT = Table(
     tuple(
         rule

@@ -1,4 +1,4 @@
-"""Whether a dense network with exported weights computes what the sparse encoder does, and batch norms of whole images."""
+"""Compares exported weights in the dense network with the sparse encoder, and re-estimates batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import dense_features, find_hierarchy
 
-# In float64 both networks differ by rounding alone: about 1e-13 for a hundred layers. A wrong layout differs by about 1.
+# In float64, rounding is about 1e-13 for a hundred layers. A wrong layout differs by about 1.
 TOLERANCE = 1e-8
 
 
@@ -28,17 +28,16 @@ def verify(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int]) -> l
     """Compares a dense model with a sparse encoder, in float64 and eval mode, on images with every patch visible.
 
     Args:
-        dense: the model that got the exported weights; the network that the encoder was made from, or its like in another
-            library.
-        encoder: the encoder they came from; moved to float64 on the CPU.
+        dense: the model with the exported weights: the encoder's original, or its counterpart in another library.
+        encoder: the exported encoder; moved to float64 on the CPU.
         size: height and width of the images.
 
     Returns:
-        Per stage, shallow to deep, the largest difference over the largest value; NaN where a value is not finite.
+        For each stage, shallow to deep, the largest difference divided by the largest value; NaN for non-finite values.
     """
     for network in (dense, encoder):
         network.double().cpu()
-        network.eval()  # which returns what a `train` of the network's own class does
+        network.eval()  # a separate statement: a user's `train` may not return self
     encoder.set_engine("minkowski")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *size, generator=generator, dtype=torch.float64)
@@ -46,7 +45,7 @@ def verify(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int]) -> l
     active = torch.ones(2, 1, size[0] // patch, size[1] // patch, dtype=torch.bool)
     with torch.enable_grad():
         taps = find_hierarchy(copy.deepcopy(dense), len(encoder.strides), in_channels=encoder.in_channels).taps
-    if [tap.stride for tap in taps] != [*encoder.strides]:  # chosen by hand
+    if [tap.stride for tap in taps] != [*encoder.strides]:  # taps were given by hand
         taps = encoder.hierarchy.taps
     expected = dense_features(dense, taps, images)
     return [_difference(x.dense(), y) for x, y in zip(encoder(images, active), expected, strict=True)]
@@ -57,11 +56,9 @@ def _difference(value: Tensor, expected: Tensor) -> float:
 
 
 def recalibrate(dense: nn.Module, data: Path, settings: PretrainSettings, count: int) -> None:
-    """Estimates batch norm's running statistics anew, on whole images: those of pretraining saw visible patches, with their
-    borders. Prints how far they moved.
+    """Re-estimates batch norm's running statistics on whole images, since those of pretraining are of visible patches.
 
-    Raises:
-        UserError: no images there.
+    Prints how far they moved. Raises UserError without images.
     """
     limit_pixels(settings.max_pixels)
     paths = find_images(data, flag="--recalibrate-bn")
@@ -97,9 +94,9 @@ def recalibrate(dense: nn.Module, data: Path, settings: PretrainSettings, count:
         if norm.num_batches_tracked:
             shifts.append(((new_mean - mean).abs() / (new_variance + norm.eps).sqrt()).mean())
             ratios.append(((variance + norm.eps) / (new_variance + norm.eps)).log().abs().mean())
-        else:  # of a layer that whole images do not reach
+        else:  # a layer that whole images do not reach
             norm.running_mean, norm.running_var = mean, variance
     print(
-        f"batch norm recalibrated on {seen} whole images: means were off by {torch.stack(shifts).mean():.3f} deviations, "
-        f"variances by a factor of {torch.stack(ratios).mean().exp():.3f}, both now 0 and 1 on these images"
+        f"batch norm recalibrated on {seen} whole images: means moved by {torch.stack(shifts).mean():.3f} standard deviations, "
+        f"variances by a factor of {torch.stack(ratios).mean().exp():.3f}"
     )

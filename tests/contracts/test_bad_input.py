@@ -54,7 +54,9 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path: Path, capsys:
     with pytest.raises(ValueError, match=r"about 39,\d+ billion weights; use at most 8192"):
         Decoder(32, 32 * 31250)
     assert "--workers 1000 is more than" in fails(capsys, *QUICKEST, "--output", tmp_path, "--workers", 1000)
-    assert "--background mauve-ish is no colour" in fails(capsys, *QUICKEST, "--output", tmp_path, "--background", "mauve-ish")
+    assert "--background mauve-ish is not a colour" in fails(
+        capsys, *QUICKEST, "--output", tmp_path, "--background", "mauve-ish"
+    )
 
 
 def test_an_epoch_of_ten_thousand_million_draws_is_never_in_memory() -> None:
@@ -198,8 +200,8 @@ def test_pipes_and_folders_with_an_images_name_are_passed_over(tmp_path: Path) -
         (["--model", ".:x"], "is no package.module:factory"),
         (["--model", "../nets:x"], "is no package.module:factory"),
         (["--model", "sys:exit", "--drop-path", "0"], "failed: SystemExit"),
-        (["--model", "builtins:max", "--drop-path", "0"], "is no function that makes a network"),
-        (["--model", "no_such_module:x"], "start where no_such_module.py lies"),
+        (["--model", "builtins:max", "--drop-path", "0"], "is not a function that returns a network"),
+        (["--model", "no_such_module:x"], "start in the folder of no_such_module.py"),
     ],
 )
 def test_what_cannot_be_is_one_line(words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +219,7 @@ def test_a_command_line_that_cannot_be_read_is_one_line(words: list[str], capsys
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("import torch\ndef f(): return torch.nn.Conv2d(3, 3, 3).double()", "make them of float32 on the CPU"),
+        ("import torch\ndef f(): return torch.nn.Conv2d(3, 3, 3).double()", "make them float32 on the CPU"),
         ("def f(:", "cannot be imported: SyntaxError"),
         ("raise SystemExit(3)", "cannot be imported: SystemExit"),
         ("1 / 0", "cannot be imported: ZeroDivisionError"),

@@ -52,11 +52,11 @@ def test_a_bad_keyword_names_the_nearest_right_one(tmp_path: Path) -> None:
         pretrain(epocs=3)
     with pytest.raises(TypeError, match="there is no setting 'num_images'"):  # which is found, not given
         pretrain(num_images=3)
-    with pytest.raises(TypeError, match="epochs is 'many', which is of another kind"):
+    with pytest.raises(TypeError, match="epochs is 'many', which has the wrong type"):
         pretrain(epochs="many")
     with pytest.raises(TypeError, match="the setting 'data' is missing"):
         probe("weights.safetensors")
-    with pytest.raises(UserError, match="engine 'fast' is none of auto, cuda_ext, minkowski, masked-dense"):
+    with pytest.raises(UserError, match="engine 'fast' is unknown; choose one of auto, cuda_ext, minkowski, masked-dense"):
         pretrain(engine="fast")
     with pytest.raises(UserError, match="data is empty"):
         pretrain(data="")

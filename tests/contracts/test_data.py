@@ -66,14 +66,14 @@ def test_colours_become_grey_and_pages_become_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "reason"),
     [
-        ("a.npy", np.zeros((4, 4, 2)), "has not 5 channels"),
-        ("a.npy", np.full((4, 4, 5), np.nan), "no numbers"),
+        ("a.npy", np.zeros((4, 4, 2)), "does not have 5 channels"),
+        ("a.npy", np.full((4, 4, 5), np.nan), "NaN or infinite"),
         ("a.npy", np.full((4, 4, 5), 1.5), "not all from 0 to 1"),
         ("a.npy", np.full((4, 4, 5), 70000), "range is not known"),
-        ("a.npy", np.zeros((4, 4, 5), np.complex64), "no type of numbers"),
+        ("a.npy", np.zeros((4, 4, 5), np.complex64), "not a pixel type"),
         ("a.npy", np.zeros((2, 2, 2, 2)), "4 axes"),
-        ("a.npy", np.array([{}], dtype=object), "no array of numbers"),
-        ("a.png", np.zeros((4, 4, 3), np.uint8), "3 channels and 1 pages, --channels is 5"),
+        ("a.npy", np.array([{}], dtype=object), "not an array of numbers"),
+        ("a.png", np.zeros((4, 4, 3), np.uint8), "3 channels and 1 pages, but --channels is 5"),
     ],
 )
 def test_what_does_not_fit_is_unreadable_with_its_reason(name: str, array: np.ndarray, reason: str, tmp_path: Path) -> None:

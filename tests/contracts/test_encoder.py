@@ -327,7 +327,7 @@ def test_sparsify_leaves_the_dense_model_alone_and_gives_its_weights_back() -> N
 
 def test_weights_of_another_model_are_refused() -> None:
     encoder = sparkme.sparsify(torchvision.models.resnet18())
-    with pytest.raises(ValueError, match=r"weights of another model: missing conv1.weight, .* in all"):
+    with pytest.raises(ValueError, match=r"the weights are of another model: missing conv1.weight, .* in all"):
         encoder.load_dense_state_dict(torchvision.models.convnext_tiny().state_dict())
     with pytest.raises(ValueError, match="wrong shape"):
         encoder.load_dense_state_dict(
@@ -344,7 +344,7 @@ def test_a_network_without_sparse_form_is_refused_by_the_layers_name() -> None:
     dense.layer2[0].relu = Odd()
     with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer 'layer2.0.relu' \(Odd\) has no sparse form"):
         sparkme.sparsify(dense)
-    with pytest.raises(ValueError, match=r"SqueezeNet cannot be aligned to a grid .* layer 'features.0' makes 61x93"):
+    with pytest.raises(ValueError, match=r"SqueezeNet cannot be aligned to a grid .* layer 'features.0' returns 61x93"):
         sparkme.sparsify(torchvision.models.squeezenet1_0())  # its convolutions are not padded
     with pytest.raises(ValueError, match="not a convolutional network"):
         sparkme.sparsify(nn.Sequential(nn.Linear(3, 3)))
@@ -442,7 +442,7 @@ def test_minkowskis_engine_stays_on_the_default_stream(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: "first")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "second")
-    with pytest.raises(ValueError, match="default stream alone"):
+    with pytest.raises(ValueError, match="default stream only"):
         engine.precision("cuda")
     engine.precision("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "first")

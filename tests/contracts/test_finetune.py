@@ -262,7 +262,7 @@ def test_a_recipes_drop_path_is_left_out_where_the_network_has_none(
     ]
     assert "takes no drop_path; use --drop-path 0" in fails(capsys, *words, "--drop-path", "0.1")
     assert main([*map(str, words)]) == 0
-    assert "without drop path, which own_plain:features does not have" in capsys.readouterr().out
+    assert "no drop path, which own_plain:features does not support" in capsys.readouterr().out
     assert json.loads(Path("run", "config.json").read_text())["drop_path"] == 0
 
 
@@ -272,7 +272,7 @@ def test_images_to_measure_on_that_cannot_be_read_are_named(
     data = make_labelled(tmp_path / "data", {"red": 10, "blue": 10})
     find_labelled(data).val.paths[0].write_bytes(b"no image")
     assert main([str(exported), "--data", str(data), *QUICK, "--output", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().err.count("not measured on unreadable image") == 1
+    assert capsys.readouterr().err.count("skipped unreadable validation image") == 1
     assert json.loads((tmp_path / "run" / "results.json").read_text())["num_val"] == 3
 
 
@@ -290,7 +290,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(
 ) -> None:
     words = [*QUICK, *EVERYTHING, "--output", straight, "--data"]
     fewer = make_labelled(tmp_path / "fewer", {"red": 12, "blue": 12, "green": 8})
-    assert "was trained with 28 images to learn from, now it is 26" in fails(capsys, exported, *words, fewer)
+    assert "was trained with 28 training images, now it is 26" in fails(capsys, exported, *words, fewer)
     others = make_labelled(tmp_path / "others", {"red": 18, "blue": 17})
     assert "was trained with 3 classes, now it is 2" in fails(capsys, exported, *words, others)
     renamed = make_labelled(tmp_path / "renamed", {"red": 12, "blue": 12, "green": 10})
@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(
     assert "as digest of the images, their classes" in fails(capsys, exported, *words, renamed)
     same = make_labelled(tmp_path / "same", {"red": 12, "blue": 12, "green": 10})
     shutil.copy(exported, tmp_path / "other.safetensors")
-    assert f"was trained with {exported} to start from" in fails(capsys, tmp_path / "other.safetensors", *words, same)
+    assert f"was trained with {exported} as initial weights" in fails(capsys, tmp_path / "other.safetensors", *words, same)
 
 
 def test_a_running_average_that_begins_at_a_resume_begins_with_the_trained_weights(
@@ -338,13 +338,13 @@ def test_networks_that_need_more_than_names_and_linear_layers(name: str, labelle
     ("flags", "message"),
     [
         (["--batch-size", "7", "--accumulate", "2"], "--batch-size 7 is not a multiple"),
-        (["--batch-size", "64"], "--batch-size 64 is more than the 28 images"),
+        (["--batch-size", "64"], "--batch-size 64 is more than the 28 training images"),
         (["--layer-decay", "0"], "--layer-decay 0.0 is outside (0, 1]"),
         (["--warmup-epochs", "9"], "--warmup-epochs 9.0 must be less than --epochs 2"),
         (["--shots", "40"], "--shots 40: class 'blue' has"),
         (["--shots", "0"], "--shots 0 must be at least 1"),
         (["--ema-decay", "1"], "--ema-decay 1.0 is outside [0, 1)"),
-        (["--mixup", "0.2", "--batch-size", "7"], "its parts must be even"),
+        (["--mixup", "0.2", "--batch-size", "7"], "need an even number"),
         (["--base-lr", "nan"], "--base-lr nan is not a finite number"),
         (["--model", "resnet50"], "--model resnet50, but"),
     ],

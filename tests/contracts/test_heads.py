@@ -127,7 +127,7 @@ def test_own_heads_and_decoders_are_left_out(head: str) -> None:
 
 def test_what_may_be_a_head_is_refused_until_taps_are_named() -> None:
     network = nn.Sequential(*body(), nn.Conv2d(512, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU())
-    with pytest.raises(ValueError, match=r"narrow from 512 channels, of '7', to 128, of '10', .*taps=\["):
+    with pytest.raises(ValueError, match=r"narrow from 512 channels \('7'\) to 128 \('10'\), .*taps=\["):
         find_hierarchy(network)
     assert [tap.channels for tap in find_hierarchy(network, taps=["4", "5", "6", "7"]).taps] == [64, 128, 256, 512]
 
@@ -148,5 +148,5 @@ def test_a_segmentation_network_is_pretrained_without_its_head() -> None:
 def test_a_stride_along_one_axis_is_named() -> None:
     network = nn.Sequential(*body())
     network[0] = nn.Conv2d(3, 64, 7, (2, 1), 3)
-    with pytest.raises(ValueError, match=r"layer '0' makes 64x192; it has the stride \(2, 1\), and height and width"):
+    with pytest.raises(ValueError, match=r"layer '0' returns 64x192; its stride is \(2, 1\), but height and width"):
         find_hierarchy(network)

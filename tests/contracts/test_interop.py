@@ -191,7 +191,8 @@ def test_what_no_table_knows_is_refused_with_what_is_possible() -> None:
     with pytest.raises(ValueError, match="this network of timm has no names in detectron2; leave out --to to keep its own"):
         translate(deep_stem, Origin("timm", None), "detectron2")
     with pytest.raises(
-        ValueError, match=r"a convnext of torchvision has no names in detectron2; leave out --to .* it can go to timm, convnext"
+        ValueError,
+        match=r"a convnext of torchvision has no names in detectron2; leave out --to .*, or use --to timm or conv",
     ):
         translate({}, Origin("torchvision", "convnext"), "detectron2")
 
@@ -329,7 +330,7 @@ def test_batch_norm_is_recalibrated_on_whole_images(run: Path, tmp_path: Path, c
     paths = sorted((tmp_path / "images").rglob("*.*"))
     output = tmp_path / "new.pth"
     assert export(run, "--output", output, "--recalibrate-bn", tmp_path / "images") == 0
-    assert "batch norm recalibrated on 6 whole images: means were off by" in capsys.readouterr().out
+    assert "batch norm recalibrated on 6 whole images: means moved by" in capsys.readouterr().out
     model = torchvision.models.resnet18()
     model.load_state_dict(torch.load(output, weights_only=True), strict=False)
     images = normalise(preview_images(paths, (64, 64), len(paths)))
@@ -393,9 +394,11 @@ def test_the_commands_pass_on_how_weights_are_read(tmp_path: Path, capsys: pytes
     words += ["--weights-key", "teacher", "--adapt-stem", "sum", "--output", tmp_path / "run"]
     assert pretrain.main([*map(str, words)]) == 0
     shown = capsys.readouterr().out
-    assert "under 'teacher.backbone', names of torchvision: 120 tensors taken; conv1.weight made for 3 channels" in shown
+    assert (
+        "under 'teacher.backbone', names of torchvision: 120 tensors loaded; conv1.weight adapted from 1 to 3 channels" in shown
+    )
     assert "4 not used: teacher.backbone.fc.weight, teacher.backbone.fc.bias, student.fc.weight, student.fc.bias;" in shown
-    assert "others are there, to be taken by --weights-key: student;" in shown
+    assert "other weights in the file, for --weights-key: student;" in shown
     found = read_pretrained(path, "resnet18")
     assert torch.equal(found.dense(3)[0].conv1.weight, state["conv1.weight"])
     path.write_bytes(path.read_bytes()[:-2000])
@@ -406,11 +409,11 @@ def test_the_commands_pass_on_how_weights_are_read(tmp_path: Path, capsys: pytes
 def test_init_refuses_weights_of_another_network(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--output", tmp_path / "run", "--init"]
     torch.save(convnext().state_dict(), tmp_path / "other.pth")
-    assert "does not fit resnet18: of its 120 tensors 0 are there" in fails(capsys, *words, tmp_path / "other.pth")
+    assert "does not fit resnet18: 0 of its 120 tensors match" in fails(capsys, *words, tmp_path / "other.pth")
     state = torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
     torch.save(state, tmp_path / "shape.pth")
     message = fails(capsys, *words, tmp_path / "shape.pth")
-    assert "conv1.weight is for images of 1 channels, resnet18 here for 3; pass --adapt-stem" in message
+    assert "conv1.weight is for 1 channels, but resnet18 here has 3; pass --adapt-stem" in message
     assert "no file" in fails(capsys, *words, tmp_path / "none.pth")
     assert "does not fit resnet34" in fails(capsys, *words[:-1], "--model", "resnet34", "--init", run)
-    assert "which is missing" in fails(capsys, *words[:-1], "--weights-key", "teacher")
+    assert "need --init, the weights to read" in fails(capsys, *words[:-1], "--weights-key", "teacher")

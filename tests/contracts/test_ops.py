@@ -516,7 +516,7 @@ def wrong_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "mean": (r"mean must be \(4,\)", lambda: ops.batch_norm(rows, torch.zeros(3), torch.ones(4), training=True)),
         "factor": ("factor must be", lambda: ops.batch_norm(rows, *norm, training=True, factor=torch.ones(7))),
         "gradient of factor": (
-            "factor has no gradient",
+            "factor must not require a gradient",
             lambda: ops.batch_norm(rows, *norm, training=True, factor=torch.ones(2, requires_grad=True)),
         ),
         "residual": ("residual must be", lambda: ops.batch_norm(rows, *norm, training=True, residual=rows[1:])),

@@ -138,14 +138,14 @@ def test_defective_pixels_do_not_make_the_range_and_are_counted(tmp_path: Path) 
     path = save(tmp_path / "hot.png", array)
     pixels, text = found([path])
     assert pixels.ranges == {"integers": [0, 4095]}
-    assert "from 0 to 65535" in text or "to 65535, of which 0 to 4095" in text
-    assert "0.098 % of them lie outside and are cut" in text
+    assert "from 0 to 65535" in text or "to 65535; 0 to 4095" in text
+    assert "0.098 % of them lie outside and are clipped" in text
     with open_image(Stored("hot", path), 1, pixels=pixels) as image:
         assert image.outside == pytest.approx(3 / array.size) and float(image.decode().max()) == 1
     cold = scene(2000, 3000).astype(np.uint16)
     cold[7, 7] = 0
     pixels, text = found([save(tmp_path / "cold.png", cold)])
-    assert pixels.ranges is not None and pixels.ranges["integers"][0] >= 2000 and "are cut" in text
+    assert pixels.ranges is not None and pixels.ranges["integers"][0] >= 2000 and "are clipped" in text
     spots = np.full((64, 64), 100, np.uint16)
     spots[20:22, 30:32] = 4000  # of 2 x 2 pixels: something that is there
     assert found([save(tmp_path / "spots.png", spots)])[0].ranges == {"integers": [0, 4095]}
@@ -160,7 +160,7 @@ def test_images_of_8_bits_are_read_as_they_were(tmp_path: Path) -> None:
     colours = RANDOM.integers(0, 40, (12, 10, 3), dtype=np.uint8)  # dark ones, too
     Image.fromarray(colours).save(tmp_path / "a.png")
     pixels, text = found([tmp_path / "a.png"], 3)
-    assert pixels == Pixels({}, True) and text == "RGB of 8 bits (1 of 1 looked at)"
+    assert pixels == Pixels({}, True) and text == "RGB of 8 bits (1 of 1 sampled)"
     read = load_image(tmp_path / "a.png", 3, "white", pixels)
     assert isinstance(read, Image.Image) and np.array_equal(np.asarray(read), colours)
     dataset = CropDataset([tmp_path / "a.png"], (4, 4), min_scale=0.5, seed=0, pixels=pixels)
@@ -186,9 +186,9 @@ def test_deep_and_other_images_of_one_folder_have_their_own_ranges(tmp_path: Pat
     assert all(load_image(path, 1, "white", pixels).max() > 0.9 for path in paths)
     paths.append(save(tmp_path / "two.npy", np.zeros((4, 4, 2))))
     assert found(paths)[0] == pixels
-    assert "(4 of 4 looked at)" in found(paths)[1] and "1 cannot be read, such as" in found(paths)[1]
+    assert "(4 of 4 sampled)" in found(paths)[1] and "1 cannot be read, such as" in found(paths)[1]
     pixels, text = found([paths[0], paths[2]], given=[0, 8191])
-    assert "bytes: 0 to 255 become 0 to 1, since others have more than 8 bits" in text
+    assert "bytes: 0 to 255 become 0 to 1, since --value-range is for the deeper images" in text
     assert load_image(paths[0], 1, "white", pixels).max() < 0.51 and load_image(paths[2], 1, "white", pixels).max() > 0.9
 
 
@@ -199,9 +199,9 @@ def test_numbers_of_a_kind_that_nobody_looked_at_are_refused_with_the_flag(tmp_p
     pixels, text = found([path], known=Pixels({"floats": [0.0, 2.0]}))  # of a run on others
     assert pixels.ranges == {"floats": [0.0, 2.0], "integers": [0, 4095]} and "estimated" in text
     pixels, text = found([path], known=Pixels({"integers": [0, 1000]}))
-    assert pixels.ranges == {"integers": [0, 1000]} and "as before" in text and "lie outside and are cut" in text
+    assert pixels.ranges == {"integers": [0, 1000]} and "as before" in text and "lie outside and are clipped" in text
     pixels, text = found([path], known=Pixels())  # of a run that did not ask
-    assert pixels.ranges is None and "0 to 65535 become 0 to 1, which their type can hold, as before" in text
+    assert pixels.ranges is None and "0 to 65535 become 0 to 1, the range of their type, as before" in text
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -243,7 +243,7 @@ def test_tiff_files_of_many_bands_are_read_in_every_layout(dtype: type, layout: 
     ((low, high),) = (pixels.ranges or {"bytes": [0, 255]}).values()
     assert isinstance(read, Tensor) and np.abs(read.numpy() * (high - low) + low - array.transpose(2, 0, 1)).max() < 1e-3
     for channels in (1, 3, 4):
-        with pytest.raises(UserError, match=rf"it has 13 channels and 1 pages, --channels is {channels}; .*--channels 13"):
+        with pytest.raises(UserError, match=rf"it has 13 channels and 1 pages, but --channels is {channels}; .*--channels 13"):
             found([path], channels)
 
 
@@ -257,7 +257,7 @@ def test_infrared_beside_colours_is_read_or_left_out_aloud(dtype: type, tmp_path
     assert "bands" not in text
     for channels in (1, 3):
         pixels, text = found([path], channels)
-        assert "1 with 4 bands, of which the first 3 are taken (--channels 4 takes all)" in text
+        assert "1 with 4 bands, the first 3 are used (--channels 4 uses all)" in text
     read = load_image(path, 3, "white", pixels)
     values = np.asarray(read) if isinstance(read, Image.Image) else read.permute(1, 2, 0).numpy() * 255
     assert np.abs(values - array[..., :3]).max() < 1e-3
@@ -268,18 +268,18 @@ def test_pages_are_channels_or_the_first_is_taken_aloud(dtype: type, tmp_path: P
     pages = np.stack([scene(0, 200) for _ in range(5)]).astype(dtype)
     path = save(tmp_path / "stack.tif", pages, photometric="minisblack")
     pixels, text = found([path], 5)
-    assert "1 whose pages are the channels" in text
+    assert "1 with one page per channel" in text
     read = load_image(path, 5, "white", pixels)
     ((low, high),) = (pixels.ranges or {"bytes": [0, 255]}).values()
     assert np.abs(read.numpy() * (high - low) + low - pages).max() < 1e-3
     for channels in (1, 3):
         text = found([path], channels)[1]
-        assert "1 with 5 pages, of which the first is taken (--channels 5 takes grey pages for channels)" in text
-    with pytest.raises(UserError, match="1 channels and 5 pages, --channels is 4"):
+        assert "1 with 5 pages, the first is used (--channels 5 uses grey pages as channels)" in text
+    with pytest.raises(UserError, match="1 channels and 5 pages, but --channels is 4"):
         found([path], 4)
     first, second = Image.new("L", (4, 4)), Image.new("L", (4, 4), 9)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
-    assert "1 with 2 frames, of which the first is taken" in found([tmp_path / "a.gif"], 3)[1]
+    assert "1 with 2 frames, the first is used" in found([tmp_path / "a.gif"], 3)[1]
 
 
 KINDS = {
@@ -326,30 +326,30 @@ def test_images_are_upright_with_every_number_of_channels(name: str, orientation
         if bands == 7 and channels != 7:
             continue
         pixels, text = found([path], channels, given=[0, 255] if dtype != np.uint8 else None)
-        assert ("1 turned as their EXIF says" in text) == (orientation != 1)
+        assert ("1 rotated as their EXIF says" in text) == (orientation != 1)
         for is_upright, expected in ((True, upright), (False, held)):
             with open_image(Stored(name, path), channels, pixels=pixels._replace(upright=is_upright)) as image:
                 read = image.decode()
                 assert image.size == expected.shape
             values = np.asarray(read.convert("L")) if isinstance(read, Image.Image) else read[0].numpy() * 255
             assert np.abs(values - expected.astype(float)).max() < 12, (channels, is_upright)  # JPEG rounds
-    assert orientation == 1 or "not turned, though" in found([path], abs(bands) or 1, upright=False)[1]
+    assert orientation == 1 or "not rotated as" in found([path], abs(bands) or 1, upright=False)[1]
 
 
 def test_what_pillow_brings_down_to_8_bits_is_said(tmp_path: Path) -> None:
     array = np.stack([scene(0, 4000) for _ in range(4)], 2).astype(np.uint16)
     (tmp_path / "a.ppm").write_bytes(b"P6 64 48 4095\n" + array[..., :3].astype(">u2").tobytes())
     save(tmp_path / "cmyk.tif", array, photometric="separated")
-    assert "1 brought down from 12 bits to 8, since Pillow reads no more of colours in PPM" in found([tmp_path / "a.ppm"], 3)[1]
-    assert "1 brought down from 16 bits to 8" in found([tmp_path / "cmyk.tif"], 3)[1]
+    assert "1 reduced from 12 bits to 8, since Pillow reads no more of PPM colours" in found([tmp_path / "a.ppm"], 3)[1]
+    assert "1 reduced from 16 bits to 8" in found([tmp_path / "cmyk.tif"], 3)[1]
     content = io.BytesIO()
     Image.new("RGB", (8, 8)).save(content, "JPEG2000")
     deep = bytearray(content.getvalue())
     deep[deep.index(b"ihdr") + 14] = 15  # 16 bits, less one
     (tmp_path / "b.jp2").write_bytes(deep)
     (tmp_path / "c.jp2").write_bytes(content.getvalue())
-    assert "1 brought down from 16 bits to 8" in found([tmp_path / "b.jp2"], 3)[1]
-    assert "brought down" not in found([tmp_path / "c.jp2"], 3)[1]
+    assert "1 reduced from 16 bits to 8" in found([tmp_path / "b.jp2"], 3)[1]
+    assert "reduced from" not in found([tmp_path / "c.jp2"], 3)[1]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -357,8 +357,8 @@ def test_what_becomes_of_colours_and_alpha_is_said(mode: str, tmp_path: Path) ->
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new("RGB", (8, 8), (9, 90, 200)).convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
     colour, grey = found([path], 3)[1], found([path], 1)[1]
-    assert ("1 grey, taken as three equal channels" in colour) == (mode in ("1", "L", "LA"))
-    assert ("1 of colour, made grey" in grey) == (mode not in ("1", "L", "LA"))
+    assert ("1 grey, copied to three channels" in colour) == (mode in ("1", "L", "LA"))
+    assert ("1 colour, converted to grey" in grey) == (mode not in ("1", "L", "LA"))
     assert ("1 with alpha, laid on white (--background)" in colour) == (mode in ("LA", "RGBA"))
 
 
@@ -404,7 +404,7 @@ class Counting(ImageSource):
 def test_few_images_all_over_the_source_are_looked_at(blocks: list[int] | None, tmp_path: Path) -> None:
     source = Counting(blocks, 10000, save(tmp_path / "a.npy", scene(-5, 5)))
     pixels, text = find_pixels(source, 1, "white", known=None, given=None, upright=None)
-    assert len(source.read_numbers) == len(set(source.read_numbers)) == 64 and "(64 of 10,000 looked at)" in text
+    assert len(source.read_numbers) == len(set(source.read_numbers)) == 64 and "(64 of 10,000 sampled)" in text
     assert min(source.read_numbers) < 200 and max(source.read_numbers) > 8000
     if blocks is not None:
         assert len({int(np.searchsorted(blocks, n, side="right")) for n in source.read_numbers}) <= 8
@@ -426,7 +426,7 @@ def test_the_first_process_decides_for_all(tmp_path: Path, monkeypatch: pytest.M
     assert find_pixels_together(Process(1, 2, device), [path], 1, "white", **words) == first
     box.clear()
     for rank in (0, 1):
-        with pytest.raises(UserError, match="none of the images that were looked at can be read"):
+        with pytest.raises(UserError, match="none of the sampled images can be read"):
             find_pixels_together(Process(rank, 2, device), [path], 1, "white", **words)
 
 
@@ -440,7 +440,7 @@ def test_many_pixels_outside_of_the_range_are_told_once_whenever_they_come(tmp_p
     good = [Batch(torch.rand(4, 1, 8, 8), (), outside=0.001) for _ in range(100)]
     assert not [text for other in good for text in looked.of_batch(other)]
     (text,) = [text for _ in range(20) for text in looked.of_batch(batch)]
-    assert "% of the pixels lie outside of the range of values and are cut to it; --value-range LOW HIGH" in text
+    assert "% of the pixel values lie outside the value range and are clipped; set another with --value-range LOW HIGH" in text
 
 
 WORDS = [*QUICKEST, "--epochs", "1", "--checkpoint-minutes", "0", "--panel-epochs", "0"]
@@ -475,7 +475,7 @@ def test_a_run_keeps_the_range_and_goes_on_with_it(
     run = [*WORDS, "--output", str(checkpoint.parents[1]), "--panel-epochs", "1", "--probe-data", str(data)]
     assert pretrain.main([*run, "--data", str(brighter), "--epochs", "2"]) == 0
     shown = capsys.readouterr()
-    assert "of which 0 to 2047 become 0 to 1, as before" in shown.out and "lie outside and are cut" in shown.out
+    assert "; 0 to 2047 become 0 to 1, as before" in shown.out and "lie outside and are clipped" in shown.out
     assert load_checkpoint(checkpoint)["config"]["value_range"] == kept
     assert used and set(map(repr, used)) == {repr(Pixels(kept))}
     assert pretrain.main([*run, "--data", str(data), "--epochs", "3", "--value-range", "0", "4095"]) == 0
@@ -530,7 +530,7 @@ def test_later_commands_read_images_as_the_run_did(
         assert used and set(map(repr, used)) == {repr(pixels)} and words in capsys.readouterr().out
         used.clear()
 
-    said = f"of which 0 to {kept.ranges['integers'][1]} become 0 to 1, as before"
+    said = f"0 to {kept.ranges['integers'][1]} become 0 to 1, as before"
     common = ["--data", str(data), "--workers", "0", "--device", "cpu", "--input-size", "64"]
     assert probe.main([str(checkpoint), *common, "--no-linear"]) == 0
     reads_as(kept, said)

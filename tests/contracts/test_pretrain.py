@@ -146,7 +146,7 @@ def test_unreadable_images_are_counted_and_too_many_stop_the_run(tmp_path: Path,
     assert all(f"skipped unreadable image {path}" in errors for path in broken)
     assert main([*map(str, flags), "--output", str(tmp_path / "stopped"), "--max-unreadable", "1"]) == 2
     errors = capsys.readouterr().err
-    assert "images cannot be read, more than --max-unreadable 1 or too many in a row; mend or remove them" in errors
+    assert "images cannot be read, more than --max-unreadable 1 or too many in a row; repair or remove them" in errors
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
     assert main([*map(str, flags), "--output", str(tmp_path / "all")]) == 2
@@ -213,7 +213,7 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypat
         (["--mask-ratio", "0.05"], "hides none of 4 patches"),
         (["--model", "resnet19"], "unknown model 'resnet19'; did you mean resnet"),
         (["--data", "no/such/folder"], "--data no/such/folder is not a folder"),
-        (["--batch-size", "16"], "--batch-size 16 is more than the 8 crops of an epoch"),
+        (["--batch-size", "16"], "--batch-size 16 is more than the 8 crops per epoch"),
         (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 is not a multiple of 1 processes x --accumulate 2; use 4"),
         (["--epochs", "0"], "--epochs 0 must be at least 1"),
         (["--workers", "-1"], "--workers -1 must be at least 0"),
@@ -221,7 +221,7 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path: Path, monkeypat
         (["--beta2", "2"], "--beta2 2.0 is outside [0, 1)"),
         (["--base-lr", "-1"], "--base-lr -1.0 must be above 0"),
         (["--clip-grad", "-1"], "--clip-grad -1.0 must be at least 0"),
-        (["--seed", str(2**64)], "must be below 2^63"),
+        (["--seed", str(2**64)], "use one below 2^63"),
         (["--batch-size", "1", "--mask-ratio", "0.75"], "leaves batch norm one visible pixel at stride 32"),
         (["--warmup-epochs", "3"], "--warmup-epochs 3.0 must be less than --epochs 3"),
         (["--drop-path", "1"], "--drop-path 1.0 is outside [0, 1)"),

@@ -102,7 +102,7 @@ def test_a_checkpoint_and_its_export_score_alike(trained: Path, tmp_path: Path, 
     words = [str(trained), "--data", str(labelled), "--workers", "0", "--input-size", "64", "--output", str(output)]
     assert main([*words, "--compare", "random", *map(str, exported)]) == 0
     shown = capsys.readouterr().out
-    assert "random weights" in shown and "kNN" in shown and "names no split" in shown
+    assert "random weights" in shown and "kNN" in shown and "data has no split" in shown
     scores = json.loads(output.read_text())["scores"]
     assert len(scores) == 4 * 4 and [s["stride"] for s in scores[:4]] == [4, 8, 16, 32]
     whole = [{k: v for k, v in s.items() if k != "weights"} for s in scores]
@@ -121,14 +121,14 @@ def test_weights_that_do_not_say_their_network_need_model(
     words = ["--data", labelled, "--workers", "0", "--input-size", "64", "--stage", "32"]
     assert main([*map(str, [path, "--model", "resnet18", *words])]) == 0
     capsys.readouterr()
-    assert "does not fit resnet34: of its 216 tensors 120 are there" in fails(capsys, path, "--model", "resnet34", *words)
+    assert "does not fit resnet34: 120 of its 216 tensors match" in fails(capsys, path, "--model", "resnet34", *words)
 
 
 def test_mistakes_are_one_line(trained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no file" in fails(capsys, tmp_path / "checkpoints" / "none.pt", "--data", labelled)
     words = [trained, "--data", labelled, "--workers", "0"]
     assert "--stage 5: the network has maps at strides 4, 8, 16, 32" in fails(capsys, *words, "--stage", "5")
-    assert "--stage deep is neither" in fails(capsys, *words, "--stage", "deep")
+    assert "--stage deep must be all, last" in fails(capsys, *words, "--stage", "deep")
     assert "not a multiple of the network's total stride 32; use 64" in fails(capsys, *words, "--input-size", "70")
     assert "--shots 17: class 'blue' has 10 images" in fails(capsys, *words, "--shots", "17")
     assert "must be .json" in fails(capsys, *words, "--output", tmp_path / "scores.txt")

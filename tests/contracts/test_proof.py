@@ -137,7 +137,7 @@ def test_whatever_changes_the_network_is_tried_again(code: Code, what: str) -> N
     proof = sparkme.sparsify(code.load()).proof
     code.change(*CHANGED[what])
     again = sparkme.sparsify(code.load(), proof=proof)
-    assert again.tried_because == "the network's code or structure has changed since it was tried"
+    assert again.tried_because == "the network's code or structure changed since the trial"
     assert again.proof not in (None, proof)
 
 
@@ -157,12 +157,12 @@ def test_methods_and_hooks_that_are_put_in_later_count(code: Code, monkeypatch: 
 def test_a_proof_of_other_versions_or_another_question_does_not_count(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
     network = code.load()
     proof = sparkme.sparsify(network).proof
-    assert sparkme.sparsify(network, proof=proof, num_scales=2).tried_because.startswith("what was asked of it")
+    assert sparkme.sparsify(network, proof=proof, num_scales=2).tried_because.startswith("the call of sparsify")
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
     assert "and is 9.9" in sparkme.sparsify(network, proof=proof).tried_because
     monkeypatch.undo()
     monkeypatch.setitem(sparkme.sparse.forms.SPARSE_FORMS, nn.Bilinear, lambda layer: layer)
-    assert "has changed" in sparkme.sparsify(network, proof=proof).tried_because
+    assert "changed since the trial" in sparkme.sparsify(network, proof=proof).tried_because
 
 
 def test_an_edited_proof_does_not_count(code: Code) -> None:
@@ -170,16 +170,16 @@ def test_an_edited_proof_does_not_count(code: Code) -> None:
     proof = json.loads(json.dumps(sparkme.sparsify(network).proof))
     right = sparkme.sparsify(network).hierarchy
     proof["hierarchy"]["taps"].pop()
-    assert sparkme.sparsify(network, proof=proof).tried_because == "the kept trial has been changed"
+    assert sparkme.sparsify(network, proof=proof).tried_because == "the kept proof has been changed"
     # by somebody who also makes the seal anew: the short look finds what is wrong
     wrong = json.loads(json.dumps(sparkme.sparsify(network).proof))
     wrong["hierarchy"]["taps"][-1]["module"] = "1"
     wrong["seal"] = seal({key: value for key, value in wrong.items() if key != "seal"})
     again = sparkme.sparsify(network, proof=wrong)
-    assert again.tried_because.startswith("it no longer computes what it did")
+    assert again.tried_because.startswith("it no longer passes the check that it passed before")
     assert again.hierarchy == right
     for damaged in ({}, {"seal": 1}, {**wrong, "seal": None}, 3, [], "x"):
-        assert "trial" in sparkme.sparsify(network, proof=damaged).tried_because  # type: ignore[arg-type]
+        assert "proof" in sparkme.sparsify(network, proof=damaged).tried_because  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_files_keep_the_trial_and_load_encoder_uses_it(
     sparsify_module._tried.clear()
     capsys.readouterr()
     sparkme.load_encoder(last)
-    assert "the network was tried again: no trial of it was kept" in capsys.readouterr().err
+    assert "the network was tried again: no proof of its trial was kept" in capsys.readouterr().err
 
 
 def test_a_relative_import_in_a_function_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

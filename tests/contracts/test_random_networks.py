@@ -93,7 +93,7 @@ def test_what_waits_keeps_the_precision_of_its_place() -> None:
 def test_the_trial_finds_a_cut_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is written as its first reader has it loses the gradients of the others: such an engine is refused."""
     monkeypatch.setattr(Unwritten, "write", lambda self: self._write())
-    with pytest.raises(sparkme.UnsupportedLayerError, match="gradient does not reach"):
+    with pytest.raises(sparkme.UnsupportedLayerError, match="gets no gradient in the sparse network"):
         sparkme.sparsify(nn.Sequential(Watching(3, 4, without_gradients), Watching(4, 6, without_gradients)))
 
 

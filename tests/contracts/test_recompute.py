@@ -53,7 +53,7 @@ def test_results_are_equal_and_memory_is_less(name: str, count: int, engine: str
 def test_it_does_not_go_with_compiled_stages() -> None:
     encoder = create_encoder("resnet18", drop_path=0.0)
     encoder.compiled = True
-    with pytest.raises(ValueError, match="use one or the other"):
+    with pytest.raises(ValueError, match="use it or compile_stages, not both"):
         encoder.checkpoint_blocks()
 
 

@@ -123,7 +123,7 @@ def test_pictures_are_found_by_their_suffix_or_content_and_others_counted(tmp_pa
         ("x.dcm", "pydicom"),
         ("x.NII", "nibabel"),
         ("x.nii.gz", "nibabel"),
-        ("x.npz", "each by itself as .npy"),
+        ("x.npz", "each as its own .npy"),
         ("x.heic", "pillow-heif"),
         ("x.h5", "--data package.module:dataset"),
         ("x.mp4", "ffmpeg"),
@@ -256,7 +256,7 @@ def test_a_list_names_files_below_its_root_only(bad: str, tmp_path: Path) -> Non
     assert len(read_list(tmp_path / "table.csv", root)) == 2
     if bad:
         (root / "list.txt").write_text(f"1.png\n{bad}\n")
-        with pytest.raises(UserError, match=r"line 2 names .* which lies outside of"):
+        with pytest.raises(UserError, match=r"line 2 names .* which lies outside"):
             read_list(root / "list.txt")
     (root / "list.txt").write_text("none.png\n")
     with pytest.raises(UserError, match=r"there is no such file in .*; see --root"):
@@ -277,7 +277,7 @@ def test_a_list_that_is_no_list_or_goes_through_a_link_leads_nowhere(tmp_path: P
     path.write_text("x" * 5000)
     with pytest.raises(UserError, match=r"there is no such file in .*; see --root"):
         read_list(path)
-    with pytest.raises(UserError, match="no file matches it"):
+    with pytest.raises(UserError, match="matches no file"):
         find_source("x" * 5000)
     write_shard(tmp_path / "a[1].tar", range(2))
     assert len(find_source(str(tmp_path / "a[1].tar"), cache=tmp_path / "cache")) == 2
@@ -390,7 +390,7 @@ def test_a_small_file_that_decompresses_to_a_large_one_is_refused(tmp_path: Path
     with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
         file.write(bytes(50_000_000))
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match="cannot be read: its copy takes more than --shard-cache-gib allows"):
+    with pytest.raises(UserError, match="cannot be read: its copy alone is larger than --shard-cache-gib"):
         find_source(str(tmp_path / "a.tar.gz"), cache=cache, cache_gib=0.01)
     assert sum(file.stat().st_size for file in cache.iterdir()) == 0
     content = bytearray(gzip.compress(b"abcdefgh" * 3000))
@@ -475,10 +475,10 @@ def test_another_cache_folder_is_said_and_nobody_elses_is_taken(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     found = shards.default_cache()
-    assert found.parent == tmp_path and f"shards are kept in {found}" in capsys.readouterr().err
+    assert found.parent == tmp_path and f"shards are cached in {found}" in capsys.readouterr().err
     found.rmdir()
     found.symlink_to(tmp_path / "cache")
-    with pytest.raises(UserError, match="belongs to somebody else"):
+    with pytest.raises(UserError, match="belongs to another user"):
         shards.default_cache()
 
 
@@ -543,14 +543,14 @@ def head(size: int, kind: bytes = b"0", content: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     {
-        "backwards": (head(0) + head(-512), "a head of|a member of -512 bytes|bad|a damaged header .invalid offset"),
-        "negative": (head(-1024), "a member of -1024 bytes|a damaged header .invalid offset"),
+        "backwards": (head(0) + head(-512), "a header of|a member has -512 bytes|bad|a damaged header .invalid offset"),
+        "negative": (head(-1024), "a member has -1024 bytes|a damaged header .invalid offset"),
         "by pax": (
             head(17, b"x", b"17 size=-1000000\n") + head(0),
-            "a member of -1000000 bytes|a damaged header .invalid offset",
+            "a member has -1000000 bytes|a damaged header .invalid offset",
         ),
-        "large head": (head(2**31, b"x"), "a head of 2147483648 bytes"),
-        "long name": (head(2**31, b"L"), "a head of 2147483648 bytes"),
+        "large head": (head(2**31, b"x"), "a header of 2147483648 bytes"),
+        "long name": (head(2**31, b"L"), "a header of 2147483648 bytes"),
         "chain": (head(5, b"L", b"a.png") * 3000 + head(0), "recursion"),
     }.values(),
 )
@@ -620,16 +620,16 @@ def test_labels_are_of_the_images_that_are_named_like_them(members: dict[str, st
     source = labelled_shard(tmp_path, members)
     labels, classes = source.labels()
     assert "".join(classes[label] for label in labels) == expected
-    said = [] if expected != "01" else ["names of samples end at their last dot in 1 of 1 shards"]
+    said = [] if expected != "01" else ["in 1 of 1 shards, sample names end at their last dot"]
     assert [note.partition(";")[0] for note in source.notes] == said
 
 
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ({"a.png": "", "a.cls": "0", "a.cls+": "1"}, r"a\.cls is there twice, as '0' and as '1'; leave one out"),
+        ({"a.png": "", "a.cls": "0", "a.cls+": "1"}, r"a\.cls occurs twice, as '0' and as '1'; remove one"),
         ({"a.png": "", "a.x.cls": "0", "a.y.cls": "1"}, r"a has two labels, '0' in a\.x\.cls and '1' in a\.y\.cls"),
-        ({"a.s0.png": "", "a.s0.cls": "0", "a.s1.png": ""}, r"image 1 has no label; names .* a\.s0 and a\.s1 were one sample"),
+        ({"a.s0.png": "", "a.s0.cls": "0", "a.s1.png": ""}, r"image 1 has no label; .* would join a\.s0 and a\.s1"),
     ],
 )
 def test_two_labels_of_one_sample_are_named(members: dict[str, str], reason: str, tmp_path: Path) -> None:
@@ -749,7 +749,7 @@ def test_parquet_labels_that_cannot_be_read_are_one_line(tmp_path: Path) -> None
 
     parquet.write_table(pyarrow.table({"image": [b"x"]}), tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"image": [b"x"], "label": [1]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"a.parquet has no labels that can be read in its column label"):
+    with pytest.raises(UserError, match=r"a.parquet has no readable labels in its column label"):
         find_labelled(tmp_path / "*.parquet")
 
 
@@ -795,7 +795,7 @@ def test_parquet_has_bytes_in_columns_of_many_types(kind: Callable[[Any], Any], 
 def test_of_lists_in_parquet_the_first_image_is_taken_and_the_others_are_counted(tmp_path: Path) -> None:
     source = find_source(parquet_of(tmp_path, [[b"a"], [b"b", b"c", b"d"], [b"e"], [b"f", b"g"], []]))
     assert [source.read(i).content for i in range(4)] == [b"a", b"b", b"e", b"f"]
-    assert source.notes == ["left out: 3 images of lists, of which the first is taken"]
+    assert source.notes == ["left out: 3 images of lists, whose first image is used"]
     with pytest.raises(OSError, match="row 1 of group 1: it has no bytes"):
         source.read(4)
 
@@ -819,7 +819,7 @@ def test_labels_in_parquet_may_be_of_many_types_and_missing_ones_are_counted(
     found = [classes[number] if number >= 0 else "-" for number in numbers]
     missing = found.count("-")
     assert found == (expected.split() if " " in expected else [*expected])
-    assert source.notes == ([f"left out: {missing} of 4 images, without a label in label"] if missing else [])
+    assert source.notes == ([f"left out: {missing} of 4 images without a label in label"] if missing else [])
 
 
 def test_images_without_a_label_are_left_out_of_both_sides(tmp_path: Path) -> None:
@@ -830,18 +830,21 @@ def test_images_without_a_label_are_left_out_of_both_sides(tmp_path: Path) -> No
     assert {image for part in (split.train, split.val) for image in stored(part.images)} == {
         image for i, image in enumerate(images) if i % 3 < 2
     }
-    assert split.remarks == ["left out: 3 of 9 images, without a label in label"]
+    assert split.remarks == ["left out: 3 of 9 images without a label in label"]
 
 
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ([[0, 2], [1]], r"the column label has several labels for an image, such as \[0, 2\], where each has one class"),
-        ([0.5, 1.0], r"the column label has numbers between classes, such as 0\.5: values are not learnt here, only classes"),
-        ([float("inf"), 1.0], r"numbers between classes, such as inf"),
+        ([[0, 2], [1]], r"the column label has several labels per image, such as \[0, 2\]; each image must have one class"),
+        (
+            [0.5, 1.0],
+            r"the column label has numbers that are not integers, such as 0\.5; sparkme learns classes only",
+        ),
+        ([float("inf"), 1.0], r"numbers that are not integers, such as inf"),
         ([{"a": 1}, {"a": 2}], r"values that are neither numbers nor words, such as \{'a': 1\}"),
-        ([None, None], r"has 0 class, it takes two or more"),
-        (None, r"no column of the names label, labels, cls, class; its columns: image binary; see --label-column"),
+        ([None, None], r"has 0 class; two or more are needed"),
+        (None, r"no column named label, labels, cls, class; its columns: image binary; see --label-column"),
     ],
 )
 def test_labels_that_are_no_classes_are_named(labels: list[Any] | None, reason: str, tmp_path: Path) -> None:
@@ -852,11 +855,11 @@ def test_labels_that_are_no_classes_are_named(labels: list[Any] | None, reason: 
 def test_labels_that_stand_for_other_classes_in_another_file_are_named(tmp_path: Path) -> None:
     for i, names in enumerate((["cat", "dog"], ["dog", "cat"])):
         Path(parquet_of(tmp_path, [b"x"] * 2, [0, 1], names)).rename(tmp_path / f"{i}.parquet")
-    with pytest.raises(UserError, match=r"label stand for cat, dog in .*0\.parquet, and for dog, cat in .*1\.parquet"):
+    with pytest.raises(UserError, match=r"label stand for cat, dog in .*0\.parquet, but for dog, cat in .*1\.parquet"):
         find_labelled(tmp_path)
     for i, labels in enumerate(([0, 1], ["0", "1"])):
         Path(parquet_of(tmp_path, [b"x"] * 2, labels)).rename(tmp_path / f"{i}.parquet")
-    with pytest.raises(UserError, match=r"the column label has labels as numbers and the same as words"):
+    with pytest.raises(UserError, match=r"the column label has the same labels as numbers and as words"):
         find_labelled(tmp_path)
 
 
@@ -876,7 +879,7 @@ def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
     where = str(tmp_path / "x.parquet")
     source = find_source(where)
     assert stored(source) == columns["image"]
-    assert source.notes == ["images are those of the column image, not of image.jpg, mask; see --image-column"]
+    assert source.notes == ["images come from the column image, not from image.jpg, mask; see --image-column"]
     for name, expected in (("image.jpg", "kl"), ("mask", "mn"), ("deep.er", "op")):
         assert stored(find_source(where, columns=Columns(name))) == [letter.encode() for letter in expected]
     assert find_source(where, columns=Columns(label="coarse")).labels()[1] == ["a", "b"]
@@ -888,7 +891,7 @@ def test_columns_of_parquet_may_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no column none; its columns: image binary"):
         find_source(where, columns=Columns(label="none")).labels()
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"--image-column is for Parquet files, and --data .* is none"):
+    with pytest.raises(UserError, match=r"--image-column is for Parquet files, but --data .* is not one"):
         find_source(str(tmp_path), columns=Columns("image"))
 
 
@@ -903,7 +906,7 @@ def test_classes_without_images_do_not_count(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, classes in {"named": ["b", "d"], "from_one": ["1", "2"], "large": ["7", str(10**15)]}.items():
         assert find_labelled(f"own_labels:{name}").train.classes == classes
-    for name, reason in {"words": "its labels are no numbers", "parts": "no whole numbers"}.items():
+    for name, reason in {"words": "its labels must be numbers", "parts": "not integers from 0"}.items():
         with pytest.raises(UserError, match=reason):
             find_labelled(f"own_labels:{name}")
 
@@ -1082,7 +1085,7 @@ def test_several_sources_are_one(sharded: tuple[Path, list[bytes]], tmp_path: Pa
     assert sorted(number for batch in sampler for _, number in batch) == list(range(31))
     with pytest.raises(UserError, match=r"--data .*x\.parquet is given twice; leave one out"):
         find_source([parquet, shards_[0], parquet])
-    with pytest.raises(UserError, match=r"--data .*none is not a folder, and no file matches it"):
+    with pytest.raises(UserError, match=r"--data .*none is not a folder and matches no file"):
         find_source([parquet, str(tmp_path / "none")])
 
 
@@ -1111,7 +1114,7 @@ def test_a_run_on_several_sources_goes_on_and_labelled_ones_are_given_once(
     for command in (sparkme.probe.main, sparkme.finetune.main):
         with pytest.raises(SystemExit) as stopped:
             command(["x.pt", "--data", where[0], "--data", where[1]])
-        assert stopped.value.code == 2 and "--data is given twice; link the folders of classes" in capsys.readouterr().err
+        assert stopped.value.code == 2 and "--data is given twice; link the class folders" in capsys.readouterr().err
 
 
 def test_larger_pictures_than_the_limit_are_unreadable_and_name_the_flag(tmp_path: Path) -> None:
@@ -1218,11 +1221,11 @@ def test_sources_that_are_none_are_one_line(
     os.mkfifo(tmp_path / "pipe.parquet")
     for data, reason in {
         str(tmp_path / "picture.png"): "is neither a folder of images, nor a list",
-        str(tmp_path / "none-{0..3}.tar"): "is not a folder, and no file matches it",
+        str(tmp_path / "none-{0..3}.tar"): "is not a folder and matches no file",
         str(tmp_path / "empty"): "holds no images",
         "{0..99999999}.tar": "stands for more than",
-        str(tmp_path / "pipe.*"): "pipe.parquet is no file",
-        "http://localhost/{0..3}.parquet": "not both; and Parquet must be of this machine",
+        str(tmp_path / "pipe.*"): "pipe.parquet is not a file",
+        "http://localhost/{0..3}.parquet": "not both; and Parquet files must be local",
         "x\0y": "has a character that no name has",
     }.items():
         if "\0" in data:
@@ -1232,7 +1235,7 @@ def test_sources_that_are_none_are_one_line(
         else:
             assert reason in fails(capsys, *QUICKEST, "--data", data, "--output", tmp_path / "run")
     assert sparkme.probe.main([str(trained), "--data", every_source["folder"]]) == 2
-    assert "has no labels; each class needs a folder" in capsys.readouterr().err
+    assert "has no labels; make one folder per class" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "bool"])

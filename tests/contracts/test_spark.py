@@ -65,12 +65,12 @@ def test_an_official_encoder_alone_loads() -> None:
 
 def test_official_states_that_do_not_fit_are_refused() -> None:
     model = small_spark()
-    with pytest.raises(ValueError, match=r"weights of another model: missing conv1.weight"):
+    with pytest.raises(ValueError, match=r"the weights are of another model: missing conv1.weight"):
         model.load_official_state_dict({"sparse_encoder.sp_cnn.stem": torch.zeros(1)})
     whole = {"sparse_encoder.sp_cnn." + k: v for k, v in torchvision.models.resnet18().state_dict().items()}
     with pytest.raises(ValueError, match=r"another network: missing .*, unexpected \['mask_tokens.9'\]"):
         model.load_official_state_dict(whole | {"mask_tokens.9": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"weight 'stages.0.0.odd' of .* has no name there"):
+    with pytest.raises(ValueError, match=r"weight 'stages.0.0.odd' of .* has no name in that library"):
         split_official_state({"downsample_layers.0.0.weight": torch.zeros(1), "stages.0.0.odd": torch.zeros(1)})
 
 

@@ -296,9 +296,9 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
 def test_the_recipe_follows_the_number_of_images_and_a_run_keeps_its_own() -> None:
     name, reason = choose_recipe("auto", 99_999, None)
-    assert name == "small" and "99,999 images, less than 100,000" in reason
+    assert name == "small" and "99,999 images, fewer than 100,000" in reason
     name, reason = choose_recipe("auto", 100_000, None)
-    assert name == "spark" and "not less than 100,000" in reason
+    assert name == "spark" and "at least 100,000" in reason
     assert choose_recipe("spark", 10, None) == ("spark", "") and choose_recipe("fcmae", 10**6, None)[0] == "fcmae"
     assert choose_recipe("auto", 10, PretrainSettings(recipe="fcmae"))[0] == "fcmae"
     assert choose_recipe("auto", 10, from_config(PretrainSettings, {}))[0] == "spark"

@@ -122,5 +122,5 @@ def test_an_unknown_engine_is_refused() -> None:
 
 
 def test_a_wrong_number_of_visible_patches_is_refused() -> None:
-    with pytest.raises(ValueError, match="keep is 2, and 4 patches are visible"):
+    with pytest.raises(ValueError, match="keep is 2, but 4 patches are visible"):
         sparkme.Grid(torch.ones(1, 1, 2, 2, dtype=torch.bool), 32, keep=2)

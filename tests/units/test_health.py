@@ -49,7 +49,7 @@ def test_a_loss_above_what_learns_nothing_is_told_once_after_the_warm_up() -> No
 
 def test_images_that_come_slower_than_they_did_are_told_once() -> None:
     ((step, text),) = said({400: {"images_per_s": 50.0}})
-    assert step == 420 and text.startswith("50 images/s, and 100 were usual")
+    assert step == 420 and text.startswith("50 images/s instead of the usual 100")
     assert said({step: {"images_per_s": 100 - step / 20} for step in range(10, 1000, 10)}) == []  # by and by
     assert said({400: {"images_per_s": 50.0}, 403: {"images_per_s": 100.0}}, every=1) == []  # three lines, and three steps
 
@@ -58,7 +58,7 @@ def test_waiting_for_images_names_a_number_of_workers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(health.os, "sched_getaffinity", lambda _: range(8))
     ((step, text),) = said({300: {"loader_wait": 0.5}})
     assert step == 320 and text == "steps wait for images 50 % of the time: try --workers 4 instead of 2"
-    assert more_workers(6, 0.5) == "try --workers 8 instead of 6 (of 12 that would keep up)"
+    assert more_workers(6, 0.5) == "try --workers 8 instead of 6 (12 would keep up)"
     assert more_workers(0, 0.3) == "try --workers 2 instead of 0"
     assert "--workers is 8, and there are no more cores" in more_workers(8, 0.5)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -68,7 +68,8 @@ def test_waiting_for_images_names_a_number_of_workers(monkeypatch: pytest.Monkey
 def test_a_gpu_that_mostly_waits_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "utilization", lambda _: 30)
     ((_, text),) = said({}, device="cuda")
-    assert text == "the GPU computes 30 % of the time, and images are there: raise --batch-size, or --cuda-graph or --compile"
+    busy = "the GPU is busy 30 % of the time, though images are ready"
+    assert text == f"{busy}: raise --batch-size, or use --cuda-graph or --compile"
     assert [text for _, text in said({1: {"loader_wait": 0.6}}, device="cuda") if "GPU" in text] == []  # it waits for images
     monkeypatch.setattr(torch.cuda, "utilization", lambda _: 97)
     assert said({}, device="cuda") == []
@@ -94,10 +95,10 @@ def photographs(dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 def test_first_images_that_are_all_the_same_or_plain_are_told_once(dtype: torch.dtype) -> None:
     whole = photographs(dtype)
     assert batches(whole) == [] and batches(whole, enlarged=8) == []
-    assert batches(whole[:1].expand(16, -1, -1, -1)) == ["the first 32 pictures are all the same: is --data what it should be?"]
+    assert batches(whole[:1].expand(16, -1, -1, -1)) == ["the first 32 images are all the same: check --data"]
     plain = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 8, 8) * 9
     (text,) = batches(plain if dtype == torch.uint8 else plain / 255)
-    assert text == "100 % of the crops are of one colour: see --data, --background"
+    assert text == "100 % of the crops have a single colour: check --data and --background"
     looked = Health(training(batch_size=2))  # two plain crops may come together
     pairs = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8), *photographs().chunk(8)] * 4
     assert not [text for pair in pairs for text in looked.of_batch(Batch(pair, ()))]
@@ -106,7 +107,7 @@ def test_first_images_that_are_all_the_same_or_plain_are_told_once(dtype: torch.
 
 def test_images_smaller_than_the_crops_are_told_once_with_the_flag() -> None:
     (text,) = batches(photographs(), enlarged=12)
-    assert text.startswith("75 % of the crops are enlarged") and "--input-size 64 64; a smaller one is faster" in text
+    assert text.startswith("75 % of the crops are enlarged") and "--input-size 64 64; a smaller size is faster" in text
     assert batches(photographs(), enlarged=12, count=1, batch_size=64) == []  # too few were seen
 
 
@@ -135,6 +136,6 @@ def test_a_warning_of_the_run_is_shown_and_kept(tmp_path: Any, capsys: pytest.Ca
         str(tmp_path / "run"),
     ]
     assert main(words) == 0
-    assert capsys.readouterr().err.count("pictures are all the same") == 1
+    assert capsys.readouterr().err.count("images are all the same") == 1
     notes = [json.loads(line) for line in (tmp_path / "run" / "notes.jsonl").read_text().splitlines()]
     assert [n["kind"] for n in notes if "all the same" in n["text"]] == ["warning"]

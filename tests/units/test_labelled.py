@@ -27,7 +27,7 @@ def test_a_folder_is_a_class_and_the_split_takes_a_share_of_each(tmp_path: Path)
     assert not set(split.train.paths) & set(split.val.paths) and len({*split.train.paths, *split.val.paths}) == 32
     for part in (split.train, split.val):
         assert all(part.classes[label] == path.relative_to(data).parts[0] for path, label in zip(part.paths, part.labels))
-    assert "names no split" in split.note and "seed 1" in split.note
+    assert "data has no split" in split.note and "seed 1" in split.note
     assert find_labelled(data, seed=1).val.paths == split.val.paths != find_labelled(data, seed=2).val.paths
 
 
@@ -37,7 +37,7 @@ def test_a_split_that_is_there_is_kept(tmp_path: Path) -> None:
     split = find_labelled(tmp_path)
     assert (len(split.train), len(split.val)) == (5, 1) and split.val.labels.tolist() == [1]
     make_labelled(tmp_path / "val", {"green": 1})
-    with pytest.raises(UserError, match="a class 'green' that the images to learn from do not have"):
+    with pytest.raises(UserError, match="a class 'green' that the training images lack"):
         find_labelled(tmp_path)
 
 
@@ -53,8 +53,8 @@ def test_folders_of_systems_are_neither_classes_nor_images_and_are_said(tmp_path
     split = find_labelled(tmp_path)
     assert split.train.classes == ["blue", "red"] and len(split.train) + len(split.val) == 8
     said, *others = split.remarks
-    assert said.startswith("left out: 14 folders hidden or of a system: ") and all(f"{name} (2)" in said for name in names)
-    assert others == ["left out: 1 image in no folder of a class", "left out: the folder empty, which has no images"]
+    assert said.startswith("left out: 14 hidden or system folders: ") and all(f"{name} (2)" in said for name in names)
+    assert others == ["left out: 1 image outside the class folders", "left out: the folder empty, which has no images"]
     source = find_source(str(tmp_path))
     assert len(source) == 9 and source.notes == [said]
     assert len(find_source(str(tmp_path / "@eaDir"))) == 2  # who names it means it
@@ -69,7 +69,7 @@ def test_a_list_and_a_shard_leave_out_what_is_of_systems(tmp_path: Path) -> None
             archive.add(tmp_path / name, f"./{name}")
     for kind in ("list.txt", "x.tar"):
         source = find_source(str(tmp_path / kind), cache=tmp_path / "cache")
-        assert len(source) == 2 and source.notes == ["left out: 2 files in folders hidden or of a system: @eaDir (2)"]
+        assert len(source) == 2 and source.notes == ["left out: 2 files in hidden or system folders: @eaDir (2)"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "table", "shard", "dataset"])
@@ -94,8 +94,8 @@ def test_copies_of_an_image_are_on_one_side_of_a_split(kind: str, tmp_path: Path
     )
     monkeypatch.syspath_prepend(tmp_path)
     split = find_labelled(where[kind], val_share=0.4, root=data, cache=tmp_path / "cache")
-    assert "; 11 images are copies of others, 2 of them of another class, such as " in split.note and "(blue)" in split.note
-    assert split.note.endswith(": copies stay on one side")
+    assert "; 11 images are copies of others, 2 of them with another class, such as " in split.note and "(blue)" in split.note
+    assert split.note.endswith("; copies stay on one side")
     contents = [{part.images.digest(i) for i in range(len(part)) if is_whole(part, i)} for part in (split.train, split.val)]
     assert not contents[0] & contents[1] and len(contents[0] | contents[1]) == 20 and 6 <= len(contents[1]) <= 8
     again = find_labelled(where[kind], val_share=0.4, root=data, cache=tmp_path / "cache")
@@ -112,7 +112,7 @@ def is_whole(part: Labelled, number: int) -> bool:
 def test_a_class_of_copies_of_one_image_cannot_be_split(tmp_path: Path) -> None:
     data = make_labelled(tmp_path, {"red": 3, "blue": 1})
     shutil.copy(data / "blue" / "000.png", data / "blue" / "001.png")
-    with pytest.raises(UserError, match=r"class 'blue' has 1 image that is no copy; it needs one to learn from"):
+    with pytest.raises(UserError, match=r"class 'blue' has 1 image without its copies; it needs one to train"):
         find_labelled(data)
 
 
@@ -122,12 +122,12 @@ def test_a_file_that_links_put_into_two_classes_is_refused(link: Callable[[Path,
     link(data / "red" / "002.png", data / "red" / "again.png")
     assert "1 images are copies" in find_labelled(data).note
     link(data / "red" / "002.png", data / "blue" / "wrong.png")
-    reason = r"blue/wrong\.png \(blue\) and .*red/002\.png \(red\) are one file with two labels \(2 such in all\)"
+    reason = r"blue/wrong\.png \(blue\) and .*red/002\.png \(red\) are one file with two labels \(2 such pairs\)"
     with pytest.raises(UserError, match=reason):
         find_labelled(data)
     (data / "blue" / "wrong.png").unlink()
     os.symlink(data / "red", data / "crimson")
-    with pytest.raises(UserError, match=r"red.*red.* are one file with two labels \(5 such in all\)"):
+    with pytest.raises(UserError, match=r"red.*red.* are one file with two labels \(5 such pairs\)"):
         find_labelled(data)
 
 
@@ -157,14 +157,14 @@ def test_a_table_names_paths_labels_and_parts(tmp_path: Path) -> None:
     [
         ("../secret.png,a\nsub0/0.png,b\n", "line 1 names '../secret.png', which lies outside"),
         ("/etc/passwd,a\nsub0/0.png,b\n", "line 1 names '/etc/passwd', which lies outside"),
-        ("sub0/0.png,a\nsub0/9.png,b\n", "line 2 names 'sub0/9.png', and there is no such file"),
+        ("sub0/0.png,a\nsub0/9.png,b\n", "line 2 names 'sub0/9.png', but there is no such file"),
         ("sub0/0.png,a\nsub0/2.png\n", "line 2 is not path,label"),
         ("sub0/0.png,a\nsub0/2.png,a\n", "1 different labels"),
         ("filename,class\nsub0/0.png,b\n", "1 different labels"),
-        ("where,what\nsub0/9.png,b\n", "line 1 names 'where'.*a head must name the column of the images, such as path"),
+        ("where,what\nsub0/9.png,b\n", "line 1 names 'where'.*a header must name the image column, such as path"),
         ("sub0/0.png,a\nsub0/2.png,b\n./sub0/0.png,b\n", "line 3 names './sub0/0.png' again, after line 1"),
-        ("sub0/0.png,a,train\nsub0/2.png,a,train\nsub1/1.png,b,val\n", "class 'b' has no image to learn from"),
-        ("sub0/0.png,a,train\nsub0/2.png,b,holdout\n", "'holdout', not train or val"),
+        ("sub0/0.png,a,train\nsub0/2.png,a,train\nsub1/1.png,b,val\n", "class 'b' has no training image"),
+        ("sub0/0.png,a,train\nsub0/2.png,b,holdout\n", "'holdout'; it must be train or val"),
         ("sub0/0.png,a,train\nsub0/2.png,b,train\n", "2 lines for train and 0 for val"),
         ("sub0/0.png,a\nsub1/1.png,b\nsub0/2.png,b\n", "class 'a' has 1 image"),
     ],
@@ -182,18 +182,18 @@ def test_mistakes_in_folders_are_named(tmp_path: Path) -> None:
     make_labelled(tmp_path / "one", {"red": 3})
     with pytest.raises(UserError, match="has 1 folders with images"):
         find_labelled(tmp_path / "one")
-    with pytest.raises(UserError, match="is not a folder, and no file matches it"):
+    with pytest.raises(UserError, match="is not a folder and matches no file"):
         find_labelled(tmp_path / "none")
     make_labelled(tmp_path / "two", {"red": 3, "blue": 4})
     with pytest.raises(UserError, match=r"--val-share 1.0 is outside \(0, 1\)"):
         find_labelled(tmp_path / "two", val_share=1.0)
     train = find_labelled(tmp_path / "two", val_share=0.4).train
-    with pytest.raises(UserError, match="--shots 3: class 'blue' has 2 images"):
+    with pytest.raises(UserError, match="--shots 3: class 'blue' has 2 training images"):
         train.shots(3, seed=0)
     with pytest.raises(UserError, match="--shots 0 must be at least 1"):
         train.shots(0, seed=0)
     make_labelled(tmp_path / "half" / "Train", {"red": 3, "blue": 4})
-    with pytest.raises(UserError, match="has Train, but no folder val beside it"):
+    with pytest.raises(UserError, match="has a folder Train but no folder val"):
         find_labelled(tmp_path / "half")
     (tmp_path / "half" / "Train").rename(tmp_path / "half" / "bus")
     make_labelled(tmp_path / "half", {"train": 5})  # a class that is called so

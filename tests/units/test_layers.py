@@ -261,7 +261,7 @@ def test_what_mixes_pixels_is_refused_by_name(engine: str) -> None:
         x[:, :, 1:]
     with pytest.raises(NotImplementedError, match="'item' has no sparse form"):
         x.item()
-    with pytest.raises(ValueError, match="do not lie on the same sites"):
+    with pytest.raises(ValueError, match="lie on different sites"):
         x + sparse_input(torch.randn(2, 3, 16, 24), MASKS["some"], 4, engine)
 
 
@@ -277,12 +277,12 @@ class Stem(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Conv2d(3, 3, 3), "makes 30x46; pad what is not padded"),
-        (nn.Conv2d(3, 3, 2), "makes 31x47"),
-        (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 2, padding=1)), "makes 31x47"),
+        (nn.Conv2d(3, 3, 3), "returns 30x46; pad its input"),
+        (nn.Conv2d(3, 3, 2), "returns 31x47"),
+        (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 2, padding=1)), "returns 31x47"),
         (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), "padding with mode='circular'"),
         (nn.Sequential(nn.AvgPool2d(2, 2), nn.Upsample(scale_factor=2, mode="bilinear")), "mode='bilinear'"),
-        (nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Upsample(scale_factor=2)), "makes 8x8"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Upsample(scale_factor=2)), "returns 8x8"),
         (nn.MaxPool2d(3, 1, 1, return_indices=False, ceil_mode=True), ""),
     ],
 )

@@ -115,14 +115,14 @@ def test_tables_are_read_as_they_are_meant(name: str, content: str | bytes, root
     [
         (PLAIN.encode("utf-16"), "t.csv is read as UTF-16"),
         (lines("{windows},{label}"), "names in t.csv that have \\ for /: 8"),
-        (lines(r"D:\x\{windows},{label}"), "that are below D:/x/, and read as below {root}: 8"),
-        (lines("{stem},{label}", "id,label"), "that lack their suffix or folder, and are found in {root}: 8"),
-        (lines("{path},{label}", "flower,species"), "line 1 of t.csv is taken for its head: flower, species"),
-        (lines("{path},{label},{number}", "path,label,width"), "columns of t.csv that are not read: 'width'"),
+        (lines(r"D:\x\{windows},{label}"), "that are below D:/x/, read as below {root}: 8"),
+        (lines("{stem},{label}", "id,label"), "that lack their suffix or folder, found in {root}: 8"),
+        (lines("{path},{label}", "flower,species"), "line 1 of t.csv is used as its header: flower, species"),
+        (lines("{path},{label},{number}", "path,label,width"), "unused columns of t.csv: 'width'"),
         (lines("{path},{label},{part}", "path,label,fold"), "column 'fold' of t.csv holds numbers, not train or val"),
         (PLAIN + '"images/a, b.png",\nimages/Zoë.png,NaN\n', "left out: 2 lines of t.csv without a label"),
-        (lines("{path},black {label}"), "labels such as 'black cat' are one class each; if they are several, pass --label-sep"),
-        (lines("{path},{cat},{odd}", "path,cat,odd").replace(",1,1", ",1,0").replace(",0,0", ",0,1"), "one 1, in a column of"),
+        (lines("{path},black {label}"), "cells such as 'black cat' are one class each; for several labels pass --label-sep"),
+        (lines("{path},{cat},{odd}", "path,cat,odd").replace(",1,1", ",1,0").replace(",0,0", ",0,1"), "one 1, which marks its"),
     ],
 )
 def test_what_is_read_otherwise_or_left_out_is_said(content: str | bytes, remark: str, root: Path, tmp_path: Path) -> None:
@@ -137,41 +137,44 @@ def test_bytes_that_are_no_utf8_are_windows_1252_and_counted(root: Path, tmp_pat
     (tmp_path / "t.csv").write_bytes(text.encode("cp1252"))
     split = find_labelled(tmp_path / "t.csv", root=root)
     assert split.train.classes == ["cat", "dög"] and len(split.train) + len(split.val) == 9
-    assert any(line.startswith("names in t.csv that are no UTF-8") and line.endswith(": 6") for line in split.remarks)
+    assert any(line.startswith("names in t.csv that are not UTF-8") and line.endswith(": 6") for line in split.remarks)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (PLAIN + "images/a, b.png,cat\n", "line 10 is not 2 columns as the head: .*; put names with ',' into quotes"),
-        ("path,label\n", "has a head, but no lines with a label below it"),
+        (
+            PLAIN + "images/a, b.png,cat\n",
+            "line 10 is not 2 columns as in the header: .*; put names that contain ',' in quotes",
+        ),
+        ("path,label\n", "has a header, but no lines with a label below it"),
         ("", "names no images"),
         ("\n\n", "names no images"),
         (lines("{path},"), "none of its 8 lines has a label"),
-        (lines("{path}", "path"), "has no column with labels; line 1 is 'path', and it takes path,label"),
+        (lines("{path}", "path"), "has no label column: line 1 is 'path'; expected path,label"),
         (lines("{path},0.{number}"), "column 2 look like numbers for regression, such as '0.1'"),
         (lines("{path};{number},5", "path;age"), "column 'age' look like numbers for regression, such as '0,5'"),
-        (lines("{path},{label}|animal"), r"several in one, such as 'cat\|animal'; pass --label-separator '\|' to finetune"),
-        (lines("{path},{label};animal"), "several in one, such as 'cat;animal'; pass --label-separator ';' to finetune"),
+        (lines("{path},{label}|animal"), r"several labels, such as 'cat\|animal'; pass --label-separator '\|' to finetune"),
+        (lines("{path},{label};animal"), "several labels, such as 'cat;animal'; pass --label-separator ';' to finetune"),
         (lines("{path},\"['{label}', 'animal']\""), "are lists, such as \"\\['cat', 'animal'\\]\"; write them as a|b"),
         (
             lines("{path},{cat},{odd}", "path,cat,odd"),
-            "hold 0 and 1, and not one 1 in each line.*--root .*tables0 --labels cat,odd to",
+            "hold 0 and 1, but not exactly one 1 per line.*--root .*tables0 --labels cat,odd to",
         ),
         (
             lines("{path},{label},x", "path,first,second"),
-            "has columns first, second, and none is called label.*--labels COLUMN",
+            "has columns first, second, but none is called label.*--labels COLUMN",
         ),
-        (lines("{path},{label},x,y"), "line 1 has 4 columns; write their names into a line above"),
-        (PLAIN + "./images/cat/cat0.png,dog\n", "cat0.png' again, after line 2, there as 'cat', here as 'dog'; leave one out"),
-        (PLAIN + "images/cat/cat0.png,cat\n", "cat0.png' again, after line 2; leave one out"),
+        (lines("{path},{label},x,y"), "line 1 has 4 columns; add a header line above"),
+        (PLAIN + "./images/cat/cat0.png,dog\n", "cat0.png' again, after line 2, first as 'cat', now as 'dog'; remove one"),
+        (PLAIN + "images/cat/cat0.png,cat\n", "cat0.png' again, after line 2; remove one"),
         (lines("https://a.org/{path},{label}"), "no such file in .*; copy the images there"),
         (lines(r"C:\elsewhere\{number}.png,{label}"), "no such file in .*; copy the images there"),
-        (lines("{path},{label},holdout", "path,label,split"), "column 'split' says 'holdout', not train or val"),
-        (lines("{path},{label},{label}", "path,cat,cat"), "column 'cat' is there or named twice"),
-        (PLAIN + "images/none.png,cat\n", "line 10 names 'images/none.png', and there is no such file"),
-        ("images/none.png,cat\n" + lines("{path},{label}"), "line 1 names 'images/none.png', and there is no such file"),
-        (bytes(range(256)) * 20, "cannot be read|no column with labels|line"),
+        (lines("{path},{label},holdout", "path,label,split"), "column 'split' has 'holdout'; it must be train or val"),
+        (lines("{path},{label},{label}", "path,cat,cat"), "column 'cat' occurs or is named twice"),
+        (PLAIN + "images/none.png,cat\n", "line 10 names 'images/none.png', but there is no such file"),
+        ("images/none.png,cat\n" + lines("{path},{label}"), "line 1 names 'images/none.png', but there is no such file"),
+        (bytes(range(256)) * 20, "cannot be read|no label column|line"),
     ],
 )
 def test_tables_that_are_not_understood_are_refused_by_what_was_found(
@@ -254,27 +257,27 @@ def test_an_image_has_several_labels(content: str, flags: dict[str, str], root: 
 def test_columns_of_labels_that_cannot_be_meant_are_refused(root: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     for content, labels, message in (
-        (KHOT, "cat,cow", "--labels 'cow' is no column of .*; it has path, cat, animal, odd"),
-        (KHOT, "cat,cat", "column 'cat' is there or named twice"),
+        (KHOT, "cat,cow", "--labels 'cow' is not a column of .*; its columns are path, cat, animal, odd"),
+        (KHOT, "cat,cat", "column 'cat' occurs or is named twice"),
         (lines("{path},{number}.5,1", "path,x,y"), "x,y", "column x look like numbers for regression"),
-        (lines("{path},-1.0,{odd}", "path,x,y"), "x,y", "columns x, y hold '-1.0' among others"),
-        (lines("{path},{label},{odd}", "path,x,y"), "x,y", "columns x, y hold '0' among others"),
-        (lines("{path},{label}"), "label", "has no head"),
-        (lines("{path},0,{none}", "path,x,y"), "x,y", "none of the . images to learn from has a label"),
+        (lines("{path},-1.0,{odd}", "path,x,y"), "x,y", "columns x, y contain '-1.0'"),
+        (lines("{path},{label},{odd}", "path,x,y"), "x,y", "columns x, y contain '0'"),
+        (lines("{path},{label}"), "label", "has no header"),
+        (lines("{path},0,{none}", "path,x,y"), "x,y", "none of the . training images has a label"),
         (
             lines("{path},0,1,train", "path,x,y,split") + "images/Zoë.png,0,0,val",
             "x,y",
-            "of the 1 images to measure on has a label",
+            "of the 1 validation images has a label",
         ),
     ):
         table.write_text(content)
         with pytest.raises(UserError, match=message):
             find_labelled(table, labels, root=root)
     table.write_text(lines("{path},{label}|animal"))
-    with pytest.raises(UserError, match="no label in column 2 has a ';' in it"):
+    with pytest.raises(UserError, match="no label in column 2 contains --label-separator ';'"):
         find_labelled(table, root=root, label_separator=";")
     for flags in ({"labels": "cat,dog"}, {"label_separator": "|"}):
-        with pytest.raises(UserError, match="is for a table such as --data FILE"):
+        with pytest.raises(UserError, match="is for a table, such as --data FILE"):
             find_labelled(root / "images", **flags)  # type: ignore[arg-type]
 
 
@@ -308,14 +311,14 @@ def test_a_rare_label_is_learnt_and_where_it_can_be_measured(tmp_path: Path) -> 
         split = find_labelled(tmp_path / "t.csv", label_separator="|", seed=seed)
         rows = dict(zip(split.train.classes, zip(split.train.counts.tolist(), split.val.counts.tolist()), strict=True))
         assert rows == {"common": (32, 8), "once": (1, 0), "twice": (1, 1)}
-        assert any("no image to measure on has these labels" in line and line.endswith(": once") for line in split.remarks)
+        assert any("no validation image has these labels" in line and line.endswith(": once") for line in split.remarks)
 
 
 def test_commands_say_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text(KHOT)
     words = ["--data", str(tmp_path / "t.csv"), "--root", str(root), "--labels", "cat,animal,odd"]
     assert probe([str(tmp_path / "none.pt"), *words]) == 2
-    assert "probe measures one class of each image, and these have several labels" in capsys.readouterr().err
+    assert "sparkme.probe needs one class per image, these have several labels" in capsys.readouterr().err
     network = ["--from-scratch", "--model", "resnet18", "--output", str(tmp_path / "run"), "--device", "cpu"]
     for flags in (["--mixup", "0.2"], ["--cutmix", "1"], ["--smoothing", "0.1"], ["--loss", "ce"], ["--shots", "2"]):
         assert finetune([*network, *words, *flags]) == 2

@@ -190,7 +190,7 @@ def test_a_process_that_cannot_hand_over_ends_the_run(
         )
     said = capfd.readouterr().err
     assert code == 2 and time.monotonic() - began < LIMIT_S and not loaders()
-    assert "error: a process that loads images cannot hand over a batch: no memory for this; lower --workers" in said
+    assert "error: a loader process cannot pass on a batch: no memory for this; lower --workers" in said
     assert re.search(r"error: loading images ended: DataLoader worker \(pid.*lower --workers", said), said
     assert "Traceback" not in said
 
@@ -368,7 +368,7 @@ def test_a_start_that_computes_is_no_hang(monkeypatch: pytest.MonkeyPatch, ended
 def test_doctor_shows_the_size_of_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "shared_memory_bytes", lambda: 64 * 2**20)
     finding = doctor.check_shared_memory()
-    assert re.match(r"/dev/shm: \d+ MB, \d+ free; enough to load images", finding.text) and not finding.mend
+    assert re.match(r"/dev/shm: \d+ MB, \d+ free; enough for image loading", finding.text) and not finding.mend
     monkeypatch.setattr(doctor, "num_gpus", lambda: 2)
     assert "--shm-size=1g" in doctor.check_shared_memory().mend
     monkeypatch.setattr(machine, "shared_memory_bytes", lambda: 2**30)

@@ -108,7 +108,7 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_one_before_is_taken(
     assert train(copied) == 0
     said = capsys.readouterr()
     assert re.search(
-        r"step_00000006.pt is damaged: .*; it is now step_00000006.pt.damaged, and the run goes on from step_0000"
+        r"step_00000006.pt is damaged: .*; it is now step_00000006.pt.damaged, and the run continues from step_0000"
         "0004.pt",
         said.err,
     )
@@ -254,7 +254,7 @@ def test_a_save_that_fails_in_the_background_is_told_once_and_tried_again(
     monkeypatch.setattr(loop, "RETRY_S", 0.0)
     assert train(tmp_path, "--panel-epochs", 0) == 0
     said = capsys.readouterr().err
-    assert said.count("cannot write the checkpoint") == 1 and "; there is no earlier one; going on without" in said
+    assert said.count("cannot write the checkpoint") == 1 and "; there is no earlier one; continuing without" in said
     assert said.count("the checkpoint could be written again") == 1
     assert losses(tmp_path) == losses(straight) and same(state(tmp_path)["model"], state(straight)["model"])
     notes = [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
@@ -296,7 +296,7 @@ def test_a_run_outlives_a_full_disk(
     at_step(monkeypatch, {3: lambda self: (self.folder.checkpoints._written.result(), fill(small_disk)), 6: look_and_empty})
     assert train(run, "--panel-epochs", 1, "--keep-checkpoints", 9) == 0
     said = capsys.readouterr().err
-    assert said.count("going on without, and trying again") <= 2 and said.count("No space left") >= 1, said
+    assert said.count("continuing without it, and trying again later") <= 2 and said.count("No space left") >= 1, said
     assert said.count("could be written again") == 1 and "Traceback" not in said, said
     assert losses(run) == losses(straight) and state(run)["step"] == 6
     assert (run / "loss.png").is_file() and (run / "reconstructions" / "epoch_0003.png").is_file()
@@ -340,7 +340,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_too(
     finally:
         limit(hard)
     said = capsys.readouterr().err
-    assert said.count("going on without") == 2 and said.count("File too large") == 2, said
+    assert said.count("continuing without") == 2 and said.count("File too large") == 2, said
     assert said.count("the checkpoint could be written again") == 1, said
     assert losses(tmp_path) == losses(straight)
 
@@ -367,7 +367,7 @@ def test_the_last_checkpoint_waits_for_room(
     at_step(monkeypatch, {8: lambda self: (self.folder.checkpoints.wait(), fill(small_disk))})
     capsys.readouterr()
     assert train(run, "--panel-epochs", 0, "--epochs", 4) == 2
-    assert "what was done since then is lost; make room, then start again" in capsys.readouterr().err
+    assert "later steps are lost; make room, then start again" in capsys.readouterr().err
 
 
 def test_a_read_only_output_is_refused_before_the_network_is_built(
@@ -606,7 +606,7 @@ def test_two_processes_outlive_damaged_checkpoints_and_steps_that_are_not_finite
         assert "no other checkpoint can be read" in line
         assert found["skipped"][2] == [False, False, True, False, False, False]
     assert state(two / "skipped")["not_finite"] == {"count": 1, "steps": [3]}
-    assert "the step is left out" in first["skipped"][1] and not second["skipped"][1]
+    assert "the step is skipped" in first["skipped"][1] and not second["skipped"][1]
     records = [json.loads(line) for line in (two / "straight" / "metrics.jsonl").read_text().splitlines()]
     assert statistics.median([r["save_ms"] for r in records if "save_ms" in r]) < 100
 
@@ -708,7 +708,7 @@ def test_a_rolled_back_run_takes_the_checkpoints_weights_and_resumes_the_same(
         {5: lambda self: taken.append(same(self.network.state_dict(), state(tmp_path / "a", "step_00000002.pt")["model"]))},
     )
     assert train(tmp_path / "a", *words) == 0 and taken == [True]
-    assert "not finite, the step is left out; the weights are those of step 2 again" in capsys.readouterr().err
+    assert "not finite, the step is skipped; the weights are those of step 2 again" in capsys.readouterr().err
     shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
     for step in (6, 8):
         truncate(tmp_path / "b", step)

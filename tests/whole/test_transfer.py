@@ -127,7 +127,7 @@ def test_the_picture_and_the_table_come_from_the_numbers(tmp_path: Path, monkeyp
         (["--rates", "0"], "--rates and --base-lr must be above 0"),
         (["--finetune-flags", "--base-lr 1"], "--base-lr is a flag of its own here"),
         (["--write", "--json", "none.json"], "none.json does not exist"),
-        (["--data", "none"], "--data none is not a folder, and no file matches it"),
+        (["--data", "none"], "--data none is not a folder and matches no file"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

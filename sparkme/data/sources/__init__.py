@@ -1,11 +1,11 @@
 """Where images come from: one description for every command.
 
-photos/                            a folder, whatever its structure
-list.txt, table.csv                names of files, one in a line; of a table the column that names them
-shards/train-{000..146}.tar        tar archives, also in a folder, by a pattern with *, or from a URL
+photos/                            a folder, nested or flat
+list.txt, table.csv                one file name per line, or the column of a table that holds them
+shards/train-{000..146}.tar        tar shards, also in a folder, by a pattern with *, or from a URL
 data/train-*.parquet               Parquet with the bytes of images
 stack.npy                          an array of images, (N, H, W), (N, H, W, C) or (N, C, H, W)
-package.module:dataset             anything that has a length and gives an image for a number
+package.module:dataset             an object with __len__ and __getitem__
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def find_source(
     flag: str = "--data",
     columns: Columns = Columns(),  # noqa: B008
 ) -> ImageSource:
-    """Finds the images that a text describes, or several texts.
+    """Finds the images of one or several sources.
 
     Args:
-        text: see the module.
+        text: one or several sources, see the module.
         leave_out: a folder whose images do not count, such as the run's own pictures.
-        root: what the names in a list are relative to.
-        cache: the folder for copies of shards.
-        cache_gib: how large they may be together.
-        index: where a list of a large folder may be kept, see `Files.write_index`.
-        flag: what the text was given by, for messages.
+        root: folder that the names in a list are relative to.
+        cache: folder for copies of shards.
+        cache_gib: GiB of shards kept in the cache.
+        index: file for the list of a large folder, see `Files.write_index`.
+        flag: the command-line flag of the source, for messages.
         columns: of Parquet.
 
     Raises:
-        UserError: it describes no images; or a column is named, and it has none.
+        UserError: there are no images; or a column is named for a source without columns.
     """
     if not 0 <= cache_gib < 1e9:
         raise UserError(f"--shard-cache-gib {cache_gib} must be at least 0, and finite")
@@ -68,7 +68,7 @@ def find_source(
         shards = []
     single = index if len(texts) == 1 else None
     sources = [_find(text, leave_out, root, single, how) for text in texts if text not in shards]
-    if shards:  # together, since each source keeps some files open
+    if shards:  # one source for all, since each keeps some files open
         sources.append(_of_files([name for text in shards for name in _expanded(text, flag)], ", ".join(shards[:3]), how))
     if not any(isinstance(source, ParquetImages) for source in sources):
         columns.refuse(f"{flag} {' '.join(texts)}")
@@ -76,7 +76,7 @@ def find_source(
 
 
 class _How(NamedTuple):
-    """What shards and Parquet files are opened with, and the flag that names them."""
+    """How to open shards and Parquet files, and the flag that names them."""
 
     cache: Path | None
     cache_gib: float
@@ -86,7 +86,7 @@ class _How(NamedTuple):
 
 def _find(text: str, leave_out: Path | None, root: Path | None, index: Path | None, how: _How) -> ImageSource:
     path, flag = Path(text), how.flag
-    if os.path.isdir(path):  # which is False for a name that is too long
+    if os.path.isdir(path):  # False for a name that is too long
         return _in_folder(path, leave_out, index, how)
     if os.path.isfile(path) and path.suffix.lower() in LISTS:
         return without_others(read_list(path, root, flag=flag))
@@ -98,22 +98,18 @@ def _find(text: str, leave_out: Path | None, root: Path | None, index: Path | No
 
 
 def _expanded(text: str, flag: str) -> list[str]:
-    """The files that a text with braces and * stands for.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The files that a text with braces and * stands for. Raises UserError if there are none."""
     try:
         found = [name for pattern in expand_braces(text) for name in _matching(pattern)]
     except ValueError as error:
         raise UserError(f"{flag} {error}") from error
     if not found:
-        raise UserError(f"{flag} {text} is not a folder, and no file matches it")
+        raise UserError(f"{flag} {text} is not a folder and matches no file")
     return found
 
 
 def _in_folder(path: Path, leave_out: Path | None, index: Path | None, how: _How) -> ImageSource:
-    """The images of a folder or, where it has none, the shards or the Parquet files in it."""
+    """The images in a folder, or else its shards, or else its Parquet files."""
     try:
         return list_folder(path, leave_out, flag=how.flag, index=index)
     except UserError as error:
@@ -128,8 +124,8 @@ def _in_folder(path: Path, leave_out: Path | None, index: Path | None, how: _How
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files that a pattern with * stands for, or the name itself where there is no *."""
-    if is_remote(pattern) or os.path.exists(pattern):  # also a name with a * or [ of its own
+    """The files that a pattern with * stands for, or the name itself."""
+    if is_remote(pattern) or os.path.exists(pattern):  # also a name that contains * or [
         return [pattern]
     return sorted(glob.glob(pattern))
 
@@ -137,19 +133,19 @@ def _matching(pattern: str) -> list[str]:
 def _of_files(names: list[str], text: str, how: _How) -> ImageSource:
     flag = how.flag
     if (pipe := next((name for name in names if not is_remote(name) and not os.path.isfile(name)), None)) is not None:
-        raise UserError(f"{flag} {pipe} is no file")  # and to open a pipe would wait for ever
+        raise UserError(f"{flag} {pipe} is not a file")  # opening a pipe would wait for ever
     if all(map(is_shard, names)):
         return Shards(names, Cache(how.cache or default_cache(), int(how.cache_gib * 2**30)), text, flag=flag)
     if all(name.lower().endswith(".parquet") and not is_remote(name) for name in names):
         return ParquetImages([Path(name) for name in names], text, flag=flag, columns=how.columns)
     odd = next((name for name in names if not is_shard(name) and not name.lower().endswith(".parquet")), None)
     if odd is None:
-        raise UserError(f"{flag} {text} must be either .tar shards or Parquet, not both; and Parquet must be of this machine")
+        raise UserError(f"{flag} {text} must be either .tar shards or Parquet, not both; and Parquet files must be local")
     if words := advice(suffix_of(odd)):
-        raise UserError(f"{flag} {odd} is no image that can be read; {words}")
+        raise UserError(f"{flag} {odd} is not a readable image; {words}")
     raise UserError(
         f"{flag} {odd} is neither a folder of images, nor a list ({', '.join(LISTS)}), nor .tar shards, nor Parquet, nor .npy; "
-        "to take single images, put them into a folder"
+        "put single images into a folder"
     )
 
 

@@ -1,4 +1,4 @@
-"""What every source of images has in common."""
+"""The interface of image sources."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sparkme.data.images import Stored
 
-GLIMPSE = 2**12  # bytes at the end of a file, where few files of one size are alike
+GLIMPSE = 2**12  # bytes at the end of a file, which tell most files of one size apart
 
 
 def digest(*values: object) -> int:
-    """63 bits of a hash, which fit into an int64."""
+    """A 63-bit hash, which fits into an int64."""
     found = _hash()
     for value in values:
         found.update(value if isinstance(value, bytes) else str(value).encode())
@@ -34,18 +34,17 @@ def _as_int(found: bytes) -> int:
 
 
 class ImageSource(ABC):
-    """Images by their numbers, wherever they are.
+    """Images by number.
 
-    Reading is done by the processes that load images, which share what the source keeps in NumPy arrays and tensors; files are
-    opened there, and not before.
+    Loader processes read the images. They share the source's NumPy arrays and tensors, and open files themselves.
 
     Attributes:
         description: for people.
-        blocks: (K + 1,) int64, where it is faster to read images that lie together (a tar shard, a row group of Parquet):
-            the first number of each such part, and the number of images at the end; None where any order is as good.
-        window: with blocks, how many images that follow one another in the order of an epoch are shuffled among each other.
-        problems: what was damaged and is left out, in words.
-        notes: what else is left out, or is not read as one may expect, a line each.
+        blocks: (K + 1,) int64, if images that lie together (a tar shard, a Parquet row group) are faster to read together: the
+            first number of each block, then the number of images; None if any order is as fast.
+        window: with blocks, the number of consecutive images of an epoch that are shuffled together.
+        problems: lines about damaged parts, which are left out.
+        notes: lines about other parts that are left out or read in an unusual way.
     """
 
     description: str
@@ -56,7 +55,7 @@ class ImageSource(ABC):
 
     @property
     def remarks(self) -> list[str]:
-        """What is said once, at the start."""
+        """Notes to print once, at the start."""
         return [*self.notes, *(f"left out: {problem}" for problem in self.problems[:10])]
 
     @abstractmethod
@@ -64,30 +63,18 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, number: int) -> Stored:
-        """One image as it is stored.
-
-        Raises:
-            OSError: it cannot be read; names it.
-        """
+        """One image as it is stored. Raises OSError, which names the image, if it cannot be read."""
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """For messages, and to recognise the image by."""
+        """The image's name for messages, which also identifies it."""
 
     def glimpse(self, number: int) -> int:
-        """Differs only where images differ, and mostly where they do: what is cheap to know of the content.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """A cheap hash: equal for equal images, and different for most others. Raises OSError."""
         return self.digest(number)
 
     def digest(self, number: int) -> int:
-        """Is the same for images whose content is the same, and for no others.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """A hash of the whole content. Raises OSError."""
         content = self.read(number).content
         if isinstance(content, Path):
             with content.open("rb") as file:
@@ -107,15 +94,11 @@ class ImageSource(ABC):
         return Subset(self, torch.tensor(numbers, dtype=torch.long))
 
     def labels(self) -> tuple[Tensor, list[str]]:
-        """(N,) int64, -1 where the image has none, and the names that the numbers stand for.
-
-        Raises:
-            ValueError: it has none.
-        """
+        """(N,) int64 class numbers, -1 for images without one, and the class names. Raises ValueError without labels."""
         raise ValueError(f"{self.description} has no labels")
 
     def write_index(self, path: Path) -> None:  # noqa: B027
-        """Keeps for the next start what was slow to find out."""
+        """Saves what was slow to find out, for the next start."""
 
 
 class Subset(ImageSource):
@@ -126,7 +109,7 @@ class Subset(ImageSource):
         self.problems, self.notes = source.problems, source.notes
         if source.blocks is not None and bool((numbers.diff() > 0).all()):
             self.blocks = torch.searchsorted(numbers, source.blocks)
-            self.window = max(1, source.window * len(numbers) // len(source))  # of as many blocks as the source's
+            self.window = max(1, source.window * len(numbers) // len(source))  # as many blocks as in the source
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -1,4 +1,4 @@
-"""A user's own dataset: `package.module:name` of anything that has a length and gives an image for a number."""
+"""A user's own dataset: `package.module:name` of an object with __len__ and __getitem__."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ IMAGE_KEYS = ("image", "img", "jpg", "png", "pixel_values", "bytes")
 
 
 class DatasetImages(ImageSource):
-    """What a dataset gives by number: an image of Pillow's, a tensor (C, H, W) or array, or bytes; or a tuple that begins with
-    one, or a dict that has one under `image` or the like, as torchvision's and Hugging Face's datasets do.
+    """A dataset whose items are Pillow images, tensors (C, H, W), arrays or bytes; or tuples that start with one, or dicts with
+    one under `image` or the like, as in torchvision and Hugging Face.
 
-    Labels are taken from its attribute `targets` or `labels`, and their names from `classes`.
+    Labels come from its attribute `targets` or `labels`, and their names from `classes`.
 
     Args:
-        where: `package.module:name` of the dataset, or of a function without arguments that makes it.
-        flag: what it was given by, for messages.
+        where: `package.module:name` of the dataset, or of a function without arguments that returns it.
+        flag: its command-line flag, for messages.
 
     Raises:
-        UserError: it cannot be imported, or is nothing of that kind.
+        UserError: it cannot be imported, or is no such dataset.
     """
 
     def __init__(self, where: str, *, flag: str = "--data") -> None:
@@ -39,9 +39,7 @@ class DatasetImages(ImageSource):
         try:
             self._length = len(self.dataset)
         except Exception as error:
-            raise UserError(
-                f"{flag} {where} has no length ({first_line(error)}): it must have __len__ and __getitem__"
-            ) from error
+            raise UserError(f"{flag} {where} has no length ({first_line(error)}); it needs __len__ and __getitem__") from error
         if self._length < 1:
             raise UserError(f"{flag} {where} has no images")
 
@@ -59,32 +57,32 @@ class DatasetImages(ImageSource):
             if isinstance(item, dict):
                 key = next((key for key in IMAGE_KEYS if key in item), None)
                 if key is None:
-                    raise ValueError(f"none of its keys is {', '.join(IMAGE_KEYS)}: {', '.join(map(str, item))}")
+                    raise ValueError(f"its keys are {', '.join(map(str, item))}; one must be of {', '.join(IMAGE_KEYS)}")
                 item = item[key]
                 item = item["bytes"] if isinstance(item, dict) and "bytes" in item else item
-        except Exception as error:  # it is another's code
+        except Exception as error:  # user code may raise anything
             raise OSError(f"{self.name(number)}: {type(error).__name__}: {first_line(error)}") from error
         if isinstance(item, np.ndarray):
-            item = torch.from_numpy(np.array(item))  # a copy, which may be written to
+            item = torch.from_numpy(np.array(item))  # a writable copy
         if isinstance(item, Tensor):
             item = item.detach().cpu()
         if not isinstance(item, Image.Image | Tensor | bytes):
-            raise OSError(f"{self.name(number)}: it gives {type(item).__name__}, which is no image")
+            raise OSError(f"{self.name(number)}: it is a {type(item).__name__}, not an image")
         return Stored(self.name(number), item)
 
     def labels(self) -> tuple[Tensor, list[str]]:
         values = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
         if values is None or callable(values):
-            raise ValueError(f"{self.description} has no labels: give the dataset an attribute `targets`, a number for each")
+            raise ValueError(f"{self.description} has no labels: it needs an attribute `targets` with a number per image")
         try:
             given = torch.as_tensor(np.asarray(values)).flatten()
         except Exception as error:
-            raise ValueError(f"{self.description}: its labels are no numbers: {first_line(error)}") from error
+            raise ValueError(f"{self.description}: its labels must be numbers: {first_line(error)}") from error
         labels = given.long()
         if len(labels) != len(self):
             raise ValueError(f"{self.description} has {len(labels)} labels for {len(self)} images")
         if not torch.equal(labels.to(given.dtype), given) or int(labels.min()) < 0:
-            raise ValueError(f"{self.description} has labels that are no whole numbers from 0")
+            raise ValueError(f"{self.description} has labels that are not integers from 0")
         names = getattr(self.dataset, "classes", None)
         if isinstance(names, list | tuple) and len(names) > int(labels.max()):
             return labels, [str(name) for name in names]
@@ -100,6 +98,6 @@ def _imported(where: str, flag: str) -> Any:
         found = getattr(importlib.import_module(module_name), name)
         if not hasattr(found, "__getitem__") or isinstance(found, type):
             found = found()
-    except (Exception, SystemExit) as error:  # it is another's code
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UserError(f"{flag} {where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     return found

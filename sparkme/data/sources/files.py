@@ -1,7 +1,7 @@
-"""Lists of image files: any folder, as fast as the disk says its names, in little memory.
+"""Lists of image files in any folder, in little memory.
 
-A million Python strings take 100 MB, and again in every process that loads images, since counting references copies the pages
-that were shared. Here all names are one NumPy array, which processes that fork share for good.
+A million Python strings take 100 MB, and again in every loader process, since reference counts copy shared memory pages. Here
+all names are one NumPy array, which forked processes share.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sparkme.errors import UserError, first_line
 from sparkme.files import replaced_when_whole
 from sparkme.text import printable
 
-# The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey or drawings.
+# The colour photographs in scikit-image's wheel (skimage.data), all free to use; its other images are grey, or drawings.
 _PHOTOGRAPHS = (
     "astronaut.png",
     "chelsea.png",
@@ -46,18 +46,13 @@ _PHOTOGRAPHS = (
 )
 
 
-INDEX_FROM = 20_000  # files; a list of fewer is made anew in no time
+INDEX_FROM = 20_000  # files; a shorter list is quick to rebuild
 _INDEX_VERSION = 3
-_SETTLED_S = 2.0  # a clock's tick, at most: what changes within the same one has the same time
+_SETTLED_S = 2.0  # at most one clock tick: two changes within one have the same time
 
 
 class Names(Sequence[str]):
-    """Many names in two arrays.
-
-    Args:
-        text: all of them, one after the other, as the file system has them, uint8.
-        ends: where each ends, int64.
-    """
+    """Many names in two arrays: their joined bytes (uint8), and the end of each (int64)."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
         self.text, self.ends = text, ends
@@ -78,7 +73,7 @@ class Names(Sequence[str]):
     def __getitem__(self, number: int | slice) -> str | list[str]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # counts from the end, and raises
+        number = range(len(self))[number]  # negative indices and IndexError
         start = self.ends[number - 1] if number else 0
         return os.fsdecode(self.text[start : self.ends[number]].tobytes())
 
@@ -88,12 +83,12 @@ class Files(ImageSource):
 
     Args:
         root: the folder that the names are relative to.
-        names: of the files.
+        names: names of the files.
         description: for people.
-        folders: that were looked through, with the times of their last change in ns; what an index is valid for.
-        problems: folders that could not be looked through.
-        left_out: what was passed over.
-        notes: what was read otherwise than it is written.
+        folders: the listed folders with their times of last change in ns, which decide whether an index is valid.
+        problems: lines about folders that could not be listed.
+        left_out: skipped files and folders.
+        notes: lines about names that were read in an unusual way.
     """
 
     def __init__(
@@ -112,7 +107,6 @@ class Files(ImageSource):
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Files:
-        """Of files anywhere."""
         return cls(Path(), Names.pack(map(str, paths)), f"{len(paths)} files")
 
     def __len__(self) -> int:
@@ -141,11 +135,7 @@ class Files(ImageSource):
         return files
 
     def write_index(self, path: Path) -> None:
-        """Keeps the list of a folder with many files for the next start.
-
-        Raises:
-            CannotWrite: as a whole or not at all.
-        """
+        """Saves the list of a folder with many files for the next start. Raises CannotWrite."""
         if self.folders is None or self.problems or len(self) < INDEX_FROM:
             return
         folders, times = self.folders
@@ -164,7 +154,7 @@ class Files(ImageSource):
 
 
 def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--data") -> list[Path]:
-    """All images below a folder, see `list_folder`; says what is left out."""
+    """All images below a folder, see `list_folder`; prints notes about skipped files."""
     files = list_folder(folder, leave_out, flag=flag)
     for remark in files.remarks:
         print(f"note: {remark}", file=sys.stderr, flush=True)
@@ -172,13 +162,13 @@ def find_images(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
 
 
 def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--data", index: Path | None = None) -> Files:
-    """All images below a folder, sorted, whatever its structure; follows links, each directory once.
+    """All images below a folder, sorted; follows links, and visits each folder once.
 
     Args:
-        folder: where to look.
+        folder: the folder.
         leave_out: a folder below it whose images do not count, such as the run's own pictures.
-        flag: what the folder was given by, for messages.
-        index: what an earlier start kept by `Files.write_index`. It counts as long as no folder has changed.
+        flag: the command-line flag of the folder, for messages.
+        index: a file of `Files.write_index`, valid as long as no folder has changed.
 
     Raises:
         UserError: no such folder, or no images in it.
@@ -195,7 +185,7 @@ def list_folder(folder: Path, leave_out: Path | None = None, *, flag: str = "--d
 
 
 def look_through(folder: Path, leave_out: Path | None = None) -> Files:
-    """The images below a folder, see `list_folder`, and what else was there; there may be none."""
+    """The images below a folder, perhaps none, and the skipped files; see `list_folder`."""
     names: list[str] = []
     folders: list[str] = []
     times: list[int] = []
@@ -219,7 +209,7 @@ def look_through(folder: Path, leave_out: Path | None = None) -> Files:
                     for entry in entries:
                         name = os.path.join(below, entry.name)
                         if _is_folder(entry):
-                            if is_passed_over(entry.name):  # thumbnails, what was deleted, checkpoints of notebooks
+                            if is_passed_over(entry.name):  # thumbnails, deleted files, notebook checkpoints
                                 left_out.folders[entry.name] += 1
                             else:
                                 found.append(name)
@@ -232,18 +222,18 @@ def look_through(folder: Path, leave_out: Path | None = None) -> Files:
                             else:
                                 left_out.suffixes[suffix] += 1
                 folders.append(below)
-                times.append(changed if changed < settled else -1)  # which never is the time of a folder
-            except OSError as error:  # a folder of another user
+                times.append(changed if changed < settled else -1)  # -1 makes the index invalid
+            except OSError as error:  # such as another user's folder
                 problems.append(f"images in {printable(where)}: {first_line(error)}")
-            waiting += sorted(found, reverse=True)  # so that of several links to a folder the same one counts everywhere
+            waiting += sorted(found, reverse=True)  # so that of several links to a folder always the same one counts
             bar.update(len(names) - before)
-    names.sort(key=lambda name: name.replace(os.sep, "\0"))  # as paths compare: folder by folder
+    names.sort(key=lambda name: name.replace(os.sep, "\0"))  # folder by folder
     looked = Names.pack(folders), np.array(times, dtype=np.int64)
     return Files(folder, Names.pack(names), str(folder), looked, problems, left_out)
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS's companions of files
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("._")  # macOS metadata
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -259,17 +249,17 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _changed(folder: str) -> int:
-    """When a folder changed, ns: not the time that tar and rsync set back to what it was elsewhere."""
+    """The time of a folder's last change in ns: st_ctime, since tar and rsync set st_mtime back."""
     return os.stat(folder).st_ctime_ns
 
 
 def _is_broken_link(entry: os.DirEntry[str]) -> bool:
-    """Which is reported when it is read; a pipe or a device, which reading would wait for, is no image."""
+    """Reading reports a broken link. Pipes and devices, which reading would wait for, are no images."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _read_index(path: Path, folder: Path) -> Files | None:
-    """What was kept, if it is of this folder and nothing below it has changed."""
+    """The saved list, if it is of this folder and nothing below has changed."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             if kept["version"] != _INDEX_VERSION or str(kept["root"]) != str(folder.absolute()):
@@ -279,20 +269,19 @@ def _read_index(path: Path, folder: Path) -> Files | None:
         for below, known in zip(folders, times.tolist(), strict=True):
             if _changed(os.path.join(folder, below)) != known:
                 return None
-    except Exception:  # there is none, or it is damaged: then the list is made anew
+    except Exception:  # missing or damaged: the folder is listed again
         return None
     return Files(folder, names, str(folder), (folders, times), left_out=left_out)
 
 
 def inside(top: str, name: str) -> bool:
-    """Whether a name, relative or absolute, is of something below an absolute folder; links may lead anywhere."""
+    """Whether a relative or absolute name lies below an absolute folder; links may lead anywhere."""
     joined = os.path.normpath(os.path.join(top, name))
     return joined.startswith(top.rstrip(os.sep) + os.sep)
 
 
 def without_others(files: Files) -> Files:
-    """Of the files of a list those that are in no folder that a system keeps for itself, and of no kind that is known to be
-    none of images."""
+    """The files of a list without those in system folders and those known to be no images."""
     top, left_out, kept = os.path.abspath(files.root), LeftOut(), list[str]()
     for name in files.names:
         below = os.path.relpath(name, top) if os.path.isabs(name) else name
@@ -310,15 +299,11 @@ def without_others(files: Files) -> Files:
 
 
 def demo_photographs() -> list[Path]:
-    """The colour photographs in scikit-image's wheel.
-
-    Raises:
-        UserError: scikit-image is not installed, or ships none of them any more.
-    """
+    """The colour photographs in scikit-image's wheel. Raises UserError without scikit-image."""
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "without --data, training runs on scikit-image's photographs, and scikit-image is not installed; "
+            "without --data, training uses scikit-image's photographs, but scikit-image is not installed; "
             "pass --data FOLDER or install the extra: pip install 'sparkme[demo]'"
         )
     folder = Path(spec.submodule_search_locations[0], "data")

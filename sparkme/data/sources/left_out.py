@@ -1,4 +1,4 @@
-"""What of a folder or an archive is no picture to train on, and the lines that say so."""
+"""Files in a folder or archive that are no training images, and the notes about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from sparkme.text import printable
 
-# Where network storage, Windows, macOS and file systems keep thumbnails, snapshots and what was deleted.
+# Folders of network storage, Windows, macOS and file systems for thumbnails, snapshots and deleted files.
 _OF_SYSTEMS = re.compile(
     r"@eaDir|@tmp|@recycle|@recently-snapshot|@__thumb|#recycle|#snapshot|~snapshot|\$recycle\.bin|system volume information"
     r"|lost\+found|found\.\d{3}|__macosx|network trash folder|temporary items|\.trash.*",
@@ -18,7 +18,7 @@ _OF_SYSTEMS = re.compile(
 )
 _MOST_NAMED = 8
 
-_AVIF = (".avif", ".avifs")  # which Pillow reads from 11.3 on
+_AVIF = (".avif", ".avifs")  # Pillow reads them from 11.3 on
 EXTENSIONS = frozenset(
     {
         ".apng",
@@ -52,18 +52,18 @@ EXTENSIONS = frozenset(
     }
 )
 
-# What to do with files of other kinds.
+# How to use files of other kinds.
 _ADVICE = {
     (".dcm", ".dicom", ".ima"): "DICOM, save each slice as a 16-bit .png or as .npy, such as with pydicom",
     (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"): "volumes, save their slices as .npy, such as with nibabel or SimpleITK",
-    (".npz",): "several arrays, save each by itself as .npy",
+    (".npz",): "several arrays, save each as its own .npy",
     _AVIF: "pip install --upgrade 'pillow>=11.3'",
     (".heic", ".heif", ".jxl"): "convert to .jpg or .png, such as with pillow-heif or pillow-jxl-plugin",
-    (".arw", ".cr2", ".cr3", ".dng", ".nef", ".raf", ".orf"): "what a camera's sensor saw, develop to .tif, such as with rawpy",
+    (".arw", ".cr2", ".cr3", ".dng", ".nef", ".raf", ".orf"): "raw camera files, develop to .tif, such as with rawpy",
     (".svs", ".ndpi", ".mrxs", ".czi", ".scn"): "whole slides, cut them into tiles, such as with openslide",
     (".exr", ".hdr", ".pfm"): "floating-point pixels, save as .npy with values from 0 to 1",
     (".eps", ".pdf", ".psd", ".svg", ".xcf"): "save as .png",
-    (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"): "videos, take frames out, such as with ffmpeg",
+    (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"): "videos, extract frames, such as with ffmpeg",
     (".tar", ".tgz", ".tar.gz", ".parquet"): "archives, name them: --data 'FOLDER/*.tar' or '*.parquet'",
     (".7z", ".rar", ".zip"): "unpack",
     (
@@ -78,25 +78,25 @@ _ADVICE = {
         ".rec",
         ".tfrecord",
         ".zarr",
-    ): "read by a dataset of your own, --data package.module:dataset",
+    ): "use a dataset of your own, --data package.module:dataset",
 }
 
 
 def suffix_of(name: str) -> str:
-    """The end of a file's name, from the last dot on, or with `.gz` from the one before; in small letters."""
+    """The suffix of a file name in lower case, such as `.png` or `.nii.gz`."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] + suffix if suffix == ".gz" else suffix
 
 
 def advice(suffix: str) -> str:
-    """What to do with files that end so, or ""."""
+    """How to use files with this suffix, or ""."""
     return next(
         (f"{suffix}: {words}" for suffixes, words in _ADVICE.items() if suffix in suffixes and suffix not in EXTENSIONS), ""
     )
 
 
 def begins_like_image(path: str) -> bool:
-    """Whether a file whose name does not tell begins as the common kinds of pictures do."""
+    """Whether a file without a suffix starts like a common image format."""
     try:
         with open(path, "rb", buffering=0) as file:
             head = file.read(16)
@@ -110,23 +110,23 @@ def begins_like_image(path: str) -> bool:
 
 
 def is_passed_over(folder: str) -> bool:
-    """Whether a folder of this name is hidden, or is kept by a system for itself, such as `@eaDir`."""
+    """Whether a folder with this name is hidden or a system folder, such as `@eaDir`."""
     return _OF_SYSTEMS.fullmatch(folder) is not None or (folder.startswith(".") and folder not in (".", ".."))
 
 
 def passed_over_in(name: str, *, hidden: bool) -> str | None:
-    """The first folder in a file's name that is of a system or, where that counts, hidden."""
+    """The first system folder, or with `hidden` also hidden folder, in a file's path."""
     folders = name.split("/")[:-1]
     return next((f for f in folders if is_passed_over(f) and (hidden or _OF_SYSTEMS.fullmatch(f))), None)
 
 
 class LeftOut:
-    """Counts what is passed over.
+    """Counts skipped files and folders.
 
     Attributes:
-        folders: hidden ones and those of systems, which are not looked into, by name.
-        files: of a list or an archive, which are in such a folder, by the folder's name.
-        suffixes: of files that are no images.
+        folders: hidden and system folders, by name.
+        files: entries of a list or archive inside such a folder, by the folder's name.
+        suffixes: suffixes of files that are no images.
     """
 
     def __init__(
@@ -154,10 +154,9 @@ class LeftOut:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
         kinds = (
-            (f"{_many(self.folders, 'folder')} hidden or of a system", self.folders),
-            (f"{_many(self.files, 'file')} in folders hidden or of a system", self.files),
+            (f"{_many(self.folders, 'hidden or system folder')}", self.folders),
+            (f"{_many(self.files, 'file')} in hidden or system folders", self.files),
             (f"{_many(self.suffixes, 'file')} of other kinds", self.suffixes),
         )
         lines = [f"left out: {kind}: {_named(counter)}" for kind, counter in kinds if counter]

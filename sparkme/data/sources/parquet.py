@@ -1,4 +1,4 @@
-"""Parquet files with the bytes of images, as Hugging Face's datasets have them."""
+"""Parquet files with the bytes of images, as in Hugging Face's datasets."""
 
 from __future__ import annotations
 
@@ -22,47 +22,46 @@ from sparkme.data.sources.base import ImageSource
 from sparkme.errors import UserError, first_line
 from sparkme.text import printable
 
-CACHED_BYTES = 2**29  # of row groups, in each process that loads images
-MOST_GROUP_BYTES = 2**31  # one that has more is not read: two are in memory, in each process
+CACHED_BYTES = 2**29  # of row groups, in each loader process
+MOST_GROUP_BYTES = 2**31  # largest row group, since each process holds two in memory
 BATCH_ROWS = 16
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "content"), ("label", "labels", "cls", "class")
 
 
 class Columns(NamedTuple):
-    """The columns of a Parquet file that have the images and the labels, where they are named."""
+    """The image and label columns of a Parquet file, if they were named."""
 
     image: str | None = None
     label: str | None = None
 
     def refuse(self, where: str) -> None:
-        """Raises UserError if a column is named of what has none."""
+        """Raises UserError if a column is named for a source without columns."""
         if any(self):
-            raise UserError(f"--{'image' if self.image else 'label'}-column is for Parquet files, and {where} is none")
+            raise UserError(f"--{'image' if self.image else 'label'}-column is for Parquet files, but {where} is not one")
 
 
 class Place(NamedTuple):
-    """Where a Parquet file has the bytes of images: the path of what is read, and the fields (or 0, of a list) to go down from
-    a value of its column."""
+    """The place of image bytes in a Parquet file: the path to read, and the fields (or 0 for a list) down from its values."""
 
     path: str
     steps: tuple[str | int, ...]
 
 
 class ParquetImages(ImageSource):
-    """The rows of Parquet files; a column has the bytes, by itself, as the field `bytes` of a struct, or in lists, of each of
-    which the first counts.
+    """The rows of Parquet files. A column holds the bytes, directly, as field `bytes` of a struct, or in lists, whose first
+    entry counts.
 
-    Images are read by row groups. Those of an epoch come in random order, and as many as fit into memory are shuffled among
-    each other, so small row groups (some hundred images) give the better order.
+    Images are read by row group, in random order. Row groups that fit into memory are shuffled together, so small ones (some
+    hundred images) shuffle better.
 
     Args:
         paths: the files, in order.
         description: for people.
-        flag: what they were given by, for messages.
-        columns: found by their names and types, where they are not named.
+        flag: their command-line flag, for messages.
+        columns: found by name and type if not named.
 
     Raises:
-        UserError: pyarrow is not installed, or a file is not of that kind.
+        UserError: pyarrow is not installed, or a file has no images.
     """
 
     def __init__(
@@ -87,13 +86,13 @@ class ParquetImages(ImageSource):
                 schema = parquet.read_schema(path)
                 name = image_column or _image_column(schema)
                 place = _place(schema, name) if name else None
-            except Exception as error:  # pyarrow has many
+            except Exception as error:  # pyarrow raises many kinds
                 raise UserError(f"{flag} {path} cannot be read as Parquet: {first_line(error)}") from error
             if place is None or name is None:
                 wanted = f"{name} that holds bytes" if name else "with the bytes of images"
                 raise UserError(
-                    f"{flag} {path} has no column {wanted}; its columns: {_described(schema)}; see --image-column, and take a "
-                    "list (.txt) for names of files"
+                    f"{flag} {path} has no column {wanted}; its columns: {_described(schema)}; see --image-column, or use a "
+                    "list (.txt) if it holds file names"
                 )
             image_column = name
             self.places.append(place)
@@ -108,12 +107,12 @@ class ParquetImages(ImageSource):
             raise UserError(f"{flag} {description} has no rows")
         if largest > MOST_GROUP_BYTES:
             raise UserError(
-                f"{flag} {description}: a row group of {largest / 2**30:.1f} GiB; write smaller ones, of some hundred images"
+                f"{flag} {description}: a row group of {largest / 2**30:.1f} GiB; write smaller ones with some hundred images"
             )
         cached = max(2, CACHED_BYTES // largest)  # row groups
         self.blocks = torch.tensor([0, *np.cumsum(counts).tolist()])
         self._first = self.blocks.numpy()
-        self.window = max(counts) * (cached - 1)  # and may begin and end within one, so that it is of as many as are kept
+        self.window = max(counts) * (cached - 1)  # a window may start and end inside a row group
         self._tables: OrderedDict[int, Any] = OrderedDict()
         self.groups = np.array(groups)  # file and row group of each block
         self._owner = 0
@@ -135,7 +134,7 @@ class ParquetImages(ImageSource):
         return Stored(name, content)
 
     def _column(self, block: int) -> Any:
-        """The images of a row group, kept in this process for the next ones."""
+        """The images of a row group, cached in this process."""
         import pyarrow.parquet as parquet
 
         if self._owner != os.getpid():
@@ -157,7 +156,7 @@ class ParquetImages(ImageSource):
     def labels(self) -> tuple[Tensor, list[str]]:
         name = self.label_column or next((name for name in LABEL_COLUMNS if name in self.schema.names), None)
         if name is None or name not in self.schema.names:
-            named = name or f"of the names {', '.join(LABEL_COLUMNS)}"
+            named = name or f"named {', '.join(LABEL_COLUMNS)}"
             raise ValueError(
                 f"{self.description} has no labels: no column {named}; its columns: {_described(self.schema)}; see "
                 "--label-column"
@@ -167,33 +166,31 @@ class ParquetImages(ImageSource):
         except ValueError as error:
             raise ValueError(f"{self.description}: the column {name} has {error}; see --label-column") from error
         known = self._class_names(name)
-        if known:  # of which -1 is none, where labels are kept secret
+        if known:  # -1 stands for a secret label
             values = [None if value == -1 else value for value in values]
         given = [value for value in values if value is not None]
         if len(given) < len(values):
             self.notes = [
                 *self.notes,
-                f"left out: {len(values) - len(given)} of {len(values)} images, without a label in {name}",
+                f"left out: {len(values) - len(given)} of {len(values)} images without a label in {name}",
             ]
         if known and all(isinstance(value, int) and 0 <= value < len(known) for value in given):
             return torch.tensor([-1 if value is None else value for value in values], dtype=torch.long), known
         classes = sorted(set(given), key=lambda value: (isinstance(value, str), value))
         if len({*map(str, classes)}) < len(classes):
-            raise ValueError(
-                f"{self.description}: the column {name} has labels as numbers and the same as words; make them alike"
-            )
+            raise ValueError(f"{self.description}: the column {name} has the same labels as numbers and as words; use one form")
         number: dict[int | str | None, int] = {None: -1} | {value: i for i, value in enumerate(classes)}
         return torch.tensor([number[value] for value in values], dtype=torch.long), [str(value) for value in classes]
 
     def _class_names(self, name: str) -> list[str]:
-        """Which numbers stand for; of no file others than of the first."""
+        """The class names of all files. Raises ValueError if they differ."""
         import pyarrow.parquet as parquet
 
         first, *others = [_class_names(parquet.read_schema(path), name) for path in self.paths]
         for path, names in zip(self.paths[1:], others, strict=True):
             if names != first:
                 known, other = (", ".join(names[:8]) or "nothing" for names in (first, names))
-                raise ValueError(f"numbers in {name} stand for {known} in {self.paths[0]}, and for {other} in {path}")
+                raise ValueError(f"numbers in {name} stand for {known} in {self.paths[0]}, but for {other} in {path}")
         return first
 
     def _values(self, name: str) -> list[Any]:
@@ -203,26 +200,22 @@ class ParquetImages(ImageSource):
         try:
             for path in self.paths:
                 values += parquet.read_table(path, columns=[name], use_threads=False).column(name).to_pylist()
-        except Exception as error:  # pyarrow has many
-            raise ValueError(f"{path} has no labels that can be read in its column {name}: {first_line(error)}") from error
+        except Exception as error:  # pyarrow raises many kinds
+            raise ValueError(f"{path} has no readable labels in its column {name}: {first_line(error)}") from error
         return values
 
 
 def _label(value: Any) -> int | str | None:
-    """A label of any type as a number or a word, or None if there is none.
-
-    Raises:
-        ValueError: it is no class; says what it is.
-    """
+    """A label of any type as a number or word, or None. Raises ValueError for values that are no classes."""
     if isinstance(value, list) and len(value) < 2:
         value = value[0] if value else None
     if isinstance(value, list):
-        raise ValueError(f"several labels for an image, such as {str(value)[:60]}, where each has one class")
+        raise ValueError(f"several labels per image, such as {str(value)[:60]}; each image must have one class")
     if isinstance(value, float | Decimal):
         if value != value:
             return None
         if math.isinf(value) or value != int(value):
-            raise ValueError(f"numbers between classes, such as {value}: values are not learnt here, only classes")
+            raise ValueError(f"numbers that are not integers, such as {value}; sparkme learns classes only")
         return int(value)
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace") or None
@@ -232,13 +225,13 @@ def _label(value: Any) -> int | str | None:
 
 
 def _image_column(schema: Any) -> str | None:
-    """The first column with bytes, of those that are named as is usual."""
+    """The first column with image bytes; usual names come first."""
     names = (*(name for name in IMAGE_COLUMNS if name in schema.names), *schema.names)
     return next((str(name) for name in names if _place(schema, name) is not None), None)
 
 
 def _place(schema: Any, name: str) -> Place | None:
-    """How to come to the bytes of a column, or of `column.field`, if it has any."""
+    """The place of the bytes in a column or `column.field`, or None."""
     top, *fields = [name] if name in schema.names else name.split(".")
     if top not in schema.names:
         return None
@@ -257,7 +250,7 @@ def _place(schema: Any, name: str) -> Place | None:
 
 
 def _steps_to_bytes(kind: Any) -> list[str | int] | None:
-    """From a value of a type of Arrow's to the bytes in it: through dictionaries, structs with a field `bytes`, and lists."""
+    """The steps from a value of an Arrow type to its bytes: through dictionaries, structs with a field `bytes`, and lists."""
     import pyarrow
 
     types = pyarrow.types
@@ -276,35 +269,34 @@ def _steps_to_bytes(kind: Any) -> list[str | int] | None:
 
 
 def _num_values(group: Any, place: Place) -> int:
-    """How many images a row group has, those in lists counted one by one."""
+    """The number of images in a row group, including all entries of lists."""
     chunks = (group.column(i) for i in range(group.num_columns))
     counts = (chunk.num_values for chunk in chunks if chunk.path_in_schema.startswith(f"{place.path}."))
-    return min(counts, default=group.num_rows)  # of other fields of what is listed there may be more
+    return min(counts, default=group.num_rows)  # other fields may have more values
 
 
 def _notes(schema: Any, image_column: str, unread: int, labels: Sequence[str | None]) -> list[str]:
     known = (image_column, image_column.partition(".")[0], *labels)
     others = [name for name in schema.names if name not in known and _place(schema, name)]
-    notes = [f"left out: {unread} images of lists, of which the first is taken"] if unread > 0 else []
+    notes = [f"left out: {unread} images of lists, whose first image is used"] if unread > 0 else []
     if others:
-        notes.append(f"images are those of the column {image_column}, not of {', '.join(others[:8])}; see --image-column")
+        notes.append(f"images come from the column {image_column}, not from {', '.join(others[:8])}; see --image-column")
     return notes
 
 
 def _described(schema: Any) -> str:
-    """The columns and their types, in a line."""
     columns = [f"{printable(name)} {str(schema.field(name).type)[:60]}" for name in schema.names[:12]]
     return ", ".join([*columns, "..."] if len(schema.names) > 12 else columns)
 
 
 def _read(opened: Any, group: int, name: str) -> Any:
-    """A column of a row group, piece by piece: a dictionary that is named again and again may be small in the file only."""
+    """A column of a row group, read in pieces, since a dictionary column may be small only in the file."""
     import pyarrow
 
     pieces, size = [], 0
-    # Without threads of its own, which a process that was forked may not have.
+    # Without pyarrow's threads, which a forked process may lack.
     for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=[name], use_threads=False):
-        piece = batch.column(max(0, batch.schema.get_field_index(name)))  # image.jpg is read with image
+        piece = batch.column(max(0, batch.schema.get_field_index(name)))  # image.jpg is part of image
         pieces.append(piece.dictionary_decode() if pyarrow.types.is_dictionary(piece.type) else piece)
         size += pieces[-1].nbytes
         if size > MOST_GROUP_BYTES:
@@ -313,7 +305,7 @@ def _read(opened: Any, group: int, name: str) -> Any:
 
 
 def _class_names(schema: Any, column: str) -> list[str]:
-    """The names that Hugging Face's datasets keep beside the numbers."""
+    """The class names in Hugging Face's metadata, or []."""
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])
         names = info["info"]["features"][column]["names"]

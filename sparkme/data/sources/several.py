@@ -14,7 +14,7 @@ from sparkme.data.sources.base import ImageSource
 
 
 class Several(ImageSource):
-    """The images of all sources. Where one has blocks, so have all: of the others each image is one."""
+    """The images of all sources. If one has blocks, each image of a source without blocks is a block of its own."""
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self.sources = sources

@@ -1,9 +1,8 @@
-"""Tar shards, as WebDataset has them, of this machine or from a URL: many images in one file, read where they lie.
+"""Tar shards as in WebDataset, local or from a URL: many images in one file.
 
-Every shard is looked through once, and what is found (where each image begins and how long it is) is kept in the cache folder.
-So the number of images is known, any image can be read by itself, and the order of an epoch is a function of the seed, which a
-resumed run repeats exactly. Shards from a URL, and compressed ones, are copied into the cache folder first and leave it when
-others need the room.
+Every shard is indexed once, and the index (offset and size of each image) is kept in the cache folder. So the number of images
+is known, each image can be read by itself, and the order of an epoch is a function of the seed, which a resumed run repeats.
+Remote and compressed shards are copied into the cache folder first, and deleted when others need the space.
 """
 
 from __future__ import annotations
@@ -45,38 +44,34 @@ from sparkme.files import replaced_when_whole
 from sparkme.text import printable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
-WINDOW = 16_384  # images that are shuffled among each other, of as many shards as they fill
-MOST_BYTES = 2**28  # of an image file; one that claims more is no image
+WINDOW = 16_384  # images that are shuffled together, from as many shards as they fill
+MOST_BYTES = 2**28  # of an image file
 MOST_SHARDS = 1_000_000
-MOST_HEAD = 2**20  # bytes of what a tar archive says about one member
+MOST_HEAD = 2**20  # bytes of one member's tar header
 LONGEST_LABEL = 256
-LABEL_SUFFIXES = (".cls", ".json")  # where both label as many images, the first counts
+LABEL_SUFFIXES = (".cls", ".json")  # the first counts if both label as many images
 OPEN_FILES = 32
 TRIES, TIMEOUT_S = 3, 60
-# Errors that another try will not mend: no room, not allowed; and HTTP's for not allowed and not there.
+# Errors for which another try is useless: no space, no permission, and HTTP's for no permission and not found.
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, 401, 403, 404, 410)
-_COPY = ".copy"  # no suffix of shards: should the folder be that of the data, its shards stay, and copies count as none
+_COPY = ".copy"  # not a shard's suffix, so that the cache may be the data folder itself
 
 
 class Index(NamedTuple):
-    """What a shard holds: where the images begin, how many bytes they have, and the label of each, or ""."""
+    """The images of a shard: offsets, sizes in bytes, and labels ("" for none)."""
 
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
-    problem: str  # why it ends early, if it does
-    dotted: str  # two samples that WebDataset would take for one; then names are split at their last dot
+    problem: str  # why it ends early, or ""
+    dotted: str  # two samples that WebDataset would join; then names end at their last dot
     conflict: str  # two labels of one sample, in words
-    left_out: str  # what was passed over, see `LeftOut.to_json`
+    left_out: str  # skipped files, see `LeftOut.to_json`
 
 
 class Cache:
-    """A folder for copies of shards and what is known of them; several processes may use it.
-
-    Args:
-        folder: where.
-        most_bytes: of copies; those that were used least lately make room.
-    """
+    """A folder for copies and indexes of shards, safe for several processes. Above `most_bytes` of copies, the least recently
+    used ones are deleted."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder, self.most_bytes = folder, most_bytes
@@ -86,7 +81,7 @@ class Cache:
 
     @contextmanager
     def locked(self, known: str) -> Iterator[None]:
-        """One process at a time."""
+        """Lets in one process at a time."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.path(known, ".lock").open("w")
@@ -97,21 +92,21 @@ class Cache:
             yield
 
     def open(self, location: str, known: str) -> int:
-        """A descriptor of a shard as a plain tar file here, copied or decompressed if it is not there yet.
+        """A descriptor of the local, uncompressed copy of a shard, which is made if needed.
 
         Args:
             location: a file or a URL.
-            known: what the copy is kept by.
+            known: key of the copy.
 
         Raises:
-            OSError: it cannot be had, or there is no room.
+            OSError: the shard cannot be read, or there is no space.
         """
         path = self.path(known, _COPY)
         with self.locked(known):
-            # Opened at once, under the lock or before it has its name: other processes make room at any time.
+            # Opened at once, under the lock or before it has its name, since other processes may delete copies at any time.
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
-                with suppress(OSError):  # of another user
+                with suppress(OSError):  # another user's file
                     os.utime(path)
                 return descriptor
             self._make_room()
@@ -127,36 +122,32 @@ class Cache:
     def _make_room(self) -> None:
         copies = []
         for entry in os.scandir(self.folder):
-            if re.fullmatch(f"[0-9a-f]{{24}}{_COPY}", entry.name):  # nobody's but the cache's
+            if re.fullmatch(f"[0-9a-f]{{24}}{_COPY}", entry.name):  # only the cache's own files
                 with suppress(OSError):  # another process was faster
                     copies.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         total = sum(size for _, size, _ in copies)
         for _, size, path in sorted(copies):
             if total <= self.most_bytes:
                 break
-            with suppress(OSError):  # processes that have it open keep it
+            with suppress(OSError):  # processes that have it open can go on reading
                 os.unlink(path)
             total -= size
 
 
 def fetch(location: str, path: Path, most_bytes: int) -> None:
-    """Copies a shard to a file, decompressed.
-
-    Raises:
-        OSError: it cannot be had whole, or has more bytes.
-    """
+    """Copies a shard to a file, decompressed. Raises OSError if it is incomplete or has more than `most_bytes`."""
     for attempt in range(TRIES):
         try:
             with _opened(location) as remote, path.open("wb") as file:
                 _copy(_decompressed(remote, location), file, most_bytes)
-                # What http.client still waits for, and does not complain about.
+                # http.client does not complain about a connection that ends early.
                 if isinstance(remote, http.client.HTTPResponse) and remote.length:
                     raise ConnectionError(f"the connection ended {remote.length:,} bytes too early")
             return
         except (EOFError, lzma.LZMAError, zlib.error) as error:
             reason: Exception = error
             again = is_remote(location) and isinstance(error, EOFError)
-        except Exception as error:  # http.client has many, and fsspec's packages their own
+        except Exception as error:  # http.client and fsspec's packages raise many kinds
             reason, code = error, getattr(error, "code", getattr(error, "errno", 0))
             final = isinstance(error, FileNotFoundError) or code in _FINAL
             again = is_remote(location) and not final and isinstance(error, OSError | http.client.IncompleteRead)
@@ -166,18 +157,18 @@ def fetch(location: str, path: Path, most_bytes: int) -> None:
 
 
 def _copy(source: Any, file: BinaryIO, most_bytes: int) -> None:
-    """A small file may decompress to any number of bytes."""
+    """Copies at most `most_bytes`, since a small file may decompress to any size."""
     while piece := source.read(2**20):
         most_bytes -= len(piece)
         if most_bytes < 0:
-            raise ValueError("its copy takes more than --shard-cache-gib allows all of them together; raise it")
+            raise ValueError("its copy alone is larger than --shard-cache-gib; raise it")
         file.write(piece)
 
 
 def _opened(location: str) -> Any:
     if location.startswith(("http://", "https://")):
         return urllib.request.urlopen(location, timeout=TIMEOUT_S)
-    if is_remote(location):  # s3, gs and others, as far as their packages are installed
+    if is_remote(location):  # s3, gs and others, if their packages are installed
         import fsspec  # noqa: PLC0415  (optional)
 
         return fsspec.open(location, "rb").open()
@@ -200,10 +191,10 @@ def is_shard(location: str) -> bool:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a{00..02}` and `a{x,y}`, as a shell has them: a00 a01 a02, ax ay. Braces in braces are not read.
+    """Expands `a{00..02}` to a00 a01 a02 and `a{x,y}` to ax ay, as a shell does, without nesting.
 
     Raises:
-        ValueError: so many that it must be a mistake.
+        ValueError: more than a million names, which must be a mistake.
     """
     parts: list[Sequence[str]] = []
     count = 1
@@ -228,11 +219,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def read_index(file: Any) -> Index:
-    """Looks through a tar archive: regular members with an image's suffix, and `.cls` and `.json` of the same name for labels.
-
-    Args:
-        file: a plain archive, opened for reading.
-    """
+    """Indexes an open, uncompressed tar archive: image files, and `.cls` and `.json` of the same name for labels."""
     offsets: list[int] = []
     sizes: list[int] = []
     stems: list[str] = []
@@ -241,11 +228,11 @@ def read_index(file: Any) -> Index:
     try:
         with tarfile.open(fileobj=_Heads(file), mode="r:", tarinfo=_Member) as archive:  # type: ignore[call-overload]
             for member in archive:
-                archive.members = []  # else it keeps them all
-                if member.size < 0:  # after which it would be found again and again
-                    raise ValueError(f"a member of {member.size} bytes")
-                stem, suffix = _stem(member.name.removeprefix("./"))  # which some of an archive's names may have
-                if not member.isreg() or member.issparse():  # links and devices name other things
+                archive.members = []  # it would keep them all
+                if member.size < 0:  # the loop would find it for ever
+                    raise ValueError(f"a member has {member.size} bytes")
+                stem, suffix = _stem(member.name.removeprefix("./"))  # a prefix that some names may have
+                if not member.isreg() or member.issparse():  # links and devices hold no data
                     continue
                 if (folder := passed_over_in(member.name, hidden=True)) is not None:
                     left_out.files[folder] += 1
@@ -257,7 +244,7 @@ def read_index(file: Any) -> Index:
                     labels.add(stem, suffix, os.pread(file.fileno(), member.size, member.offset_data))
                 elif suffix not in LABEL_SUFFIXES and not os.path.basename(member.name).startswith("."):
                     left_out.suffixes[suffix_of(member.name)] += 1
-    except Exception as error:  # of what is no archive tarfile has many, such as RecursionError
+    except Exception as error:  # tarfile raises many kinds for bad archives, such as RecursionError
         problem = first_line(error)
     size = os.fstat(file.fileno()).st_size
     while offsets and offsets[-1] + sizes[-1] > size:
@@ -269,25 +256,24 @@ def read_index(file: Any) -> Index:
 
 
 class _Labels:
-    """The labels in a shard, which are of the images whose names begin alike.
+    """The labels in a shard, matched to images by name.
 
-    WebDataset ends a sample's name at the first dot. Where that makes one sample of images that have labels of their own, as
-    `patient0.slice3` and `patient0.slice4`, names end at the last dot.
+    In WebDataset a sample's name ends at the first dot. If that joins images with their own labels, such as `patient0.slice3`
+    and `patient0.slice4`, names end at the last dot.
     """
 
     def __init__(self) -> None:
-        self.given: dict[str, dict[str, str]] = {suffix: {} for suffix in LABEL_SUFFIXES}  # by the name up to the last dot
-        self.conflicts: dict[str, str] = {}  # by suffix: two labels of one sample, in words
+        self.given: dict[str, dict[str, str]] = {suffix: {} for suffix in LABEL_SUFFIXES}  # by name up to the last dot
+        self.conflicts: dict[str, str] = {}  # by suffix: a line about two labels of one sample
 
     def add(self, stem: str, suffix: str, content: bytes) -> None:
         if label := _label(content, suffix):
             known = self.given[suffix].setdefault(stem, label)
             if known != label:
-                self._conflict(suffix, f"{stem}{suffix} is there twice, as {known!r} and as {label!r}")
+                self._conflict(suffix, f"{stem}{suffix} occurs twice, as {known!r} and as {label!r}")
 
     def of(self, stems: list[str]) -> tuple[list[str], str, str]:
-        """The label of each image, "" where it has none, or no list if no image has one; two samples that WebDataset would
-        take for one; and two labels of one sample, in words."""
+        """The label of each image ("" for none), or [] if no image has one; and `Index.dotted` and `Index.conflict`."""
         dotted = self._dotted(stems)
         best, conflict = list[str](), ""
         for suffix in LABEL_SUFFIXES:
@@ -298,7 +284,7 @@ class _Labels:
         return best, dotted, conflict
 
     def _dotted(self, stems: list[str]) -> str:
-        """Two images of one key of which one has a label of its own name."""
+        """Two images that share a key although one has a label with its full name, or ""."""
         images: dict[str, dict[str, None]] = {}
         for stem in stems:
             images.setdefault(_key(stem), {})[stem] = None
@@ -336,26 +322,26 @@ class _Member(tarfile.TarInfo):
 
 
 class _Heads:
-    """A file that gives no more than a member's head may have. Tarfile would read as much as an archive asks for."""
+    """A file with a limit on header sizes: tarfile would read as much as an archive claims."""
 
     def __init__(self, file: Any) -> None:
         self.tell, self.seek, self._read = file.tell, file.seek, file.read
 
     def read(self, count: int) -> Any:
         if not 0 <= count <= MOST_HEAD:
-            raise ValueError(f"a head of {count} bytes")
+            raise ValueError(f"a header of {count} bytes")
         return self._read(count)
 
 
 def _stem(name: str) -> tuple[str, str]:
-    """A member's name up to its last dot, and its suffix; no suffix if it is hidden."""
+    """A member's name up to its last dot, and its suffix ("" for a hidden file)."""
     stem, dot, suffix = name.rpartition(".")
     hidden = name.rpartition("/")[2].startswith(".")
     return stem, "" if hidden or not dot or "/" in suffix else f".{suffix.lower()}"
 
 
 def _key(stem: str) -> str:
-    """The name of a sample as WebDataset has it: up to the first dot behind the folders."""
+    """A sample's name in WebDataset: up to the first dot after the folders."""
     folder, slash, base = stem.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
@@ -368,7 +354,7 @@ def _label(content: bytes, suffix: str) -> str:
         elif isinstance(value := json.loads(content), dict):
             given = (value.get(name) for name in ("label", "cls", "class"))
             label = next((_word(value) for value in given if isinstance(value, str | int | float)), "")
-    # A text of any length would be no class; and in an array each label takes as much as the longest.
+    # A long text is no class, and in an array each label takes as much memory as the longest.
     return label if len(label) <= LONGEST_LABEL else ""
 
 
@@ -378,7 +364,7 @@ def _word(value: str | float) -> str:
 
 
 def _known(location: str) -> str:
-    """What a shard is recognised by: another of the same name is another."""
+    """The identity of a shard: its path, size and time of change."""
     if is_remote(location):
         return location
     status = os.stat(location)
@@ -387,7 +373,7 @@ def _known(location: str) -> str:
 
 def _check_same(location: str, known: str) -> None:
     if _known(location) != known:
-        raise OSError("the shard has changed since the run began; start it again")
+        raise OSError("the shard has changed since the run began; restart the run")
 
 
 class Shards(ImageSource):
@@ -395,12 +381,12 @@ class Shards(ImageSource):
 
     Args:
         locations: files or URLs, in order.
-        cache: for what has to be copied.
+        cache: for copies and indexes.
         description: for people.
-        flag: what they were given by, for messages.
+        flag: their command-line flag, for messages.
 
     Raises:
-        UserError: one cannot be had, or none holds an image.
+        UserError: a shard cannot be read, or none holds an image.
     """
 
     window = WINDOW
@@ -409,10 +395,10 @@ class Shards(ImageSource):
         self.locations, self.cache, self.description = locations, cache, description
         self.problems = problems = list[str]()
         found: dict[int, tuple[str, Index]] = {}
-        # Processes that start together begin at different places, and so divide the work: each shard is looked through once.
+        # Processes that start together begin at different shards, and so divide the indexing.
         first = len(locations) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         order = [*range(first, len(locations)), *range(first)]
-        for i in tqdm(order, "looking through shards", unit=" shards", delay=2, disable=not sys.stderr.isatty()):
+        for i in tqdm(order, "indexing shards", unit=" shards", delay=2, disable=not sys.stderr.isatty()):
             try:
                 found[i] = (known := _known(locations[i])), self._index(locations[i], known)
             except OSError as error:
@@ -440,10 +426,10 @@ class Shards(ImageSource):
         self._owner = 0
 
     def _index(self, location: str, known: str) -> Index:
-        """What is in a shard, from the cache or found out."""
+        """The index of a shard, from the cache or new."""
         path = self.cache.path(known, ".npz")
-        with self.cache.locked(f"the index of {known}"):  # not the lock of the copy, which is made meanwhile
-            with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # there is none yet, or it is damaged
+        with self.cache.locked(f"the index of {known}"):  # not the lock of the copy, which is made inside
+            with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # missing or damaged
                 words = (str(kept[name]) for name in ("problem", "dotted", "conflict", "left_out"))
                 return Index(kept["offsets"], kept["sizes"], kept["labels"], *words)
             with open(self._opened(location, known), "rb") as file:
@@ -464,15 +450,15 @@ class Shards(ImageSource):
     def read(self, number: int) -> Stored:
         shard = bisect_right(self._first, number) - 1
         size, offset = int(self.sizes[number]), int(self.offsets[number])
-        where = f"{printable(self.locations[shard])}, image {number - self._first[shard]}"
+        where = self.name(number)
         if size > scaled(MOST_BYTES):
-            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is no image; if it is, raise --max-pixels")
+            raise OSError(f"{where}: a file of {size / 2**30:.1f} GiB is too large for an image; or raise --max-pixels")
         try:
             content = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
             raise OSError(f"{where}: {first_line(error)}") from error
         if len(content) < size:
-            raise OSError(f"{where}: the shard has become shorter")
+            raise OSError(f"{where}: the shard was truncated")
         return Stored(where, content)
 
     def glimpse(self, number: int) -> int:
@@ -483,8 +469,8 @@ class Shards(ImageSource):
         return digest(size, os.pread(self._descriptor(shard), piece, end - piece))
 
     def _descriptor(self, shard: int) -> int:
-        """Of a shard, opened in this process; a few stay open."""
-        if self._owner != os.getpid():  # after a fork: the parent's are shared, and closing ours leaves them open there
+        """The descriptor of a shard, opened in this process; a few stay open."""
+        if self._owner != os.getpid():  # after a fork: the parent's descriptors are its own
             self._open, self._owner = OrderedDict(), os.getpid()
         if shard not in self._open:
             self._open[shard] = self._opened(self.locations[shard], self.known[shard])
@@ -499,13 +485,13 @@ class Shards(ImageSource):
 
     def labels(self) -> tuple[Tensor, list[str]]:
         if any(len(part) != last - first for part, first, last in zip(self._labels, self._first, self._first[1:])):
-            raise ValueError(f"{self.description}: not every shard has labels, .cls or .json files of the same names")
+            raise ValueError(f"{self.description}: not every shard has labels (.cls or .json files named as the images)")
         if self._conflict:
-            raise ValueError(f"{self._conflict}; leave one out")
+            raise ValueError(f"{self._conflict}; remove one")
         if self._dotted:
             split = (
-                f"names of samples end at their last dot in {len(self._dotted)} of {len(self.locations)} shards; at the "
-                f"first, where WebDataset ends them, {self._dotted[0]} were one sample"
+                f"in {len(self._dotted)} of {len(self.locations)} shards, sample names end at their last dot; "
+                f"WebDataset's rule (the first dot) would join {self._dotted[0]}"
             )
             self.notes = [*dict.fromkeys((*self.notes, split))]
         found = np.concatenate(self._labels)
@@ -513,23 +499,23 @@ class Shards(ImageSource):
             more = f"; {split}" if self._dotted else ""
             raise ValueError(f"{self.description}: {self.name(int((found == '').argmax()))} has no label{more}")
         classes, labels = np.unique(found, return_inverse=True)
-        if all(name.isdecimal() for name in classes.tolist()):  # numbers are in the order of numbers
+        if all(name.isdecimal() for name in classes.tolist()):  # numbers sort as numbers
             order = np.argsort([int(name) for name in classes.tolist()], kind="stable")
             classes, labels = classes[order], np.argsort(order)[labels]
         return torch.from_numpy(labels.astype(np.int64)), classes.tolist()
 
 
 def default_cache() -> Path:
-    """Where shards are kept if nobody says where."""
+    """The default folder for cached shards."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base, "sparkme", "shards")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         folder = Path(tempfile.gettempdir(), f"sparkme-shards-{os.getuid()}")
-        with suppress(OSError):  # which is said when something is to be written
+        with suppress(OSError):  # writing will report it
             folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
-            raise UserError(f"{folder} belongs to somebody else; see --shard-cache") from None
-        print(f"note: {base} cannot be written; shards are kept in {folder}, see --shard-cache", file=sys.stderr, flush=True)
+            raise UserError(f"{folder} belongs to another user; choose a folder with --shard-cache") from None
+        print(f"note: {base} is not writable; shards are cached in {folder}, see --shard-cache", file=sys.stderr, flush=True)
     return folder

@@ -1,7 +1,7 @@
-"""Lists and tables of images, as spreadsheets, notebooks and other libraries write them.
+"""Reads lists and tables of images, as spreadsheets, notebooks and other libraries write them.
 
-What such a file does not say is found: its encoding by its first bytes; what parts its columns, which of them names the images
-and whether the first line is a head by the files that are there.
+The first bytes of a file tell its encoding. The existing image files tell its separator, its image column, and whether the
+first line is a header.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparkme.data.sources.files import Files, Names, inside, look_through
 from sparkme.data.sources.left_out import EXTENSIONS
 from sparkme.errors import UserError, first_line
 
-TABLES = (".csv", ".tsv")  # a line of other lists may be one name with commas
+TABLES = (".csv", ".tsv")  # in other lists, a line may be one name with commas
 IMAGE_HEADS = (
     "path",
     "filepath",
@@ -44,13 +44,13 @@ IMAGE_HEADS = (
     "imgid",
     "id",
 )
-_SAMPLE = 16  # lines that are looked at first
+_SAMPLE = 16  # lines that decide the format
 _LONGEST_LINE = 2**16
-_NO_UTF8 = "are no UTF-8, and read as Windows-1252 (if that is wrong, save it as UTF-8)"
-# Those of UTF-32 begin as those of UTF-16.
+_NO_UTF8 = "are not UTF-8, read as Windows-1252 (if that is wrong, save the file as UTF-8)"
+# UTF-32 marks first, since they start like those of UTF-16.
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
-Row = tuple[int, list[str]]  # the number of a line, from 1, and its cells
+Row = tuple[int, list[str]]  # line number, from 1, and cells
 
 
 @dataclass
@@ -58,13 +58,13 @@ class Table:
     """A list or a table.
 
     Attributes:
-        path: of the file.
-        encoding: of its text; where a line is no UTF-8, see `legible`.
-        separator: what parts the columns; empty where a line is a name, a space where its last word is a column of its own.
-        head: the names of the columns; empty where the file has no head.
-        column: which names the images.
-        images: finds them.
-        width: how many columns there are.
+        path: the file.
+        encoding: of its text; for lines that are not UTF-8 see `legible`.
+        separator: text between columns; "" if a line is one name, " " if its last word is a second column.
+        head: the column names; empty if the file has no header.
+        column: the image column.
+        images: finds the images.
+        width: number of columns.
     """
 
     path: Path
@@ -76,34 +76,28 @@ class Table:
     width: int
 
     def rows(self) -> Iterator[Row]:
-        """The lines that are not empty, without the head."""
+        """The lines that are not empty, without the header."""
         return islice(_rows(self.path, self.encoding, self.separator), 1 if self.head else 0, None)
 
     def name_of(self, column: int) -> str:
-        """For people."""
         return repr(self.head[column]) if self.head and self.head[column] else f"{column + 1}"
 
     def text_of(self, cell: str) -> str:
-        """For labels."""
         text = legible(cell)
         if text != cell:
             self.images.changed[_NO_UTF8] += 1
         return text
 
     def notes(self) -> list[str]:
-        """For people: what was read otherwise than as UTF-8 and names of files. Complete once all rows are read."""
+        """Notes about unusual encodings and names; complete once all rows are read."""
         found = [f"{self.path.name} is read as {self.encoding.upper()}"] if self.encoding != "utf-8-sig" else []
         if self.head and word_of(self.head[self.column]) not in IMAGE_HEADS:
-            found.append(f"line 1 of {self.path.name} is taken for its head: {', '.join(self.head)[:80]}")
+            found.append(f"line 1 of {self.path.name} is used as its header: {', '.join(self.head)[:80]}")
         return found + [f"names in {self.path.name} that {how}: {count:,}" for how, count in self.images.changed.items()]
 
 
 class ImageFinder:
-    """Finds the files below a folder that a table's names mean.
-
-    Attributes:
-        changed: how many names were read otherwise than they are written, by how.
-    """
+    """Finds the files below a folder for the names in a table; `changed` counts names that needed changes, by change."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.top = root, os.path.abspath(root)
@@ -112,13 +106,9 @@ class ImageFinder:
         self.changed: Counter[str] = Counter()
 
     def find(self, name: str) -> str | None:
-        """The file's name below the folder, or None if there is none.
-
-        Raises:
-            ValueError: there are several.
-        """
+        """The file's name below the folder, or None. Raises ValueError if several files match."""
         for how, candidate in self._candidates(name):
-            path = os.path.normpath(candidate)  # behind a link, .. would lead elsewhere
+            path = os.path.normpath(candidate)  # after a link, .. would lead elsewhere
             if "\0" not in path and inside(self.top, path) and os.path.isfile(os.path.join(self.top, path)):
                 if how:
                     self.changed[how] += 1
@@ -126,7 +116,7 @@ class ImageFinder:
         return None
 
     def learn(self, names: Iterable[str]) -> None:
-        """Finds out, from names none of which is found, what they may be: of another machine's folder, or parts of names."""
+        """Learns from names that were not found: they may have another machine's prefix, or lack folder or suffix."""
         names = [*map(legible, names)]
         absolute = next((name for name in names if PureWindowsPath(name).is_absolute() or os.path.isabs(name)), None)
         if absolute is not None:
@@ -145,7 +135,7 @@ class ImageFinder:
                 self.known[key].append(file)
 
     def _candidates(self, name: str) -> Iterator[tuple[str, str]]:
-        """What a name may mean, and how it is read then."""
+        """Possible file names, each with the change that it needs."""
         yield "", name
         text = legible(name)
         if text != name:
@@ -154,36 +144,28 @@ class ImageFinder:
             text = text.replace("\\", "/")
             yield "have \\ for /", text
         if self.prefix and text.startswith(self.prefix):
-            yield f"are below {self.prefix}, and read as below {self.root}", text[len(self.prefix) :]
+            yield f"are below {self.prefix}, read as below {self.root}", text[len(self.prefix) :]
         if self.known is not None and text:
             found = self.known.get(os.path.normpath(text), [])
             if len(found) > 1:
-                raise ValueError(f"which may be {found[0]} or {found[1]} in {self.root}; write the whole names")
-            yield from ((f"lack their suffix or folder, and are found in {self.root}", file) for file in found)
+                raise ValueError(f"which may be {found[0]} or {found[1]} in {self.root}; write full names")
+            yield from ((f"lack their suffix or folder, found in {self.root}", file) for file in found)
 
 
 def legible(text: str) -> str:
-    """Bytes that are no UTF-8, which Python keeps as surrogates, as Windows-1252; what that has no sign for as ?."""
+    """Decodes bytes that are not UTF-8 (surrogates in Python) as Windows-1252."""
     if text.isascii() or not any("\udc80" <= sign <= "\udcff" for sign in text):
         return text
     return text.encode(errors="surrogateescape").decode("cp1252", errors="replace")
 
 
 def word_of(name: str) -> str:
-    """A column's name without what people write in different ways: `Image ID`, `image_id`, `imageId`."""
+    """A column name without case and punctuation: `Image ID`, `image_id` and `imageId` are one."""
     return re.sub(r"[\W_]+", "", name).lower()
 
 
 def open_table(path: Path, root: Path) -> Table:
-    """Finds out how a list or a table is written.
-
-    Args:
-        path: the file.
-        root: the folder that its names are below.
-
-    Raises:
-        UserError: it cannot be read, or is empty.
-    """
+    """Finds the format of a list or table whose names are below `root`. Raises UserError if it is empty or unreadable."""
     with table_errors(path):
         encoding, images = _encoding(path), ImageFinder(root)
         is_table = path.suffix.lower() in TABLES
@@ -213,11 +195,11 @@ def open_table(path: Path, root: Path) -> Table:
 
 
 def _find_head(sample: list[list[str]], column: int | None, images: ImageFinder) -> tuple[bool, int]:
-    """Whether the first line is a head, and the column that names images, which is that of the files if some are found."""
+    """Whether the first line is a header, and the image column: `column` if some files were found."""
     first = sample[0]
     if column is not None:
         cell = first[column] if column < len(first) else ""
-        is_name = not re.search(r"[./\\]", cell) and not cell.isdecimal()  # as of files whose others have a suffix
+        is_name = not re.search(r"[./\\]", cell) and not cell.isdecimal()  # unlike file names with a suffix
         return images.find(cell) is None and (word_of(cell) in IMAGE_HEADS or is_name), column
     words = [word_of(cell) for cell in first]
     heads = [words.index(word) for word in IMAGE_HEADS if word in words]
@@ -227,7 +209,7 @@ def _find_head(sample: list[list[str]], column: int | None, images: ImageFinder)
 
 
 def _best_column(sample: list[list[str]], images: ImageFinder) -> tuple[int, int]:
-    """How many files a column names, and which, where it is the most of all; the first of equals."""
+    """The number of files found in the best column, and that column; the first of equals."""
     counts = Counter({0: 0})
     for cells in sample:
         counts.update(i for i, cell in enumerate(cells[:64]) if images.find(cell) is not None)
@@ -237,7 +219,7 @@ def _best_column(sample: list[list[str]], images: ImageFinder) -> tuple[int, int
 
 @contextmanager
 def table_errors(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a table is read into a `UserError`."""
+    """Turns errors while reading a table into a `UserError`."""
     try:
         yield
     except UserError:
@@ -247,7 +229,7 @@ def table_errors(path: Path) -> Iterator[None]:
 
 
 def _encoding(path: Path) -> str:
-    """By the mark at the start of the file or, without, by which bytes are 0: every second of UTF-16 mostly is."""
+    """From the byte-order mark or, without one, from zero bytes: in UTF-16 mostly every second byte is zero."""
     with path.open("rb") as file:
         start = file.read(4096)
     for mark, encoding in _MARKS.items():
@@ -271,13 +253,13 @@ def _rows(path: Path, encoding: str, separator: str) -> Iterator[Row]:
             reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
             rows = ((reader.line_num, [cell.strip() for cell in cells]) for cells in reader)
         for number, cells in rows:
-            says_separator = number == 1 and re.fullmatch(r"sep=.?", separator.join(cells).strip('"'))  # of Excel's
+            says_separator = number == 1 and re.fullmatch(r"sep=.?", separator.join(cells).strip('"'))  # Excel's first line
             if not says_separator and any(cell.strip() for cell in cells):
                 yield number, cells
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """Of a file that may be no text at all, and then one line as a whole."""
+    """The lines of a file; raises ValueError for an endless line, as in a binary file."""
     while line := file.readline(_LONGEST_LINE):
         if len(line) == _LONGEST_LINE:
             raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
@@ -285,15 +267,10 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 
 def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> Files:
-    """Images that a list or a table names, in lines; relative to a root.
-
-    Args:
-        path: the file.
-        root: the folder that the names are below; the file's own if None.
-        flag: what the file was given by, for messages.
+    """The images that a list or table names, below `root` or the file's own folder.
 
     Raises:
-        UserError: it cannot be read, names nothing, or names something outside of the root.
+        UserError: the file cannot be read, names no images, or names a file outside the root.
     """
     root = path.parent if root is None else root
     try:
@@ -305,14 +282,14 @@ def read_list(path: Path, root: Path | None = None, *, flag: str = "--data") -> 
     if not names:
         raise UserError(f"{flag} {path} names no images")
     if not any(os.path.isfile(root / name) for name in names[:_SAMPLE]):
-        raise UserError(f"{flag} {path} names {names[0][:80]!r}, and there is no such file in {root}; see --root")
-    only = [f"of {path.name} only column {table.name_of(table.column)} is read, which names the images"]
+        raise UserError(f"{flag} {path} names {names[0][:80]!r}, but there is no such file in {root}; see --root")
+    only = [f"only the image column {table.name_of(table.column)} of {path.name} is used"]
     notes = table.notes() + (only if table.width > 1 else [])
     return Files(root, names, f"{path}", notes=notes)
 
 
 def _entries(table: Table) -> Iterator[str]:
-    """The names of a list's images. Whether each is there is not looked up, which would take long where there are many."""
+    """The names of a list's images. Only the first ones are looked up, since looking up many would take long."""
     images, is_plain = table.images, True
     for count, (number, cells) in enumerate(table.rows()):
         if len(cells) <= table.column or not (name := cells[table.column]):
@@ -330,5 +307,4 @@ def _entries(table: Table) -> Iterator[str]:
 
 
 def outside(table: Table, number: int, name: str) -> str:
-    """What to say of a name that leads out of the root."""
-    return f"{table.path}: line {number} names {name[:80]!r}, which lies outside of {table.images.root}"
+    return f"{table.path}: line {number} names {name[:80]!r}, which lies outside {table.images.root}"

@@ -5,7 +5,7 @@
 | `cuda_ext` | this project's own operators, on the CPU and on CUDA |
 | `minkowski` | stock MinkowskiEngine |
 | `masked-dense` | dense convolutions times the mask |
-| `auto` | the first of these that can run, with the reason |
+| `auto` | the first of these that can run |
 """
 
 import MinkowskiEngine as ME
@@ -21,7 +21,7 @@ ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (CudaExtEn
 
 
 def why_not(name: str, device: torch.device | str) -> str:
-    """Why an engine cannot run on a device, and what mends it; empty where it can."""
+    """Why an engine cannot run on a device, and how to fix that; "" if it can."""
     on_gpu = torch.device(device).type == "cuda"
     if name == "cuda_ext":
         reason = ops.unavailable(on_gpu=on_gpu)

@@ -1,6 +1,6 @@
-"""What an engine does: the kernels behind the sparse layers. All engines give the same numbers.
+"""The interface of an engine: the kernels behind the sparse layers. All engines give the same numbers.
 
-An engine takes tensors and geometry and gives tensors: it knows neither layers nor the network.
+An engine takes features, weights and geometry and returns features. It knows neither layers nor the network.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Engine(ABC, Generic[F]):
     """The kernels behind the layers, and the features that they compute on.
 
     Attributes:
-        layout: the kind of features.
-        bf16: whether it follows autocast; the encoder of an engine that cannot stays in the precision of its weights.
+        layout: the class of its features.
+        bf16: whether it follows autocast; otherwise the encoder stays in the precision of its weights.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Engine(ABC, Generic[F]):
         return nullcontext() if self.bf16 else torch.autocast(device_type, enabled=False)
 
     def fuses_norms(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether batch norms wait for what follows them, see `sparkme.sparse.fusion`."""
+        """Whether batch norms are fused with later operations, see `sparkme.sparse.fusion`."""
         return False
 
     def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether products wait as well, and what is cheap to compute again is not kept for gradients."""
+        """Whether matrix products are fused, too, and cheap results are recomputed in the backward pass."""
         return False
 
     @abstractmethod
@@ -50,10 +50,10 @@ class Engine(ABC, Generic[F]):
 
         Args:
             x: (B, L, C_in) or (B, C_in, H, W).
-            kernel: (taps, C_in / groups, C_out) in MinkowskiEngine's order of taps, or (C_in, C_out) where there is one; of a
-                depthwise convolution (taps, C).
+            kernel: (K, C_in / groups, C_out) with K offsets in MinkowskiEngine's order, or (C_in, C_out) for a single offset;
+                (K, C) for a depthwise convolution.
             bias: (C_out,), or (1, C_out).
-            window: where the taps are.
+            window: the offsets.
             groups: as in torch.nn.Conv2d.
         """
 
@@ -63,18 +63,18 @@ class Engine(ABC, Generic[F]):
 
     @abstractmethod
     def avg_pool(self, x: F, window: Window) -> F:
-        """The sum over the visible pixels of the window, divided by the number of its taps."""
+        """The sum over the visible pixels of the window, divided by its number of offsets."""
 
     @abstractmethod
     def linear(self, x: F, weight: Tensor, bias: Tensor | None) -> F:
-        """The same for every pixel: (C_out, C_in) weight and (C_out,) bias."""
+        """A linear layer at every pixel: (C_out, C_in) weight and (C_out,) bias."""
 
     @abstractmethod
     def layer_norm(self, x: F, weight: Tensor | None, bias: Tensor | None, eps: float) -> F:
         """Over the channels of every pixel."""
 
     def arranged(self, kernel: Tensor) -> Tensor:
-        """A kernel in the order in memory that it is read in; shape and values stay."""
+        """A kernel in the memory order that the engine reads; shape and values stay."""
         return kernel.contiguous()
 
     def voxelise(self, images: Tensor, grid: Grid) -> F:
@@ -98,7 +98,7 @@ class Engine(ABC, Generic[F]):
 
 
 class RowEngine(Engine[RowFeatures]):
-    """An engine that computes on rows: linear layers and norms need nothing else."""
+    """An engine that computes on rows."""
 
     layout = RowFeatures
 
@@ -111,14 +111,14 @@ class RowEngine(Engine[RowFeatures]):
     def bordered_convolution(
         self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1
     ) -> RowFeatures:
-        """A convolution whose window is reflected or repeated at the image's border, tap by tap, in plain torch.
+        """A convolution with reflected or replicated borders, offset by offset, in plain torch.
 
-        No network spends much of its time there: it is the fixed filter of anti-aliased downsampling.
+        Networks use it for the fixed filter of anti-aliased downsampling, where they spend little time.
         """
-        rows = torch.cat([x.rows(), x.data.new_zeros(1, x.data.shape[-1])])  # the last one is read as number -1
+        rows = torch.cat([x.rows(), x.data.new_zeros(1, x.data.shape[-1])])  # index -1 reads the last row
         kernels = kernel.view(-1, *kernel.shape[-2:]) if kernel.ndim != 2 or groups == 1 else kernel
         out: Tensor | None = None
-        for k, source in enumerate(tap_rows(x.grid, x.stride, window)):
+        for k, source in enumerate(offset_rows(x.grid, x.stride, window)):
             taken = rows[source]
             if kernels.ndim == 2:
                 part = taken * kernels[k]
@@ -132,10 +132,10 @@ class RowEngine(Engine[RowFeatures]):
         return RowFeatures.of_rows(out, x.grid, x.stride * window.stride)
 
 
-def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
-    """For each tap the row that each output row reads, (N_out,) int64, or -1 where it is hidden or outside of the image.
+def offset_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
+    """For each offset the row that each output row reads, (N_out,) int64; -1 for hidden pixels and outside the image.
 
-    Kept on the grid. Works for any border.
+    Cached on the grid. Works for any border.
     """
 
     def build() -> list[Tensor]:
@@ -149,11 +149,11 @@ def tap_rows(grid: Grid, stride: int, window: Window) -> list[Tensor]:
             found.append(grid.to_rows(taken.unsqueeze(1), stride * window.stride).flatten())
         return found
 
-    return grid.cached(("taps", stride, window.key), build)
+    return grid.cached(("offsets", stride, window.key), build)
 
 
 def _at(position: Tensor, size: int, border: str) -> tuple[Tensor, Tensor]:
-    """The pixel that a position stands for, in range, and whether there is one."""
+    """The pixel that a position refers to, clamped to the image, and whether it exists."""
     inside = (position >= 0) & (position < size)
     if border == "reflect":
         position = (size - 1) - ((size - 1) - position.abs()).abs()
@@ -163,20 +163,20 @@ def _at(position: Tensor, size: int, border: str) -> tuple[Tensor, Tensor]:
 
 
 def layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Over the last axis, in the rows' type. Autocast on CUDA would give float32, and with it all that follows, to be cast back
-    before every product; sums are float32 nevertheless."""
-    if rows.device.type == "cuda":  # takes parameters of the rows' type alone
+    """Layer norm over the last axis, in the rows' dtype, with float32 sums. Autocast on CUDA would make this result and all
+    later ones float32."""
+    if rows.device.type == "cuda":  # needs parameters of the rows' dtype
         weight, bias = (None if value is None else value.to(rows.dtype) for value in (weight, bias))
     with torch.autocast(rows.device.type, enabled=False):
         return functional.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
 
 
 def autocast(value: Tensor) -> Tensor:
-    """The tensor in the precision that autocast asks for. torch does this for its own operators only."""
+    """The tensor in autocast's precision. torch casts for its own operators only."""
     kind = value.device.type
     if not torch.is_autocast_enabled(kind) or value.dtype == torch.float64:
         return value
     dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float16:
-        raise ValueError("the engine cuda_ext has no float16: use torch.autocast(..., dtype=torch.bfloat16)")
+        raise ValueError("the engine cuda_ext does not support float16; use torch.autocast(..., dtype=torch.bfloat16)")
     return value.to(dtype)

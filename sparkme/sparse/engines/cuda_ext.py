@@ -1,4 +1,4 @@
-"""The fast engine: this project's own operators over patch-major rows, on the CPU and on CUDA."""
+"""The fast engine: this project's own operators (the extension in cuda_ext/) on patch-major rows, on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparkme.sparse.window import Window
 
 
 class CudaExtEngine(RowEngine):
-    """Neighbours come from the table of patch slots, so there is no hashing, no host synchronisation, and counts are static.
+    """Neighbours come from the table of patch slots: no hashing, no host synchronisation, and static sizes.
 
     Under autocast the rows are bf16, and sums are float32.
     """
@@ -27,7 +27,7 @@ class CudaExtEngine(RowEngine):
         return dtype in ops.FLOATS
 
     def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """On the CPU. On CUDA products and layer norms are torch's own."""
+        """On the CPU only; on CUDA, products and layer norms are torch's own."""
         return device.type == "cpu" and dtype in ops.FLOATS
 
     def convolution(self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> RowFeatures:
@@ -42,10 +42,10 @@ class CudaExtEngine(RowEngine):
                     rows = every_nth_pixel(rows, grid.pixels(x.stride), window.stride)
                 out, bias = ops.linear(rows, kernel.flatten(0, -2), bias), None
             elif kernel.ndim == 2 and groups > 1:
-                around, taps = window.enclosing()
+                around, offsets = window.enclosing()
                 if around.kernel_size[0] % 2 == around.kernel_size[1] % 2 == 1:
                     sites, options = (grid.slots, grid.patches, grid.pixels(x.stride)), (around.stride, around.dilation)
-                    kernel = kernel if taps is None else embed(kernel, taps, around.taps)
+                    kernel = kernel if offsets is None else embed(kernel, offsets, around.volume)
                     out = ops.depthwise_conv(
                         rows, kernel, bias, *sites, around.kernel_size, stride=options[0], dilation=options[1]
                     )
@@ -89,8 +89,7 @@ class CudaExtEngine(RowEngine):
     def densify_convolution(
         self, rows: Tensor, grid: Grid, stride: int, fill: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Without products of mask tokens, which are most of a map: all hidden pixels hold the same, so each adds one of k^2
-        vectors to an output."""
+        """Skips products with mask tokens, which fill most of a map: every hidden pixel adds one of k^2 constant vectors."""
         table, inverse, hidden = around(grid, stride, weight.shape[-1])
         rows, kernel = autocast(rows), autocast(weight.permute(2, 3, 1, 0).flatten(0, 1))
         out = ops.sparse_conv(rows, kernel, table, inverse)
@@ -103,13 +102,13 @@ class CudaExtEngine(RowEngine):
 
 
 def table(window: Window, x: RowFeatures, *, transposed: bool = False) -> Tensor:
-    """The neighbour table of a window, kept on the grid, since all blocks of a stage share it.
+    """The neighbour table of a window, cached on the grid, since all blocks of a stage share it.
 
-    The operator knows plain windows; of another one the table is some columns of that of the window around it.
+    The operator knows plain windows only; any other table is a selection of columns of the enclosing plain window's.
     """
 
     def build() -> Tensor:
-        around, taps = window.enclosing()
+        around, offsets = window.enclosing()
         found = ops.neighbour_table(
             x.grid.slots,
             x.grid.patches,
@@ -119,18 +118,18 @@ def table(window: Window, x: RowFeatures, *, transposed: bool = False) -> Tensor
             dilation=around.dilation,
             transposed=transposed,
         )
-        return found if taps is None else found[:, taps].contiguous()
+        return found if offsets is None else found[:, offsets].contiguous()
 
     return x.grid.cached(("table", x.stride, window.key, transposed), build)
 
 
 def around(grid: Grid, stride: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a convolution of a whole map, `side` by `side` with a padding that keeps the size, kept on the grid.
+    """Tables of a `side` x `side` convolution over whole maps with `same` padding, cached on the grid.
 
     Returns:
-        table (B * H * W, side^2) int32: the row that a pixel reads through each tap, -1 where there is none.
-        inverse (N, side^2) int32: the pixel that reads a row through each tap, -1 outside of the image.
-        hidden (B * H * W, side^2) float32: 1 where a tap meets a hidden pixel.
+        table (B * H * W, side^2) int32: the row that a pixel reads at each offset; -1 if there is none.
+        inverse (N, side^2) int32: the pixel that reads a row at each offset; -1 outside the image.
+        hidden (B * H * W, side^2) float32: 1 where an offset meets a hidden pixel.
     """
 
     def windows(numbers: Tensor, outside: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Dense convolutions times the mask: how the official code emulates sparsity. The peer to beat, and a cross-check.
+"""Dense convolutions times the mask, as the official code emulates sparsity. The baseline for speed, and a cross-check.
 
 Every layer computes on whole maps, hidden pixels included, except BatchNorm, whose statistics need the visible ones.
-Beyond that it is made as fast as plain PyTorch gets: the mask is applied only where a window reaches across patches, and
-not after every layer, since layers of one pixel may hold anything at hidden ones.
+It is as fast as plain PyTorch gets: it applies the mask only where a window reaches across patches, not after every layer,
+since pixelwise layers may leave any values at hidden pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sparkme.sparse.features import DenseFeatures
 from sparkme.sparse.layout import channelwise_kernel_to_weight, dense_order, kernel_to_weight
 from sparkme.sparse.window import Window
 
-# The gradient of a strided 1x1 convolution of few channels in channels_last is written beside its memory by the oneDNN of torch
-# 2.14 on CPUs with AVX2 (of 4 and 6 channels, not of 8 or 12). So its pixels are picked before it, which is the same.
+# In torch 2.14, oneDNN on CPUs with AVX2 writes out of bounds in the gradient of a strided channels_last 1x1 convolution with
+# few channels (4 and 6, not 8 or 12). Selecting its pixels first gives the same result.
 NARROW = 16
 
 
@@ -25,8 +25,8 @@ class MaskedDenseEngine(Engine[DenseFeatures]):
     """Maps stay dense, (B, C, H, W); norms see the visible pixels only.
 
     Args:
-        memory_format: in which convolutions compute, `torch.channels_last` or `torch.contiguous_format`; layers of one
-            pixel use the former in any case.
+        memory_format: of convolutions, `torch.channels_last` or `torch.contiguous_format`; pixelwise layers always use the
+            former.
     """
 
     name = "masked-dense"
@@ -59,7 +59,7 @@ class MaskedDenseEngine(Engine[DenseFeatures]):
         stride = x.stride * window.stride
         lowest = torch.where(x.grid.mask(x.stride, torch.bool), x.data, float("-inf"))
         lowest, padding = _padded(lowest, x, window, float("-inf"))
-        if any(p > k // 2 for p, k in zip(padding, window.kernel_size, strict=True)):  # torch's pooling pads no further
+        if any(p > k // 2 for p, k in zip(padding, window.kernel_size, strict=True)):  # torch's pooling cannot pad more
             across, down = padding[1], padding[0]
             lowest, padding = F.pad(lowest, (across, across, down, down), value=float("-inf")), (0, 0)
         out = F.max_pool2d(lowest, window.kernel_size, window.stride, padding, window.dilation)
@@ -73,11 +73,11 @@ class MaskedDenseEngine(Engine[DenseFeatures]):
         return x.replace(out, x.stride * window.stride, clean=window.within_patch)
 
     def linear(self, x: DenseFeatures, weight: Tensor, bias: Tensor | None) -> DenseFeatures:
-        # As a convolution, since oneDNN's is faster than the matrix product of torch's BLAS library on many CPUs.
+        # A convolution, since oneDNN's is faster than the BLAS matrix product on many CPUs.
         return x.replace(F.conv2d(x.data, weight[:, :, None, None], bias), clean=x.clean and bias is None)
 
     def layer_norm(self, x: DenseFeatures, weight: Tensor | None, bias: Tensor | None, eps: float) -> DenseFeatures:
-        """Of every pixel: cheaper than taking the visible ones out and putting them back."""
+        """At every pixel, which is cheaper than gathering the visible ones."""
         pixels = x.data.permute(0, 2, 3, 1)
         out = layer_norm(pixels, weight, bias, eps)
         return x.replace(out.permute(0, 3, 1, 2), clean=x.clean and bias is None)
@@ -87,13 +87,13 @@ class MaskedDenseEngine(Engine[DenseFeatures]):
 
 
 def _padded(data: Tensor, x: DenseFeatures, window: Window, value: float = 0.0) -> tuple[Tensor, tuple[int, int]]:
-    """The map with those pixels around it that torch's own symmetric padding would not give, and that padding."""
+    """The map, padded where torch's symmetric padding does not fit, and the symmetric padding that remains."""
     sizes = x.grid.size(x.stride)
     behind = [
         (n // window.stride - 1) * window.stride + window.dilation * (k - 1) + 1 - n - before
         for n, k, before in zip(sizes, window.kernel_size, window.padding, strict=True)
     ]
-    # As much behind as in front, or less, makes as many outputs, as long as no further window fits.
+    # Padding after may be up to the stride less than before without changing the number of outputs.
     symmetric = all(after <= before < after + window.stride for before, after in zip(window.padding, behind, strict=True))
     if symmetric and window.border == "zeros":
         return data, window.padding

@@ -22,9 +22,8 @@ from sparkme.sparse.window import Window
 class Sites(NamedTuple):
     """MinkowskiEngine's coordinate map of one stride.
 
-    `to_engine` and `from_engine` are permutations between this project's row order and the map's, or None where both
-    are the same. MinkowskiEngine keeps the order of inserted coordinates on the CPU; its GPU map is another
-    implementation that promises nothing, so the order is looked at and not assumed.
+    `to_engine` and `from_engine` are permutations between this project's row order and the map's; None if both are the same.
+    MinkowskiEngine keeps the order of inserted coordinates on the CPU. Its GPU map promises no order, so the order is checked.
     """
 
     key: ME.CoordinateMapKey
@@ -34,8 +33,8 @@ class Sites(NamedTuple):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Several threads put the pairs of a kernel map into an order of chance, and sums over them, such as the gradients of
-    kernels, then differ in their last bits from run to run. So maps are built by one thread, and used by all."""
+    """Builds kernel maps reproducibly: several threads would order their pairs at random, so that sums over pairs, such as the
+    gradients of kernels, would differ in their last bits from run to run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -45,14 +44,14 @@ def one_thread() -> Iterator[None]:
 
 
 def manager_of(grid: Grid) -> ME.CoordinateManager:
-    """The coordinate manager of a batch, made once and kept on its grid."""
+    """The coordinate manager of a batch, cached on its grid."""
 
     def build() -> ME.CoordinateManager:
         on_gpu = grid.device.type == "cuda"
         if on_gpu and not ME.is_cuda_available():
             raise RuntimeError(
                 "MinkowskiEngine was built without CUDA here: rebuild it with "
-                "`python cuda_ext/minkowski/build.py --cuda --install`, or take the engine masked-dense"
+                "`python cuda_ext/minkowski/build.py --cuda --install`, or use the engine masked-dense"
             )
         kind = ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU
         with one_thread():  # the manager sets the number of threads for the whole process
@@ -103,7 +102,7 @@ def generator_of(window: Window) -> ME.KernelGenerator:
 def kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False) -> dict[int, Tensor]:
     """MinkowskiEngine's kernel map of a plain window: per offset the (2, M) pairs (input row, output row).
 
-    Built by one thread; the manager keeps it, and layers with the same window find it there.
+    One thread builds it. The manager caches it for layers with the same window.
     """
     generator = generator_of(window)
     source, target = sites_of(grid, stride).key, sites_of(grid, stride * window.stride).key
@@ -113,19 +112,19 @@ def kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False
 
 
 def kernel_pairs(grid: Grid, stride: int, window: Window) -> dict[int, Tensor]:
-    """The int64 pairs of each tap of any window, in the window's own order. Kept on the grid."""
+    """The int64 pairs of each offset of any window, in the window's order. Cached on the grid."""
 
     def build() -> dict[int, Tensor]:
-        around, taps = window.enclosing()
+        around, offsets = window.enclosing()
         pairs = {k: pair.long().to(grid.device) for k, pair in kernel_map(grid, stride, around).items()}
-        numbers = range(around.taps) if taps is None else taps
+        numbers = range(around.volume) if offsets is None else offsets
         return {k: pairs[number] for k, number in enumerate(numbers) if number in pairs}
 
     return grid.cached(("pairs", stride, window), build)
 
 
 def build_kernel_map(grid: Grid, stride: int, window: Window, *, is_pool: bool = False) -> None:
-    """Has the manager build a kernel map, if no layer has asked for it yet."""
+    """Makes the manager build a kernel map with one thread, unless it has it."""
     if grid.device.type == "cpu":
         grid.cached(("built", stride, window, is_pool), lambda: kernel_map(grid, stride, window, is_pool=is_pool))
 
@@ -134,14 +133,14 @@ class MinkowskiEngine(RowEngine):
     """MinkowskiEngine's own functions on given output coordinates; float32 and float64 only."""
 
     name = "minkowski"
-    bf16 = False  # under autocast a 1x1 convolution would come out in bf16, and the next 3x3 would refuse it
+    bf16 = False  # under autocast a 1x1 convolution would return bf16, which the next 3x3 would refuse
 
     def precision(self, device_type: str) -> AbstractContextManager[None]:
-        """Raises ValueError on another stream than CUDA's default one, which MinkowskiEngine makes its maps on."""
+        """Raises ValueError on any CUDA stream but the default, on which MinkowskiEngine builds its maps."""
         if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError("the engine minkowski cannot be captured into a CUDA graph; use cuda_ext")
         if device_type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
-            raise ValueError("the engine minkowski computes on CUDA's default stream alone; use it there, or use cuda_ext")
+            raise ValueError("the engine minkowski works on CUDA's default stream only; use that stream, or use cuda_ext")
         return super().precision(device_type)
 
     def convolution(self, x: RowFeatures, kernel: Tensor, bias: Tensor | None, window: Window, groups: int = 1) -> RowFeatures:
@@ -150,15 +149,15 @@ class MinkowskiEngine(RowEngine):
         stride = x.stride * window.stride
         source, key = to_minkowski(x), sites_of(x.grid, stride).key
         if kernel.ndim == 2 and groups > 1:
-            # MinkowskiEngine's own layer is this loop too, but lets the coordinate manager choose the output sites.
+            # MinkowskiEngine's own layer is the same loop, but its coordinate manager chooses the output sites.
             out = ChannelwiseConvolution.apply(
                 source.F, kernel, kernel_pairs(x.grid, x.stride, window), x.grid.num_rows(stride)
             )
         elif kernel.ndim == 2:
             out = source.F.mm(kernel)
         else:
-            around, taps = window.enclosing()  # its regions begin at the output pixel or are centred on it
-            kernel = kernel if taps is None else embed(kernel, taps, around.taps)
+            around, offsets = window.enclosing()  # MinkowskiEngine's regions start at the output pixel or are centred on it
+            kernel = kernel if offsets is None else embed(kernel, offsets, around.volume)
             build_kernel_map(x.grid, x.stride, around)
             out = ME.MinkowskiConvolutionFunction.apply(
                 source.F,
@@ -175,8 +174,8 @@ class MinkowskiEngine(RowEngine):
         stride = x.stride * window.stride
         if not window.is_plain:
             return from_minkowski(self._gathered_maximum(x, window), x, stride)
-        # MinkowskiEngine's pooling looks for a value above the lowest number. Where it finds none, as among NaN, it passes
-        # no index to its backward pass, which then writes out of bounds. So NaN goes through as infinity.
+        # MinkowskiEngine's pooling looks for a value above the lowest number. If there is none, as among NaN, its backward pass
+        # writes out of bounds. So NaN goes through as infinity.
         lowest = torch.finfo(x.data.dtype).min / 2
         source = to_minkowski(x.replace(torch.nan_to_num(x.data, nan=torch.inf, posinf=torch.inf, neginf=lowest)))
         build_kernel_map(x.grid, x.stride, window, is_pool=True)
@@ -187,7 +186,7 @@ class MinkowskiEngine(RowEngine):
         return from_minkowski(out, x, stride)
 
     def _gathered_maximum(self, x: RowFeatures, window: Window) -> Tensor:
-        """Over the pairs of the kernel map, since MinkowskiEngine has no pooling over an off-centre region."""
+        """Pooling over the pairs of the kernel map: MinkowskiEngine has none over an off-centre region."""
         rows = to_minkowski(x).F
         shape = x.grid.num_rows(x.stride * window.stride), rows.shape[1]
         pairs = kernel_pairs(x.grid, x.stride, window)
@@ -195,8 +194,8 @@ class MinkowskiEngine(RowEngine):
         return torch.stack(taken).max(0).values
 
     def avg_pool(self, x: RowFeatures, window: Window) -> RowFeatures:
-        """A depthwise convolution by one over the window: MinkowskiEngine's own pooling divides by the visible pixels."""
-        kernel = x.data.new_full((window.taps, x.data.shape[-1]), 1 / window.taps)
+        """A depthwise convolution with constant weights: MinkowskiEngine's own pooling divides by the visible pixels."""
+        kernel = x.data.new_full((window.volume, x.data.shape[-1]), 1 / window.volume)
         stride = x.stride * window.stride
         pairs = kernel_pairs(x.grid, x.stride, window)
         out = ChannelwiseConvolution.apply(to_minkowski(x).F, kernel, pairs, x.grid.num_rows(stride))
@@ -204,10 +203,9 @@ class MinkowskiEngine(RowEngine):
 
 
 class ChannelwiseConvolution(torch.autograd.Function):
-    """Depthwise convolution over a kernel map, offset by offset, saving nothing but its two operands.
+    """Depthwise convolution over a kernel map, offset by offset, which saves its two operands only.
 
-    Left to autograd, the loop would keep a gathered copy of the rows for each of the kernel's offsets: 49 of them for a
-    7x7 kernel.
+    Autograd would keep a gathered copy of the rows per offset: 49 of them for a 7x7 kernel.
     """
 
     @staticmethod

@@ -1,13 +1,13 @@
-"""What becomes of each layer and each function of a dense network.
+"""The sparse form of each layer and each function of a dense network.
 
-A layer is looked up in `SPARSE_FORMS`; one that is not there runs its own code, on maps, and each of torch's functions it calls
-does what the table below says. Hidden pixels are never read. On a whole image everything equals the dense network.
+`SPARSE_FORMS` lists layers. Any other layer runs its own code on maps, and the torch functions that it calls have the forms
+below. Hidden pixels are never read. On a whole image everything equals the dense network.
 
 | in the dense network | sparse form | where |
 |---|---|---|
 | Conv2d, depthwise, grouped, dilated | a hidden neighbour counts as zero | convolution |
-| conv2d with weights made at every step (StdConv2d, ScaledStdConv2d, spectral norm) | the same | convolution |
-| asymmetric and `same` padding, `F.pad` | part of the window; zero, reflected or repeated outside of the image | convolution |
+| conv2d with weights computed in every step (StdConv2d, ScaledStdConv2d, spectral norm) | the same | convolution |
+| asymmetric and `same` padding, `F.pad` | part of the window; zero, reflect or replicate outside the image | convolution |
 | Linear, matmul with a matrix | along the channels | convolution |
 | BatchNorm2d, BatchNormAct2d | statistics over the visible pixels of the batch; then the activation | norm |
 | LayerNorm, LayerNorm2d, RMSNorm | over the channels of each pixel | norm |
@@ -15,13 +15,13 @@ does what the table below says. Hidden pixels are never read. On a whole image e
 | LocalResponseNorm | over neighbouring channels of each pixel | norm |
 | GRN | norm over each sample's visible pixels; ConvNeXt V2's own sparse code takes it over the batch | norm |
 | MaxPool2d, also with ceil_mode | maximum over the visible pixels | pooling |
-| AvgPool2d | hidden pixels count as zero, what is divided by is what the dense layer divides by | pooling |
+| AvgPool2d | hidden pixels count as zero; the divisor is the dense layer's | pooling |
 | global pooling, squeeze-excite, ECA and other gates | over each sample's visible pixels; then a dense vector | pooling |
 | reductions and softmax over channels | pixel by pixel | pooling |
-| sums over H and W | over each sample's visible pixels, also where the network divides by H times W itself | pooling |
+| sums over H and W | over each sample's visible pixels, even if the network divides by H times W itself | pooling |
 | nearest upsampling | within a patch | pooling |
 | BlurPool2d | a convolution with fixed weights, reflected at the image's border | convolution |
-| cat, stack, split, chunk, slices, channel shuffle, permute to channels-last and back | of channels | shape |
+| cat, stack, split, chunk, slices, channel shuffle, permute to channels-last and back | channels only | shape |
 | SpaceToDepth, pixel_unshuffle, `x[..., ::2, ::2]` | within a patch | shape |
 | activations, arithmetic, LayerScale, affine, gates times maps | pixel by pixel | pointwise |
 | DropPath, StochasticDepth, Dropout2d, DropBlock2d | per sample, by their own code | pointwise |
@@ -42,7 +42,7 @@ from sparkme.sparse.forms.layer import SparseLayer
 from sparkme.sparse.forms.norm import SparseBatchNorm2d, SparseBatchNormAct2d, SparseGlobalResponseNorm
 from sparkme.sparse.forms.pooling import SparseAvgPool2d, SparseMaxPool2d
 
-# By class; timm's by its name, as importing timm takes half a second, and a network with its layers has done so.
+# By class. timm's are named, since importing timm takes half a second.
 SPARSE_FORMS: dict[type[nn.Module] | str, Callable[..., nn.Module]] = {
     nn.Conv2d: convolution_form,
     nn.Linear: SparseLinear,
@@ -79,7 +79,7 @@ __all__ = [
     "sparse_form",
 ]
 
-# Methods that a subclass may have without computing anything else.
+# A subclass with only these attributes computes what its base computes.
 _HARMLESS = {
     "__init__",
     "__module__",
@@ -100,13 +100,10 @@ _HARMLESS = {
 
 
 def sparse_form(layer: nn.Module) -> nn.Module | None:
-    """The sparse layer in the place of a dense one, or None where its own code is run on maps.
+    """The sparse layer in place of a dense one, or None if the layer's own code runs on maps.
 
-    A subclass that computes what its base does has the base's form. Hooks and parametrizations belong to the layer that they
-    are registered on, so a layer that has any is left to run.
-
-    Raises:
-        ValueError: the layer has no sparse form; says why.
+    A subclass that computes the same as its base has the base's form. A layer with hooks or parametrizations runs its own code.
+    Raises ValueError, which says why, for a layer without a sparse form.
     """
     if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations") or "forward" in vars(layer):
         return None

@@ -1,7 +1,7 @@
 """Convolutions and linear layers: a hidden neighbour counts as zero, and outputs exist at visible pixels only.
 
-`nn.Conv2d` and `nn.Linear` become MinkowskiEngine's layers. What calls `F.conv2d` or `F.linear` itself, with weights that it
-works out at every step (standardised, scaled, normalised), runs its own code and arrives at the functions here.
+`nn.Conv2d` and `nn.Linear` become MinkowskiEngine's layers. Modules that call `F.conv2d` or `F.linear` with weights computed in
+every step (standardised, scaled, normalised) run their own code and arrive at the functions here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FUNCTIONS = Functions()
 
 
 class SparseConvolution(SparseLayer):
-    """Geometry, and weights in the dense layout, of both kinds of convolution."""
+    """Geometry and weight layout of both kinds of convolution."""
 
     kernel: nn.Parameter
     bias: nn.Parameter | None
@@ -45,7 +45,7 @@ class SparseConvolution(SparseLayer):
     groups: int
 
     def reset_parameters(self, is_transpose: bool = False) -> None:
-        """Nothing, in place of MinkowskiEngine's random numbers: the dense layer's weights come next."""
+        """Does nothing, since the dense layer's weights come next."""
 
     def _take(self, conv: nn.Conv2d) -> None:
         self.dense_geometry: Any = conv.stride, conv.padding, conv.dilation
@@ -57,7 +57,7 @@ class SparseConvolution(SparseLayer):
             (self.kernel if name == "weight" else self.bias).requires_grad_(parameter.requires_grad)  # type: ignore[union-attr]
 
     def _take_geometry(self, conv: nn.Conv2d) -> Window | None:
-        """Its window, or None where only pixels that `F.pad` put around the map would align it."""
+        """Its window, or None if it needs `F.pad` to align to the grid."""
         size, stride, dilation = pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation)
         self.kernel_size, self.stride, self.dilation = size, stride[0], dilation[0]
         try:
@@ -72,10 +72,8 @@ class SparseConvolution(SparseLayer):
         return self, "kernel" if name == "weight" else name
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
-        """Kernel and bias, from where torch keeps them.
-
-        MinkowskiEngine declares slots of the same names, which stay empty; torch.compile looks there and no further.
-        """
+        """Kernel and bias from torch's dictionary. MinkowskiEngine declares empty slots of the same names, and torch.compile
+        looks only there."""
         return self._parameters["kernel"], self._parameters.get("bias")  # type: ignore[return-value]
 
     @property
@@ -127,10 +125,7 @@ class SparseConvolution(SparseLayer):
 
 
 class SparseConv2d(SparseConvolution, ME.MinkowskiConvolution):
-    """Convolution.
-
-    A grouped kernel is stored as (K, C_in / groups, C_out), since MinkowskiEngine has no groups.
-    """
+    """Convolution. A grouped kernel is stored as (K, C_in / groups, C_out), since MinkowskiEngine has no groups."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         ME.MinkowskiConvolution.__init__(
@@ -198,7 +193,7 @@ class SparseLinear(SparseLayer, ME.MinkowskiLinear):
 
 
 def convolution_form(conv: nn.Conv2d) -> nn.Module:
-    """MinkowskiEngine's convolution, or its channelwise one where there is a filter per channel."""
+    """MinkowskiEngine's convolution, or its channelwise one for a depthwise convolution."""
     if conv.padding_mode != "zeros":
         return conv  # its own code pads
     return (SparseDepthwiseConv2d if is_depthwise(conv.weight, conv.groups) else SparseConv2d)(conv)
@@ -211,14 +206,14 @@ def is_depthwise(weight: Tensor, groups: int) -> bool:
 def padded_window(
     x: WorkingMap, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1, *, ceil_mode: bool = False
 ) -> tuple[WorkingMap, Window]:
-    """The window of a layer after `F.pad`, which becomes part of it, and the map without it."""
+    """The map without its padding from `F.pad`, and the layer's window with that padding."""
     if x.padding is None:
         return x, Window.of(
             _hashable(kernel_size), _hashable(stride), _hashable(padding), _hashable(dilation), ceil_mode=ceil_mode
         )
     around = x.padding
     if padding != "valid" and (isinstance(padding, str) or any(pair(padding))):
-        raise NotImplementedError("a window with padding of its own after F.pad has no sparse form; pad in one place")
+        raise NotImplementedError("a layer with padding after F.pad has no sparse form; pad in one of the two")
     border = "zeros" if around.mode == "constant" else around.mode
     sides = around.top, around.bottom, around.left, around.right
     window = Window.of(
@@ -233,7 +228,7 @@ def _hashable(value: Any) -> Any:
 
 def _check_padding(x: WorkingMap) -> None:
     if x.padding is not None and x.padding.value != 0:
-        raise NotImplementedError(f"a convolution after padding with {x.padding.value:g} has no sparse form, only with zero")
+        raise NotImplementedError(f"a convolution after F.pad with {x.padding.value:g} has no sparse form, only with zero")
 
 
 def _check_channels(x: WorkingMap) -> None:
@@ -245,18 +240,16 @@ def _check_channels(x: WorkingMap) -> None:
 def conv2d(
     x: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> WorkingMap:
-    """Convolution with a (C_out, C_in / groups, kh, kw) weight that the network worked out itself."""
+    """Convolution with a (C_out, C_in / groups, kh, kw) weight that the network computed."""
     if not is_map(x):
         raise NotImplementedError("conv2d with a map as its weight has no sparse form")
     _check_channels(x)
     _check_padding(x)
-    height, width = weight.shape[2:]
-    bare, window = padded_window(x, (height, width), stride, padding, dilation)
-    taps = height * width
+    bare, window = padded_window(x, tuple(weight.shape[2:]), stride, padding, dilation)
     if is_depthwise(weight, groups):
-        kernel = channelwise_weight_to_kernel(weight, torch.Size((taps, len(weight))))
+        kernel = channelwise_weight_to_kernel(weight, (window.volume, len(weight)))
     else:
-        kernel = weight_to_kernel(weight, torch.Size((taps, weight.shape[1], len(weight))))
+        kernel = weight_to_kernel(weight, (window.volume, weight.shape[1], len(weight)))
     return bare.replace(bare.engine.convolution(bare.flat, kernel, bias, window, groups))
 
 
@@ -276,18 +269,18 @@ def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> WorkingMap:
 
 @FUNCTIONS.form_of("pad")
 def pad(x: WorkingMap, pad: Any, mode: str = "constant", value: float | None = None) -> WorkingMap:
-    """Waits for the window that reads it; zeros for more channels are there at once."""
+    """Padding of pixels waits for the layer that reads it; padding of channels happens at once."""
     sides: list[int] = [*pad, *[0] * (4 - len(pad))]
     (left, right, top, bottom), rest = sides[:4], sides[4:]
     if any(side < 0 for side in pad):
-        raise NotImplementedError(f"pad{tuple(pad)} has no sparse form: nothing can be cut off")
+        raise NotImplementedError(f"pad{tuple(pad)} has no sparse form: padding must not be negative")
     if x.dims != "BCHW":
         raise NotImplementedError(f"pad{tuple(pad)} of a map {x.dims} has no sparse form, only of BCHW")
     if mode not in ("constant", "reflect", "replicate"):
-        raise NotImplementedError(f"padding with mode={mode!r} has no sparse form; take constant, reflect or replicate")
+        raise NotImplementedError(f"padding with mode={mode!r} has no sparse form; use constant, reflect or replicate")
     if any(rest):
         if any((left, right, top, bottom)) or mode != "constant" or any(rest[2:]):
-            raise NotImplementedError(f"pad{tuple(pad)} has no sparse form: pad pixels, and channels with constants, apart")
+            raise NotImplementedError(f"pad{tuple(pad)} has no sparse form: pad pixels and channels in two calls")
         before, after = (x.values.new_full((1, n, 1, 1), value or 0.0) for n in rest[:2])
         joined: Any = [before, x, after]
         return torch.cat(joined, 1)  # type: ignore[return-value]
@@ -296,7 +289,7 @@ def pad(x: WorkingMap, pad: Any, mode: str = "constant", value: float | None = N
     new = Padding(top, bottom, left, right, mode, value or 0.0)
     if (old := x.padding) is not None:
         if (old.mode, old.value) != (new.mode, new.value) or mode != "constant":
-            raise NotImplementedError("paddings of different kinds, one after the other, have no sparse form; pad once")
+            raise NotImplementedError("two calls of F.pad with different modes or values have no sparse form; pad once")
         top, bottom, left, right = (a + b for a, b in zip(old[:4], new[:4], strict=True))
         new = Padding(top, bottom, left, right, mode, new.value)
     return x.padded(new)

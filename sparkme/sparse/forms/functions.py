@@ -1,4 +1,4 @@
-"""What one module of forms makes of torch's functions."""
+"""The table of a module's forms of torch functions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _OWNERS = (torch.Tensor, torch, F, torch._C._nn, torch.linalg, torch.special)
 
 
 class Functions(dict[Callable[..., Any], Callable[..., Any]]):
-    """Forms by the function object, since torch.compile cannot ask a function for its name."""
+    """Forms by function object, since torch.compile cannot ask a function for its name."""
 
     def form_of(self, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Registers what all of torch's functions of these names do when one of their arguments is a map.
+        """Registers the form of all torch functions with these names, for calls with a map.
 
-        `mean` stands for torch.mean, Tensor.mean and whatever else has that name in torch's namespaces.
+        `mean` stands for torch.mean, Tensor.mean and any other `mean` in torch's namespaces.
         """
 
         def register(form: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What the sparse layers share, whatever they compute."""
+"""The base class of sparse layers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sparkme.state_dict import state_dict_of
 
 
 class SparseLayer(nn.Module):
-    """A layer in the place of a dense one: its weights in the dense layout, and that it can be copied.
+    """A layer in place of a dense one: it gives its weights in the dense layout, and can be copied.
 
-    The default serves layers that hold a dense layer (`inner`) or are one. Each takes tensors as well as maps, since a network
-    may use one layer for both.
+    The defaults serve layers that hold a dense layer (`inner`) or are one. A layer takes tensors as well as maps, since a
+    network may use it for both.
     """
 
-    inner: str | None = None  # the child that keeps the dense names, as MinkowskiEngine's wrappers have it
+    inner: str | None = None  # name of the wrapped dense layer, as in MinkowskiEngine's wrappers
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what code may ask of the dense layer: its weight, its running statistics
+        except AttributeError:  # code may ask for the dense layer's weight or running statistics
             inner = self.__dict__.get("_modules", {}).get(type(self).inner)
             if inner is None:
                 raise
@@ -44,7 +44,7 @@ class SparseLayer(nn.Module):
         return {name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ())}
 
     def holder(self, name: str) -> tuple[nn.Module, str]:
-        """Where a parameter of the dense layer is kept: the module, and its name there."""
+        """The module that holds a parameter of the dense layer, and its name there."""
         return (self.get_submodule(self.inner) if self.inner else self), name
 
     def dense_views(self) -> dict[str, Tensor]:
@@ -57,16 +57,16 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def load_dense_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what `dense_state` gives. Raises RuntimeError where names or shapes differ."""
+        """The inverse of `dense_state`. Raises RuntimeError if names or shapes differ."""
         nn.Module.load_state_dict(self.get_submodule(self.inner) if self.inner else self, state)
 
 
 def take_state(layer: nn.Module, dense: nn.Module) -> None:
-    """Makes `layer` equal to the dense layer: weights, dtype, device, mode, what is trained."""
+    """Copies weights, dtype, device, mode and requires_grad of the dense layer to `layer`."""
     tensors = [*dense.parameters(), *dense.buffers()]
     if tensors:
         layer.to(tensors[0].device, tensors[0].dtype)
-    nn.Module.load_state_dict(layer, dict(state_dict_of(dense)))  # a plain one: it says nothing of versions
+    nn.Module.load_state_dict(layer, dict(state_dict_of(dense)))  # a plain dict: it has no versions
     layer.train(dense.training)
     for ours, theirs in zip(layer.parameters(), dense.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)

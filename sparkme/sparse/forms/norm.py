@@ -1,4 +1,4 @@
-"""Norms: statistics come from visible pixels only. Of the batch, where the dense norm's are; else of each pixel or sample."""
+"""Norms: statistics come from visible pixels only, over the batch, the sample or the pixel, as in the dense norm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FUNCTIONS = Functions()
 
 
 class RowNorm(nn.BatchNorm2d):
-    """A batch norm of (N, C) rows that is, to code which looks for batch norms to freeze them, one of maps."""
+    """A batch norm of (N, C) rows that is an nn.BatchNorm2d to code that freezes batch norms."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -47,7 +47,7 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
 
     def forward(self, input: Any) -> Any:
         x = input
-        if self.bn.training and not self.training:  # frozen by code that sees this module alone
+        if self.bn.training and not self.training:  # code froze this module and did not know of bn
             self.bn.eval()
         if not is_map(x):  # pooled vectors, (B, C, 1, 1)
             return self.bn(x.flatten(1)).view_as(x) if x.shape[2:] == (1, 1) else self._dense(x)
@@ -64,7 +64,7 @@ class SparseBatchNorm2d(SparseLayer, ME.MinkowskiBatchNorm):
 
 
 class SparseBatchNormAct2d(SparseBatchNorm2d):
-    """timm's batch norm with an activation (and, rarely, a drop) behind it in one module."""
+    """timm's batch norm with an activation (and, rarely, dropout) in one module."""
 
     def __init__(self, norm: BatchNormAct2d) -> None:
         super().__init__(norm)
@@ -114,8 +114,8 @@ class SparseGlobalResponseNorm(SparseLayer, nn.Module):
 class _GlobalResponse(torch.autograd.Function):
     """y = x (1 + weight n) + bias of rows (B, L, C), n = |x| / (mean of |x| over the channels + epsilon), |x| over the rows.
 
-    Written out, for each way goes over the rows once for sums and once for the result; autograd would keep and read three times
-    as much. With a the sum of grad * x over the rows, and m the mean with epsilon:
+    Written by hand, since each pass reads the rows once for sums and once for the result; autograd would keep and read three
+    times as much. With a the sum of grad * x over the rows, and m the mean with epsilon:
     d|x| = weight a / m - sum(weight a |x|) / (C m^2), and dx = grad (1 + weight n) + x d|x| / |x|.
     """
 

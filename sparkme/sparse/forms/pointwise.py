@@ -1,4 +1,4 @@
-"""Functions of one pixel at a time: arithmetic and activations. They are applied to what the engine holds, as they are."""
+"""Pixelwise functions: arithmetic and activations, applied directly to the features."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _register() -> None:
             for spelling in (name, f"__{name}__"):
                 if function := getattr(owner, spelling, None):
                     FUNCTIONS[function] = _Pointwise(name, function)
-            # A tensor on the left of a map: torch calls its __radd__ with the map first.
+            # For a tensor on the left of a map, torch calls __radd__ with the map first.
             if function := getattr(owner, f"__r{name}__", None):
                 FUNCTIONS[function] = _Pointwise(name, function)
             for spelling in (f"{name}_", f"__i{name}__"):
@@ -67,9 +67,9 @@ class _Pointwise:
     """One of torch's functions as a function of maps.
 
     Args:
-        name: in the tables above.
-        function: what to call, never in place.
-        in_place: whether the network means its first argument to change.
+        name: its name in the tables above.
+        function: the out-of-place function.
+        in_place: whether the first argument is to change.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], *, in_place: bool = False) -> None:
@@ -92,7 +92,7 @@ class _Pointwise:
         return self._result(out, args or (first,), inplace=inplace)
 
     def _returns_its_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether torch hands back the very tensor, which an operation in place then changes for everyone."""
+        """Whether torch returns the input itself, so that later in-place operations change both."""
         if self.name in ("pos", "positive"):
             return True
         return self.name in ("dropout", "alpha_dropout") and _drops_nothing(*args[1:], **kwargs)
@@ -101,7 +101,7 @@ class _Pointwise:
         if not (inplace or self.in_place):
             return out
         if not is_map(args[0]):
-            raise NotImplementedError("a tensor changed in place by a map has no sparse form; write x = x + y for x += y")
+            raise NotImplementedError("changing a tensor in place with a map has no sparse form; write x = x + y for x += y")
         if self.name == "detach":
             args[0].storage.write(out.features)
             return args[0]
@@ -114,7 +114,7 @@ def _drops_nothing(p: float = 0.5, training: bool = True) -> bool:
 
 @FUNCTIONS.form_of("prelu")
 def prelu(x: WorkingMap, weight: Tensor) -> WorkingMap:
-    """A slope for each channel, which is axis 1."""
+    """One slope per channel (axis 1)."""
     shape = [1] * x.ndim
     shape[1] = weight.numel()
     slope = x.operand(weight.view(shape))
@@ -123,7 +123,7 @@ def prelu(x: WorkingMap, weight: Tensor) -> WorkingMap:
 
 @FUNCTIONS.form_of("glu")
 def glu(x: WorkingMap, dim: int = -1) -> WorkingMap:
-    """Half of the channels, times the sigmoid of the other half."""
+    """Half of the channels times the sigmoid of the other half."""
     return x.with_values(F.glu(x.values, x.channel(dim) + x.channel_axis))
 
 
@@ -139,12 +139,12 @@ def dropout2d(x: WorkingMap, p: float = 0.5, training: bool = True, inplace: boo
 
 def _converted(method: str) -> Callable[..., Any]:
     def convert(x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Another precision. Devices stay: a map lies where its batch lies."""
-        kwargs.pop("memory_format", None)  # the engine's affair
+        """Changes the dtype; a map stays on the device of its batch."""
+        kwargs.pop("memory_format", None)  # the engine decides it
         if not args and not kwargs and method == "to":
             return x
         args = tuple(a.values if is_map(a) else a for a in args)
-        if not is_map(x):  # a tensor, as a map
+        if not is_map(x):  # a tensor to the type of a map
             return getattr(x, method)(*args, **kwargs)
         data = getattr(x.values, method)(*args, **kwargs)
         return x if data is x.values else x.with_values(data)
@@ -154,7 +154,7 @@ def _converted(method: str) -> Callable[..., Any]:
 
 def _created(method: str) -> Callable[..., Tensor]:
     def create(x: WorkingMap, *args: Any, **kwargs: Any) -> Tensor:
-        """A dense tensor of the map's type, such as the noise of drop path."""
+        """A dense tensor with the map's dtype and device, such as drop path's noise."""
         made: Tensor = getattr(torch.empty(0, dtype=x.dtype, device=x.device), method)(*args, **kwargs)
         return made
 

@@ -23,7 +23,7 @@ _REMEDY = "only channels can be moved, pixels stay where they are"
 
 @FUNCTIONS.form_of("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Any], dim: int = 0) -> WorkingMap:
-    """Channels side by side; tensors that hold a number for each channel are spread over the pixels."""
+    """Joins channels; tensors with one number per channel are spread over the pixels."""
     like = first_map(tensors)
     at = like.channel(dim) + like.channel_axis
     pieces = []
@@ -39,7 +39,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> WorkingMap:
 
 @FUNCTIONS.form_of("stack")
 def stack(tensors: Sequence[Any], dim: int = 0) -> WorkingMap:
-    """A new axis of channels."""
+    """Joins maps along a new channel axis."""
     first = first_map(tensors)
     return cat([unsqueeze(value, dim) for value in tensors], dim % (first.ndim + 1))
 
@@ -118,7 +118,7 @@ def flip(x: WorkingMap, *dims: Any) -> WorkingMap:
 
 @FUNCTIONS.form_of("__getitem__")
 def getitem(x: WorkingMap, index: Any) -> WorkingMap:
-    """Slices, numbers and lists of numbers for channels; of H and W everything, or one pixel of every square block."""
+    """Slices, indices and lists of indices of channels; all of H and W, or one pixel of every square block."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [part for part in parts if part is Ellipsis]:
         at = next(i for i, part in enumerate(parts) if part is Ellipsis)
@@ -147,8 +147,8 @@ def getitem(x: WorkingMap, index: Any) -> WorkingMap:
             numbers = torch.empty(()) if is_map(part) else torch.as_tensor(part, device=out.device)
             if numbers.ndim != 1 or numbers.dtype == torch.bool or sum(not isinstance(p, slice | None) for p in parts) != 1:
                 raise NotImplementedError(
-                    f"a map indexed by {'a map' if is_map(part) else type(part).__name__}: only a slice or a list of numbers "
-                    "of channels has a sparse form; torch.where chooses pixel by pixel"
+                    f"a map indexed by {'a map' if is_map(part) else type(part).__name__}: only a slice or a list of channel "
+                    "indices has a sparse form; torch.where selects pixel by pixel"
                 )
             out = index_select(out, dim, numbers)
         dim += 1
@@ -156,7 +156,7 @@ def getitem(x: WorkingMap, index: Any) -> WorkingMap:
 
 
 def _one_of_every_block(x: WorkingMap, parts: list[Any]) -> tuple[WorkingMap, list[Any]]:
-    """For `x[..., i::r, j::r]`: the map with the pixels of its r x r blocks as channels, and the index of one of them."""
+    """For `x[..., i::r, j::r]`: the map with the pixels of r x r blocks as channels, and the index of one of them."""
     axes = [i for i, part in enumerate(parts) if part is not None]
     places = {label: axes[d] for d, label in enumerate(x.dims[: len(axes)]) if label in "HW"}
     steps = {label: parts[i].step for label, i in places.items() if isinstance(parts[i], slice)}
@@ -178,7 +178,7 @@ def permute(x: WorkingMap, *dims: Any) -> WorkingMap:
     order = [x.axis(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
     labels = "".join(x.dims[d] for d in order)
     if sorted(order) != list(range(x.ndim)) or labels[0] != "B" or labels.find("H") > labels.find("W"):
-        raise NotImplementedError(f"permute{tuple(order)} of a map {x.dims} turns pixels round: {_REMEDY}")
+        raise NotImplementedError(f"permute{tuple(order)} of a map {x.dims} moves pixels: {_REMEDY}")
     channels = [x.channel(d) for d in order if x.dims[d] == "C"]
     if channels == sorted(channels):
         return x.same_storage(labels)
@@ -226,8 +226,8 @@ def expand_as(x: Any, other: Any) -> Any:
     if x.ndim == other.ndim and all(n in (1, m) for n, m in zip(x.shape, other.shape)):
         return x
     raise NotImplementedError(
-        f"a tensor of shape {tuple(x.shape)} expanded to a map {other.dims} of shape {tuple(other.shape)}; leave the expansion "
-        "out, since products do it by themselves"
+        f"a tensor of shape {tuple(x.shape)} expanded to a map {other.dims} of shape {tuple(other.shape)} has no sparse form; "
+        "remove the expansion, since products broadcast"
     )
 
 
@@ -275,10 +275,10 @@ def pixel_unshuffle(x: WorkingMap, downscale_factor: int) -> WorkingMap:
 
 @FUNCTIONS.form_of("view", "reshape")
 def view(x: WorkingMap, *shape: Any) -> WorkingMap:
-    """Splits and joins channels; splits H and W together into smaller ones and the pixels of a block."""
+    """Splits and joins channels; splits H and W into blocks of pixels."""
     sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)
     if not all(isinstance(size, int) for size in sizes):
-        raise NotImplementedError(f"view of a map as {shape[0]} has no sparse form, only as a shape; x.to(dtype) converts")
+        raise NotImplementedError(f"view of a map as {shape[0]} has no sparse form, only another shape; x.to(dtype) converts")
     if -1 in sizes:
         known = torch.Size(size for size in sizes if size != -1).numel()
         sizes[sizes.index(-1)] = x.shape.numel() // max(1, known)
@@ -288,7 +288,7 @@ def view(x: WorkingMap, *shape: Any) -> WorkingMap:
 
 
 def _groups(x: WorkingMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
-    """Which axes become which: the labels of some neighbouring axes and the sizes they turn into, for all of them."""
+    """Groups of neighbouring axes: the labels of the old axes and the sizes of the new ones."""
     refusal = NotImplementedError(f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)}: {_REMEDY}")
     old, new = list(zip(x.dims, x.shape)), list(sizes)
     found: list[tuple[str, list[int]]] = []
@@ -309,7 +309,7 @@ def _groups(x: WorkingMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
                     raise refusal
                 into.append(new.pop(0))
                 after *= into[-1]
-        if set(labels) == {"C"} and old:  # axes of one channel come and go
+        if set(labels) == {"C"} and old:  # channel axes of size one come and go
             while _has_spare(x, new, "".join(label for label, _ in old)):
                 into.append(new.pop(0))
             while old and old[0] == ("C", 1) and new and new[0] != 1:
@@ -326,7 +326,7 @@ def _groups(x: WorkingMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
         if "HW" in labels and labels != "HW":
             raise NotImplementedError(
                 f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)} joins pixels with other axes, as "
-                "linear layers over whole maps want it: it mixes visible and hidden ones"
+                "before a linear layer over the whole map, and so mixes visible and hidden pixels"
             )
         if (labels == "HW" and len(into) == 1) or (labels == "P" and tuple(into) == tuple(x.grid.size(x.stride))):
             continue
@@ -336,10 +336,10 @@ def _groups(x: WorkingMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def _has_spare(x: WorkingMap, sizes: list[int], labels: str) -> bool:
-    """Whether the first of the wanted sizes, a one, is none of the pixels that come next."""
+    """Whether the first new size is a one that belongs to no pixel axis."""
     if not sizes or sizes[0] != 1:
         return False
-    if labels == "P":  # which may become H and W
+    if labels == "P":  # it may become H and W
         return len(sizes) > 2 or (len(sizes) == 2 and tuple(sizes) != tuple(x.grid.size(x.stride)))
     return len(sizes) > len(labels)
 
@@ -361,8 +361,8 @@ def _regroup(x: WorkingMap, groups: list[tuple[str, list[int]]]) -> WorkingMap:
         return out
     if len(blocks) != 2 or blocks[0] != blocks[1]:
         raise NotImplementedError(
-            f"blocks of {' x '.join(map(str, blocks))} pixels{' along one axis' if len(blocks) == 1 else ''}: only square ones "
-            "have a sparse form"
+            f"blocks of {' x '.join(map(str, blocks))} pixels{' along one axis' if len(blocks) == 1 else ''}: only square "
+            "blocks have a sparse form"
         )
     return _blocks(out, blocks[0])
 
@@ -372,7 +372,7 @@ def _blocks(x: WorkingMap, r: int) -> WorkingMap:
     p = x.grid.pixels(x.stride)
     if p % r:
         raise NotImplementedError(
-            f"blocks of {r} x {r} pixels do not tile a patch, which has {p} x {p} at this layer; take smaller ones"
+            f"blocks of {r} x {r} pixels do not tile a patch of {p} x {p} pixels at this layer; use smaller blocks"
         )
     down, across = (x.dims[: x.dims.index(label)].count("C") for label in "HW")
     return x.replace(x.features.blocks(r, down, across), x.dims.replace("H", "HC").replace("W", "WC"))

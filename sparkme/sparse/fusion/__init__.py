@@ -1,21 +1,21 @@
-"""What is computed together. The forms of layers and functions ask `fused`, and know nothing else of it.
+"""Fusion of operations. Forms of layers and functions call `fused` and know nothing else of it.
 
 | in the network | what runs | what it saves | file | `cuda_ext` on |
 |---|---|---|---|---|
-| batch norm, perhaps factors for samples (drop path), `+` another map, ReLU(6) | `ops.batch_norm` | passes | norm | CPU, CUDA |
+| batch norm, optional factor per sample (drop path), `+` another map, ReLU(6) | `ops.batch_norm` | passes | norm | CPU, CUDA |
 | a 1x1 convolution to at least twice as many channels, then the row above | `ops.linear_batch_norm` | memory | product | CPU |
-| linear, GELU, linear, perhaps factors for channels and samples, `+` another map | `ops.mlp` | memory | mlp | CPU |
-| factors for channels (layer scale), perhaps for samples, `+` another map | `ops.batch_norm` | passes | scale | CUDA |
+| linear, GELU, linear, optional factors per channel and sample, `+` another map | `ops.mlp` | memory | mlp | CPU |
+| factor per channel (layer scale), optional factor per sample, `+` another map | `ops.batch_norm` | passes | scale | CUDA |
 
-A layer hands out a map that is still to be written. What the network does with it next becomes part of it, as long as it fits,
-and the first one who reads the map has it written. Blocks run their own code and notice nothing. In the middle there may be a
-dropout that drops nothing. Everything else, and whatever stands in another order, runs as it is.
+A layer returns a map that is not computed yet. The network's next operations join it as long as they fit, and the first reader
+of the map has it computed. Blocks run their own code and notice nothing. A dropout that drops nothing may stand in between.
+Other operations, and other orders, run one by one.
 
-On the CPU a batch norm's result is not kept for the gradient of the convolution that reads it, but computed again from the
-norm's rows. On CUDA it is kept, since bandwidth is short there sooner than memory. An engine says with `fuses_norms` and
-`fuses_products` what it takes part in.
+On the CPU, a batch norm's result is not stored for the gradient of the next convolution, but recomputed from the norm's input.
+On CUDA it is stored, since bandwidth is scarcer there than memory. An engine says with `fuses_norms` and `fuses_products` which
+fusions it supports.
 
-Behind the encoder nothing waits, but two more things are computed together: mask tokens and SparK's projection of them
+After the encoder nothing waits, but two more pairs are computed together: mask tokens and SparK's projection of them
 (`densified`, on the CPU), and the decoder's batch norms with ReLU6 (`sparkme.sparse.batch_norm.BatchNorm`).
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Unwritten", "densified", "fused"]
 
-# What can wait for what follows it, and the further arguments and the ceilings of functions that clamp.
+# Operations that later ones can join; and for functions that clamp, their further arguments and their ceilings.
 _BEGIN: dict[str, Callable[..., Unwritten | None]] = {
     "convolution": product.begin,
     "batch_norm": norm.begin,
@@ -51,14 +51,13 @@ _FOLLOWS = {*_CLAMPS, "gelu", "add", "mul", "multiply", "linear", "batch_norm"}
 
 
 def fused(x: WorkingMap, name: str, *others: Any, **kwargs: Any) -> WorkingMap | None:
-    """A layer's or a function's result, still to be written; None where it is to be computed at once.
+    """The result of a layer or function, to be computed later; None if it must be computed now.
 
     Args:
-        x: a map that it is called with.
-        name: torch's, or `convolution` with (kernel, bias, window, groups), `batch_norm` with the layer, `linear` with (weight,
-            bias).
-        others: the other arguments, in their order.
-        kwargs: those that were named.
+        x: a map among the arguments.
+        name: torch's name, or `convolution` with (kernel, bias, window, groups), `batch_norm` with the layer, `linear` with
+            (weight, bias).
+        others, kwargs: the other arguments.
     """
     waiting = x.unwritten if name in _FOLLOWS else None
     longer = None if waiting is None else _followed(waiting, x, name, others, kwargs)
@@ -70,7 +69,7 @@ def fused(x: WorkingMap, name: str, *others: Any, **kwargs: Any) -> WorkingMap |
 def _followed(
     waiting: Unwritten, x: WorkingMap, name: str, others: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Unwritten | None:
-    """What waits, with the function at its end; None where it does not fit."""
+    """The waiting result with the function appended; None if it does not fit."""
     if name in _CLAMPS:
         arguments, ceiling = _CLAMPS[name]
         return waiting.clamp(ceiling) if (*others, *kwargs.values()) == arguments else None

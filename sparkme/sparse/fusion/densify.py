@@ -1,4 +1,4 @@
-"""Mask tokens and the convolution behind them: all hidden pixels hold the same, so most products need not be computed."""
+"""Mask tokens and the following convolution: all hidden pixels are equal, so most products can be skipped."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def densified(x: WorkingMap, rows: Tensor, fill: Tensor, projection: nn.Module) -> Tensor:
-    """Rows of visible pixels with a mask token at hidden ones, projected.
+    """A dense map of rows at visible pixels and a mask token at hidden ones, projected.
 
     Args:
         x: the map that the rows lie on.
         rows: (N, C).
-        fill: (C,), the token.
-        projection: a convolution that keeps the size, or any other module of dense maps.
+        fill: the token (C,).
+        projection: a convolution with `same` padding, or any other module on dense maps.
 
     Returns:
         (B, C_out, H / stride, W / stride).

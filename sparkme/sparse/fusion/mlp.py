@@ -1,5 +1,4 @@
-"""A linear layer waits for GELU and a second one, and these for factors and another map: ConvNeXt's MLP, whose GELU is computed
-again for the gradient."""
+"""Fuses ConvNeXt's MLP: linear, GELU, linear, factors and a residual. GELU is recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def begin(x: WorkingMap, weight: Tensor, bias: Tensor | None) -> Unwritten | Non
 
 
 class UnwrittenLinear(Unwritten):
-    """A linear layer, perhaps GELU, perhaps another linear layer, perhaps factors for channels and samples, and a residual."""
+    """A linear layer, then optionally GELU, another linear layer, factors per channel and sample, and a residual."""
 
     def __init__(self, source: RowFeatures, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(source, len(weight), source.dtype)

@@ -1,4 +1,4 @@
-"""A batch norm waits for a factor for each sample (drop path), another map (the residual), and a ReLU or ReLU6."""
+"""Fuses a batch norm with a factor per sample (drop path), a residual, and a ReLU or ReLU6."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparkme.sparse.batch_norm import BATCH_NORM, normalise, normalises_batch, processes_of, statistics_of_batch
+from sparkme.sparse.batch_norm import BATCH_NORM, apply_norm, normalises_batch, processes_of, statistics_of_batch
 from sparkme.sparse.features import RowFeatures
 from sparkme.sparse.fusion.waiting import Unwritten, as_rows
 
@@ -22,19 +22,17 @@ def begin(x: WorkingMap, bn: BATCH_NORM) -> Unwritten | None:
 
 
 def can_wait(bn: BATCH_NORM) -> bool:
-    """Whether it computes what torch's does, perhaps with other processes, and nobody listens to it."""
+    """Whether it computes the same as torch's, perhaps over processes, and has no hooks."""
     return (type(bn).forward is BATCH_NORM.forward or processes_of(bn) > 1) and not bn._forward_hooks
 
 
 class UnwrittenNorm(Unwritten):
-    """A batch norm with what is to follow it.
-
-    Its statistics are taken at once, so they do not depend on when or how often it is written.
+    """A batch norm and the operations after it. Its statistics are computed at once.
 
     Args:
-        source: what is normalised.
-        bn: its layer. Where it trains, its running statistics move now, and processes that share them meet.
-        recomputed: whether the result is to be computed again for the gradient of what reads it.
+        source: the input.
+        bn: the layer. In training its running statistics are updated now, over all processes that share them.
+        recomputed: whether the result is recomputed for the gradient of its reader.
     """
 
     def __init__(self, source: RowFeatures, bn: BATCH_NORM, *, recomputed: bool) -> None:
@@ -65,7 +63,7 @@ class UnwrittenNorm(Unwritten):
         return self.compute(self.source.data.flatten(0, 1))
 
     def compute(self, rows: Tensor) -> Tensor:
-        return normalise(self.bn, rows, self.mean, self.deviation, training=self.training, **self.follows)
+        return apply_norm(self.bn, rows, self.mean, self.deviation, training=self.training, **self.follows)
 
     def clamp(self, ceiling: float) -> Unwritten | None:
         return None if "ceiling" in self.follows else self._with(ceiling=ceiling)

@@ -1,5 +1,5 @@
-"""A wide 1x1 convolution waits for its batch norm, so that its result is never kept: its statistics follow from those of the
-rows, and the norm's gradient from its rows and kernel."""
+"""Fuses a wide 1x1 convolution with its batch norm, so that its result is never stored: the statistics follow from those of the
+rows, and the gradient from rows and kernel."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sparkme.sparse.window import Window
 if TYPE_CHECKING:
     from sparkme.sparse.working_map import WorkingMap
 
-ROWS_PER_CHANNEL = 8  # that there have to be, so that products of weights alone do not count
+ROWS_PER_CHANNEL = 8  # at least, so that products of weights alone cost little
 
 
 def begin(x: WorkingMap, kernel: Tensor, bias: Tensor | None, window: Window, groups: int) -> Unwritten | None:
-    """Where it is 1x1, to at least twice as many channels, of enough pixels, and its sums are exact."""
+    """For a 1x1 convolution to at least twice as many channels, with enough pixels and exact sums."""
     if bias is not None or groups != 1 or window.kernel_size != (1, 1) or window.stride != 1 or not window.is_plain:
         return None
     inside, outside = kernel.shape[-2:]
     if outside < 2 * inside or x.grid.num_rows(x.stride) < ROWS_PER_CHANNEL * inside:
         return None
-    exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not
+    exact = x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type)  # sums of rounded products are not exact
     if not exact or not torch.is_grad_enabled() or not x.engine.fuses_products(x.dtype, x.device):
         return None
     return UnwrittenProduct(as_rows(x.flat), kernel.flatten(0, -2))

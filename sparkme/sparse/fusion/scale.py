@@ -1,6 +1,6 @@
-"""Factors for channels (layer scale) wait for those for samples (drop path) and another map (the residual).
+"""Fuses factors per channel (layer scale) with factors per sample (drop path) and a residual.
 
-Only where the linear layer in front of them does not wait, which else takes them along."""
+Where the preceding linear layer is fused, it takes them instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def begin(x: WorkingMap, *others: Any, **kwargs: Any) -> Unwritten | None:
-    """Where the only other argument is a number for each channel."""
+    """If the only other argument is a number per channel."""
     engine, where = x.engine, (x.dtype, x.device)
     if len(others) != 1 or kwargs or type(others[0]) is type(x) or not isinstance(others[0], Tensor) or others[0].ndim == 0:
         return None
@@ -29,7 +29,7 @@ def begin(x: WorkingMap, *others: Any, **kwargs: Any) -> Unwritten | None:
 
 
 class UnwrittenScale(Unwritten):
-    """Rows times a number for each channel, perhaps one for each sample, and a residual: a batch norm without statistics."""
+    """Rows times a factor per channel, optionally one per sample, plus a residual: a batch norm without statistics."""
 
     def __init__(self, source: RowFeatures, scale: Tensor) -> None:
         super().__init__(source, source.shape[-1], source.dtype)

@@ -1,7 +1,7 @@
-"""A map that is still to be written: what it is computed from, and what may become part of it.
+"""A result that is not computed yet: its inputs, and the operations that may join it.
 
-What waits is computed under the modes of torch (gradients, inference, autocast) that held where the network called it, and
-joins only what is called under the same ones. So its graph does not depend on when or how often it is written.
+It is computed under the torch modes (gradients, inference, autocast) of the network's call, and only operations under the same
+modes join it. So its graph does not depend on when or how often it is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparkme.sparse.grid import in_inference_mode
 
 
 class Modes(NamedTuple):
-    """What torch is set to where an operation is called, as far as its result and its graph depend on it."""
+    """The torch modes on which an operation's result and graph depend."""
 
     device_type: str
     grad: bool
@@ -42,21 +42,21 @@ class Modes(NamedTuple):
 
 
 def as_rows(features: Features) -> RowFeatures:
-    """What a map holds of an engine on rows, as all are that fuse anything."""
+    """All engines that fuse operations compute on rows."""
     assert isinstance(features, RowFeatures)
     return features
 
 
 class Unwritten:
-    """RowFeatures before they are computed: where they lie, and what may become part of them.
+    """RowFeatures before they are computed.
 
     Args:
-        source: what they are computed from, (B, L, C).
-        channels: that they will have.
-        dtype: and their type.
+        source: the input, (B, L, C).
+        channels: number of output channels.
+        dtype: output type.
 
     Attributes:
-        follows: what became part of them, of `factor` (B,), `residual` like the rows, `ceiling`: as of `ops.batch_norm`.
+        follows: joined operations as arguments of `ops.batch_norm`: `factor` (B,), `residual` like the rows, `ceiling`.
     """
 
     def __init__(self, source: RowFeatures, channels: int, dtype: torch.dtype) -> None:
@@ -72,7 +72,7 @@ class Unwritten:
 
     @property
     def is_current(self) -> bool:
-        """Whether an operation that is called now would be computed as this one is."""
+        """Whether the current torch modes are those of this call."""
         return self.modes == Modes.now(self.device)
 
     def write(self) -> RowFeatures:
@@ -85,28 +85,28 @@ class Unwritten:
         return self.source.replace(self.compute(self.source.data.flatten(0, 1)).view(self.shape))
 
     def compute(self, rows: Tensor) -> Tensor:
-        """(N, C) of the source to (N, channels)."""
+        """Computes (N, channels) from the source's (N, C) rows."""
         raise NotImplementedError
 
-    # The same with one more function at the end; None where it does not fit.
+    # Each returns the result with one more operation appended, or None if it does not fit.
 
     def clamp(self, ceiling: float) -> Unwritten | None:
-        """To [0, ceiling]: a ReLU if that is infinite, a ReLU6 if it is 6."""
+        """Clamps to [0, ceiling]: a ReLU if that is infinite, a ReLU6 if it is 6."""
         return None
 
     def gelu(self) -> Unwritten | None:
         return None
 
     def plus(self, other: Tensor) -> Unwritten | None:
-        """`other` is like the rows, (B, L, channels)."""
+        """`other` is (B, L, channels)."""
         return None
 
     def times(self, other: Tensor) -> Unwritten | None:
-        """`other` is spread over them, such as (B, 1, 1) or (1, 1, channels)."""
+        """`other` broadcasts, such as (B, 1, 1) or (1, 1, channels)."""
         return None
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Unwritten | None:
-        """`weight` is (channels after it, channels)."""
+        """`weight` is (C_out, channels)."""
         return None
 
     def batch_norm(self, bn: BATCH_NORM) -> Unwritten | None:
@@ -118,9 +118,8 @@ class Unwritten:
         return out
 
     def is_like(self, other: Tensor) -> bool:
-        """Whether it is rows of the same kind."""
         return other.shape == self.shape and other.dtype == self.dtype
 
     def is_for_samples(self, other: Tensor) -> bool:
-        """Whether it is a constant number for each sample, (B, 1, 1), such as drop path's."""
+        """Whether it is a constant factor per sample, (B, 1, 1), such as drop path's."""
         return other.shape == (self.shape[0], 1, 1) and not other.requires_grad and other.dtype == self.dtype
