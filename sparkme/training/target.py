@@ -58,8 +58,11 @@ class Measure(ABC):
         self.classes = classes
 
     @abstractmethod
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Takes in a batch: scores (B, classes), and labels as `Labelled` has them, both on the CPU."""
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Takes in a batch: what the network says of each image, and what is true.
+
+        Of `Accuracy` and `Precision`: scores (B, classes), and labels as `Labelled` has them, both on the CPU.
+        """
 
     @abstractmethod
     def merge(self, other: Self) -> None:
