@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import transfer
+from benchmarks.emoji import EMOJI, emoji
 from benchmarks.flops import provenance
 from sparkme.errors import run_command
 
@@ -71,8 +72,8 @@ def search(args: argparse.Namespace) -> int:
     extra: dict[str, list[Path]] = {}
     data = args.data
     if data is None:
-        data, extra = transfer.emoji(args.work / "emoji")
-    settings = {"data": str(args.data or transfer.EMOJI), "model": args.model, "input_size": args.input_size, "base": args.base}
+        data, extra = emoji(args.work / "emoji")
+    settings = {"data": str(args.data or EMOJI), "model": args.model, "input_size": args.input_size, "base": args.base}
     root, tables, parts = transfer.make_tables(data, args, settings)
     images = transfer.link_images(parts["train"], extra, args)
     path = args.json or args.work / "small_data.json"

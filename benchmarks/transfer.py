@@ -29,7 +29,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +37,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from benchmarks.emoji import emoji
 from benchmarks.flops import provenance
 from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.data.sources.files import find_images
@@ -48,7 +48,6 @@ from sparkme.weights.checkpoint import load_checkpoint
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 PAGE = Path(__file__).parents[1] / "docs" / "finetuning.md"
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
-EMOJI = "emoji-datasource-google@16.0.0"
 CHOOSE_SHARE = 0.15  # of what is not for testing
 SIDES = ("pretrained", "scratch")
 # What all runs in a work folder share.
@@ -164,39 +163,6 @@ def check_parts(args: argparse.Namespace) -> None:
         raise UserError(f"--processes {args.processes} must be at least 1")
     if not 0 < args.test_share < 1:
         raise UserError(f"--test-share {args.test_share} is outside (0, 1)")
-
-
-def emoji(folder: Path) -> tuple[Path, dict[str, list[Path]]]:
-    """The colour emoji of EMOJI: a folder for each group, and for each picture its other skin colours.
-
-    Raises:
-        UserError: they cannot be fetched.
-    """
-    package = folder / "package"
-    if not package.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        if shutil.which("npm") is None:
-            raise UserError("npm, which fetches the emoji, is not installed; pass --data LABELLED, or install npm")
-        done = subprocess.run(["npm", "pack", EMOJI], cwd=folder, capture_output=True, text=True)
-        archives = sorted(folder.glob("*.tgz"))
-        if done.returncode or not archives:
-            raise UserError(f"`npm pack {EMOJI}` failed: {' '.join(done.stderr.split())[-200:]}; pass --data LABELLED")
-        with tarfile.open(archives[-1]) as archive:
-            wanted = [m for m in archive if m.name == "package/emoji.json" or m.name.startswith("package/img/google/64/")]
-            archive.extractall(folder, wanted, filter="data")
-    pictures, groups = package / "img" / "google" / "64", folder / "groups"
-    extra: dict[str, list[Path]] = {}
-    for entry in json.loads((package / "emoji.json").read_text()):
-        picture = pictures / entry["image"]
-        if entry["category"] == "Component" or not picture.is_file():  # five patches of skin
-            continue
-        target = groups / entry["category"].replace(" ", "-") / entry["image"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            shutil.copyfile(picture, target)
-        variants = [pictures / variant["image"] for variant in entry.get("skin_variations", {}).values()]
-        extra[entry["image"]] = [path for path in variants if path.is_file()]
-    return groups, extra
 
 
 def make_tables(

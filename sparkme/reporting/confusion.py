@@ -15,13 +15,14 @@ from sparkme.training.log import unformatted
 MOST_NAMED = 40  # classes; of more the names cannot be read
 
 
-def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
+def draw_confusion(confusion: Tensor, classes: list[str], path: Path, counted: str = "images") -> None:
     """Draws shares of each true class (row) by what it was taken for (column).
 
     Args:
         confusion: (classes, classes) int64, counts.
         classes: their names.
         path: of the .png.
+        counted: what the numbers are of, for the title.
     """
     shares = (confusion / confusion.sum(1, keepdim=True).clamp_min(1)).numpy()
     count = len(classes)
@@ -31,7 +32,7 @@ def draw_confusion(confusion: Tensor, classes: list[str], path: Path) -> None:
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     right = int(confusion.diag().sum()) / max(1, int(confusion.sum()))
-    axes.set(xlabel="taken for", ylabel="is", title=f"{100 * right:.1f} % of {int(confusion.sum())} images right")
+    axes.set(xlabel="taken for", ylabel="is", title=f"{100 * right:.1f} % of {int(confusion.sum())} {counted} right")
     if count <= MOST_NAMED:
         names = [unformatted(_short(name)) for name in classes]
         axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")

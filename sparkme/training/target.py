@@ -52,8 +52,8 @@ class Measure(ABC):
         self.classes = classes
 
     @abstractmethod
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Adds a batch: scores (B, classes), and labels as in `Labelled`, both on the CPU."""
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Adds a batch of outputs and targets, on the CPU. For classification: scores (B, classes), and labels as in `Labelled`."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:

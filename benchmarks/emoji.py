@@ -1,0 +1,50 @@
+"""The pictures that benchmarks learn from: nine groups of emoji, fetched by npm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+from sparkme.errors import UserError
+
+EMOJI = "emoji-datasource-google@16.0.0"
+
+
+def emoji(folder: Path, instead: str = "--data LABELLED") -> tuple[Path, dict[str, list[Path]]]:
+    """The colour emoji of EMOJI: a folder for each group, and for each picture its other skin colours.
+
+    Args:
+        folder: where they are, or go.
+        instead: the flag that makes them unnecessary, for errors.
+
+    Raises:
+        UserError: they cannot be fetched.
+    """
+    package = folder / "package"
+    if not package.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.which("npm") is None:
+            raise UserError(f"npm, which fetches the emoji, is not installed; pass {instead}, or install npm")
+        done = subprocess.run(["npm", "pack", EMOJI], cwd=folder, capture_output=True, text=True)
+        archives = sorted(folder.glob("*.tgz"))
+        if done.returncode or not archives:
+            raise UserError(f"`npm pack {EMOJI}` failed: {' '.join(done.stderr.split())[-200:]}; pass {instead}")
+        with tarfile.open(archives[-1]) as archive:
+            wanted = [m for m in archive if m.name == "package/emoji.json" or m.name.startswith("package/img/google/64/")]
+            archive.extractall(folder, wanted, filter="data")
+    pictures, groups = package / "img" / "google" / "64", folder / "groups"
+    extra: dict[str, list[Path]] = {}
+    for entry in json.loads((package / "emoji.json").read_text()):
+        picture = pictures / entry["image"]
+        if entry["category"] == "Component" or not picture.is_file():  # five patches of skin
+            continue
+        target = groups / entry["category"].replace(" ", "-") / entry["image"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(picture, target)
+        variants = [pictures / variant["image"] for variant in entry.get("skin_variations", {}).values()]
+        extra[entry["image"]] = [path for path in variants if path.is_file()]
+    return groups, extra

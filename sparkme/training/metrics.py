@@ -1,0 +1,344 @@
+"""How good a detector or a segmenter is: COCO's twelve figures by pycocotools, and intersection over union of pixels.
+
+Each is a `Measure`, see `sparkme.training.target`. What is true comes as plain arrays, so any reader of annotations serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sparkme.errors import UserError
+from sparkme.training.target import Measure
+
+Rle = dict[str, Any]  # a mask as pycocotools has it: {"size": [height, width], "counts": bytes or str}
+Kind = Literal["box", "mask"]
+# In the order in which pycocotools gives them: average precision, and average recall of at most 1, 10 and 100 boxes.
+FIGURES = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+FIGURES += ["ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]
+
+
+def _no_boxes() -> npt.NDArray[np.float64]:
+    return np.zeros((0, 4))
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What an image shows, from its annotations: N objects, which can be none.
+
+    Attributes:
+        image_id: of no other image of the set.
+        size: (height, width) of the image that boxes and masks are in.
+        boxes: (N, 4) float64, x1, y1, x2, y2 in pixels; x2 - x1 is the width.
+        labels: (N,) int64, index of the class, from 0.
+        areas: (N,) float64, pixels; COCO's figures for small, medium and large objects go by it. COCO's files have it: the
+            area of the mask and not of the box.
+        crowd: (N,) bool, a region of many objects, which are not counted one by one; None if there is no such region.
+        masks: N masks as RLE; None where only boxes are known.
+    """
+
+    image_id: int
+    size: tuple[int, int]
+    boxes: npt.NDArray[np.float64] = field(default_factory=_no_boxes)
+    labels: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    areas: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    crowd: npt.NDArray[np.bool_] | None = None
+    masks: Sequence[Rle] | None = None
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in an image: N objects, which can be none, in any order.
+
+    Attributes:
+        boxes: (N, 4) floats, x1, y1, x2, y2 in the pixels of `Objects.size`.
+        scores: (N,) floats.
+        labels: (N,) integers, index of the class, from 0.
+        masks: N masks as RLE, see `encode_masks`; None from a detector of boxes alone.
+    """
+
+    boxes: npt.ArrayLike
+    scores: npt.ArrayLike
+    labels: npt.ArrayLike
+    masks: Sequence[Rle] | None = None
+
+
+def check_pycocotools() -> None:
+    """Raises UserError where pycocotools, which measures detectors, is not installed."""
+    if find_spec("pycocotools") is None:
+        raise UserError("detectors are measured by pycocotools, which is not installed; pip install 'sparkme[detection]'")
+
+
+def encode_masks(masks: Tensor) -> list[Rle]:
+    """Masks (N, H, W), bool, on any device, as N RLEs."""
+    from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
+
+    # A column at a time, one below the other: that order is pycocotools' own, and is copied once.
+    return list(coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))))
+
+
+class DetectionMeasure(Measure):
+    """COCO's twelve figures for boxes, and for masks where those are learnt, exactly as pycocotools has them.
+
+    Args:
+        classes: their names.
+        masks: whether masks are measured as well.
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
+
+    best = "box_ap"
+
+    def __init__(self, classes: list[str], masks: bool = False) -> None:
+        check_pycocotools()
+        super().__init__(classes)
+        self.kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
+        self.best = f"{self.kinds[-1]}_ap"
+        self.images: dict[int, tuple[Objects, Detections]] = {}
+        self._evaluated: dict[Kind, tuple[list[float | None], list[float | None]]] = {}
+
+    def add(self, outputs: Iterable[Detections], targets: Iterable[Objects]) -> None:
+        """Takes in a batch: what was found in each image, and what is there. An image that is known is passed over.
+
+        Raises:
+            ValueError: arrays do not fit each other, a label is of no class, a number is not finite, or masks are missing.
+        """
+        self._evaluated = {}
+        for found, objects in zip(outputs, targets, strict=True):
+            detections = Detections(
+                np.asarray(found.boxes, dtype=np.float64).reshape(-1, 4),
+                np.asarray(found.scores, dtype=np.float64),
+                np.asarray(found.labels, dtype=np.int64),
+                found.masks,
+            )
+            self._check_image(objects, objects, "objects", objects.areas)
+            self._check_image(objects, detections, "detections", detections.scores)
+            self.images.setdefault(objects.image_id, (objects, detections))
+
+    def _check_image(self, image: Objects, there: Objects | Detections, what: str, numbers: npt.ArrayLike) -> None:
+        boxes, labels, values = np.asarray(there.boxes), np.asarray(there.labels), np.asarray(numbers)
+        where = f"{what} of image {image.image_id}"
+        if boxes.shape != (len(labels), 4) or values.shape != labels.shape:
+            raise ValueError(f"{where}: {boxes.shape} boxes, {labels.shape} labels and {values.shape} scores or areas")
+        if not (np.isfinite(boxes).all() and np.isfinite(values).all()):
+            raise ValueError(f"{where}: a box, score or area is not finite")
+        if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.classes)):
+            raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}; there are {len(self.classes)} classes")
+        if "mask" in self.kinds:
+            if there.masks is None or len(there.masks) != len(labels):
+                raise ValueError(f"{where}: {len(labels)} boxes and {len(there.masks or ())} masks")
+            if any(tuple(mask["size"]) != tuple(image.size) for mask in there.masks):
+                raise ValueError(f"{where}: a mask is not of the image's size {tuple(image.size)}")
+
+    def merge(self, other: Self) -> None:
+        self._evaluated = {}
+        self.images = {**other.images, **self.images}
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    def check(self) -> None:
+        super().check()
+        if not any(_is_counted(objects).any() for objects, _ in self.images.values()):
+            raise UserError("none of the images to measure on that can be read has an object, crowd regions aside")
+
+    def values(self) -> dict[str, float]:
+        """`box_ap`, `box_ap50`, ... `box_ar_large`, and `mask_...`, without those of sizes that no object has."""
+        found = {f"{kind}_ap": 0.0 for kind in self.kinds}
+        for kind in self.kinds:
+            figures, _ = self._evaluate(kind)
+            found |= {f"{kind}_{name}": value for name, value in zip(FIGURES, figures, strict=True) if value is not None}
+        return found
+
+    def describe(self, values: dict[str, float]) -> str:
+        titles = {f"{kind}_ap{more}": f"{kind} AP{more}" for kind in ("box", "mask") for more in ("", "50")}
+        return ", ".join(f"{title} {100 * values[name]:.1f} %" for name, title in titles.items() if name in values)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """The figures of each kind with None where no object is of that size, and the AP of each class, None without one."""
+        result: dict[str, Any] = {}
+        for kind in self.kinds:
+            figures, of_each = self._evaluate(kind)
+            result[kind] = dict(zip(FIGURES, figures, strict=True))
+            result[f"{kind}_ap_of_each_class"] = dict(zip(self.classes, of_each, strict=True))
+        result["of_each_class"] = result[f"{self.best}_of_each_class"]
+        return result
+
+    def _evaluate(self, kind: Kind) -> tuple[list[float | None], list[float | None]]:
+        """COCO's twelve figures, and AP of each class; None where there is nothing to find."""
+        if kind not in self._evaluated:
+            self._evaluated[kind] = self._run_pycocotools(kind)
+        return self._evaluated[kind]
+
+    def _run_pycocotools(self, kind: Kind) -> tuple[list[float | None], list[float | None]]:
+        from pycocotools.coco import COCO  # noqa: PLC0415  (optional)
+        from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
+
+        images = [*self.images.values()]  # pycocotools sorts them
+        head = {
+            "images": [{"id": i.image_id, "height": i.size[0], "width": i.size[1]} for i, _ in images],
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(self.classes)],
+        }
+        truth, results = COCO(), COCO()
+        truth.dataset = {**head, "annotations": _numbered(images, lambda image: _annotations(image[0], kind))}
+        results.dataset = {**head, "annotations": _numbered(images, lambda image: _results(*image, kind))}
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
+            results.createIndex()
+            evaluation = COCOeval(truth, results, "bbox" if kind == "box" else "segm")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        # (thresholds, recalls, classes, sizes, numbers of boxes), -1 where there is nothing to find
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        each = [precision[:, :, i] for i in range(len(self.classes))]
+        return [_known(value) for value in evaluation.stats], [_known(p[p > -1].mean() if (p > -1).any() else -1) for p in each]
+
+
+def _known(value: float) -> float | None:
+    return None if value == -1 else float(value)
+
+
+def _is_counted(objects: Objects) -> npt.NDArray[np.bool_]:
+    return np.ones(len(objects.labels), dtype=bool) if objects.crowd is None else ~np.asarray(objects.crowd, dtype=bool)
+
+
+def _numbered(
+    images: list[tuple[Objects, Detections]], entries: Callable[[tuple[Objects, Detections]], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The entries of all images, with numbers from 1: pycocotools takes 0 for "not matched"."""
+    return [{**entry, "id": i + 1} for i, entry in enumerate(entry for image in images for entry in entries(image))]
+
+
+def _annotations(objects: Objects, kind: Kind) -> Iterable[dict[str, Any]]:
+    """As a file of annotations has them."""
+    counted = _is_counted(objects)
+    for i, (label, area) in enumerate(zip(objects.labels, objects.areas, strict=True)):
+        entry = {
+            "image_id": objects.image_id,
+            "category_id": int(label) + 1,
+            "area": float(area),
+            "iscrowd": int(not counted[i]),
+        }
+        yield {**entry, **_shape(objects, i, kind)}
+
+
+def _results(objects: Objects, found: Detections, kind: Kind) -> Iterable[dict[str, Any]]:
+    """As pycocotools makes them of a file of results: the area is the box's for boxes, and the mask's for masks."""
+    from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
+
+    for i, (label, score) in enumerate(zip(np.asarray(found.labels), np.asarray(found.scores), strict=True)):
+        shape = _shape(found, i, kind)
+        area = shape["bbox"][2] * shape["bbox"][3] if kind == "box" else float(coco_mask.area(shape["segmentation"]))
+        entry = {"image_id": objects.image_id, "category_id": int(label) + 1, "score": float(score), "area": area, "iscrowd": 0}
+        yield {**entry, **shape}
+
+
+def _shape(there: Objects | Detections, i: int, kind: Kind) -> dict[str, Any]:
+    """The box as x, y, width and height, or the mask."""
+    if kind == "mask":
+        assert there.masks is not None
+        return {"segmentation": there.masks[i]}
+    x1, y1, x2, y2 = np.asarray(there.boxes)[i].tolist()
+    return {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+
+
+class SegmentationMeasure(Measure):
+    """How often the pixels of each class (row) are taken for each class (column), counted exactly.
+
+    Args:
+        classes: their names.
+        ignore_index: the label of pixels that are not counted, whatever they are taken for.
+    """
+
+    best = "mean_iou"
+
+    def __init__(self, classes: list[str], ignore_index: int = 255) -> None:
+        super().__init__(classes)
+        self.ignore_index = ignore_index
+        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
+        self.seen = 0
+
+    def add(self, outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+        """Takes in a batch: tensors (B, H, W), or lists of (H, W) of their own sizes, integers, on any device.
+
+        Args:
+            outputs: the class that each pixel is taken for.
+            targets: the class that it is of.
+
+        Raises:
+            ValueError: the sizes differ, or a label is of no class.
+        """
+        count = len(self.classes)
+        for predicted, true in zip(outputs, targets, strict=True):
+            if predicted.shape != true.shape:
+                raise ValueError(f"{tuple(predicted.shape)} pixels are predicted, and {tuple(true.shape)} are labelled")
+            counted = true != self.ignore_index
+            rows, columns = true[counted].long(), predicted[counted].long()
+            for name, labels in (("labelled", rows), ("predicted", columns)):
+                if len(labels) and not (labels.min() >= 0 and labels.max() < count):
+                    raise ValueError(f"{name} pixels are from {labels.min()} to {labels.max()}; there are {count} classes")
+            self.confusion += torch.bincount(rows * count + columns, minlength=count**2).view(count, count).cpu()
+            self.seen += 1
+
+    def merge(self, other: Self) -> None:
+        self.confusion += other.confusion
+        self.seen += other.seen
+
+    @property
+    def num_images(self) -> int:
+        return self.seen
+
+    def check(self) -> None:
+        super().check()
+        if not self.confusion.any():
+            raise UserError(f"every pixel of the images to measure on is labelled {self.ignore_index}, to be ignored")
+
+    def values(self) -> dict[str, float]:
+        """`mean_iou` over classes that a pixel is of or is taken for, `mean_accuracy` over those it is of, `pixel_accuracy`."""
+        right = int(self.confusion.diag().sum()) / max(1, int(self.confusion.sum()))
+        return {"mean_iou": _mean(self.ious()), "pixel_accuracy": right, "mean_accuracy": _mean(self.accuracies())}
+
+    def ious(self) -> list[float | None]:
+        """Intersection over union of each class; None for one that no pixel is of or is taken for."""
+        right = self.confusion.diag()
+        return _ratios(right, self.confusion.sum(0) + self.confusion.sum(1) - right)
+
+    def accuracies(self) -> list[float | None]:
+        """The share of each class's pixels that is found; None for one without pixels."""
+        return _ratios(self.confusion.diag(), self.confusion.sum(1))
+
+    def describe(self, values: dict[str, float]) -> str:
+        titles = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
+        return ", ".join(f"{title} {100 * values[name]:.1f} %" for name, title in titles.items() if name in values)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        from sparkme.reporting.confusion import draw_confusion  # noqa: PLC0415  (matplotlib, in the first process alone)
+
+        draw_confusion(self.confusion, self.classes, folder / "confusion.png", counted="pixels")
+        return {
+            "of_each_class": dict(zip(self.classes, self.ious(), strict=True)),
+            "accuracy_of_each_class": dict(zip(self.classes, self.accuracies(), strict=True)),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def _ratios(counts: Tensor, totals: Tensor) -> list[float | None]:
+    return [count / total if total else None for count, total in zip(counts.tolist(), totals.tolist(), strict=True)]
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / max(1, len(known))
