@@ -53,7 +53,7 @@ class Measure(ABC):
 
     @abstractmethod
     def add(self, outputs: Any, targets: Any) -> None:
-        """Adds a batch of outputs and targets, on the CPU. For classification: scores (B, classes), and labels as in `Labelled`."""
+        """Adds a batch, on the CPU; for classification scores (B, classes), and labels as in `Labelled`."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
