@@ -198,7 +198,15 @@ def _parts_of(data: Path, flag: str) -> tuple[Path | None, Path | None, list[str
 
 
 def split(labelled: Labelled, val_share: float, seed: int) -> Split:
-    """Takes a share of every class away to measure on, at least one image of each. Images of the same content stay together.
+    """Takes a share of every class away to measure on, see `hold_out`."""
+    chosen, note = hold_out(labelled, val_share, seed)
+    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
+    return Split(train, val, note)
+
+
+def hold_out(labelled: Labelled, val_share: float, seed: int) -> tuple[Tensor, str]:
+    """(N,) bool, which images to measure on: a share of every class, and at least one of each; and a line that says so. Images
+    of the same content stay together.
 
     Raises:
         UserError: a class has a single image, and each image one class.
@@ -210,10 +218,10 @@ def split(labelled: Labelled, val_share: float, seed: int) -> Split:
         chosen = _draw_of_labels(labelled, is_first, val_share, seed)[first]
     else:
         chosen = _draw_of_classes(labelled, is_first, bool(copied), val_share, seed)[first]
-    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
     kind = "label" if labelled.has_several else "class"
-    note = f"{len(train)} images to learn from and {len(val)} to measure on, drawn from every {kind} (seed {seed})"
-    return Split(train, val, f"{note}, since the data names no split{copied}")
+    count = int(chosen.sum())
+    note = f"{len(chosen) - count} images to learn from and {count} to measure on, drawn from every {kind} (seed {seed})"
+    return chosen, f"{note}, since the data names no split{copied}"
 
 
 def _draw_of_classes(labelled: Labelled, is_first: Tensor, has_copies: bool, val_share: float, seed: int) -> Tensor:
