@@ -4,6 +4,7 @@ or come from pycocotools."""
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparkme.data.annotations import Annotated, find_annotated
+from sparkme.data.annotations import IGNORED, Annotated, find_annotated, find_segmented
 from sparkme.data.annotations.base import MAX_FACTOR
 from sparkme.data.annotations.coco import read_coco, unpacked
 from sparkme.data.annotations.voc import read_voc
@@ -28,7 +29,7 @@ WIDTH, HEIGHT = 20, 10
 def picture(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), orientation: int | None = None) -> Path:
     """A file whose left upper quarter is red, so that a turn is seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("RGB", size, "blue")
+    image = Image.new("RGB", size, (0, zlib.crc32(path.stem.encode()) % 250, 255))  # no two are copies
     image.paste("red", (0, 0, size[0] // 2, size[1] // 2))
     exif = Image.Exif()
     if orientation:
@@ -558,7 +559,7 @@ def test_voc_sets_name_the_split(tmp_path: Path) -> None:
     split = find_annotated(tmp_path)
     assert [Path(split.train.images.name(i)).name for i in range(2)] == ["a.jpg", "c.jpg"] and len(split.val) == 1
     (folder / "ImageSets" / "Main" / "train.txt").write_text("a\nnowhere\n")
-    with pytest.raises(UserError, match=r"Annotations/nowhere.xml is no file"):
+    with pytest.raises(UserError, match=r"Annotations has no nowhere.xml, which a list in ImageSets names"):
         find_annotated(tmp_path)
 
 
@@ -643,3 +644,203 @@ def test_without_pycocotools_boxes_and_runs_are_read_and_polygons_say_what_to_in
     assert data.objects(0).masks(10, 20).sum() == 20
     with pytest.raises(UserError, match=r"pip install 'sparkme\[detection\]'"):
         data.objects(1).masks(10, 20)
+
+
+# Folders of masks
+
+
+def mask(path: Path, values: Any, mode: str = "L", size: tuple[int, int] = (4, 2)) -> Path:
+    """A file of numbers or colours, row by row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new(mode, size)
+    image.putdata(values)
+    if mode == "P":
+        image.putpalette([*range(255, -1, -1)] * 3)
+    image.save(path)
+    return path
+
+
+def mask_set(folder: Path, masks: dict[str, Any], mode: str = "L", images: str = "images", below: str = "masks") -> Path:
+    for name, values in masks.items():
+        picture(folder / images / f"{name}.jpg", (4, 2))
+        mask(folder / below / f"{name}.png", values, mode)
+    return folder
+
+
+NUMBERS = {f"{i}": [0, 1, 1, 255, 2, 2, 2, i % 2] for i in range(6)}
+
+
+def test_masks_of_numbers_without_a_file_of_classes(tmp_path: Path) -> None:
+    split = find_segmented(mask_set(tmp_path, NUMBERS), seed=3)
+    assert split.train.classes == ["0", "1", "2"] and len(split.train) + len(split.val) == 6 and len(split.val) >= 1
+    for part in (split.train, split.val):
+        for i in range(len(part)):
+            name = Path(part.images.name(i)).stem
+            labels = part.labels(i)
+            assert labels.dtype == torch.uint8 and labels.tolist() == [[0, 1, 1, IGNORED], [2, 2, 2, int(name) % 2]]
+            assert part.load(i).size == (4, 2) and Path(part.masks.name(i)).stem == name  # type: ignore[union-attr]
+    assert (split.train.pixel_counts + split.val.pixel_counts).tolist() == [9, 15, 18]
+    assert "each of 3 numbers in masks is a class" in split.remarks[0]
+    assert bool((split.train.shots(2, 0).presence().sum(0) >= 2).all())
+
+
+@pytest.mark.parametrize("mode", ["P", "I;16", "LA"])
+def test_masks_of_other_modes_are_numbers(tmp_path: Path, mode: str) -> None:
+    values = [0, 1, 1, 0, 2, 2, 2, 1]
+    given: Any = [(v, 255) for v in values] if mode == "LA" else values
+    split = find_segmented(mask_set(tmp_path, dict.fromkeys("abc", given), mode), val_share=0.4)
+    assert split.train.labels(0).flatten().tolist() == values
+
+
+def test_numbers_of_more_than_8_bits_are_told_apart(tmp_path: Path) -> None:
+    values = [0, 256, 256, 0, 300, 300, 300, 44]
+    (tmp_path / "classes.txt").write_text("sky,0\ncow,256\nroad,300\nignore,44\n")
+    split = find_segmented(mask_set(tmp_path, dict.fromkeys("abc", values), "I;16"), val_share=0.4)
+    assert split.train.labels(0).flatten().tolist() == [0, 1, 1, 0, 2, 2, 2, IGNORED]
+    assert split.train.classes == ["sky", "cow", "road"]
+
+
+def test_masks_of_0_and_255_are_of_two_classes(tmp_path: Path) -> None:
+    split = find_segmented(mask_set(tmp_path, dict.fromkeys("abc", [0, 255] * 4)), val_share=0.4)
+    assert split.train.labels(0)[0].tolist() == [0, 1, 0, 1] and split.train.classes == ["0", "255"]
+    assert "255 is a class" in split.remarks[0]
+    with pytest.raises(UserError, match="is on 2 images to learn from"):
+        split.train.shots(3, 0)
+    ignored = find_segmented(tmp_path, val_share=0.4, ignore_index=0)
+    assert ignored.train.classes == ["255"] and ignored.train.labels(0)[0].tolist() == [IGNORED, 0, IGNORED, 0]
+
+
+@pytest.mark.parametrize(
+    "lines, classes, expected",
+    [
+        ("sky\ncow\nroad\n", ["sky", "cow", "road"], [0, 1, 1, 255, 2]),
+        ("road,2\nignore,0\ncow,1\n", ["road", "cow"], [255, 1, 1, 255, 0]),
+        ("name,number\nroad;2\nsky\t0\ncow,1\nrest,255\n", ["road", "sky", "cow", "rest"], [1, 2, 2, 3, 0]),
+    ],
+)
+def test_a_file_of_classes_names_numbers(tmp_path: Path, lines: str, classes: list[str], expected: list[int]) -> None:
+    file = tmp_path / "list.csv"
+    file.write_text(lines)
+    split = find_segmented(mask_set(tmp_path, NUMBERS), classes=file)
+    assert split.train.classes == classes and split.train.labels(0).flatten().tolist()[:5] == expected
+
+
+RED, GREEN, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "lines", [None, "red,#ff0000\ngreen,0,128,0\nignore,0,0,0\n", "name,r,g,b\ngreen,#008000\nred,255,0,0\nx,#000000\n"]
+)
+def test_masks_of_colours(tmp_path: Path, lines: str | None) -> None:
+    if lines:
+        (tmp_path / "class_dict.csv").write_text(lines)
+    colours = [RED, GREEN, GREEN, BLACK, RED, RED, RED, GREEN]
+    split = find_segmented(mask_set(tmp_path, dict.fromkeys("abc", colours), "RGB"), val_share=0.4)
+    names = split.train.classes
+    found = [names[i] if i < IGNORED else "ignored" for i in split.train.labels(0)[0].tolist()]
+    if lines is None:
+        assert names == ["#000000", "#008000", "#ff0000"] and found == ["#ff0000", "#008000", "#008000", "#000000"]
+    else:
+        assert found == ["red", "green", "green", "x" if "x," in lines else "ignored"]
+
+
+@pytest.mark.parametrize("layout", ["{part}/images {part}/masks", "images/{part} masks/{part}", "img/{part} labels/{part}"])
+def test_folders_of_train_and_val(tmp_path: Path, layout: str) -> None:
+    for part, count in (("train", 4), ("val", 2)):
+        images, masks = layout.format(part=part).split()
+        mask_set(tmp_path, {f"sub/{i}": NUMBERS["0"] for i in range(count)}, "L", images, masks)
+    split = find_segmented(tmp_path)
+    assert (len(split.train), len(split.val)) == (4, 2) and split.train.classes == ["0", "1", "2"]
+
+
+def test_cityscapes_learns_its_19_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for city in ("aachen", "bonn"):
+            stem = f"{part}/{city}/{city}_000001_000019"
+            picture(tmp_path / "leftImg8bit" / f"{stem}_leftImg8bit.png", (4, 2))
+            mask(tmp_path / "gtFine" / f"{stem}_gtFine_labelIds.png", [7, 8, 9, 11, 26, 33, 0, 24])
+            mask(tmp_path / "gtFine" / f"{stem}_gtFine_color.png", [RED] * 8, "RGB")
+    split = find_segmented(tmp_path)
+    assert len(split.train.classes) == 19 and split.train.classes[:3] == ["road", "sidewalk", "building"]
+    assert split.train.labels(0).flatten().tolist() == [0, 1, 255, 2, 13, 18, 255, 11] and len(split.val) == 2
+
+
+def test_voc_s_masks_are_its_palette_s_numbers(tmp_path: Path) -> None:
+    mask_set(tmp_path, {name: [0, 15, 15, 255, 20, 20, 0, 0] for name in "abc"}, "P", "JPEGImages", "SegmentationClass")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nc\n")
+    (lists / "val.txt").write_text("b\n")
+    split = find_segmented(tmp_path)
+    assert len(split.train) == 2 and split.val.labels(0).flatten().tolist() == [0, 15, 15, 255, 20, 20, 0, 0]
+    assert split.train.classes[15] == "person" and len(split.train.classes) == 21
+    assert Path(split.train.images.name(1)).name == "c.jpg"
+
+
+def test_an_image_is_turned_where_its_mask_is(tmp_path: Path) -> None:
+    for name, orientation in (("a", 6), ("b", 1), ("c", 6)):
+        width, height = (2, 4) if name == "a" else (4, 2)
+        picture(tmp_path / "images" / f"{name}.jpg", (4, 2), orientation)
+        mask(tmp_path / "masks" / f"{name}.png", [0, 1] * 4, size=(width, height))
+    split = find_segmented(tmp_path, val_share=0.4)
+    for part in (split.train, split.val):
+        for i in range(len(part)):
+            is_a = part.images.name(i).endswith("a.jpg")
+            assert part.load(i).size == ((2, 4) if is_a else (4, 2)) and bool(part.turned[i]) == is_a  # type: ignore[union-attr]
+
+
+def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folder = mask_set(tmp_path, NUMBERS)
+    picture(folder / "images" / "alone.jpg", (4, 2))
+    (folder / "masks" / "5.png").write_bytes(b"\x89PNG\r\n")
+    split = find_segmented(folder)
+    notes = [note.partition(": 1, such as ") for note in split.remarks]
+    assert ("left out: images without a mask in " + str(folder / "masks"), "alone.jpg") in [(n[0], n[2]) for n in notes]
+    assert any(n[0] == "left out: images or masks that cannot be read" and "5.png" in n[2] for n in notes)
+    file = tmp_path / "list.txt"
+    file.write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"0.png has the number 2 on 3 pixels, which is of no class; add a line to .*list.txt"):
+        find_segmented(folder, classes=file)
+    mask(folder / "masks" / "0.png", [0, 1], size=(2, 1))
+    with pytest.raises(UserError, match=r"images/0.jpg is 4 x 2, and its mask .*masks/0.png 2 x 1; make them alike"):
+        find_segmented(folder)
+    mask(folder / "masks" / "0.png", [RED] * 8, "RGB")
+    with pytest.raises(UserError, match=r"has colours, and .* has numbers"):
+        find_segmented(folder)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("", "has 0 classes"),
+        ("a,b\nc\n", r"line 1 is 'a,b', and must be name"),
+        ("a\na\n", r"line 2 has the name 'a' of another line"),
+        ("a,0\nb,0\n", r"line 2 has the number or colour of another line"),
+        ("a,#ff0000\n", r"line 1 has a colour, and the masks have numbers"),
+        ("a,1,2,999\n", r"line 1 is 'a,1,2,999'"),
+        (",1\n", r"line 1 has no name"),
+        ("\n".join(map(str, range(300))), "has 300 classes, and must have 1 to 255"),
+    ],
+)
+def test_a_bad_file_of_classes_is_one_line(tmp_path: Path, lines: str, message: str) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text(lines)
+    with pytest.raises(UserError, match=message):
+        find_segmented(mask_set(tmp_path, NUMBERS), classes=file)
+
+
+def test_jpeg_masks_and_too_many_colours_are_refused(tmp_path: Path) -> None:
+    folder = mask_set(tmp_path, NUMBERS)
+    for path in (folder / "masks").iterdir():
+        picture(path.with_suffix(".jpg"), (4, 2))
+        path.unlink()
+    with pytest.raises(UserError, match=r"no image with a mask of the same name; .*a JPEG, whose pixels are not exact"):
+        find_segmented(folder)
+    for path in (folder / "masks").iterdir():
+        path.unlink()
+    picture(folder / "images" / "0.jpg", (20, 20))
+    mask(folder / "masks" / "0.png", [(i % 256, i // 256, 7) for i in range(400)], "RGB", (20, 20))
+    with pytest.raises(UserError, match="masks have 400 colours, and each would be a class, at most 255; pass --classes FILE"):
+        find_segmented(folder)
+    with pytest.raises(UserError, match="has no folders of images and masks"):
+        find_segmented(folder / "images")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from sparkme.data.annotations.base import Annotated, Objects
 from sparkme.data.annotations.coco import read_coco
+from sparkme.data.annotations.masks_folder import IGNORED, Segmented, SegmentedSplit, find_segmented
 from sparkme.data.annotations.voc import ANNOTATIONS, IMAGES, SETS, read_set, read_voc
 from sparkme.data.annotations.yolo import read_data_yaml, read_yolo
 from sparkme.data.labelled import Labelled, hold_out
@@ -203,4 +204,13 @@ def _checked(split: AnnotatedSplit) -> AnnotatedSplit:
     return split
 
 
-__all__ = ["Annotated", "AnnotatedSplit", "Objects", "find_annotated"]
+__all__ = [
+    "IGNORED",
+    "Annotated",
+    "AnnotatedSplit",
+    "Objects",
+    "Segmented",
+    "SegmentedSplit",
+    "find_annotated",
+    "find_segmented",
+]

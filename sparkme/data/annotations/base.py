@@ -26,10 +26,11 @@ from sparkme.data.planes import Pixels
 from sparkme.data.sources import ImageSource
 from sparkme.errors import UserError, first_line
 from sparkme.seeds import derived_seed
-from sparkme.text import printable
+from sparkme.text import ended, printable
 
 MAX_FACTOR = 10  # how many sides of its image a polygon may lie outside
 MAX_OUTLINE = 2**21  # pixels along a polygon: what drawing one takes grows with it, to half a GB at this length
+MOST_CLASSES = 2**15
 _ORIENTATION = 0x0112
 
 # Polygons (flat x, y, x, y, float64), or runs of a mask that begin with 0, column by column (uint32), or no mask.
@@ -605,15 +606,16 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     Raises:
         UserError: it is no file, too large, or cannot be read.
     """
+    named = ended(printable(path), 400)
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path} is no file")
+        raise UserError(f"{named} is no file")
     try:
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most_bytes:
-                raise UserError(f"{path} has {size:,} bytes, which is too large for such a file ({most_bytes:,})")
-            return file.read(most_bytes + 1)
+                raise UserError(f"{named} has {size:,} bytes, which is too large for such a file ({most_bytes:,})")
+            return file.read(size)  # with a larger number all of it would be allocated
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{named} cannot be read: {first_line(error)}") from error
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from sparkme.data.annotations.base import (
+    MOST_CLASSES,
     Annotated,
     Counted,
     Rows,
@@ -105,6 +106,8 @@ def _read(path: Path, counted: Counted) -> _File:
         handlers[key](file, what, entry)
     if not file.image_ids:
         raise UserError(f"{path} has no images; it needs the lists images, annotations and categories, as COCO's instances")
+    if len(file.categories) > MOST_CLASSES:
+        raise UserError(f"{path} has {len(file.categories)} categories, and may have {MOST_CLASSES}")
     if not file.categories:
         raise UserError(f"{path} has no categories; each needs an id and a name")
     if len(set(file.image_ids)) < len(file.image_ids):
@@ -127,7 +130,7 @@ def _entries(path: Path, counted: Counted) -> Iterator[tuple[str, int, Any]]:
     def skip(place: int, expected: str = "") -> int:
         place = _SPACE.match(text, place).end()  # type: ignore[union-attr]
         if expected and text[place : place + 1] not in [*expected]:
-            raise json.JSONDecodeError(f"Expecting {' or '.join(expected)}", text, place)
+            raise json.JSONDecodeError(f"Expecting {' or '.join(map(repr, expected))}", text, place)
         return place
 
     try:

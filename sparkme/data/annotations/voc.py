@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from sparkme.data.annotations.base import (
+    MOST_CLASSES,
     Annotated,
     Counted,
     Rows,
@@ -77,6 +78,9 @@ def read_voc(folder: Path, names: list[str] | None = None, *, like: Annotated | 
         images = listed(str(folder / IMAGES))
         by_stem = {os.path.splitext(image)[0]: image for image in sorted(images, reverse=True)}
         for name in names:
+            if not os.path.isfile(annotations / f"{name}.xml"):
+                short = shown(name, 80)
+                raise UserError(f"{annotations} has no {short}.xml, which a list in {SETS} names; add it, or take the name out")
             _read_xml(reader, annotations / f"{name}.xml", name, images, by_stem)
         if not reader.names:
             why = "".join(f"; {line}" for line in reader.counted.lines)
@@ -200,6 +204,8 @@ def _label(reader: _Reader, what: str, entry: ET.Element) -> int:
                 "left out: objects of classes that the data to learn from does not have", f"{what}: {shown(name, 40)!r}"
             )
             return -1
+        if len(reader.numbers) == MOST_CLASSES:
+            raise UserError(f"{what} has another class after {MOST_CLASSES}, which are the most")
         reader.numbers[name] = len(reader.numbers)
     return reader.numbers[name]
 

@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from sparkme.data.annotations.base import (
+    MOST_CLASSES,
     Annotated,
     Counted,
     Rows,
@@ -38,9 +39,8 @@ from sparkme.data.sources.files import Files, Names, is_image, look_through
 from sparkme.errors import UserError
 from sparkme.text import shown
 
-MOST_YAML_BYTES, MOST_LABEL_BYTES, MOST_LIST_BYTES = 2**20, 2**25, 2**31
+MOST_YAML_BYTES, MOST_LABEL_BYTES, MOST_LIST_BYTES = 2**19, 2**25, 2**31
 TOLERANCE = 0.01  # how far outside of 0 to 1 a share may be
-_MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def read_data_yaml(path: Path, root: Path | None = None) -> DataYaml:
 def _names(path: Path, said: dict[Any, Any], counted: Counted) -> list[str]:
     names, count = said.get("names"), said.get("nc")
     number = int(count) if isinstance(count, str) and count.isascii() and count.isdecimal() and len(count) < 7 else None
-    if (count is not None and number is None) or (number is not None and not 0 < number <= _MOST_CLASSES):
-        raise UserError(f"{path}: nc is {shown(count, 40)}, and must be the number of classes")
+    if (count is not None and number is None) or (number is not None and not 0 < number <= MOST_CLASSES):
+        raise UserError(f"{path}: nc is {shown(count, 40)}, and must be the number of classes, at most {MOST_CLASSES}")
     if not names:
         if number is None:
             raise UserError(f"{path} has neither names nor nc; add a line such as `names: [cat, dog]`")
@@ -111,6 +111,8 @@ def _names(path: Path, said: dict[Any, Any], counted: Counted) -> list[str]:
         names = [names[key] for key in keys]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: names must be a list of texts, or numbers and texts, such as `names: [cat, dog]`")
+    if len(names) > MOST_CLASSES:
+        raise UserError(f"{path} has {len(names)} names, and may have {MOST_CLASSES}")
     if number is not None and number != len(names):
         raise UserError(f"{path}: nc is {number}, and names has {len(names)}; correct one")
     return distinct(names, range(len(names)), counted)
