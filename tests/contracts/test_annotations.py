@@ -196,6 +196,12 @@ def test_a_size_that_is_not_recorded_is_that_of_the_file(tmp_path: Path) -> None
     assert data.sizes.tolist() == [[HEIGHT, WIDTH]] and data.load(0).size == (WIDTH, HEIGHT)  # type: ignore[union-attr]
 
 
+def test_masks_of_crowds_alone_are_none_to_learn_from(tmp_path: Path) -> None:
+    crowd = entry(1, 10, 3, [1, 1, 5, 5], iscrowd=1, segmentation={"size": [10, 20], "counts": [50, 20, 130]})
+    data = read_coco(coco_file(tmp_path, [crowd, entry(2, 10, 3, [1, 1, 5, 5])]))
+    assert not data.has_masks and data.objects(0).segmentations is None and not data.notes
+
+
 def test_subsets_and_shots_share_the_boxes(tmp_path: Path) -> None:
     annotations = [entry(i + 1, 10 + i % 8, (3, 90)[i % 3 == 0], [1, 1, 1 + i / 10, 5], iscrowd=int(i == 6)) for i in range(16)]
     data = read_coco(coco_file(tmp_path, annotations, 8))
@@ -340,6 +346,18 @@ def test_names_that_two_categories_have_are_told_apart(tmp_path: Path) -> None:
     categories = [{"id": 7, "name": "bat"}, {"id": 2, "name": "bat"}, {"id": 5, "name": "cat"}]
     data = read_coco(coco_file(tmp_path, [entry(1, 10, 7, [1, 1, 5, 5])], categories=categories))
     assert data.classes == ["bat (2)", "cat", "bat (7)"] and "several classes have" in data.notes[0]
+
+
+def test_a_folder_as_roboflow_has_it_and_a_config_beside(tmp_path: Path) -> None:
+    path = coco_file(tmp_path / "x", [entry(1, 10, 3, [1, 1, 5, 5])])
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    for part in ("train", "valid"):
+        for i in range(2):
+            picture(tmp_path / part / f"{i}.jpg")
+        (tmp_path / part / "_annotations.coco.json").write_text(path.read_text())
+    split = find_annotated(tmp_path)
+    assert split.train.images.name(0) == str(tmp_path / "train" / "0.jpg")
+    assert split.val.images.name(0) == str(tmp_path / "valid" / "0.jpg")
 
 
 def test_a_folder_as_coco_has_it(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def _find(data: Path, root: Path | None, val_share: float, seed: int, flag: str)
             return _of_coco(data, None, root, val_share, seed)
     if not os.path.isdir(data):
         raise UserError(f"{flag} {data} is neither a folder, nor a .json or .yaml file that is there; {EXPECTED}")
-    if (yaml := _data_yaml(data, flag)) is not None:
+    yaml = _data_yaml(data, flag)
+    if yaml is not None and yaml.stem == "data":
         return _of_yolo(yaml, root, val_share, seed)
     if (voc := _voc_folder(data, flag)) is not None:
         if root is not None:
@@ -99,6 +100,8 @@ def _find(data: Path, root: Path | None, val_share: float, seed: int, flag: str)
     train, val = (_json_of(data, split, flag) for split in ("train", "val"))
     if train is None and val is None:
         several = sorted(path for below in ("annotations", ".") for path in _matching(data / below, "*.json"))
+        if yaml is not None and not several:
+            return _of_yolo(yaml, root, val_share, seed)
         if len(several) != 1:
             raise UserError(f"{flag} {data} has no annotations; {EXPECTED}")
         train = several[0]
@@ -112,12 +115,12 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _data_yaml(data: Path, flag: str) -> Path | None:
-    """The data.yaml of a folder, or its only .yaml file."""
+    """The data.yaml of a folder, or its only .yaml file, which may be of something else."""
     found = [path for ending in YAML for path in _matching(data, f"*{ending}")]
     named = [path for path in found if path.stem == "data"]
-    if len(named or found) > 1:
-        raise UserError(f"{flag} {data} has several .yaml files; name one: {flag} {(named or found)[0]}")
-    return next(iter(named or found), None)
+    if len(named) > 1:
+        raise UserError(f"{flag} {data} has data.yaml and data.yml; leave one out")
+    return next(iter(named or found[: len(found) == 1]), None)
 
 
 def _voc_folder(data: Path, flag: str) -> Path | None:

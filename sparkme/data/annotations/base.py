@@ -194,7 +194,7 @@ class Annotated:
 
     @property
     def has_masks(self) -> bool:
-        """Whether objects have masks; those without one are among `notes`."""
+        """Whether objects that are learnt from have masks; those without one are among `notes`."""
         return self.table.outlines is not None
 
     def objects(self, number: int) -> Objects:
@@ -464,8 +464,8 @@ def assemble(
     area = np.frombuffer(rows.area, np.float64)
     own = (cut[:, 2] - cut[:, 0]).astype(np.float64) * (cut[:, 3] - cut[:, 1])
     area = np.where(np.isfinite(area) & (area >= 0), area, own)
-    outlines = _outlines(rows, good, limits, where)
     crowd = np.frombuffer(rows.crowd, np.bool_)
+    outlines = _outlines(rows, good, crowd, limits, where)
     if outlines is not None:
         _count_rows("objects without a mask", good & ~crowd & ~outlines.has_mask, where, counted)
     order = np.flatnonzero(good)
@@ -482,13 +482,15 @@ def _count_rows(kind: str, which: np.ndarray, where: Callable[[int], str], count
         counted.add(kind, lambda: where(int(which.argmax())), count)
 
 
-def _outlines(rows: Rows, good: np.ndarray, limits: np.ndarray, where: Callable[[int], str]) -> Outlines | None:
-    """The masks, if a good object has one."""
+def _outlines(
+    rows: Rows, good: np.ndarray, crowd: np.ndarray, limits: np.ndarray, where: Callable[[int], str]
+) -> Outlines | None:
+    """The masks, if there is one to learn from."""
     values, starts = np.frombuffer(rows.polygon, np.float64), np.frombuffer(rows.polygon_start, np.int64)
     parts = np.frombuffer(rows.part, np.int64)
     polygons = Ragged(values, starts)
     found = Outlines(polygons, parts, Ragged(np.frombuffer(rows.run, np.uint32), np.frombuffer(rows.run_start, np.int64)))
-    if not bool((found.has_mask & good).any()):
+    if not bool((found.has_mask & good & ~crowd).any()):
         return None
     row = np.repeat(np.arange(len(good)), np.diff(parts))  # of each polygon
     _check_polygons(polygons, row, good, limits, where)

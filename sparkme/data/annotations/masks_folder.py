@@ -15,6 +15,7 @@ palette are the classes (torchvision/datasets/voc.py); Cityscapes has 34 numbers
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import Cityscapes
+from tqdm import tqdm
 
 from sparkme.data.annotations.base import Counted, draw_of_classes, raw_size, read_text, upright_size
 from sparkme.data.annotations.voc import IMAGES, read_set
@@ -310,7 +312,7 @@ def _read_part(images: Files, masks: Files) -> _Part:
     found: list[tuple[np.ndarray, np.ndarray]] = []
     kept: list[tuple[str, str]] = []
     kinds: dict[bool, str] = {}
-    for image, mask in pairs:
+    for image, mask in tqdm(pairs, "reading masks", delay=2, disable=not sys.stderr.isatty()):
         path, mask_path = images.root / image, masks.root / mask
         try:
             values = mask_values(mask_path)

@@ -13,11 +13,13 @@ Facts, and where they are from:
 from __future__ import annotations
 
 import os
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from sparkme.data.annotations.base import (
     MOST_CLASSES,
@@ -77,7 +79,7 @@ def read_voc(folder: Path, names: list[str] | None = None, *, like: Annotated | 
             names = sorted(name[:-4] for name in listed(str(annotations)) if name.endswith(".xml") and not name.startswith("."))
         images = listed(str(folder / IMAGES))
         by_stem = {os.path.splitext(image)[0]: image for image in sorted(images, reverse=True)}
-        for name in names:
+        for name in tqdm(names, "reading annotations", delay=2, disable=not sys.stderr.isatty()):
             if not os.path.isfile(annotations / f"{name}.xml"):
                 short = shown(name, 80)
                 raise UserError(f"{annotations} has no {short}.xml, which a list in {SETS} names; add it, or take the name out")

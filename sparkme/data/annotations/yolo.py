@@ -15,6 +15,7 @@ Facts, all from ultralytics/ultralytics:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from tqdm import tqdm
 
 from sparkme.data.annotations.base import (
     MOST_CLASSES,
@@ -162,7 +164,7 @@ def read_yolo(data: DataYaml, places: list[Path]) -> Annotated:
         kept: list[str] = []
         sizes: list[tuple[int, int]] = []
         labels: list[str] = []
-        for name in names:
+        for name in tqdm(names, "reading labels", delay=2, disable=not sys.stderr.isatty()):
             try:
                 height, width = upright_size(Path(name))
             except OSError as error:
