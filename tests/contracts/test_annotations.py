@@ -447,6 +447,14 @@ def test_yolo_images_are_turned(tmp_path: Path) -> None:
     assert data.load(0).size == (HEIGHT, WIDTH)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4])
+def test_yolo_images_whose_size_stays_are_turned_too(tmp_path: Path, orientation: int) -> None:
+    path = yolo_set(tmp_path, {"train/a": "0 0.25 0.75 0.5 0.5\n"})
+    picture(tmp_path / "images" / "train" / "a.jpg", orientation=orientation)
+    red = {1: (0, 0), 2: (WIDTH - 1, 0), 3: (WIDTH - 1, HEIGHT - 1), 4: (0, HEIGHT - 1)}[orientation]
+    assert read_train(path).load(0).getpixel(red)[0] > 200  # type: ignore[index, union-attr]
+
+
 @pytest.mark.parametrize(
     "yaml, classes",
     [
@@ -459,10 +467,11 @@ def test_yolo_images_are_turned(tmp_path: Path) -> None:
 )
 def test_ways_to_write_a_data_yaml(tmp_path: Path, yaml: str, classes: list[str]) -> None:
     path = yolo_set(tmp_path / "set", {"train/a": "0 0.5 0.5 0.5 0.4\n"}, yaml)
-    (tmp_path / "set" / "list.txt").write_text("./images/train/a.jpg\n./images/train/missing.jpg\n\n")
+    (tmp_path / "set" / "list.txt").write_text("./images/train/a.jpg\n./images/train/missing.jpg\n\nfolder\n")
     data = read_train(path)
     assert data.classes == classes and len(data) == 1 and np.allclose(boxes_of(data), [[[5, 3, 15, 7]]])
     assert any("images that list.txt names and that are not there: 1" in note for note in data.notes) == ("list" in yaml)
+    assert any("lines of list.txt that name no image: 1" in note for note in data.notes) == ("list" in yaml)
 
 
 def test_yolo_splits_are_those_of_the_yaml_or_drawn(tmp_path: Path) -> None:

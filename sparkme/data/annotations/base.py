@@ -528,10 +528,7 @@ def _check_polygons(
             place = int(far.argmax())
             what = f"segmentation reaches {largest[place]:.6g} pixels, and the image has {int(side[place])}"
             raise UserError(f"{where(int(rows[place]))}: its {what}; mend or remove it")
-        points = values.reshape(-1, 2)
-        lengths = np.abs(np.diff(points, axis=0)).max(1, initial=0)
-        inner = starts[1:-1] - starts[0]
-        lengths[inner // 2 - 1] = 0  # from one polygon to the next one
+        lengths = np.abs(np.diff(values.reshape(-1, 2), axis=0)).max(1, initial=0)  # to the next polygon, too
         long = np.add.reduceat(np.append(lengths, 0), (starts[:-1] - starts[0]) // 2)
         if (long := checked & (long > MAX_OUTLINE)).any():
             place = int(long.argmax())

@@ -212,7 +212,10 @@ def _images(data: DataYaml, places: list[Path], counted: Counted) -> tuple[list[
 
 def _listed_images(data: DataYaml, place: Path, counted: Counted) -> Iterator[str]:
     for line in read_text(place, MOST_LIST_BYTES, counted).splitlines():
-        if not (name := line.strip()) or not is_image(name):
+        if not (name := line.strip()):
+            continue
+        if not is_image(name):
+            counted.add(f"left out: lines of {place.name} that name no image", shown(name, 120))
             continue
         tries = [place.parent / name] if name.startswith("./") else [data.root / name, place.parent / name]
         if "\0" in name or (path := next((path for path in tries if os.path.isfile(path)), None)) is None:
