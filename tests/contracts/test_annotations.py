@@ -342,6 +342,22 @@ def test_texts_of_other_encodings_are_read(tmp_path: Path, encoding: str) -> Non
     assert bool(data.notes) == (encoding == "cp1252")
 
 
+def test_images_and_annotations_may_be_in_any_order(tmp_path: Path) -> None:
+    ids = [7, 2**40, 0, 5]
+    images = [{"id": id_, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i, id_ in enumerate(ids)]
+    annotations = [entry(i, id_, 3, [ids.index(id_), 0, 1 + i, 5]) for i, id_ in enumerate([5, 7, 0, 2**40, 7, 5])]
+    data = read_coco(coco_file(tmp_path, annotations, 4, images=images))
+    assert data.image_ids.tolist() == ids
+    assert boxes_of(data) == [[[0, 0, 2, 5], [0, 0, 5, 5]], [[1, 0, 5, 5]], [[2, 0, 5, 5]], [[3, 0, 4, 5], [3, 0, 9, 5]]]
+    assert [Path(data.images.name(i)).name for i in range(4)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+
+
+def test_names_that_windows_wrote_are_found(tmp_path: Path) -> None:
+    images = [{"id": 10, "file_name": "train2017\\0.jpg", "height": HEIGHT, "width": WIDTH}]
+    data = read_coco(coco_file(tmp_path, [entry(1, 10, 3, [1, 1, 5, 5])], images=images))
+    assert len(data) == 1 and data.notes == ["names of images that have \\ for /: 1, such as train2017\\0.jpg"]
+
+
 def test_names_that_two_categories_have_are_told_apart(tmp_path: Path) -> None:
     categories = [{"id": 7, "name": "bat"}, {"id": 2, "name": "bat"}, {"id": 5, "name": "cat"}]
     data = read_coco(coco_file(tmp_path, [entry(1, 10, 7, [1, 1, 5, 5])], categories=categories))
@@ -796,12 +812,13 @@ def test_voc_s_masks_are_its_palette_s_numbers(tmp_path: Path) -> None:
     mask_set(tmp_path, {name: [0, 15, 15, 255, 20, 20, 0, 0] for name in "abc"}, "P", "JPEGImages", "SegmentationClass")
     lists = tmp_path / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("a\nc\n")
+    (lists / "train.txt").write_text("a\nc\nmissing\n")
     (lists / "val.txt").write_text("b\n")
     split = find_segmented(tmp_path)
     assert len(split.train) == 2 and split.val.labels(0).flatten().tolist() == [0, 15, 15, 255, 20, 20, 0, 0]
     assert split.train.classes[15] == "person" and len(split.train.classes) == 21
     assert Path(split.train.images.name(1)).name == "c.jpg"
+    assert split.remarks[0].endswith("JPEGImages: 1, such as missing")
 
 
 def test_an_image_is_turned_where_its_mask_is(tmp_path: Path) -> None:

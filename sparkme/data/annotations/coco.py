@@ -222,6 +222,9 @@ def _category(file: _File, what: str, entry: dict[str, Any]) -> None:
 
 def _image(file: _File, what: str, entry: dict[str, Any]) -> None:
     id_, name = _whole(entry, "id", what), _text(entry, "file_name", what)
+    if "\\" in name:  # as Windows writes it
+        file.counted.add("names of images that have \\ for /", shown(name, 80))
+        name = name.replace("\\", "/")
     if "\0" in name or not inside("/root", os.path.join("/root", name)):
         raise UserError(
             f"{what}: file_name is {shown(name, 80)!r}, which leads out of the folder of images; write it below that"

@@ -30,7 +30,7 @@ from torchvision.datasets import Cityscapes
 from tqdm import tqdm
 
 from sparkme.data.annotations.base import Counted, draw_of_classes, raw_size, read_text, upright_size
-from sparkme.data.annotations.voc import IMAGES, read_set
+from sparkme.data.annotations.voc import IMAGES, SETS, read_set
 from sparkme.data.images import Decoded, load_image
 from sparkme.data.labelled import Labelled, hold_out
 from sparkme.data.planes import Pixels
@@ -293,10 +293,13 @@ def _named(images: Path, masks: Path, names: list[str]) -> tuple[Files, Files]:
     """The files of a list's names."""
     found = []
     for folder in (images, masks):
-        files = look_through(folder)
+        files, counted = look_through(folder), Counted()
         by_stem = {os.path.splitext(name)[0]: name for name in files.names}
+        for name in names:
+            if name not in by_stem:
+                counted.add(f"left out: names of a list in {SETS} that are not in {folder}", shown(name, 80))
         kept = [by_stem[name] for name in names if name in by_stem]
-        found.append(Files(folder, Names.pack(kept), str(folder)))
+        found.append(Files(folder, Names.pack(kept), str(folder), notes=counted.lines))
     return found[0], found[1]
 
 
@@ -335,7 +338,8 @@ def _read_part(images: Files, masks: Files) -> _Part:
         why = "".join(f"; {line}" for line in counted.lines)
         raise UserError(f"{images.root} and {masks.root} have no image with a mask of the same name{why}")
     pairs_of = [
-        Files(files.root, Names.pack(names), str(files.root)) for files, names in zip((images, masks), zip(*kept, strict=True))
+        Files(files.root, Names.pack(names), str(files.root), problems=files.problems, notes=files.notes)
+        for files, names in zip((images, masks), zip(*kept, strict=True), strict=True)
     ]
     return _Part(pairs_of[0], pairs_of[1], ending, sizes, turned, found, True in kinds, counted)
 
@@ -511,7 +515,7 @@ def _segmented(part: _Part, codes: Codes, notes: Iterable[str], file: Path | Non
             raise UserError(f"{where}, which is of no class; {remedy}")
         learnt = labels != IGNORED
         np.add.at(pixels[number], labels[learnt], counts[learnt])
-    lines = [*notes, *part.images.notes, *part.counted.lines]
+    lines = [*notes, *part.images.remarks, *part.masks.remarks, *part.counted.lines]
     return Segmented(
         part.images,
         part.masks,
