@@ -490,6 +490,15 @@ def test_ways_to_write_a_data_yaml(tmp_path: Path, yaml: str, classes: list[str]
     assert any("lines of list.txt that name no image: 1" in note for note in data.notes) == ("list" in yaml)
 
 
+def test_yolo_labels_are_beside_the_last_images_and_names_of_lists_below_the_root_or_the_list(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "set"
+    path = yolo_set(folder, {"a": "0 0.5 0.5 0.5 0.4\n", "b": "1 0.5 0.5 0.5 0.4\n"}, "train: [x/list.txt]\nnames: [a, b]\n")
+    picture(folder / "x" / "images" / "c.jpg")
+    (folder / "x" / "list.txt").write_text(f"images/a.jpg\n{folder}/images/b.jpg\nimages/c.jpg\n")
+    data = read_train(path)
+    assert [len(data.objects(i)) for i in range(3)] == [1, 1, 0] and data.images.name(2).endswith("x/images/c.jpg")
+
+
 def test_yolo_splits_are_those_of_the_yaml_or_drawn(tmp_path: Path) -> None:
     labels = {f"{part}/{i}": f"{i % 2} 0.5 0.5 0.{i + 1} 0.4\n" for part in ("train", "val") for i in range(6)}
     path = yolo_set(tmp_path, labels, "train: images/train\nval: images/val\nnames: [a, b]\n")
@@ -588,12 +597,12 @@ def voc_set(folder: Path, files: dict[str, str], **sets: str) -> Path:
 def test_voc_boxes_count_from_1_and_difficult_ones_are_not_learnt(tmp_path: Path) -> None:
     objects = voc_object("dog", (1, 1, WIDTH, HEIGHT)) + voc_object("cat", (3, 4, 3, 4), "<difficult>1</difficult>")
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-    files = {"b": voc_xml(objects), "a": voc_xml(voc_object("cat", ("2.5", 1, 9, 9), part)), "c": voc_xml("")}
+    files = {"b": voc_xml(objects), "a": voc_xml(voc_object("dog", ("2.5", 1, 9, 9), part)), "c": voc_xml("")}
     data = read_voc(voc_set(tmp_path, files))
     assert data.classes == ["cat", "dog"] and data.category_ids == [1, 2] and not data.notes
     assert boxes_of(data) == [[[1.5, 0, 9, 9]], [[0, 0, WIDTH, HEIGHT], [2, 3, 3, 4]], []]
     assert data.objects(1).labels.tolist() == [1, 0] and data.objects(1).crowd.tolist() == [False, True]
-    assert data.class_counts().tolist() == [1, 1] and not data.has_masks
+    assert data.objects(0).labels.tolist() == [1] and data.class_counts().tolist() == [0, 2] and not data.has_masks
 
 
 def test_voc_sets_name_the_split(tmp_path: Path) -> None:
@@ -806,6 +815,10 @@ def test_cityscapes_learns_its_19_classes(tmp_path: Path) -> None:
     split = find_segmented(tmp_path)
     assert len(split.train.classes) == 19 and split.train.classes[:3] == ["road", "sidewalk", "building"]
     assert split.train.labels(0).flatten().tolist() == [0, 1, 255, 2, 13, 18, 255, 11] and len(split.val) == 2
+    for path in [*(tmp_path / "gtFine").rglob("*_labelIds.png")]:  # made by the data set's own scripts
+        mask(path.with_name(path.name.replace("labelIds", "labelTrainIds")), [3, 18, 255, 0, 0, 0, 0, 0])
+    split = find_segmented(tmp_path)
+    assert split.train.labels(0).flatten().tolist() == [3, 18, 255, 0, 0, 0, 0, 0] and split.train.classes[18] == "bicycle"
 
 
 def test_voc_s_masks_are_its_palette_s_numbers(tmp_path: Path) -> None:
