@@ -193,7 +193,17 @@ def _parts_of(data: Path, flag: str) -> tuple[Path | None, Path | None, list[str
 
 
 def split(labelled: Labelled, val_share: float, seed: int) -> Split:
+    """Draws a share of every class for validation, see `hold_out`."""
+    chosen, note = hold_out(labelled, val_share, seed)
+    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
+    return Split(train, val, note)
+
+
+def hold_out(labelled: Labelled, val_share: float, seed: int) -> tuple[Tensor, str]:
     """Draws a share of every class for validation, at least one image. Copies of an image stay on one side.
+
+    Returns:
+        (N,) bool, the validation images; and a line for people.
 
     Raises:
         UserError: a class has a single image.
@@ -205,10 +215,10 @@ def split(labelled: Labelled, val_share: float, seed: int) -> Split:
         chosen = _draw_of_labels(labelled, is_first, val_share, seed)[first]
     else:
         chosen = _draw_of_classes(labelled, is_first, bool(copied), val_share, seed)[first]
-    train, val = (labelled.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
     kind = "label" if labelled.has_several else "class"
-    note = f"{len(train)} training and {len(val)} validation images, drawn from every {kind} (seed {seed})"
-    return Split(train, val, f"{note}, since the data has no split{copied}")
+    count = int(chosen.sum())
+    note = f"{len(chosen) - count} training and {count} validation images, drawn from every {kind} (seed {seed})"
+    return chosen, f"{note}, since the data has no split{copied}"
 
 
 def _draw_of_classes(labelled: Labelled, is_first: Tensor, has_copies: bool, val_share: float, seed: int) -> Tensor:
