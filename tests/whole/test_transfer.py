@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pictures import make_labelled
 
-from benchmarks import small_data, transfer
+from benchmarks import ablations, small_data, transfer
 
 TINY = [
     "--model",
@@ -169,3 +169,69 @@ def test_settings_of_pretraining_are_compared_once_each(
     assert small_data.main([*words, "--trial", "--crop-scale 0.5"]) == 0 and len(commands) == before
     assert small_data.main([*words, "--processes", "0"]) == 2
     assert "--processes 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_ablations_are_compared_seed_by_seed(
+    tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
+    output = tmp_path / "numbers.json"
+    words = [
+        "--data",
+        str(data),
+        "--work",
+        str(tmp_path / "work"),
+        "--model",
+        "timm:test_resnet",
+        "--input-size",
+        "64",
+        "--base",
+        "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5 --panel-epochs 0",
+        "--draws",
+        "2",
+        "--json",
+        str(output),
+        "--processes",
+        "1",
+    ]
+    assert ablations.main([*words, "--seeds", "1"]) == 0
+    before = len(commands)
+    first = json.loads(output.read_text())
+    assert ablations.main([*words, "--seeds", "2"]) == 0  # what is done is not done again
+    record = json.loads(output.read_text())
+    assert record["runs"][:5] == first["runs"] and record.keys() >= {"commit", "settings", "images", "classes"}
+    rows = ["small", "spark-zeroed", "spark-single-scale", "spark-loss-on-all", "random"]
+    order = [*rows[:1], "random", *rows[1:4]]
+    assert [(run["row"], run["seed"]) for run in record["runs"]] == [(row, seed) for seed in (0, 1) for row in order]
+    for these, seed in ((commands[:before], "0"), (commands[before:], "1")):
+        pretrained = [command for command in these if command[0] == "sparkme.pretrain"]
+        assert [value_of(command, "--recipe") for command in pretrained] == rows[:4]
+        assert {value_of(command, "--seed") for command in these} == {seed} and len(these) == 4 + 2 * 4
+        drop = {value_of(command, flag) for command in pretrained for flag in ("--recipe", "--output")}
+        assert len({tuple(word for word in command if word not in drop) for command in pretrained}) == 1
+    losses = [run["loss"] for run in record["runs"] if "loss" in run]
+    assert len(losses) == len(set(losses)) == 8
+
+    assert [row["row"] for row in record["rows"]] == rows
+    scores = {(run["row"], run["seed"]): run["ten_labels_a_class"]["linear"] for run in record["runs"]}
+    for row in record["rows"]:
+        found, (one, two) = row["ten_labels_a_class_linear"], (scores[row["row"], seed] for seed in (0, 1))
+        assert found["accuracy"]["mean"] == pytest.approx((one + two) / 2)
+        assert found["accuracy"]["standard_error"] == pytest.approx(abs(one - two) / 2)
+        differences = one - scores["small", 0], two - scores["small", 1]
+        assert found["difference"]["mean"] == pytest.approx(sum(differences) / 2)
+        assert found["difference"]["standard_error"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{ablations.BEGIN}\n{ablations.END}\nafter\n")
+    monkeypatch.setattr(ablations, "PAGE", page)
+    assert ablations.main(["--write", "--json", str(output)]) == 0
+    assert all(f"\n| {name} | " in page.read_text() for name in ("SparK", "SparK, deepest scale alone", "random weights"))
+    assert page.read_text().endswith("after\n")
+    capsys.readouterr()
+    assert ablations.main([*words, "--draws", "3"]) == 2
+    assert "choose another --work" in capsys.readouterr().err
+    assert ablations.main([*words, "--draws", "3", "--work", str(tmp_path / "other")]) == 2
+    assert "has runs with other settings" in capsys.readouterr().err
+    assert ablations.main([*words, "--seeds", "0"]) == 2
+    assert "--seeds 0 must be at least 1" in capsys.readouterr().err
