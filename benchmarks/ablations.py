@@ -33,7 +33,7 @@ from sparkme.settings.pretrain import ABLATIONS
 RESULTS = Path(__file__).parent / "results" / "ablations.json"
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- ablations:begin -->", "<!-- ablations:end -->"
-BASE = "--epochs 5 --decoder-width 64 --panel-epochs 0 --workers 0"
+BASE = "--epochs 4 --decoder-width 64 --panel-epochs 0 --workers 0"
 SPARK, RANDOM = "small", "random"
 PRETRAINED = (SPARK, *ABLATIONS)
 TITLES = {SPARK: "SparK", **{name: recipe.name for name, recipe in ABLATIONS.items()}, RANDOM: "random weights"}

@@ -4,6 +4,7 @@ import csv
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pictures import make_labelled
@@ -213,15 +214,6 @@ def test_ablations_are_compared_seed_by_seed(
     assert len(losses) == len(set(losses)) == 8
 
     assert [row["row"] for row in record["rows"]] == rows
-    scores = {(run["row"], run["seed"]): run["ten_labels_a_class"]["linear"] for run in record["runs"]}
-    for row in record["rows"]:
-        found, (one, two) = row["ten_labels_a_class_linear"], (scores[row["row"], seed] for seed in (0, 1))
-        assert found["accuracy"]["mean"] == pytest.approx((one + two) / 2)
-        assert found["accuracy"]["standard_error"] == pytest.approx(abs(one - two) / 2)
-        differences = one - scores["small", 0], two - scores["small", 1]
-        assert found["difference"]["mean"] == pytest.approx(sum(differences) / 2)
-        assert found["difference"]["standard_error"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
-
     page = tmp_path / "page.md"
     page.write_text(f"before\n{ablations.BEGIN}\n{ablations.END}\nafter\n")
     monkeypatch.setattr(ablations, "PAGE", page)
@@ -235,3 +227,20 @@ def test_ablations_are_compared_seed_by_seed(
     assert "has runs with other settings" in capsys.readouterr().err
     assert ablations.main([*words, "--seeds", "0"]) == 2
     assert "--seeds 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_ablations_differ_from_spark_in_pairs_of_seeds() -> None:
+    def run(row: str, seed: int, accuracy: float) -> dict[str, Any]:
+        scores = {"knn": accuracy, "linear": 0.5}
+        return {"row": row, "seed": seed, "ten_labels_a_class": scores, "all_labels": scores}
+
+    runs = [run("small", 0, 0.3), run("random", 0, 0.1), run("spark-zeroed", 1, 0.35), run("small", 1, 0.5)]
+    runs += [run("spark-zeroed", 0, 0.25), run("spark-zeroed", 2, 0.9)]  # no run of SparK yet for the last one
+    rows = {row["row"]: row for row in ablations.summarise(runs)}
+    assert list(rows) == ["small", "spark-zeroed", "random"] and rows["spark-zeroed"]["seeds"] == [0, 1, 2]
+    found = rows["spark-zeroed"]["all_labels_knn"]
+    assert found["accuracy"] == {"mean": pytest.approx(0.5), "standard_error": pytest.approx((0.1225 / 3) ** 0.5)}
+    assert found["difference"] == {"mean": pytest.approx(-0.1), "standard_error": pytest.approx(0.05)}  # of -0.05 and -0.15
+    assert rows["random"]["ten_labels_a_class_knn"]["difference"] == {"mean": pytest.approx(-0.2), "standard_error": None}
+    table = ablations.table({"rows": list(rows.values())})
+    assert "| SparK, hidden pixels at zero | 50.0 ± 20.2 (-10.0 ± 5.0) | 50.0 ± 0.0 (+0.0 ± 0.0) |" in table
