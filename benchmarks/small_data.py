@@ -39,6 +39,15 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.small_data", description="Compare settings of pretraining by frozen features."
     )
+    add_flags(parser, BASE, Path("runs/small_data"))
+    parser.add_argument(
+        "--trial", action="append", metavar="'FLAGS'", help="flags of one trial; may be repeated (default: TRIALS)"
+    )
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, base: str, work: Path) -> None:
+    """The flags of every comparison of pretraining by frozen features."""
     parser.add_argument("--data", type=Path, metavar="LABELLED", help="one folder per class (default: emoji, by `npm pack`)")
     parser.add_argument(
         "--test-share", type=float, default=0.3, metavar="S", help="test share of each class (default: %(default)s)"
@@ -47,17 +56,13 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input-size", type=int, default=96, metavar="PIXELS", help="side of the images (default: %(default)s)"
     )
-    parser.add_argument("--base", default=BASE, metavar="'FLAGS'", help="pretrain flags of all trials (default: %(default)s)")
-    parser.add_argument(
-        "--trial", action="append", metavar="'FLAGS'", help="flags of one trial; may be repeated (default: TRIALS)"
-    )
+    parser.add_argument("--base", default=base, metavar="'FLAGS'", help="pretrain flags of all runs (default: %(default)s)")
     parser.add_argument(
         "--draws", type=int, default=10, metavar="N", help="draws of ten labels per class (default: %(default)s)"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), metavar="DIR", help="folder of the runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="results file (default: WORK/small_data.json)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="trials at a time")
-    return parser
+    parser.add_argument("--work", type=Path, default=work, metavar="DIR", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"results file (default: WORK/{work.name}.json)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,29 +107,24 @@ def trial(flags: str, data: Path, table: Path, images: Path, args: argparse.Name
     # A flag that comes twice counts as it stands last.
     own = ["--model", args.model, "--input-size", args.input_size, *args.base.split(), *flags.split()]
     transfer.run("sparkme.pretrain", "--data", images, "--output", folder, *own, quiet=True, threads=1)
-    scores: dict[str, Any] = transfer.pretraining_of(folder / "checkpoints" / "last.pt")
-    for name, words in (("all_labels", []), ("ten_labels_a_class", ["--shots", 10, "--draws", args.draws])):
-        output = folder / f"{name}.json"
-        transfer.run(
-            "sparkme.probe",
-            folder / "checkpoints" / "last.pt",
-            "--data",
-            data,
-            "--labels",
-            table,
-            "--stage",
-            "last",
-            "--output",
-            output,
-            "--overwrite",
-            *words,
-            quiet=True,
-            threads=1,
-        )
-        found = json.loads(output.read_text())["scores"][0]
-        scores[name] = {key: round(found[key], 4) for key in ("knn", "knn_error", "linear", "linear_error")}
+    checkpoint = folder / "checkpoints" / "last.pt"
+    (scores,) = probe_last(checkpoint, data, table, args.draws)
     shutil.rmtree(folder / "reconstructions", ignore_errors=True)
-    return scores
+    return transfer.pretraining_of(checkpoint) | scores
+
+
+def probe_last(checkpoint: Path, data: Path, table: Path, draws: int, *words: object) -> list[dict[str, dict[str, float]]]:
+    """The scores of the last map from all labels and from ten a class: of a checkpoint, and of what `words` compare it with."""
+    found = {}
+    for name, few in (("all_labels", []), ("ten_labels_a_class", ["--shots", 10, "--draws", draws])):
+        output = checkpoint.parents[1] / f"{name}.json"
+        where = ["--data", data, "--labels", table, "--stage", "last", "--output", output, "--overwrite"]
+        transfer.run("sparkme.probe", checkpoint, *where, *few, *words, quiet=True, threads=1)
+        found[name] = [
+            {key: round(score[key], 4) for key in ("knn", "knn_error", "linear", "linear_error")}
+            for score in json.loads(output.read_text())["scores"]
+        ]
+    return [dict(zip(found, scores, strict=True)) for scores in zip(*found.values(), strict=True)]
 
 
 def line(record: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ from sparkme.errors import Parser, UserError, first_line, run_command, user_erro
 from sparkme.methods.base import MaskedAutoencoder
 from sparkme.methods.masking import random_active
 from sparkme.networks.names import library_of
-from sparkme.settings.pretrain import RECIPES, PretrainSettings
+from sparkme.settings.pretrain import ABLATIONS, RECIPES, PretrainSettings
 from sparkme.sparse.engines import why_not
 from sparkme.sparse.engines.masked_dense import MaskedDenseEngine
 from sparkme.training.build import build_network
@@ -99,7 +99,11 @@ from sparkme.training.memory import keep_freed_memory
 from sparkme.training.optimizer import create_optimizer, update_schedule
 
 # Of sparkme.pretrain's recipes those that differ in what is computed: the first of each method.
-METHODS = tuple(name for name in RECIPES if name == next(n for n, r in RECIPES.items() if r.method == RECIPES[name].method))
+METHODS = tuple(
+    name
+    for name in RECIPES
+    if name not in ABLATIONS and name == next(n for n, r in RECIPES.items() if r.method == RECIPES[name].method)
+)
 WHAT = ("encoder-forward", "encoder", "step")
 ENGINE_OF = {  # the engine whose kernels run, and whose order of weights in memory is used
     "cuda_ext": "cuda_ext",

@@ -120,6 +120,23 @@ RECIPES = {
         without={"densify_norm": ("auto", "--densify-norm {} is for SparK (--recipe spark or small); FCMAE has no norm there")},
     ),
 }  # fmt: skip
+# The paper's ablations: `small` with one thing of SparK changed, see `sparkme.methods.ablations`.
+ABLATIONS = {
+    name: replace(
+        RECIPES["small"],
+        name=title,
+        reference=f"{title}: an ablation of {RECIPES['small'].reference}",
+        method=f"sparkme.methods.ablations:{method}",
+        folder=f"{name}-",
+    )
+    for name, title, method in (
+        ("spark-zeroed", "SparK, hidden pixels at zero", "ZeroedSparK"),
+        ("spark-single-scale", "SparK, deepest scale alone", "SingleScaleSparK"),
+        ("spark-loss-on-all", "SparK, loss on all patches", "LossOnAllSparK"),
+    )
+}
+_IN_HELP = tuple(RECIPES.values())  # the ablations have the values of `small`
+RECIPES |= ABLATIONS
 
 
 def _together(values: Iterable[Any]) -> str:
@@ -128,7 +145,7 @@ def _together(values: Iterable[Any]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in RECIPES.values()) for name in _SPARK}
+OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in _IN_HELP) for name in _SPARK}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +154,8 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
 
     # fmt: off
     recipe: str = setting(
-        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: ConvNeXt V2's method", "auto",
+        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: ConvNeXt V2's method; "
+        "spark-*: small without one part of SparK, for comparisons", "auto",
         otherwise=f"auto, which is small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True,
         older="spark")
     data: str | tuple[str, ...] | None = in_data(
@@ -157,7 +175,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
     background: str = in_data("colour behind transparent pixels, a name or #rrggbb", "white", metavar="COLOUR", older="white")
     crop_scale: float = varied(
         TrainingSettings, "crop_scale",
-        otherwise=f"{_together(r.crop_scale for r in RECIPES.values())}; {DEMO_CROP_SCALE} for the photographs")
+        otherwise=f"{_together(r.crop_scale for r in _IN_HELP)}; {DEMO_CROP_SCALE} for the photographs")
     model: str = varied(
         TrainingSettings, "model",
         help="convolutional network: NAME of torchvision, timm:NAME, or your own as package.module:factory")
@@ -179,7 +197,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
         TrainingSettings, "warmup_epochs", otherwise=f"{PAPER_WARMUP}, at most a tenth of --epochs")
     batch_size: int = varied(
         TrainingSettings, "batch_size", otherwise="128 per GPU or 32 per CPU process, up to "
-        f"{_together(recipe.largest_batch for recipe in RECIPES.values())} and the number of samples")
+        f"{_together(recipe.largest_batch for recipe in _IN_HELP)} and the number of samples")
     weight_decay: float = varied(TrainingSettings, "weight_decay", help="weight decay at the start of training")
     weight_decay_end: float = in_optimisation("weight decay at the end; a cosine leads to it", at_least=0)
     beta2: float = in_optimisation(
@@ -195,7 +213,8 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
         "store only the inputs of the encoder's blocks and recompute the rest in the backward pass: less memory, more time",
         False)
 
-    output: Path = varied(TrainingSettings, "output", otherwise="runs/MODEL-SIZE, or runs/fcmae-MODEL-SIZE")
+    output: Path = varied(
+        TrainingSettings, "output", otherwise="runs/MODEL-SIZE; runs/RECIPE-MODEL-SIZE with fcmae and spark-*")
     panel_epochs: int = in_output(
         "draw reconstructions every N epochs; 0: never", otherwise="ten times per run", metavar="N", at_least=0)
     probe_data: str | None = in_output(

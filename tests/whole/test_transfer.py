@@ -4,11 +4,12 @@ import csv
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pictures import make_labelled
 
-from benchmarks import small_data, transfer
+from benchmarks import ablations, small_data, transfer
 
 TINY = [
     "--model",
@@ -169,3 +170,77 @@ def test_settings_of_pretraining_are_compared_once_each(
     assert small_data.main([*words, "--trial", "--crop-scale 0.5"]) == 0 and len(commands) == before
     assert small_data.main([*words, "--processes", "0"]) == 2
     assert "--processes 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_ablations_are_compared_seed_by_seed(
+    tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_labelled(tmp_path / "data", {"red": 20, "blue": 20, "green": 20})
+    output = tmp_path / "numbers.json"
+    words = [
+        "--data",
+        str(data),
+        "--work",
+        str(tmp_path / "work"),
+        "--model",
+        "timm:test_resnet",
+        "--input-size",
+        "64",
+        "--base",
+        "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5 --panel-epochs 0",
+        "--draws",
+        "2",
+        "--json",
+        str(output),
+        "--processes",
+        "1",
+    ]
+    assert ablations.main([*words, "--seeds", "1"]) == 0
+    before = len(commands)
+    first = json.loads(output.read_text())
+    assert ablations.main([*words, "--seeds", "2"]) == 0  # what is done is not done again
+    record = json.loads(output.read_text())
+    assert record["runs"][:5] == first["runs"] and record.keys() >= {"commit", "settings", "images", "classes"}
+    rows = ["small", "spark-zeroed", "spark-single-scale", "spark-loss-on-all", "random"]
+    order = [*rows[:1], "random", *rows[1:4]]
+    assert [(run["row"], run["seed"]) for run in record["runs"]] == [(row, seed) for seed in (0, 1) for row in order]
+    for these, seed in ((commands[:before], "0"), (commands[before:], "1")):
+        pretrained = [command for command in these if command[0] == "sparkme.pretrain"]
+        assert [value_of(command, "--recipe") for command in pretrained] == rows[:4]
+        assert {value_of(command, "--seed") for command in these} == {seed} and len(these) == 4 + 2 * 4
+        drop = {value_of(command, flag) for command in pretrained for flag in ("--recipe", "--output")}
+        assert len({tuple(word for word in command if word not in drop) for command in pretrained}) == 1
+    losses = [run["loss"] for run in record["runs"] if "loss" in run]
+    assert len(losses) == len(set(losses)) == 8
+
+    assert [row["row"] for row in record["rows"]] == rows
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{ablations.BEGIN}\n{ablations.END}\nafter\n")
+    monkeypatch.setattr(ablations, "PAGE", page)
+    assert ablations.main(["--write", "--json", str(output)]) == 0
+    assert all(f"\n| {name} | " in page.read_text() for name in ("SparK", "SparK, deepest scale alone", "random weights"))
+    assert page.read_text().endswith("after\n")
+    capsys.readouterr()
+    assert ablations.main([*words, "--draws", "3"]) == 2
+    assert "choose another --work" in capsys.readouterr().err
+    assert ablations.main([*words, "--draws", "3", "--work", str(tmp_path / "other")]) == 2
+    assert "has runs with other settings" in capsys.readouterr().err
+    assert ablations.main([*words, "--seeds", "0"]) == 2
+    assert "--seeds 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_ablations_differ_from_spark_in_pairs_of_seeds() -> None:
+    def run(row: str, seed: int, accuracy: float) -> dict[str, Any]:
+        scores = {"knn": accuracy, "linear": 0.5}
+        return {"row": row, "seed": seed, "ten_labels_a_class": scores, "all_labels": scores}
+
+    runs = [run("small", 0, 0.3), run("random", 0, 0.1), run("spark-zeroed", 1, 0.35), run("small", 1, 0.5)]
+    runs += [run("spark-zeroed", 0, 0.25), run("spark-zeroed", 2, 0.9)]  # no run of SparK yet for the last one
+    rows = {row["row"]: row for row in ablations.summarise(runs)}
+    assert list(rows) == ["small", "spark-zeroed", "random"] and rows["spark-zeroed"]["seeds"] == [0, 1, 2]
+    found = rows["spark-zeroed"]["all_labels_knn"]
+    assert found["accuracy"] == {"mean": pytest.approx(0.5), "standard_error": pytest.approx((0.1225 / 3) ** 0.5)}
+    assert found["difference"] == {"mean": pytest.approx(-0.1), "standard_error": pytest.approx(0.05)}  # of -0.05 and -0.15
+    assert rows["random"]["ten_labels_a_class_knn"]["difference"] == {"mean": pytest.approx(-0.2), "standard_error": None}
+    table = ablations.table({"rows": list(rows.values())})
+    assert "| SparK, hidden pixels at zero | 50.0 ± 20.2 (-10.0 ± 5.0) | 50.0 ± 0.0 (+0.0 ± 0.0) |" in table
