@@ -25,6 +25,7 @@ from threading import Lock
 from typing import Any
 
 from benchmarks import plot, small_data, transfer
+from benchmarks.emoji import EMOJI, emoji
 from benchmarks.flops import provenance
 from sparkme.errors import UserError, run_command
 from sparkme.files import replaced_when_whole
@@ -66,9 +67,9 @@ def compare(args: argparse.Namespace) -> int:
     extra: dict[str, list[Path]] = {}
     data = args.data
     if data is None:
-        data, extra = transfer.emoji(args.work / "emoji")
+        data, extra = emoji(args.work / "emoji")
     names = ("model", "input_size", "base", "draws", "test_share")
-    settings = {"data": str(args.data or transfer.EMOJI)} | {name: getattr(args, name) for name in names}
+    settings = {"data": str(args.data or EMOJI)} | {name: getattr(args, name) for name in names}
     root, tables, parts = transfer.make_tables(data, args, settings)
     path = args.json or args.work / "ablations.json"
     record: dict[str, Any] = plot.read(path) if path.exists() else {"settings": settings, "runs": []}
