@@ -191,7 +191,7 @@ def test_a_process_that_cannot_hand_over_ends_the_run(
     said = capfd.readouterr().err
     assert code == 2 and time.monotonic() - began < LIMIT_S and not loaders()
     assert "error: a loader process cannot pass on a batch: no memory for this; lower --workers" in said
-    assert re.search(r"error: loading images ended: DataLoader worker \(pid.*lower --workers", said), said
+    assert re.search(r"error: loading images failed: DataLoader worker \(pid.*lower --workers", said), said
     assert "Traceback" not in said
 
 
