@@ -1,11 +1,11 @@
-"""Adds to pyproject.toml what cannot be static: the extension `sparkme._C`, and the requirement of MinkowskiEngine.
+"""Adds the dynamic parts to pyproject.toml: the extension `sparkme._C`, and the requirement of MinkowskiEngine.
 
-The extension is compiled from cuda_ext/csrc, for CUDA as well where torch sees a GPU. FORCE_CUDA=1 with
-TORCH_CUDA_ARCH_LIST="8.0;9.0" compiles the CUDA sources on a machine without one; MAX_JOBS says how many compilers run.
-SPARKME_OPERATORS=compiled takes the extension that lies in sparkme/ and compiles nothing.
+The extension is compiled from cuda_ext/csrc, with CUDA if torch sees a GPU. FORCE_CUDA=1 with TORCH_CUDA_ARCH_LIST="8.0;9.0"
+compiles the CUDA sources without a GPU; MAX_JOBS is the number of compilers. SPARKME_OPERATORS=compiled uses the extension in
+sparkme/ and compiles nothing.
 
-No index has a MinkowskiEngine that builds as it is. So where the environment has none, the builder in
-cuda_ext/minkowski makes a wheel (once per machine, then it comes from a cache), and the requirement points at it.
+The published MinkowskiEngine does not build unchanged. If the environment has none, the builder in cuda_ext/minkowski makes a
+wheel (once per machine, then it comes from a cache), and the requirement points at it.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ def load_builder() -> ModuleType:
 
 
 def has_working_minkowski(version: str) -> bool:
-    """True if this environment has `version` and it loads; one that was built against another torch does not."""
+    """True if this environment has `version` and it loads, which fails after a build against another torch."""
     try:
         if importlib.metadata.version("MinkowskiEngine") != version:
             return False
@@ -49,15 +49,15 @@ def has_working_minkowski(version: str) -> bool:
 def require_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(
-            "sparkme: the environment that builds has no torch, and what is compiled is compiled against it. Install"
-            " torch first, then: pip install --no-build-isolation ."
+            "sparkme: the build environment lacks torch, against which the extension is compiled. Install torch first, then:"
+            " pip install --no-build-isolation ."
         )
 
 
 def minkowski_requirement() -> str:
     builder = load_builder()
     plain = f"MinkowskiEngine=={builder.VERSION}"
-    # An archive of the sources, and the question what a build needs, must not start a compilation.
+    # An sdist, or a query of the build's requirements, must not start a compilation.
     if not {"dist_info", *INSTALLS}.intersection(sys.argv):
         return plain
     require_torch()
@@ -70,14 +70,14 @@ def minkowski_requirement() -> str:
 
 
 class TakeCompiled(build_ext):
-    """Copies the extension that lies in sparkme/ to where setuptools expects a new one."""
+    """Copies the extension in sparkme/ to the place where setuptools expects a new one."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         compiled = ROOT / "sparkme" / target.name
         if not compiled.is_file():
             raise SystemExit(
-                f"sparkme: SPARKME_OPERATORS=compiled, but there is no {compiled}. Leave the variable out to compile."
+                f"sparkme: SPARKME_OPERATORS=compiled needs {compiled}, which is missing. Unset the variable to compile."
             )
         if target.resolve() != compiled:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class TakeCompiled(build_ext):
 
 
 def extension() -> dict[str, Any]:
-    """What setuptools needs to know to build `sparkme._C`."""
+    """The arguments of setuptools that build `sparkme._C`."""
     if not {"build_ext", *INSTALLS}.intersection(sys.argv):
         return {}
     if os.environ.get("SPARKME_OPERATORS") == "compiled":
@@ -103,8 +103,8 @@ def extension() -> dict[str, Any]:
         os.environ.update(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=target.architectures)  # read at the import below
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    # operators.cpp includes all families, but not the inner loops: these have a file for each instruction set. So does
-    # operators.cu, but for the depthwise convolution's kernels.
+    # operators.cpp includes all families except the inner loops, which have a file for each instruction set. operators.cu
+    # includes all except the kernels of the depthwise convolution.
     sources = ["cuda_ext/csrc/operators.cpp", "cuda_ext/csrc/cpu/kernels*.cpp"]
     sources += ["cuda_ext/csrc/cuda/operators.cu", "cuda_ext/csrc/cuda/depthwise_*.cu"] if home else []
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The pictures that benchmarks learn from: nine groups of emoji, fetched by npm."""
+"""Images for the benchmarks: nine groups of emoji, downloaded by npm."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ EMOJI = "emoji-datasource-google@16.0.0"
 
 
 def emoji(folder: Path, instead: str = "--data LABELLED") -> tuple[Path, dict[str, list[Path]]]:
-    """The colour emoji of EMOJI: a folder for each group, and for each picture its other skin colours.
+    """The colour emoji of EMOJI: a folder for each group, and the other skin colours of each picture.
 
     Args:
-        folder: where they are, or go.
+        folder: where they are, or are downloaded to.
         instead: the flag that makes them unnecessary, for errors.
 
     Raises:
-        UserError: they cannot be fetched.
+        UserError: they cannot be downloaded.
     """
     package = folder / "package"
     if not package.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.which("npm") is None:
-            raise UserError(f"npm, which fetches the emoji, is not installed; pass {instead}, or install npm")
+            raise UserError(f"npm, which downloads the emoji, is not installed; pass {instead}, or install npm")
         done = subprocess.run(["npm", "pack", EMOJI], cwd=folder, capture_output=True, text=True)
         archives = sorted(folder.glob("*.tgz"))
         if done.returncode or not archives:

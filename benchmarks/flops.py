@@ -1,18 +1,18 @@
-"""Counts the multiply-accumulates (MACs) of one forward pass: what sparsity saves, and where.
+"""Counts the multiply-accumulates (MACs) of a forward pass, dense and sparse, by layer.
 
     python -m benchmarks.flops --model resnet50 --mask-ratio 0.6
 
-Every number is per image and comes from the layers that run when a `SparK` network takes an image. Three columns:
+Every number is per image, and counts the layers that run in a `SparK` network. Three columns:
 
-- dense: every pixel and every tap, also those that reach past the image's border; what a dense network computes.
-- sparse: every tap at the visible pixels; what gathering neighbours and one matrix product compute.
-- submanifold: at the visible pixels, only the taps whose neighbour is in the image and visible. It depends on which
-  patches are visible; the column is the exact mean over all masks with that many visible patches. (For ResNet-50 and
-  20 of 49 patches, single masks scatter around it with a standard deviation of 1 %.)
+- dense: all pixels and offsets, also those beyond the image's border, as in a dense network.
+- sparse: all offsets at visible pixels, as in a gather of neighbours with a matrix product.
+- submanifold: at visible pixels, only offsets whose neighbour lies in the image and is visible. It depends on the mask; the
+  column is the exact mean over all masks with that many visible patches. (For ResNet-50 and 20 of 49 patches, single masks
+  have a standard deviation of 1 % around it.)
 
-Densify and decoder count as dense, the same in all columns (on the CPU `cuda_ext` leaves out the products of mask tokens in
-densify's convolutions, which is not counted). Norms, activations, pooling, residual sums and biases are left out:
-they are no matrix products. A grouped convolution counts with its groups, whatever an engine makes of it.
+Densify and decoder are dense in all columns (on the CPU `cuda_ext` skips the products of mask tokens in densify's convolutions,
+which is ignored). Norms, activations, pooling, residual sums and biases are not counted, since they are not matrix products. A
+grouped convolution counts with its groups, whatever an engine does.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from sparkme.sparse.window import Window
 
 PARTS = ("encoder", "densify", "decoder")
 LEGEND = """\
-dense: every pixel, every tap. sparse: visible pixels, every tap. subm. (submanifold): visible pixels, taps at visible
-neighbours only, mean over all masks. Densify and decoder are dense. Norms, activations and pooling are not counted."""
+dense: all pixels and offsets. sparse: all offsets at visible pixels. subm. (submanifold): only offsets to visible neighbours
+at visible pixels, mean over all masks. Densify and decoder are dense. Norms, activations and pooling are not counted."""
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates per image, counted in three ways."""
+    """Multiply-accumulates per image, in three columns."""
 
     dense: float = 0
     sparse: float = 0
@@ -82,8 +82,7 @@ GFLOP = every(0.5e9)  # each is a multiplication and an addition
 class Count:
     """The MACs of one call of a layer.
 
-    `stride` names the stage: for the encoder and densify the map that the layer works towards (the stem counts with the
-    first), for the decoder the layer's output.
+    `stride` names the stage: the next map of the encoder or densify (the stem belongs to the first), or the decoder's output.
     """
 
     part: str
@@ -153,26 +152,22 @@ def flops(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def build(name: str, input_size: list[int], mask_ratio: float, decoder_width: int, patch: int | None) -> SparK:
-    """The network in eval mode, with memory for its weights but no values in it: only shapes are counted.
+    """The network in eval mode with uninitialised weights, since only shapes count.
 
     Raises:
-        ValueError: an unknown name, or sizes, ratio or width that do not fit together.
+        ValueError: the name is unknown, or sizes, ratio or width do not fit together.
     """
     with torch.device("meta"):
         encoder = create_encoder(name, drop_path=0.0)
         size = input_size[0], input_size[-1]
         network = SparK(encoder, input_size=size, mask_ratio=mask_ratio, decoder_width=decoder_width, patch=patch)
-    # Drawing values takes longer than all the rest. The engine does not change the count; this one is quick on the CPU.
+    # Random values would take most of the time. The count does not depend on the engine; this one is fast on the CPU.
     network.to_empty(device="cpu").eval().encoder.set_engine("masked-dense")
     return network
 
 
 class CountingEngine(MaskedDenseEngine):
-    """Computes as the engine masked-dense does, and counts what a convolution or linear layer of any engine has to.
-
-    Args:
-        note: called with the kind of each layer and its MACs per image.
-    """
+    """The engine masked-dense, which calls `note` with the kind of each convolution or linear layer and its MACs per image."""
 
     def __init__(self, note: Callable[[str, Macs], None]) -> None:
         super().__init__()
@@ -197,13 +192,13 @@ class CountingEngine(MaskedDenseEngine):
 def count_encoder(encoder: SparseEncoder, images: Tensor, grid: Grid) -> list[Count]:
     """Runs an image through the encoder and counts each convolution and linear layer on its maps, in the order of the calls.
 
-    What works on pooled vectors, as in squeeze-excite, is not counted.
+    Layers on pooled vectors, as in squeeze-excite, are not counted.
     """
     counts: list[Count] = []
     recorders: list[Recorder] = []
 
     def note(kind: str, macs: Macs) -> None:
-        stage = encoder.strides[len(recorders[-1].maps)]  # the maps that were reached before this layer
+        stage = encoder.strides[len(recorders[-1].maps)]  # the next map after this layer
         counts.append(Count("encoder", stage, kind, macs))
 
     handle = encoder.network.register_forward_pre_hook(lambda _, args: recorders.append(args[0].recorder))
@@ -249,13 +244,13 @@ def kind_of(layer: Any, kind: str = "") -> str:
 
 
 def dense_macs(layer: nn.Module, x: Tensor, out: Tensor) -> int:
-    """Of a dense convolution: each output pixel (each input pixel, where it is transposed) meets each weight once."""
+    """MACs of a dense convolution: each output pixel (each input pixel if it is transposed) uses each weight once."""
     pixels = (x if isinstance(layer, nn.ConvTranspose2d) else out).shape[2:].numel()
     return pixels * layer.get_parameter("weight").numel()
 
 
 def sparse_macs(kernel: Tensor, x: DenseFeatures, out: DenseFeatures, window: Window) -> Macs:
-    """Of a sparse convolution or linear layer, per image."""
+    """MACs of a sparse convolution or linear layer, per image."""
     grid, num_weights = out.grid, kernel.numel()
     h, w = grid.size(out.stride)
     visible = grid.keep * grid.pixels(out.stride) ** 2
@@ -264,16 +259,16 @@ def sparse_macs(kernel: Tensor, x: DenseFeatures, out: DenseFeatures, window: Wi
 
 
 def mean_visible_pairs(layer: Window, grid: Grid, stride: int) -> float:
-    """Pairs of a visible output pixel and a visible input pixel that a tap connects, per image.
+    """Pairs of a visible output pixel and a visible input pixel in its window, per image.
 
-    The exact mean over all masks with `grid.keep` visible patches. Of L patches one is visible with probability keep / L,
-    and two different ones are with keep (keep - 1) / (L (L - 1)); so it is enough to count the pairs within a patch and
-    those between patches in a wholly visible image. A tap moves down and across independently, so both are products.
+    This is the exact mean over all masks with `grid.keep` visible patches. Of L patches, one is visible with probability
+    keep / L, and two are with keep (keep - 1) / (L (L - 1)). So it suffices to count pairs within a patch and between patches
+    in a fully visible image. Both counts are products over the two axes.
 
     Args:
-        layer: where its taps are.
-        grid: number and size of the patches, and how many are visible.
-        stride: of the layer's input map.
+        layer: a layer with a window.
+        grid: number and size of patches, and the number of visible ones.
+        stride: stride of the layer's input map.
     """
     down = axis_pairs(layer, 0, grid.f_h, grid.pixels(stride))
     across = axis_pairs(layer, 1, grid.f_w, grid.pixels(stride))
@@ -286,19 +281,19 @@ def mean_visible_pairs(layer: Window, grid: Grid, stride: int) -> float:
 
 
 def axis_pairs(layer: Window, axis: int, patches: int, pixels: int) -> Tensor:
-    """Pairs of output and input pixel along one axis of a wholly visible image.
+    """Pairs of output and input pixel along one axis of a fully visible image.
 
     Args:
         layer: see `mean_visible_pairs`.
-        axis: 0 down, 1 across.
-        patches: along this axis.
-        pixels: of the input map along a patch.
+        axis: 0 vertical, 1 horizontal.
+        patches: number of patches along this axis.
+        pixels: pixels of the input map along a patch.
 
     Returns:
-        (patches, patches) int64: how many of them have the output pixel in patch i and the input pixel in patch j.
+        (patches, patches) int64: number of pairs with the output pixel in patch i and the input pixel in patch j.
     """
     size = patches * pixels
-    out = torch.arange(0, size, layer.stride)  # where its window is centred (odd kernel) or begins (even kernel)
+    out = torch.arange(0, size, layer.stride)  # centre (odd kernel) or start (even kernel) of the window
     taps = torch.arange(layer.kernel_size[axis]) * layer.dilation - layer.padding[axis]
     read = out.view(-1, 1) + taps
     inside = (read >= 0) & (read < size)
@@ -311,7 +306,7 @@ def total(counts: Iterable[Count]) -> Macs:
 
 
 def describe(name: str, network: SparK, decoder_width: int) -> dict[str, Any]:
-    """What was counted."""
+    """A line with the network and its settings."""
     return {
         "model": name,
         "input_size": list(network.input_size),
@@ -353,7 +348,7 @@ def columns(values: Iterable[Any], form: str = "") -> str:
 
 
 def tree(counts: list[Count]) -> list[tuple[int, str, Macs]]:
-    """(depth, label, sum) of every part, of its stages, of the kinds of layer in them and in the part, and of all."""
+    """(depth, label, sum) of every part, its stages, their kinds of layer, the part's kinds of layer, and the total."""
     rows = []
     for part in PARTS:
         of_part = [count for count in counts if count.part == part]
@@ -371,7 +366,7 @@ def by_kind(counts: list[Count]) -> dict[str, Macs]:
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """In the order in which they come first."""
+    """Without repetition, in order of first occurrence."""
     return list(dict.fromkeys(values))
 
 
@@ -407,7 +402,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the sources, marked where Python files differ from it; None outside a git checkout."""
+    """The commit of the sources, marked if Python files differ from it; None outside a git checkout."""
 
     def git(*words: str) -> str:
         folder = Path(__file__).resolve().parent

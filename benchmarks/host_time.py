@@ -1,12 +1,12 @@
-"""How long the host takes to hand an encoder's work to the device. A GPU that is done sooner waits for it.
+"""Measures the host's time to queue an encoder's work. A GPU that computes faster waits for the host.
 
     python -m benchmarks.host_time --json benchmarks/results/host_time.json
 
-The networks have the layers of ResNet-50 and ConvNeXt-B, but 8 to 64 channels, and the images hardly any visible pixels, so
-that what remains is the host's: Python, torch's dispatcher, autograd. It runs on the CPU in one thread, with the operators one
-by one as on CUDA, where no layer waits for what follows it (see sparkme/sparse/fusion). On a GPU the launching of kernels
-comes to it, and the arithmetic goes. In float64, since float32 products are oneDNN's on the CPU, whose own host time is not
-small. The engines run in turns; `optimiser` is LAMB's step, the same for all.
+The networks have the layers of ResNet-50 and ConvNeXt-B with 8 to 64 channels, and images hardly any visible pixels, so that
+only host time remains: Python, torch's dispatcher, autograd. They run on the CPU in one thread, with separate operators as on
+CUDA, without the CPU's fusions (see sparkme/sparse/fusion). A GPU adds kernel launches and removes the arithmetic. The dtype is
+float64, because oneDNN computes float32 products on the CPU and has a high host time of its own. Engines run in turns;
+`optimiser` is LAMB's step, the same for all.
 
 The JSON file has `cases`: network, `layers` (convolutions, linear layers and norms), and `engines` {engine: {`forward_us`,
 `backward_us`, `layer_us`: both together, per layer}}, medians in microseconds, `optimiser_us`; and `operators` {name:
@@ -43,7 +43,7 @@ SIDE, BATCH = 64, 2  # pixels and images; one patch of each is visible
 
 
 class AsOnCuda(CudaExtEngine):
-    """The operators of `cuda_ext` that run on CUDA."""
+    """The engine `cuda_ext` with its operators of CUDA."""
 
     def fuses_products(self, dtype: torch.dtype, device: torch.device) -> bool:
         return False
@@ -94,7 +94,7 @@ def host_time(args: argparse.Namespace, words: list[str]) -> int:
         print(f"\n{name}, {case['layers']} layers, LAMB {case['optimiser_us'] / 1e3:.1f} ms")
         for engine, found in case["engines"].items():
             forward, backward = found["forward_us"] / 1e3, found["backward_us"] / 1e3
-            print(f"  {engine:14} forward {forward:5.1f} ms, backward {backward:5.1f} ms, {found['layer_us']:5.0f} us a layer")
+            print(f"  {engine:14} forward {forward:5.1f} ms, backward {backward:5.1f} ms, {found['layer_us']:5.0f} us/layer")
     record["operators"] = time_operators(args.rounds * 10)
     print("\noperator          forward  with its gradient")
     for name, found in record["operators"].items():

@@ -1,13 +1,12 @@
-"""How fast images come, and what it takes to feed GPUs with them.
+"""Measures the speed of loading images, and computes what GPUs need.
 
     python -m benchmarks.loading --json benchmarks/results/loading.json
     python -m benchmarks.loading --data photos/ --input-size 224        # your own photographs
     python -m benchmarks.loading --scale                                # the table in the README, computed
 
-Crops of one core, in turns with plain torchvision (decode, RandomResizedCrop, flip, bytes), and how much decoding JPEG files at
-a fraction of their size changes them. Then whole batches by worker processes, listing and keeping a million files, and the
-memory of a process that loads images. The photographs are scikit-image's, put side by side where they are small, and saved as
-JPEG of quality 90.
+It measures crops on one core, in turns with plain torchvision (decode, RandomResizedCrop, flip, bytes), and the effect of
+decoding JPEG files at reduced size. Then it measures whole batches by loader processes, listing a million files, and the memory
+of a loader process. Images are scikit-image's photographs, tiled if they are small, saved as JPEG of quality 90.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from sparkme.settings.pretrain import RECIPES
 from sparkme.settings.shared import default_workers
 
 ROOFLINE_TFLOPS = 790.0  # bf16, a large matrix product of torch's on an H200
-REACHED = 0.308  # of it, by ResNet-50's whole training step: 256 images in 87.9 ms (benchmarks/results/h200_graph.json)
+REACHED = 0.308  # share of it in ResNet-50's training step: 256 images in 87.9 ms (benchmarks/results/h200_graph.json)
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -89,7 +88,7 @@ def loading(args: argparse.Namespace, words: list[str]) -> int:
         fastest = next(row for row in record["crops"] if row["crop_scale"] == args.crop_scale[0])["images_per_s"]["sparkme"]
         record["cores_for_an_h200"] = {name: round(rate / fastest) for name, rate in record["gpu_rates"].items()}
         for name, cores in record["cores_for_an_h200"].items():
-            print(f"{name}: {record['gpu_rates'][name]:.0f} images/s on an H200 (computed), {cores} cores such as this one")
+            print(f"{name}: {record['gpu_rates'][name]:.0f} images/s on an H200 (computed), {cores} cores like this one")
     record["scale"] = scale_rows(record["gpu_rates"])
     print("\n" + scale_table(record["scale"]))
     write_json(args.json, record)
@@ -97,7 +96,7 @@ def loading(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def make_photographs(folder: Path) -> dict[str, list[Path]]:
-    """Photographs of 1,000 pixels and more, and the same at about ImageNet's usual size."""
+    """Photographs of 1,000 pixels and more, and the same photographs at about ImageNet's usual size."""
     from skimage import data  # noqa: PLC0415  (optional)
 
     small = [load_rgb(path).resize((640, 427), Image.Resampling.LANCZOS) for path in demo_photographs()]
@@ -122,7 +121,7 @@ def make_photographs(folder: Path) -> dict[str, list[Path]]:
 
 
 def measure_crops(name: str, paths: list[Path], scale: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Images a second of one core, by turns, and how far reduced decoding is from decoding the whole."""
+    """Images per second of one core, in turns, and the difference between reduced and full decoding."""
     size = (args.input_size, args.input_size)
     whole, reduced = (CropDataset(Files.of(paths), size, min_scale=scale, seed=0, reduced_jpeg=flag) for flag in (False, True))
     theirs = v2.Compose(
@@ -173,7 +172,7 @@ def crop(dataset: CropDataset, number: int) -> torch.Tensor:
 
 
 def measure_batches(paths: list[Path], args: argparse.Namespace) -> dict[str, Any]:
-    """Whole batches, with as many workers as there are cores."""
+    """Whole batches, with a worker per core."""
     size, workers, batch = (args.input_size, args.input_size), default_workers(on_gpu=torch.cuda.is_available()), 32
     dataset = CropDataset(Files.of(paths), size, min_scale=args.crop_scale[0], seed=0)
     steps = 4 + max(4, args.rounds * args.crops // batch)
@@ -188,7 +187,7 @@ def measure_batches(paths: list[Path], args: argparse.Namespace) -> dict[str, An
 
 
 def measure_sharing(count: int = 1_000_000) -> dict[str, Any]:
-    """What a process that loads images comes to own of the names of a million files, once it has looked at all of them."""
+    """Memory that a loader process no longer shares after it read the names of a million files."""
     names = (f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(count))
     files = Files(Path(), _packed(names), "names")
     reader, writer = os.pipe()
@@ -202,7 +201,7 @@ def measure_sharing(count: int = 1_000_000) -> dict[str, Any]:
     os.waitpid(child, 0)
     grown = float(os.read(reader, 99))
     shared = (files.names.text.nbytes + files.names.ends.nbytes) / 2**20
-    print(f"names of {count:,} files: {shared:.0f} MiB, shared; each worker comes to own {grown:.1f} MiB of them")
+    print(f"names of {count:,} files: {shared:.0f} MiB, shared; each worker copies {grown:.1f} MiB of them")
     return {"files": count, "shared_mib": round(shared, 1), "of_each_worker_mib": grown}
 
 
@@ -217,7 +216,7 @@ def _private_mib() -> float:
 
 
 def measure_listing(count: int) -> dict[str, Any]:
-    """Lists so many empty files in folders of a thousand, and lists them again from the index."""
+    """Lists empty files in folders of a thousand, and lists them again from the index."""
     with tempfile.TemporaryDirectory() as folder:
         print(f"making {count:,} files ...", flush=True)
         for first in range(0, count, 1000):
@@ -241,7 +240,7 @@ def measure_listing(count: int) -> dict[str, Any]:
 
 
 def gpu_rates() -> dict[str, float]:
-    """Images a second of a whole training step on an H200: the step's arithmetic over 40 % of the measured roofline."""
+    """Images per second of a training step on an H200: the step's arithmetic over 40 % of the measured roofline."""
     rates = {}
     for model in ("resnet50", "convnext_base"):
         forward = 2 * total(count_network(build(model, [224], 0.6, 768, None))).sparse
@@ -250,11 +249,11 @@ def gpu_rates() -> dict[str, float]:
 
 
 def scale_rows(rates: dict[str, float], images_per_core: float = 300.0) -> list[dict[str, Any]]:
-    """What pretraining a ResNet-50 takes, by arithmetic.
+    """Computes the time and cores for pretraining a ResNet-50.
 
     Args:
-        rates: images a second of a GPU.
-        images_per_core: that a server's core decodes and crops in a second, of ImageNet's usual size.
+        rates: images per second of a GPU.
+        images_per_core: images of ImageNet's usual size that a server's core decodes and crops per second.
     """
     rows = []
     for name, images, epochs in (("ImageNet-1k", 1_281_167, RECIPES["spark"].defaults["epochs"]), ("100 M images", 10**8, 20)):

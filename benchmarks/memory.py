@@ -1,19 +1,18 @@
-"""How many images of a training step fit into a GPU's memory, and what it costs to compute the encoder's blocks twice.
+"""Estimates the largest batch that fits into a GPU's memory, and measures the cost of recomputing the encoder's blocks.
 
     python -m benchmarks.memory --json benchmarks/results/memory.json
     python -m benchmarks.memory --model timm:convnextv2_base --recipe fcmae --gpu 40
 
-The most bytes of tensors that are alive in forward and backward pass are counted at two batch sizes. They lie on a line: what
-does not depend on the batch (gradients of the weights, above all), and bytes per image. A third batch, twice the larger one,
-shows how far the line is off. To it come the weights and the optimiser's two moments, 4 bytes each, and what is set aside for
-CUDA, cuDNN and gaps between tensors (`--reserve`, an assumption). What is left of a GPU's memory, in units of 10^9 bytes,
-divided by the bytes per image, is the largest batch.
+The peak of tensors' bytes in forward and backward pass is measured at two batch sizes. They define a line: fixed bytes (mostly
+gradients of weights) plus bytes per image. A third batch, twice the larger one, shows the line's error. Weights and the
+optimiser's two moments add 4 bytes each, and `--reserve` is an assumption for CUDA, cuDNN and gaps between tensors. The rest of
+a GPU's memory, in units of 10^9 bytes, divided by the bytes per image, is the largest batch.
 
-Counted is on the CPU, in bf16 by autocast, with the operators as they run on CUDA: there no layer waits for what follows it,
-see sparkme/sparse/fusion, so more is kept than in a run on the CPU.
+Memory is counted on the CPU, in bf16 by autocast, with the operators of CUDA. These keep more tensors than the CPU's fusions
+(see sparkme/sparse/fusion).
 
-Ways, of an encoder: `cuda_ext`; `twice`, the same with `--checkpoint-activations`; and `masked-dense`. The decoder is the same.
-Steps of the first two are timed in turns on the CPU, at the smaller batch size and with all its operators.
+Encoders: `cuda_ext`; `twice`, the same with `--checkpoint-activations`; and `masked-dense`. The decoder is the same. Steps of
+the first two are timed in turns on the CPU, at the smaller batch size and with all of the CPU's operators.
 
 The JSON file has `cases`: model, recipe, way, `parameters`, `bytes` {images: most bytes}, `fixed_bytes`, `bytes_per_image`,
 `off` (of the third batch: measured over the line, less 1), `largest_batch` {GB: images}, `step_s` (median, in seconds).
@@ -111,7 +110,7 @@ def arrange(model: MaskedAutoencoder, way: str, *, as_on_cuda: bool) -> None:
     if way != "masked-dense" and as_on_cuda:
         model.encoder.engine = AsOnCuda()
     if way == "twice" and not model.encoder.checkpoint_blocks():
-        raise UserError("a network without rows of blocks cannot compute them twice")
+        raise UserError("a network without rows of blocks cannot recompute them")
 
 
 def step(model: MaskedAutoencoder, images: int, args: argparse.Namespace) -> None:
@@ -149,7 +148,7 @@ def count(name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_steps(name: str, args: argparse.Namespace) -> list[float]:
-    """Of the first two ways, in turns."""
+    """Times steps with and without recomputation, in turns."""
     models = []
     for way in WAYS[:2]:
         models.append(create_network(name, args))
@@ -168,7 +167,7 @@ def print_table(cases: list[dict[str, Any]], args: argparse.Namespace) -> None:
     case = cases[0]
     print(f"\n{case['model']}, {case['recipe']}, {args.input_size} pixels, bf16, {case['parameters'] / 1e6:.1f} M weights")
     fits = "".join(f"{f'fit into {gb:g} GB':>17s}" for gb in args.gpu)
-    print(f"  {'':13s}{'fixed':>10s}{'an image':>11s}{'off':>8s}{fits}{'a step here':>15s}")
+    print(f"  {'':13s}{'fixed':>10s}{'per image':>11s}{'error':>8s}{fits}{'step here':>15s}")
     for case in cases:
         batches = "".join(f"{images:>17d}" for images in case["largest_batch"].values())
         seconds = f"{1e3 * case['step_s']:12.0f} ms" if "step_s" in case else ""

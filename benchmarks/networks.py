@@ -1,24 +1,24 @@
-"""Tries networks by name: which can be pretrained, whether they are right, and what sparsity saves in each.
+"""Tests networks by name: whether they can be pretrained, whether they are correct, and what sparsity saves.
 
     python -m benchmarks.networks --json benchmarks/results/networks.json     # all of them: about 40 minutes on two cores
     python -m benchmarks.networks resnet18 timm:resnetv2_50 --json /dev/null  # some
     python -m benchmarks.networks --write                                     # from the JSON: docs/networks.md, networks.txt
 
-The names are every convolutional classification network of torchvision, and of timm at least one of every family (file of its
-models) that is convolutional. A network is `supported` when `sparkme.sparsify` takes it and all of these hold, with random
-weights, norms and layer scales, in float64, to 1e-10 of the largest value (above 300 million parameters in float32, to 1e-4;
-there a ReLU whose input is within rounding of zero may flip, so engines may differ by 1e-2 and gradients by 0.1):
+It tests every convolutional classification network of torchvision, and at least one of each convolutional family (file of
+models) of timm. A network is `supported` if `sparkme.sparsify` accepts it and the following holds. Weights, norms and layer
+scales are random. Errors are relative to the largest value, and at most 1e-10 in float64. Above 300 million parameters the
+dtype is float32, with at most 1e-4; a ReLU may flip there, so engines may differ by 1e-2 and gradients by 0.1.
 
-- a whole image gives the features that the dense network gives, at every stride, in eval mode;
-- the three engines give the same features and the same gradients of all parameters with half of the patches hidden, in
-  eval mode; and in training mode to 1e-6, since batch norms over the few pixels of a small image amplify rounding;
-- NaN in the hidden pixels changes no bit of any engine's features;
-- the weights come back under the dense network's names, bit for bit.
+- With all patches visible, the features equal those of the dense network, at every stride, in eval mode.
+- With half of the patches hidden, the three engines compute the same features and gradients of all parameters in eval mode;
+  in training mode to 1e-6, since batch norms over the few pixels of a small image amplify rounding.
+- NaN in hidden pixels does not change any engine's features.
+- The weights come back under the dense network's names, bit for bit.
 
-The maps are compared with timm's `feature_info` where a network has one: `equal`, `later` where ours lies behind timm's at
-the same stride (as behind the last convolution of an EfficientNet, which is pretrained, too), or `earlier` (timm reads some
-inside of a block). GFLOP are 2 x MAC of the encoder's convolutions and linear layers, forward, 224 pixels, 20 of 49 patches
-of 32 pixels visible (or as many, where patches are larger); `sparse` is the submanifold count of benchmarks/flops.py.
+The maps are compared with timm's `feature_info` if a network has it: `equal`, `later` (ours lies behind timm's at the same
+stride, such as behind the last convolution of an EfficientNet), or `earlier` (timm's lies inside a block). GFLOP are 2 x MAC of
+the encoder's convolutions and linear layers, forward, at 224 pixels, with 20 of 49 patches of 32 pixels visible (the same share
+of larger patches); `sparse` is the submanifold count of benchmarks/flops.py.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ LIMITS = {
 LARGE = 300e6  # parameters
 ENGINES = ("cuda_ext", "minkowski", "masked-dense")
 
-# Why a network is refused, for people, by what the message says.
+# Reasons of refusals, and the part of the message that identifies each.
 REASONS = {
-    "its strided layers are not padded": "cannot be aligned to a grid of patches",
-    "it takes one size of images only": "cannot be run as model(images)",
-    "a layer mixes pixels or images in a way that has no sparse form, such as attention": "has no sparse form",
+    "strided layers without padding": "cannot be aligned to a grid of patches",
+    "a fixed image size": "cannot be run as model(images)",
+    "a layer without a sparse form, which mixes pixels or images, such as attention": "has no sparse form",
 }
 
-# Not convolutional, by the file of torchvision's that they are in.
+# torchvision's files of networks that are not convolutional.
 TRANSFORMERS = ("vision_transformer", "swin_transformer", "maxvit")
 
-# timm's convolutional families, with one or more networks of each, and at the end some that mix convolution with attention.
+# One or more networks of each convolutional family of timm, and at the end some that mix convolution with attention.
 TIMM = """
 convnext_atto convnext_atto_ols convnext_atto_rms convnext_tiny convnext_tiny_hnf convnext_large_mlp convnextv2_atto
 convnextv2_tiny convnextv2_base convmixer_768_32 cs3darknet_s cs3darknet_focus_s cs3sedarknet_l cspdarknet53 cspresnet50
@@ -90,7 +90,7 @@ MIXED = TIMM[TIMM.index("caformer_s18") :]
 
 
 def names() -> list[str]:
-    """Every name that is tried, as --model takes them."""
+    """The names of all tested networks, as for --model."""
     models = torchvision.models
     ours = [
         n for n in models.list_models(models) if models.get_model_builder(n).__module__.rpartition(".")[2] not in TRANSFORMERS
@@ -99,14 +99,14 @@ def names() -> list[str]:
 
 
 def family(name: str) -> str:
-    """The library and its file of models that a network is in: `timm resnetv2`."""
+    """The library and the file of models that defines a network, such as `timm resnetv2`."""
     if name.startswith("timm:"):
         return "timm " + timm.model_entrypoint(name[5:]).__module__.rpartition(".")[2]
     return "torchvision " + torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
 
 
 def is_mixed(name: str) -> bool:
-    """Whether convolutions are mixed with attention."""
+    """Whether the network mixes convolution with attention."""
     return name.removeprefix("timm:") in MIXED
 
 
@@ -167,13 +167,13 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """What the head of this file says, of one network."""
+    """Tests one network; the result is that of the module's docstring."""
     started = time.monotonic()
     result: dict[str, Any] = {"family": family(name), "supported": False}
     try:
         result |= _examine(name)
         result["supported"] = True
-    except Exception as error:  # whatever a network comes up with is a result, too
+    except Exception as error:  # any failure of a network is a result
         kind = "" if isinstance(error, ValueError | ArithmeticError) else f"{type(error).__name__}: "
         result["reason"] = kind + first_line(error)
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -191,7 +191,7 @@ def _examine(name: str) -> dict[str, Any]:
     state = encoder.dense_state_dict()
     theirs = model.state_dict()
     if not all(torch.equal(value, theirs[key]) for key, value in state.items()):
-        raise ArithmeticError("the weights do not come back as they went in")
+        raise ArithmeticError("the exported weights differ from the network's")
 
     patch = encoder.patch
     images = torch.randn(2, encoder.in_channels, 2 * patch, 3 * patch, dtype=dtype)
@@ -216,7 +216,7 @@ def _examine(name: str) -> dict[str, Any]:
     buffers = {key: value.clone() for key, value in encoder.named_buffers()}
     for training in (False, True):
         first: tuple[list[Tensor], list[Tensor]] | None = None
-        factors: list[Tensor] = []  # the same for all engines: the cosine of a large number would show its last digits
+        factors: list[Tensor] = []  # shared by all engines, since the cosine of a large number amplifies rounding
         for engine in ENGINES:
             encoder.train(training).set_engine(engine).zero_grad()
             torch.manual_seed(1)
@@ -259,7 +259,7 @@ def _examine(name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Gives norms, layer scales and their like values that are not the identity, so that an error in them would show."""
+    """Randomises norms, layer scales and similar parameters, since their initial values would hide an error."""
     for key, value in model.state_dict().items():
         if not value.is_floating_point():
             continue
@@ -276,7 +276,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 
 
 def compare_feature_info(model: nn.Module, encoder: Any) -> str | dict[str, str] | None:
-    """Our maps and those that timm declares for a network, see the head; None where it declares none."""
+    """Compares our maps with timm's `feature_info`, see the module's docstring; None if there is none."""
     if not hasattr(model, "feature_info"):
         return None
     info: Any = model.feature_info
@@ -328,7 +328,7 @@ def count(encoder: Any) -> dict[str, float]:
 
 
 def write(path: Path) -> int:
-    """Writes the names that are supported, and the table of families in docs/networks.md."""
+    """Writes the names of supported networks, and the table of families in docs/networks.md."""
     if not path.is_file():
         raise UserError(f"--json {path} does not exist; run python -m benchmarks.networks first")
     networks: dict[str, Any] = json.loads(path.read_text())["networks"]
@@ -337,19 +337,19 @@ def write(path: Path) -> int:
     text = PAGE.read_text()
     begin, end = "<!-- networks:begin -->", "<!-- networks:end -->"
     if begin not in text or end not in text:
-        raise UserError(f"{PAGE.name} has no {begin} and {end} to put the table between")
+        raise UserError(f"{PAGE.name} lacks the lines {begin} and {end}, which enclose the table")
     PAGE.write_text(text.partition(begin)[0] + f"{begin}\n{markdown(networks)}\n{end}" + text.partition(end)[2])
     print(f"wrote {PACKAGED.name} and the table in {PAGE.name}")
     return 0
 
 
 def markdown(networks: dict[str, Any]) -> str:
-    """A row for each family: how many are supported, or why not; largest error; size and GFLOP of the first."""
+    """A table of families: tested and supported networks, largest error, size and GFLOP of the first; and the refusals."""
     groups: dict[str, list[str]] = {}
     for name, result in networks.items():
         groups.setdefault(result["family"] + (" (with attention)" if is_mixed(name) else ""), []).append(name)
     lines = [
-        "| family | tried | supported | largest error | for example | parameters | GFLOP dense | GFLOP sparse |",
+        "| family | tested | supported | largest error | example | parameters | GFLOP dense | GFLOP sparse |",
         "|---|---:|---:|---:|---|---:|---:|---:|",
     ]
     refused = []
@@ -366,7 +366,7 @@ def markdown(networks: dict[str, Any]) -> str:
         else:
             row += " | | | | |"
         lines.append(row)
-    lines += ["", "Refused, by the name of the layer and with what can be done (the words are in the JSON file):", ""]
+    lines += ["", "Networks are refused for one of these reasons. The message names the layer and a remedy:", ""]
     for reason, phrase in REASONS.items():
         names = [f"`{name}`" for name in refused if phrase in networks[name]["reason"]]
         lines += [f"- {reason}: {', '.join(names)}"] if names else []

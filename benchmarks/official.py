@@ -1,26 +1,25 @@
-"""The published algorithms of SparK and FCMAE, for comparison: dense layers and masks between them, in float32 and NCHW.
+"""The published algorithms of SparK and FCMAE, for comparison: dense layers with masks, in float32 and NCHW.
 
-Written from the descriptions of the methods (Tian et al., ICLR 2023; Woo et al., ConvNeXt V2, CVPR 2023, section 3) and of
-SparK's official implementation, keyu-tian/SparK; no code is copied. What makes them what they are, and what it costs, is kept.
-In both the mask of a map's size is expanded from one entry per patch at every layer anew, and the loss is computed on all
-patches and masked at the end.
+They follow the papers (Tian et al., ICLR 2023; Woo et al., ConvNeXt V2, CVPR 2023, section 3) and a description of SparK's
+official implementation, keyu-tian/SparK; no code is copied. Operations and their cost are kept. In both, every layer expands
+the mask from patches to its map's size, and the loss is computed on all patches and masked at the end.
 
 SparK:
 
-- a convolution or pooling computes the whole map, which is then multiplied with the mask;
-- a norm looks for the visible pixels with `nonzero`, gathers them as (N, C) rows, normalises these, and writes them into
-  a tensor of zeros by index;
-- densify writes mask tokens with `where` over the whole map.
+- A convolution or pooling computes the whole map, which is then multiplied by the mask.
+- A norm finds the visible pixels with `nonzero`, gathers them as (N, C) rows, normalises these, and writes them into a tensor
+  of zeros by index.
+- Densify writes mask tokens with `where` over the whole map.
 
-FCMAE, by masked dense convolutions, as the paper has it where there is no library of sparse ones:
+FCMAE, by masked dense convolutions, the paper's alternative to a library of sparse ones:
 
-- a map is multiplied with the mask before and after each convolution, with one of 1x1 after it only;
-- layer norms, linear layers and GELU compute every pixel, and the mask comes after each residual branch;
-- the norm in GRN is over each image's visible pixels, for which another mask hides the rest. MinkowskiEngine's takes it
-  over the whole batch; this one is that of `sparkme.FCMAE`, and the work is the same;
-- mask tokens are added in by products with the mask.
+- A map is multiplied by the mask before and after each convolution, but only after a 1x1 convolution.
+- Layer norms, linear layers and GELU compute every pixel, and the mask follows each residual branch.
+- GRN takes its norm over each image's visible pixels, with another mask for the others, like `sparkme.FCMAE`. MinkowskiEngine's
+  GRN takes it over the whole batch, with the same work.
+- Mask tokens are added by products with the mask.
 
-`OfficialSparK` and `OfficialFCMAE` take their weights from a `sparkme.SparK` and a `sparkme.FCMAE`, and give the same loss and
+`OfficialSparK` and `OfficialFCMAE` copy the weights of a `sparkme.SparK` and a `sparkme.FCMAE`, and compute the same loss and
 gradients.
 """
 
@@ -46,7 +45,7 @@ from sparkme.sparse.hierarchy import ReachedDeepest, attach
 
 
 class Visibility:
-    """The mask of the current batch, which all layers of one network share."""
+    """The mask of the current batch, shared by all layers of a network."""
 
     def __init__(self) -> None:
         self.active: Tensor | None = None
@@ -58,7 +57,7 @@ class Visibility:
         return self.active.repeat_interleave(h // f_h, dim=2).repeat_interleave(w // f_w, dim=3)
 
     def indices(self, h: int, w: int) -> tuple[Tensor, ...]:
-        """Where the visible pixels are: (sample, y, x), each (N,) int64. Waits for the device."""
+        """Indices of the visible pixels: (sample, y, x), each (N,) int64. Waits for the device."""
         return self.pixels(h, w).squeeze(1).nonzero(as_tuple=True)
 
     def hide(self, x: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class Visibility:
 
 
 class _Masked(nn.Module):
-    """A dense layer, and a mask behind it, or also one before it."""
+    """A dense layer with a mask behind it, and optionally one before it."""
 
     def __init__(self, layer: nn.Module, visibility: Visibility, *, before: bool = False) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ class _RowNorm(nn.Module):
 
 
 class _ChannelNorm(nn.Module):
-    """A layer norm at every pixel of an NCHW map, in that memory order, and a mask behind it."""
+    """A layer norm at every pixel of an NCHW map, in that memory order, with a mask behind it."""
 
     def __init__(self, norm: nn.LayerNorm, visibility: Visibility) -> None:
         super().__init__()
@@ -158,7 +157,7 @@ class _ConvNeXtBlock(nn.Module):
 
 
 def _replaced(layer: nn.Module, form: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """What stands in for a layer of the dense network or, where that is nothing, for its parts."""
+    """Replaces a layer of the dense network or, if it has no replacement, its children."""
     if (replacement := form(layer)) is not None:
         return replacement
     for name, child in layer.named_children():
@@ -176,7 +175,7 @@ def _batch_norm_of_rows(norm: nn.BatchNorm2d) -> nn.BatchNorm1d:
 
 
 class Official(nn.Module):
-    """What both share: an encoder with the weights of a model of sparkme, as copies in the dense layout and in NCHW memory.
+    """The common base: an encoder with copied weights of a model of sparkme, in the dense layout and in NCHW memory.
 
     Args:
         name: of the encoder, see `sparkme.networks.create.create_dense`.
@@ -226,7 +225,7 @@ class Official(nn.Module):
         return maps
 
     def gradients(self, model: MaskedAutoencoder) -> dict[str, Tensor]:
-        """The gradients that this network has, under the names and in the layout of `model`'s parameters."""
+        """This network's gradients, with the names and the layout of `model`'s parameters."""
         found = _gradients({name.replace(".layer.", "."): p for name, p in self.named_parameters()})
         found = {name: gradient for name, gradient in found.items() if not name.startswith("network.")}
         twin = copy.deepcopy(model.encoder)  # takes the gradients in the place of its weights
@@ -234,7 +233,7 @@ class Official(nn.Module):
         return found | {f"encoder.{name}": parameter.detach() for name, parameter in twin.named_parameters()}
 
     def _form(self, layer: nn.Module) -> nn.Module | None:
-        """What stands in for a layer of the dense network, with the same parameters; None where the layer stays."""
+        """The replacement of a layer of the dense network, with the same parameters; None if the layer stays."""
         if isinstance(layer, CNBlock):
             depthwise, _, norm, expand, activation, reduce, _ = layer.block
             parts = depthwise, norm, nn.Sequential(expand, activation, reduce)
@@ -258,7 +257,7 @@ class Official(nn.Module):
         return len(self.maps) == len(self.taps)
 
     def _predict(self, maps: list[Tensor]) -> Tensor:
-        """From the encoder's maps to (B, L, p * p * C), ordered as `_patches` has it."""
+        """The encoder's maps to (B, L, p * p * C), in the order of `_patches`."""
         raise NotImplementedError
 
 
@@ -336,7 +335,7 @@ def create_official(name: str, model: MaskedAutoencoder) -> Official:
 
 
 def _fresh(projection: nn.Module) -> nn.Module:
-    """A copy in NCHW memory. The memory order of a 1x1 weight is ambiguous, so it is copied into a new layer."""
+    """A copy in NCHW memory, in a new layer, since the memory order of a 1x1 weight is ambiguous."""
     if not isinstance(projection, nn.Conv2d):
         return nn.Identity()
     out_channels, in_channels, kernel_size, _ = projection.weight.shape

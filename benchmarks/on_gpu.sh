@@ -214,7 +214,7 @@ main() {
     case " $ALL_STEPS " in
       *" $step "*) ;;
       *)
-        echo "error: unknown step $step; choose of $ALL_STEPS" >&2
+        echo "error: unknown step $step; choose from $ALL_STEPS" >&2
         return 2
         ;;
     esac

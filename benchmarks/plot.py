@@ -1,11 +1,11 @@
-"""Turns the numbers of benchmarks.throughput and benchmarks.flops into tables and pictures.
+"""Makes tables and pictures of the results of benchmarks.throughput and benchmarks.flops.
 
     python -m benchmarks.plot                                      # all of benchmarks/results/, tables to stdout
     python -m benchmarks.plot --page docs/speed.md --summary README.md     # tables between the marks of both
     python -m benchmarks.plot h200.json --pictures /tmp            # one file
 
-Of each file of times: NAME_times.png, bars of the contenders' times for encoder and step; and, where it has three mask
-ratios or more, NAME_sweep.png, how many times faster cuda_ext is than the tuned masked-dense, over the mask ratio.
+Each file of times gives NAME_times.png, bars of the contenders' times for encoder and step. With three mask ratios or more it
+also gives NAME_sweep.png, the speed-up of cuda_ext over the tuned masked-dense against the mask ratio.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def read_page(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """What stands before and after the marks."""
+    """The text before and after the marks."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -118,7 +118,7 @@ def read_page(path: Path, begin: str, end: str) -> tuple[str, str]:
     before, found, rest = text.partition(begin)
     _, also_found, after = rest.partition(end)
     if not found or not also_found:
-        raise UserError(f"{path} lacks the lines {begin} and {end}; put them where the tables shall go")
+        raise UserError(f"{path} lacks the lines {begin} and {end}, which enclose the tables")
     return before, after
 
 
@@ -163,7 +163,7 @@ def is_sweep(cases: list[dict[str, Any]]) -> bool:
 
 
 def throughput_tables(name: str, record: dict[str, Any]) -> list[str]:
-    """One table for each kind of work, method, precision, size and batch of a file."""
+    """A table for each kind of work, method, precision, size and batch of a file."""
     blocks = []
     same = ("what", "precision", "compile", "input_size", "batch_size")
     for cases in grouped(record["cases"], lambda case: (method(case), *(case[key] for key in same))).values():
@@ -191,7 +191,7 @@ def hardware(record: dict[str, Any]) -> str:
 
 
 def method(case: dict[str, Any]) -> str:
-    """The method and the width of its decoder; nothing for a case of an older file, which does not say."""
+    """The method and its decoder's width; empty for a case of an older file without them."""
     return f"{RECIPES[case['recipe']].name}, decoder width {case['decoder_width']}" if "recipe" in case else ""
 
 
@@ -228,7 +228,7 @@ def times_table(cases: list[dict[str, Any]]) -> str:
 
 
 def summary(records: dict[str, dict[str, Any]]) -> str:
-    """A row for each model of `ROWS`: how many times as fast as the tuned masked-dense, and as the official algorithm."""
+    """A row for each model of `ROWS`: speed relative to the tuned masked-dense, and to the official algorithm."""
     rows = []
     for name, what, kind_of_number in ROWS:
         for case in records.get(name, {}).get("cases", []):
@@ -239,7 +239,7 @@ def summary(records: dict[str, dict[str, Any]]) -> str:
             work = "encoder" if what == "encoder" else f"whole step of {RECIPES[case['recipe']].name}"
             words = f"{work}, {case['model']}: {hardware(records[name])}, {precision(case)}"
             rows.append([words, *ratios, f"{memory[0] / memory[1]:.2f}"])
-    return markdown(["", "x masked dense", "x official", "activation memory / masked dense"], rows)
+    return markdown(["", "speed-up over masked dense", "over official", "activation memory / masked dense"], rows)
 
 
 def milliseconds(seconds: float) -> str:
@@ -248,7 +248,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def sweep_table(cases: list[dict[str, Any]]) -> str:
-    """A row for each mask ratio: how many times faster cuda_ext is than the tuned masked-dense."""
+    """A row for each mask ratio: the speed-up of cuda_ext over the tuned masked-dense."""
     models = list(grouped(cases, lambda case: case["model"]))
     rows = []
     for ratio, of_ratio in grouped(cases, lambda case: case["mask_ratio"]).items():
@@ -257,7 +257,7 @@ def sweep_table(cases: list[dict[str, Any]]) -> str:
         for model in models:
             cells += sweep_cells(found.get(model, {}))
         rows.append(cells)
-    header = [text for model in models for text in (f"{model}: `cuda_ext` ms", "tuned masked-dense ms", "faster by")]
+    header = [text for model in models for text in (f"{model}: `cuda_ext` ms", "tuned masked-dense ms", "speed-up")]
     return markdown(["mask ratio", *header], rows)
 
 
@@ -297,7 +297,7 @@ def flops_table(name: str, record: dict[str, Any]) -> str:
 
 
 def draw(stem: str, record: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws what a file of times has. Returns the pictures."""
+    """Draws the pictures of a file of times, and returns their paths."""
     import matplotlib  # noqa: PLC0415  (once something is drawn)
 
     matplotlib.use("Agg")
@@ -325,7 +325,7 @@ def draw_all(stem: str, record: dict[str, Any], folder: Path) -> Iterator[Path]:
 
 def describe_picture(path: Path) -> str:
     if path.stem.endswith("_sweep"):
-        return "How many times faster cuda_ext is than the tuned masked-dense, over the mask ratio"
+        return "Speed-up of cuda_ext over the tuned masked-dense against the mask ratio"
     return "Time of each contender, shorter is better"
 
 

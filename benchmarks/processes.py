@@ -1,11 +1,11 @@
-"""Images per second of two processes over those of one, each with a thread of its own, by gloo.
+"""Compares images per second of two processes with those of one, with a thread per process and gloo.
 
     python -m benchmarks.processes --json benchmarks/results/processes.json
     python -m benchmarks.processes --recipe fcmae --batch-size 16
 
-torchrun starts sparkme.pretrain on scikit-image's photographs, in turns with one process and with two; each has `--batch-size`
-images in a step. Of a run's metrics the rate of every step after the second counts. Every process has one thread and loads its
-images by itself, so with as many cores as processes the ratio shows what talking to each other costs, and sharing a memory.
+torchrun starts sparkme.pretrain on scikit-image's photographs, with one and two processes in turns, each with `--batch-size`
+images per step. Rates are those of a run's steps after the second. Every process has one thread and loads its own images. With
+as many cores as processes, the ratio shows the cost of communication and of sharing memory.
 
 The JSON file has `cases`: recipe, model, images_per_process, `images_per_s` {processes: [of every step]}, `ratio` of the
 medians.
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def processes(args: argparse.Namespace, words: list[str]) -> int:
     if unknown := [name for name in args.recipe if name not in METHODS]:
-        raise UserError(f"--recipe {' '.join(unknown)} is unknown; choose of {', '.join(METHODS)}")
+        raise UserError(f"--recipe {' '.join(unknown)} is unknown; choose from {', '.join(METHODS)}")
     if args.steps <= WARM_UP or args.turns < 1 or args.batch_size < 1:
         raise UserError(f"--steps must be more than {WARM_UP}, --turns and --batch-size positive")
     with user_errors(), torch.device("meta"):
@@ -80,7 +80,7 @@ def processes(args: argparse.Namespace, words: list[str]) -> int:
                 rates.setdefault(str(count), []).extend(run(recipe, model, count, args))
         medians = [statistics.median(values) for values in rates.values()]
         print(
-            f"{recipe}, {model}, {args.batch_size} images a process, {args.precision}: {medians[0]:.2f} images/s with one, "
+            f"{recipe}, {model}, {args.batch_size} images per process, {args.precision}: {medians[0]:.2f} images/s with one, "
             f"{medians[1]:.2f} with two, {medians[1] / medians[0]:.2f} times as many",
             flush=True,
         )
@@ -98,11 +98,7 @@ def processes(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def run(recipe: str, model: str, count: int, args: argparse.Namespace) -> list[float]:
-    """Images per second of each step of a run, after the first ones.
-
-    Raises:
-        UserError: the run fails; with the end of what it said.
-    """
+    """Images per second of each step of a run, after the first ones. Raises UserError with the last output if the run fails."""
     images = count * args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         command = [

@@ -1,4 +1,4 @@
-"""Peak memory and idle time of a piece of work, for benchmarks.throughput. Each runs it apart from the timed rounds."""
+"""Peak memory and idle time for benchmarks.throughput, measured apart from the timed rounds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors that were alive at once during `work`, above what was alive before it.
+    """Peak bytes of tensors during `work`, above those before it. The result of `work` counts until the end.
 
-    On CUDA, the allocator's own record; else every allocation and release that torch makes, in their order. What
-    libraries allocate by themselves (oneDNN's scratch space, MinkowskiEngine's hash tables on the CPU) is not seen.
-    What `work` returns is alive until the end.
+    On CUDA it is the allocator's record, else the sum of all allocations and releases by torch. Memory of libraries (oneDNN's
+    scratch space, MinkowskiEngine's hash tables on the CPU) is not included.
     """
     gc.collect()
     if device.type == "cuda":
@@ -40,10 +39,10 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def gpu_times(step: Callable[[], Any], steps: int = 8) -> dict[str, float]:
-    """How much of a step the GPU works, when steps follow each other without waiting, as in training.
+    """The GPU's share of work in a step, while steps follow each other without waiting, as in training.
 
-    The busy time is the union of the profiler's kernels, copies and fills. The time of a step is measured without the
-    profiler, which would slow the host down.
+    Busy time is the union of the profiler's kernels, copies and fills. The time of a step is measured without the profiler,
+    which would slow the host down.
 
     Returns:
         `step_s` and `busy_s`, seconds per step, and `idle_share`, 1 - busy / step.
@@ -69,7 +68,7 @@ def gpu_times(step: Callable[[], Any], steps: int = 8) -> dict[str, float]:
 
 
 def union_length(intervals: Iterable[tuple[int, int]]) -> int:
-    """Length of what (start, end) intervals cover, overlaps counted once."""
+    """Length of the union of (start, end) intervals."""
     covered, reached = 0, None
     for start, end in sorted(intervals):
         if reached is None or start > reached:
@@ -97,5 +96,5 @@ def _events(record: profile) -> list[Any]:
 
 
 def _is_annotation(event: Any) -> bool:
-    """Spans that the profiler lays over kernels, such as that of an optimiser's step, are no work of the GPU."""
+    """Whether a span only annotates kernels, such as that of an optimiser's step."""
     return bool(event.is_user_annotation()) or event.name().startswith(("Optimizer.", "ProfilerStep"))

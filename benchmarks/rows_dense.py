@@ -1,8 +1,8 @@
-"""What plain PyTorch can do without kernels of its own: the fairest peer of sparse operators on the CPU.
+"""A sparse engine in plain PyTorch, without own kernels: the fairest comparison for sparse operators on the CPU.
 
-Layers of one pixel (1x1 convolutions, linear layers, norms, activations) compute on the rows of visible pixels. Where
-windows overlap, rows are copied into a dense map with zeros at hidden pixels, which an ordinary convolution takes, and
-what is visible of its output is copied out again.
+Pointwise layers (1x1 convolutions, linear layers, norms, activations) compute on the rows of visible pixels. For layers with
+overlapping windows, rows are copied into a dense map with zeros at hidden pixels, an ordinary convolution runs on it, and the
+visible part of its output is copied back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparkme.sparse.window import Window
 
 
 class RowsDenseEngine(RowEngine):
-    """Rows between layers; convolutions and pooling with windows on dense maps."""
+    """The engine: rows between layers, dense maps for convolutions and pooling with windows."""
 
     name = "rows-dense"
     bf16 = True
@@ -49,5 +49,5 @@ class RowsDenseEngine(RowEngine):
 
 
 def _pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, L, C) times (C_out, C, 1, 1), as a convolution, for the reason given in the engine masked-dense."""
+    """(B, L, C) times (C_out, C, 1, 1), as a convolution, for the reason in the engine masked-dense."""
     return F.conv2d(rows.transpose(1, 2).unsqueeze(3), weight, bias).squeeze(3).transpose(1, 2)

@@ -1,11 +1,11 @@
-"""Which settings of pretraining suit a small set? Short runs with one setting changed, ranked by what their features tell.
+"""Compares settings of pretraining for small data sets: short runs with one setting changed, ranked by their frozen features.
 
     python -m benchmarks.small_data --json benchmarks/results/small_data.json              # emoji by npm, TRIALS
     python -m benchmarks.small_data --data labelled/ --trial "--crop-scale 0.35" --json mine.json
 
-The loss does not rank recipes (a larger decoder or an easier mask lowers it), so `sparkme.probe` does: on images that were not
-pretrained on, at the last map, from all labels and from ten a class. The images are parted as benchmarks.transfer does it. A
-trial that is in --json already is not run again; more can be added to the file.
+The loss cannot rank recipes (a larger decoder or an easier mask lowers it). So `sparkme.probe` does, at the last map, on images
+outside pretraining, with all labels and with ten per class. The split is that of benchmarks.transfer. Trials in the --json file
+are not repeated; others are added to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.flops import provenance
 from sparkme.errors import run_command
 
 BASE = "--epochs 20 --decoder-width 64"
-TRIALS = (  # of about as much computation each
+TRIALS = (  # about equal computation
     "",
     "--crop-scale 0.35",
     "--mask-ratio 0.45",
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def search(args: argparse.Namespace) -> int:
-    """Runs what is not in the file yet. Returns the exit code."""
+    """Runs trials that the file lacks. Returns the exit code."""
     transfer.check_parts(args)
     args.work.mkdir(parents=True, exist_ok=True)
     extra: dict[str, list[Path]] = {}
@@ -102,9 +102,9 @@ def search(args: argparse.Namespace) -> int:
 
 
 def trial(flags: str, data: Path, table: Path, images: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Pretrains with these flags and measures: minutes and loss, and the scores of the last map."""
+    """Pretrains with these flags. Returns minutes, loss, and the scores of the last map."""
     folder = args.work / "-".join(["run", *(flags.replace("--", "").split() or ["base"])])
-    # A flag that comes twice counts as it stands last.
+    # Of a repeated flag the last one counts.
     own = ["--model", args.model, "--input-size", args.input_size, *args.base.split(), *flags.split()]
     transfer.run("sparkme.pretrain", "--data", images, "--output", folder, *own, quiet=True, threads=1)
     checkpoint = folder / "checkpoints" / "last.pt"
@@ -128,7 +128,7 @@ def probe_last(checkpoint: Path, data: Path, table: Path, draws: int, *words: ob
 
 
 def line(record: dict[str, Any]) -> str:
-    """A trial for people."""
+    """A trial as a line of text."""
     few, every = record["ten_labels_a_class"], record["all_labels"]
     return (
         f"{record['minutes']:5.1f} min  loss {record['loss']:.3f}  ten a class: kNN {100 * few['knn']:.1f} linear "

@@ -1,25 +1,21 @@
-"""Kills a run again and again, without warning, and compares what it comes to with a run that nothing disturbed.
+"""Kills a run repeatedly with SIGKILL, and compares its result with that of an undisturbed run.
 
     python -m benchmarks.survive                                               # 50 kills, about 10 minutes on 2 cores
     python -m benchmarks.survive --kills 5 --json survive.json
 
-A small run of a ResNet is started, on the CPU or on one GPU, with processes that load images and with a checkpoint being
-written most of the time. It gets SIGKILL, which no program can catch, and is started again by the same command, until it is
-done. The kills are spread over its steps: half of them as soon as a step is done, the other half while a checkpoint is being
-written (a file that ends in `.writing` is there), and every tenth while the command starts. After each the folder is read:
-the newest checkpoint with its sums, every line of the metrics, and what `sparkme.report` makes of it.
+A small ResNet trains on the CPU or one GPU, with loader processes, and writes a checkpoint most of the time. After each SIGKILL
+the same command starts it again, until it is done. Kills are spread over its steps: half of them right after a step, the other
+half while a checkpoint is written (a file that ends in `.writing` exists), and every tenth while the command starts. After each
+kill the folder is read: the newest checkpoint with its checksums, every line of the metrics, and the page of `sparkme.report`.
 
-At the end the losses of all steps and the last checkpoint, weights and optimiser, have to equal those of the undisturbed run
-bit for bit.
-
-Then a ResNet-50 at 224 pixels, with SparK's decoder and LAMB's state, is saved: how long a step stops for it, and how long
-writing takes meanwhile.
+At the end the losses of all steps and the last checkpoint (weights and optimiser) must equal those of the undisturbed run bit
+for bit. Then a ResNet-50 at 224 pixels, with SparK's decoder and LAMB's state, is saved, to measure how long a step stops for
+it and how long writing takes meanwhile.
 
 The JSON file has `kills` (all, after the session's first step, while a checkpoint was written), `restarts`, `steps`, `redone`
-(steps that were done again), `losses_equal`, `checkpoint_equal`, `unreadable` (what could not be read after a kill),
-`longest_stop_ms` and `median_stop_ms` (of a step for a save, in the small run) and `saving` (of the ResNet-50: `once_ms` to
-take the memory for the copy, `stop_ms` of each save, `written_s` meanwhile). The exit code is 1 where anything differs or could
-not be read.
+(repeated steps), `losses_equal`, `checkpoint_equal`, `unreadable` (files that were unreadable after a kill), `longest_stop_ms`
+and `median_stop_ms` (of a step for a save, in the small run) and `saving` (of the ResNet-50: `once_ms` to allocate memory for
+the copy, `stop_ms` of each save, `written_s` meanwhile). The exit code is 1 if anything differs or is unreadable.
 """
 
 from __future__ import annotations
@@ -82,7 +78,7 @@ FLAGS = [
     "--checkpoint-minutes",
     "0.005",
 ]
-SESSION_S = 600.0  # that one start may take to get to its step
+SESSION_S = 600.0  # limit for a start to reach its step
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -111,11 +107,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def survive(args: argparse.Namespace, words: list[str]) -> int:
-    """Runs, kills and compares. Returns the exit code."""
+    """Runs the benchmark. Returns the exit code."""
     if args.kills < 1 or args.steps < 2 * EPOCH or args.steps % EPOCH:
         raise UserError(
-            f"--kills has to be at least 1, and --steps a multiple of {EPOCH}, at least {2 * EPOCH}; got {args.kills} and "
-            f"{args.steps}"
+            f"--kills {args.kills} must be at least 1, and --steps {args.steps} a multiple of {EPOCH}, at least {2 * EPOCH}"
         )
     device = start_process(args.device).device
     record: dict[str, Any] = {
@@ -136,7 +131,7 @@ def survive(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The undisturbed run, the one that is killed, and whether they come to the same."""
+    """Runs an undisturbed and a killed run, and compares their results."""
     straight, killed = folder / "straight", folder / "killed"
     for run in (straight, killed):
         shutil.rmtree(run, ignore_errors=True)
@@ -187,8 +182,8 @@ class Session:
     """One start of the command.
 
     Attributes:
-        steps: that it has done.
-        last: the newest of them, counted over the whole run.
+        steps: number of its steps.
+        last: the newest step, counted over the whole run.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
@@ -220,19 +215,15 @@ class Session:
                 self.steps += 1
 
     def finish(self) -> None:
-        """Waits for the end.
-
-        Raises:
-            UserError: it is not a good one.
-        """
+        """Waits for the end. Raises UserError if the run fails."""
         if self.process.wait():
             raise UserError(f"the run in {self.folder} ended with exit code {self.process.returncode}: {self._said()}")
 
     def kill(self, kind: str, target: int, chance: random.Random) -> None:
-        """Sends SIGKILL: while the command starts; a moment after the step `target`; or then, once a checkpoint is written.
+        """Sends SIGKILL: while the command starts; right after step `target`; or later, while a checkpoint is written.
 
         Raises:
-            UserError: the run ended before.
+            UserError: the run ended before that.
         """
         ends = time.monotonic() + (chance.uniform(1, 9) if kind == "starting" else SESSION_S)
         while time.monotonic() < ends and not (self.steps and self.last >= target):
@@ -259,7 +250,7 @@ class Session:
 
 
 def check(folder: Path) -> tuple[list[str], int]:
-    """What cannot be read of a run after a kill, and the step of its newest checkpoint."""
+    """Unreadable files of a run after a kill, and the step of its newest checkpoint."""
     problems, step = list[str](), 0
     try:
         newest = Checkpoints(folder / "checkpoints", keep=1).newest()
@@ -275,7 +266,7 @@ def check(folder: Path) -> tuple[list[str], int]:
                     problems.append(f"line {number} of {name}: {error}")
     try:
         read_run(folder, "killed")
-    except Exception as error:  # whatever it is, a report would not be drawn
+    except Exception as error:  # any error would prevent a report
         problems.append(f"sparkme.report: {type(error).__name__} {first_line(error)}")
     return problems, step
 
@@ -292,12 +283,12 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def stops(folder: Path, after: int = 0) -> list[float]:
-    """Milliseconds that each save stopped a step for, of the steps after one."""
+    """Milliseconds for which each save stopped a step, from the steps after a save."""
     return [record["save_ms"] for record in records(folder) if "save_ms" in record and record["step"] > after]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether nested dicts, lists and tensors are equal bit for bit; the name of the folder, in the settings, may differ."""
+    """Whether nested dicts, lists and tensors are equal bit for bit, except the folder's name in the settings."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -308,7 +299,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def time_saves(folder: Path, device: torch.device, rounds: int = 3) -> dict[str, Any]:
-    """How long the loop stops to save a ResNet-50 at 224 pixels, with SparK's decoder and LAMB's state."""
+    """Measures how long training stops to save a ResNet-50 at 224 pixels, with SparK's decoder and LAMB's state."""
     network = SparK(create_encoder("resnet50"), input_size=224, decoder_width=768).to(device)
     optimizer = create_optimizer("lamb", network, beta2=0.95, clip_grad=5.0)
     for parameter in network.parameters():
@@ -344,15 +335,15 @@ def print_table(record: dict[str, Any]) -> None:
         "  after the first step of their start": kills["after_first_step"],
         "  while a checkpoint was written": kills["while_writing"],
         "restarts": record["restarts"],
-        "steps, and those that were done again": f"{record['steps']}, {record['redone']}",
+        "steps, and repeated steps": f"{record['steps']}, {record['redone']}",
         "losses equal, bit for bit": yes[record["losses_equal"]],
         "last checkpoint equal, bit for bit": yes[record["checkpoint_equal"]],
-        "could not be read after a kill": len(record["unreadable"]),
-        "longest stop of a step for a save": f"{record['longest_stop_ms']:.0f} ms (median {record['median_stop_ms']:.0f})",
+        "unreadable files after a kill": len(record["unreadable"]),
+        "longest stop of training for a save": f"{record['longest_stop_ms']:.0f} ms (median {record['median_stop_ms']:.0f})",
     }
     if saving := record.get("saving"):
-        rows[f"the same of ResNet-50, {saving['state_gib']:.2f} GiB"] = f"{max(saving['stop_ms']):.0f} ms"
-        rows["  written meanwhile in"] = f"{max(saving['written_s']):.1f} s"
+        rows[f"longest stop for ResNet-50, {saving['state_gib']:.2f} GiB"] = f"{max(saving['stop_ms']):.0f} ms"
+        rows["  time to write it"] = f"{max(saving['written_s']):.1f} s"
     for name, value in rows.items():
         print(f"{name:45s} {value}")
     print(end="", flush=True)

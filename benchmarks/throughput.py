@@ -1,51 +1,50 @@
-"""Times the encoder and the whole training step, engine by engine, after it has checked that they compute the same.
+"""Times the encoder and the whole training step of each engine, after a check that their results agree.
 
     python -m benchmarks.throughput --model resnet18 --batch-size 8 --json resnet18.json
     python -m benchmarks.throughput --model resnet50 convnext_base --batch-size 256 --precision bf16 --device cuda
     python -m benchmarks.throughput --recipe fcmae --model timm:convnextv2_tiny --what step --decoder-width 256 512
     python -m benchmarks.throughput --sweep --what encoder
 
-What is timed (`--what`), always in training mode and on images that are on the device already:
+Kinds of work (`--what`), always in training mode, with images that are on the device already:
 
-    encoder-forward  the sites of a given mask and the forward pass, which keeps what the backward pass needs
+    encoder-forward  the sites of a given mask and the forward pass, which saves tensors for the backward pass
     encoder          the same and the backward pass, from a random gradient of every map
-    step             draw a mask, the loss, backward, the optimiser, gradients set to None
+    step             a random mask, the loss, the backward pass, the optimiser, gradients set to None
 
-The step is that of a method, with the optimiser of its recipe in sparkme.pretrain (`--recipe`): `spark` is SparK and LAMB with
-its gradient clipping, `fcmae` is FCMAE and AdamW. Of the encoder the recipe changes initial values and how many patches are
-visible, which SparK rounds and FCMAE rounds down.
+A step is that of a recipe of sparkme.pretrain (`--recipe`) with its optimiser: `spark` is SparK and LAMB with its gradient
+clipping, `fcmae` is FCMAE and AdamW. The recipe also determines the encoder's initial values and the number of visible patches,
+which SparK rounds and FCMAE rounds down.
 
-Who is timed (`--contenders`):
+Contenders (`--contenders`):
 
     cuda_ext           the engine with this project's operators
     minkowski          the engine with stock MinkowskiEngine; its encoder stays in float32
     masked-dense       dense convolutions and masks, tuned, in channels_last memory
     masked-dense-nchw  the same in contiguous memory; the faster of the two is the "tuned masked-dense" of the ratios
-    rows-dense         what plain PyTorch can do: rows, and dense convolutions where windows overlap (benchmarks/rows_dense.py)
+    rows-dense         plain PyTorch: rows, and dense convolutions for overlapping windows (benchmarks/rows_dense.py)
     official           the published algorithm, by masked dense layers (benchmarks/official.py), always in float32 and NCHW
 
-With `--graph` an encoder is captured in a CUDA graph and replayed: what is timed then is the device alone, without the host
-that queues its work. Of a step the forward and the backward pass are, as pretrain has it with `--cuda-graph`. A contender that
+With `--graph` an encoder is captured in a CUDA graph and replayed, which measures the device alone, without the host that
+queues its work. Of a step only the forward and backward pass are captured, as in pretrain with `--cuda-graph`. A contender that
 waits for the device cannot be captured, and is left out.
 
-Each has a copy of the weights, in the memory order that it likes. First all are compared with masked-dense, twice, on the
-same weights, images and mask: the maps of an encoder pass, the gradients of all its parameters, and for `step` the loss;
-|x - y| / |y|, Euclidean norms, the largest over maps and over parameters. In float64 on the first two images nothing may
-be off by more than 1e-8. In float32 on the whole batch, with the kernels that are timed, maps and loss may be off by 1e-3
-and gradients by 0.1: a single ReLU that flips, its input within rounding of zero, changes them by a hundredth. What is
-timed in bf16 runs in bf16, too: rounding alone moves the maps of a deep network with random weights far from float32, so
-none may be further off than 1.5 times what it is in masked-dense in bf16. Who disagrees is not timed, and the exit code
-is 1.
+Each contender has a copy of the weights in its preferred memory order. First all are compared with masked-dense on the same
+weights, images and mask: the maps of an encoder pass, the gradients of all its parameters, and for `step` the loss. An error is
+|x - y| / |y| with Euclidean norms, the largest over maps or parameters. In float64, on the first two images, it may be 1e-8. In
+float32, on the whole batch and with the timed kernels, it may be 1e-3 for maps and loss and 0.1 for gradients, since a single
+ReLU that flips, its input within rounding of zero, changes them by a hundredth. Work that is timed in bf16 is also compared in
+bf16. Rounding alone moves the maps of a deep network with random weights far from float32, so the limit is 1.5 times the error
+of masked-dense in bf16. A contender that disagrees is not timed, and the exit code is 1.
 
-Then the contenders take turns, round by round in one process. Drop path is off, and norm weights and layer scales are
-random in [0.5, 1.5]: as initialised, most of them are so close to zero that errors in a branch would not show.
+Then the contenders take turns, round by round in one process. Drop path is off. Norm weights and layer scales are random in
+[0.5, 1.5], since most initial values are so close to zero that they would hide errors in a branch.
 
-Activation memory is the peak of the tensors that are alive during one forward and backward pass (for `encoder-forward`
-the forward pass) above what was there before: weights, images, mask, and for `step` the optimiser's state. Gradients of
-the weights are part of it, the optimiser's step is not. See benchmarks/profiling.py for what torch cannot see.
+Activation memory is the peak of tensors during one forward and backward pass (for `encoder-forward` the forward pass) above
+weights, images, mask, and for `step` the optimiser's state. It includes gradients of the weights, but not the optimiser's step.
+See benchmarks/profiling.py for memory outside torch.
 
-The JSON file, rewritten after every case, holds `date`, `commit` (marked where the tree was changed), `versions`,
-`command`, `hardware`, `settings` and `cases`. A case is one model, decoder width, batch size, mask ratio and kind of work:
+The JSON file, rewritten after every case, holds `date`, `commit` (marked if the tree was changed), `versions`, `command`,
+`hardware`, `settings` and `cases`. A case is one model, decoder width, batch size, mask ratio and kind of work:
 
     recipe, model, decoder_width, input_size, patch, num_patches, visible_patches, batch_size, mask_ratio, what, precision,
     compile, graph
@@ -55,7 +54,7 @@ The JSON file, rewritten after every case, holds `date`, `commit` (marked where 
     contenders  {contender: {precision, seconds: [...], median_s, quartiles_s: [low, high], images_per_s,
                 activation_bytes, gpu: {step_s, busy_s, idle_share} with --host-wait}}
     ratios      {contender: its median time over that of cuda_ext}, and `tuned masked-dense`
-    error       instead of the last two where the case failed
+    error       instead of the last two if the case failed
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ METHODS = tuple(
     if name not in ABLATIONS and name == next(n for n, r in RECIPES.items() if r.method == RECIPES[name].method)
 )
 WHAT = ("encoder-forward", "encoder", "step")
-ENGINE_OF = {  # the engine whose kernels run, and whose order of weights in memory is used
+ENGINE_OF = {  # the engine of the kernels and of the weights' memory order
     "cuda_ext": "cuda_ext",
     "minkowski": "minkowski",
     "masked-dense": "masked-dense",
@@ -119,9 +118,9 @@ LIMITS = {
     torch.float64: {"maps": 1e-8, "gradients": 1e-8, "loss": 1e-8},
     torch.float32: {"maps": 1e-3, "gradients": 0.1, "loss": 1e-3},
 }
-BF16_LIMIT = 1.5  # error of a map in bf16 over the error that masked-dense has there
-EXACT_IMAGES = 2  # that are compared in float64
-AGREEING_IMAGES = 32  # in other types: whole batches may not fit
+BF16_LIMIT = 1.5  # error of a map in bf16 over that of masked-dense
+EXACT_IMAGES = 2  # images that are compared in float64
+AGREEING_IMAGES = 32  # images that are compared in other dtypes, since whole batches may not fit
 DISAGREES = "disagrees with"
 GIB = 2**30
 
@@ -173,7 +172,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def of_recipes(name: str) -> str:
-    """For --help: a default in each recipe."""
+    """The default in each recipe, for --help."""
     return ", ".join(f"{method}: {RECIPES[method].defaults[name]}" for method in METHODS)
 
 
@@ -187,7 +186,7 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
     device = check_arguments(args)
     with user_errors():
         for name, width in product(args.model, args.decoder_width):
-            # Without memory for the weights, which a user's own network has to have.
+            # The device meta saves memory for weights, but a user's own network may not support it.
             with torch.device("cpu" if library_of(name) == "own" else "meta"):
                 model = create_model(name, width, args.mask_ratio[0], args)
             for ratio in args.mask_ratio:
@@ -199,7 +198,7 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
     torch.backends.cudnn.benchmark = True  # sizes do not change, so the search for the fastest kernel pays
     if device.type == "cuda":  # in float32, for all; a change would make torch.compile compile anew, also on the CPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if args.compile:  # never time what torch.compile has silently given up on
+    if args.compile:  # fail if torch.compile silently gives up
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     record: dict[str, Any] = {
@@ -228,14 +227,10 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> torch.device:
-    """Checks the arguments that need no network, and fills in what depends on others.
-
-    Raises:
-        UserError: a value is not possible; says what is.
-    """
+    """Checks the arguments, and fills in defaults that depend on others. Raises UserError if a value is invalid."""
     for flag, chosen, allowed in (("--what", args.what, WHAT), ("--contenders", args.contenders, CONTENDERS)):
         if unknown := [value for value in chosen or () if value not in allowed]:
-            raise UserError(f"{flag} {' '.join(unknown)} is unknown; choose of {', '.join(allowed)}")
+            raise UserError(f"{flag} {' '.join(unknown)} is unknown; choose from {', '.join(allowed)}")
     for flag in ("batch_size", "rounds", "threads", "input_size", "warmup"):
         values, least = getattr(args, flag), 0 if flag == "warmup" else 1
         for value in values if isinstance(values, list) else [values]:
@@ -243,7 +238,7 @@ def check_arguments(args: argparse.Namespace) -> torch.device:
                 raise UserError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
     if args.sweep:
         if args.mask_ratio:
-            raise UserError("--sweep brings its own mask ratios; leave out --mask-ratio")
+            raise UserError("--sweep sets the mask ratios; leave out --mask-ratio")
         if "step" in (args.what or ()):
             raise UserError("--sweep times the encoder only; leave out --what step")
         args.mask_ratio, args.what = list(SWEEP), args.what or ["encoder"]
@@ -263,7 +258,7 @@ def check_arguments(args: argparse.Namespace) -> torch.device:
 
 
 def ratio_of_model(ratio: float, args: argparse.Namespace) -> float:
-    """No method can be built to hide nothing; where it is made for its encoder only, any other ratio does."""
+    """The ratio to build a method with: not 0, which methods refuse, if only its encoder is used."""
     return ratio if ratio > 0 or "step" in args.what else 0.5
 
 
@@ -292,16 +287,16 @@ def write_json(path: Path | None, record: dict[str, Any]) -> None:
 
 @dataclass
 class Setting:
-    """What the contenders of one model, batch size and mask ratio share.
+    """The common input of all contenders for a model, batch size and mask ratio.
 
     Attributes:
-        recipe: of `METHODS`.
-        name: of the encoder.
+        recipe: one of `METHODS`.
+        name: the encoder's name.
         images: (B, 3, H, W) float32.
-        active: (B, 1, f_h, f_w) bool, True = visible; `keep` of them in every image.
-        autocast: whether sparkme's contenders are timed in bf16.
-        compiled: whether they are compiled.
-        shared: the weights; every contender takes a copy.
+        active: (B, 1, f_h, f_w) bool, True = visible; `keep` patches in every image.
+        autocast: time sparkme's contenders in bf16.
+        compiled: compile them.
+        shared: the weights, which every contender copies.
     """
 
     recipe: str
@@ -323,10 +318,10 @@ class Setting:
 
 
 def create_model(name: str, width: int, ratio: float, args: argparse.Namespace) -> MaskedAutoencoder:
-    """The network of `--recipe` as sparkme.pretrain makes it, without drop path.
+    """The network of `--recipe` as in sparkme.pretrain, without drop path.
 
     Raises:
-        ValueError: an unknown name, or sizes, ratio or width that do not fit together.
+        ValueError: the name is unknown, or sizes, ratio or width do not fit together.
     """
     return build_network(
         PretrainSettings(
@@ -371,8 +366,8 @@ class Contender:
     """One way to compute on a setting: an engine of sparkme.
 
     Args:
-        name: of `CONTENDERS`.
-        setting: what all share.
+        name: one of `CONTENDERS`.
+        setting: the common input.
     """
 
     def __init__(self, name: str, setting: Setting) -> None:
@@ -395,22 +390,22 @@ class Contender:
 
     @property
     def precision(self) -> str:
-        """Of the encoder."""
+        """The precision of the encoder."""
         return "bf16" if self.setting.autocast and self.engine.bf16 else "float32"
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.setting.device.type, torch.bfloat16) if self.setting.autocast else nullcontext()
 
     def begin(self) -> None:
-        """What has to be done before a run and is not timed."""
+        """Prepares a run; not timed."""
         self.model.zero_grad(set_to_none=True)
 
     def encoder_gradients(self) -> dict[str, Tensor]:
-        """Copies of the encoder's gradients, under the names of its parameters."""
+        """Copies of the encoder's gradients, by name of the parameter."""
         return {name: p.grad.clone() for name, p in self.model.encoder.named_parameters() if p.grad is not None}
 
     def encode(self) -> list[Tensor]:
-        """The maps in the form in which the engine has them: (B, L, C) rows or dense (B, C, H, W)."""
+        """The maps in the engine's form: (B, L, C) rows or dense (B, C, H, W)."""
         setting = self.setting
         return [x.values for x in self.model.encoder(setting.images, setting.active, setting.keep)]
 
@@ -428,11 +423,11 @@ class Contender:
         return self.model(self.setting.images)
 
     def graph_loss(self) -> None:
-        """Has `step` take the loss and its gradients from a CUDA graph."""
+        """Captures the loss and its gradients in a CUDA graph, which `step` then replays."""
         precision = torch.bfloat16 if self.setting.autocast else None
         self._graphed = GraphedLoss(self.model, self.setting.images, precision)
 
-    # What is timed.
+    # Timed work.
 
     def encoder_forward(self) -> list[Tensor]:
         with self.autocast():
@@ -456,7 +451,7 @@ class Contender:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The recipe's as in pretraining, with a rate that changes the weights little; made when first asked for."""
+        """The recipe's optimiser, with a small learning rate; created at the first use."""
         if self._optimizer is None:
             defaults = RECIPES[self.setting.recipe].defaults
             beta2 = defaults.get("beta2", 0.95 if self.setting.shared.encoder.norm == "bn" else 0.999)
@@ -467,13 +462,13 @@ class Contender:
 
 
 class Official(Contender):
-    """The algorithm as it is published."""
+    """The published algorithm."""
 
     precision = "float32"
 
     def _prepare(self) -> None:
         self.official = create_official(self.setting.name, self.setting.shared)
-        self.model = cast("MaskedAutoencoder", self.official)  # for what both have: parameters and gradients
+        self.model = cast("MaskedAutoencoder", self.official)  # both have parameters and gradients
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -499,13 +494,13 @@ class Official(Contender):
 
 
 def random_gradient(x: Tensor, active: Tensor) -> Tensor:
-    """A gradient of the sum of visible pixels' size for a map, zero at hidden pixels of a dense one."""
+    """A random gradient with the shape of a map, zero at hidden pixels of a dense one."""
     gradient = torch.randn_like(x)
     return gradient * F.interpolate(active.to(x.dtype), x.shape[2:]) if x.ndim == 4 else gradient
 
 
 def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders that can run on the setting's device, and why the others cannot."""
+    """The contenders that can run on the setting's device, and the reasons why others cannot."""
     contenders, left_out = [], {}
     for name in names:
         reason = why_not(ENGINE_OF[name], setting.device) if name in ENGINE_OF else ""
@@ -514,7 +509,7 @@ def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str
                 contenders.append((Contender if name in ENGINE_OF else Official)(name, setting))
             except (ImportError, TypeError) as error:
                 reason = f"not in this version: {first_line(error)}"
-            except Exception as error:  # no memory for another copy of the network, say
+            except Exception as error:  # such as too little memory for another copy of the network
                 reason = describe(error)
                 release(setting.device)
         if reason:
@@ -524,7 +519,7 @@ def admit(names: list[str], setting: Setting) -> tuple[list[Contender], dict[str
 
 @contextmanager
 def exact_arithmetic(setting: Setting) -> Iterator[None]:
-    """Without autocast and, on a GPU, TF32."""
+    """Turns off autocast and, on a GPU, TF32."""
     autocast, setting.autocast = setting.autocast, False
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if setting.device.type == "cuda" else ()
     for switch in switches:
@@ -539,7 +534,7 @@ def exact_arithmetic(setting: Setting) -> Iterator[None]:
 
 @dataclass
 class Answer:
-    """What one contender computes: maps, gradients of all parameters of the encoder, and the loss if asked for."""
+    """The results of a contender: maps, gradients of all parameters of the encoder, and optionally the loss."""
 
     maps: list[Tensor]
     gradients: dict[str, Tensor]
@@ -590,10 +585,10 @@ def answer(contender: Contender, with_loss: bool) -> Answer:
 def check_agreement(
     contenders: list[Contender], setting: Setting, with_loss: bool
 ) -> tuple[list[Contender], dict[str, dict[str, dict[str, float]]], dict[str, str]]:
-    """Compares every contender with the engine masked-dense, in float64, in float32 and, where it is timed, in bf16.
+    """Compares every contender with the engine masked-dense, in float64, float32 and, if it is timed, bf16.
 
     Returns:
-        Those that agree, all errors, and why the others do not stay.
+        The contenders that agree, all errors, and the reasons for leaving out the others.
     """
     exact = replace(
         setting,
@@ -603,7 +598,7 @@ def check_agreement(
         shared=copy.deepcopy(setting.shared).double(),
     )
     part = setting
-    if len(setting.images) > AGREEING_IMAGES and not setting.compiled:  # another size would be compiled, too
+    if len(setting.images) > AGREEING_IMAGES and not setting.compiled:  # another size would be compiled again
         part = replace(setting, images=setting.images[:AGREEING_IMAGES], active=setting.active[:AGREEING_IMAGES])
     agreed = list(contenders)
     errors: dict[str, dict[str, dict[str, float]]] = {contender.name: {} for contender in contenders}
@@ -651,7 +646,7 @@ def describe(error: Exception) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Gives memory back after something has failed, or before the next case."""
+    """Frees memory after a failure, or before the next case."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -708,7 +703,7 @@ def run_case(
     """Times one kind of work. Contenders that fail are added to `left_out`."""
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     running = list(contenders)
-    kinds: dict[str, tuple[Callable[[Contender], Any], Callable[[Contender], Any]]] = {  # what is timed, and what is weighed
+    kinds: dict[str, tuple[Callable[[Contender], Any], Callable[[Contender], Any]]] = {  # for time, and for memory
         "encoder-forward": (Contender.encoder_forward, Contender.encoder_forward),
         "encoder": (Contender.encoder, Contender.encoder),
         "step": (Contender.step, Contender.forward_backward),
@@ -717,7 +712,7 @@ def run_case(
     graphs: dict[str, Callable[[], None]] = {}
 
     def each(action: Callable[[Contender], Any], order: list[Contender]) -> dict[str, Any]:
-        """Does something with every contender that still runs, and lets those go that fail."""
+        """Calls a function for every remaining contender, and drops those that fail."""
         done = {}
         for contender in order:
             try:
@@ -732,7 +727,7 @@ def run_case(
 
     for _ in range(args.warmup):
         each(work, list(running))
-    each(work, list(running))  # so that gradients are drawn, optimisers have their state, and nothing is left to compile
+    each(work, list(running))  # draws gradients, creates the optimisers' state, and compiles
     peaks = each(lambda c: profiling.peak_memory(lambda: weighed(c), setting.device), list(running))
     if args.graph and what == "step":
         each(Contender.graph_loss, list(running))
@@ -770,7 +765,7 @@ def run_case(
 
 
 def capture(work: Callable[[], Any]) -> Callable[[], None]:
-    """What replays `work` from a CUDA graph. It has run before, so that nothing is compiled or chosen in between."""
+    """A function that replays `work` from a CUDA graph. `work` has run before, so that kernels are compiled and chosen."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -784,7 +779,7 @@ def capture(work: Callable[[], Any]) -> Callable[[], None]:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds from an idle device to the end of the work on it."""
+    """Seconds from an idle device to the end of the work."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -813,7 +808,7 @@ def summary(seconds: list[float], batch_size: int) -> dict[str, Any]:
 
 
 def ratios(medians: dict[str, float]) -> dict[str, float]:
-    """How many times longer than `cuda_ext` the others take; the tuned masked-dense is the faster of the two."""
+    """Times of the contenders over that of `cuda_ext`; the tuned masked-dense is the faster of the two."""
     if "cuda_ext" not in medians:
         return {}
     others = {name: median for name, median in medians.items() if name != "cuda_ext"}

@@ -1,17 +1,17 @@
-"""How many bytes an encoder's forward and backward pass moves on a GPU, without one.
+"""Counts the bytes that an encoder's forward and backward pass moves on a GPU, without a GPU.
 
     python -m benchmarks.traffic --model resnet50 convnext_base --batch-size 256 --json benchmarks/results/traffic.json
     python -m benchmarks.traffic --model timm:convnextv2_tiny --what step --recipe fcmae --lines 30
 
-The pass runs on fake tensors, which have a shape, a type and a device but no data, on the device `cuda` and under its autocast.
-Every operator that arrives is counted with the bytes of the tensors that it reads and writes: once each, but for torch's batch
-norms, which go through their input twice. So this is what eager PyTorch moves, if nothing stays in a cache from one operator to
-the next and a convolution fetches a row once whatever the number of its neighbours. Operators that give a view move nothing.
+The pass runs on fake tensors of the device `cuda` under its autocast; they have a shape, a dtype and a device, but no data.
+Every operator counts with the bytes of the tensors that it reads and writes: once each, but twice for the input of torch's
+batch norms. This is the traffic of eager PyTorch if nothing stays in a cache between operators, and a convolution loads a row
+once for all its neighbours. Operators that return a view move nothing.
 
-Kinds: `products` (convolutions and linear layers), `norms`, `casts` from one type to another, `copies`, `sums` over rows, and
-`pointwise` (activations, additions, and everything else).
+Kinds: `products` (convolutions and linear layers), `norms`, `casts` between dtypes, `copies`, `sums` over rows, and `pointwise`
+(activations, additions, and all others).
 
-An operator that needs to look at data cannot run on fake tensors, so a pass that comes to its end never waits for the device.
+An operator that depends on data cannot run on fake tensors, so a pass that completes never waits for the device.
 
 The JSON file has `cases`: model, what, batch size, precision, `gigabytes` {kind: 10^9 bytes}, `operators` (how many ran), and
 `largest` {operator: 10^9 bytes}.
@@ -97,7 +97,7 @@ def traffic(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def count(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs one pass on fake tensors, and adds up."""
+    """Runs one pass on fake tensors, and adds up its traffic."""
     seen = Traffic()
     run_pass(name, args, seen)
     kinds: Counter[str] = Counter()
@@ -117,10 +117,10 @@ def count(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_pass(name: str, args: argparse.Namespace, seen: Traffic) -> None:
-    """A forward and a backward pass as in training, without the optimiser; counted from the images on."""
+    """A forward and a backward pass as in training, without the optimiser."""
     network = create_network(name, args).train()
     network.encoder.set_engine(args.engine)
-    network.encoder._engine_choice = args.engine, "cuda"  # without asking whether it can run there
+    network.encoder._engine_choice = args.engine, "cuda"  # without a check whether it can run there
     with FakeTensorMode() as fake, autocast_of_cuda(args.precision == "bf16"):
         held: list[dict[str, Any]] = [own for module in network.modules() for own in (module._parameters, module._buffers)]
         for own in held:
@@ -141,8 +141,8 @@ def run_pass(name: str, args: argparse.Namespace, seen: Traffic) -> None:
 
 @torch.no_grad()
 def backward(ends: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """torch.autograd.backward, which asks the device for its streams even on fake tensors. Gradients of weights are let go."""
-    waiting: Counter[Any] = Counter()  # how many gradients a node still has to get
+    """torch.autograd.backward without its access to the device's streams, and without keeping gradients of weights."""
+    waiting: Counter[Any] = Counter()  # gradients that a node still lacks
     found: list[Any] = [end.grad_fn for end in ends]
     seen: set[Any] = set()
     while found:
@@ -160,7 +160,7 @@ def backward(ends: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         held = given.setdefault(node, [None] * len(node._input_metadata))
         if grad is not None:
             like = node._input_metadata[place]
-            grad = grad.sum_to_size(like.shape).to(like.dtype)  # as the engine does for what was broadcast or promoted
+            grad = grad.sum_to_size(like.shape).to(like.dtype)  # as the autograd engine does after broadcasting or promotion
             held[place] = grad if (before := held[place]) is None else before + grad
 
     for end, grad in zip(ends, grads, strict=True):
@@ -182,7 +182,7 @@ def backward(ends: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 @contextmanager
 def autocast_of_cuda(enabled: bool) -> Iterator[None]:
-    """torch.autocast("cuda", torch.bfloat16), which is not to be had where there is no GPU."""
+    """torch.autocast("cuda", torch.bfloat16), which is unavailable without a GPU."""
     torch.set_autocast_enabled("cuda", enabled)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.autocast_increment_nesting()
@@ -195,12 +195,12 @@ def autocast_of_cuda(enabled: bool) -> Iterator[None]:
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up what operators read and write.
+    """Adds up the bytes that operators read and write.
 
     Attributes:
-        bytes: of every operator, by name.
-        calls: how many ran that moved anything.
-        types: of the tensors that operators gave, if they are as large as `large` numbers at the least: how many, by both.
+        bytes: bytes of every operator, by name.
+        calls: number of operators that moved anything.
+        types: number of outputs with at least `large` elements, by operator and dtype.
     """
 
     def __init__(self) -> None:
@@ -242,7 +242,7 @@ def operator_name(func: Any) -> str:
 
 
 def kind_of(operator: str) -> str:
-    """Of `KINDS`."""
+    """The operator's kind, one of `KINDS`."""
     plain = operator.removesuffix("_backward").strip("_").removesuffix("_grad_rows").removesuffix("_grad_kernel")
     if plain.removesuffix("_grad") in PRODUCTS:
         return "products"

@@ -1,17 +1,17 @@
-"""Is pretraining worth it? Few and all labels, from pretrained weights and from scratch, each side at its best rate.
+"""Measures the benefit of pretraining: fine-tuning on few and all labels against training from scratch, each at its best rate.
 
     python -m benchmarks.transfer --json benchmarks/results/transfer.json            # emoji by npm, about 50 minutes on 2 cores
     python -m benchmarks.transfer --data labelled/ --model resnet50 --json mine.json # any labelled folder
     python -m benchmarks.transfer --write                                            # the JSON's picture and docs/finetuning.md
 
-What is done, with this project's own commands:
+The steps, with this project's own commands:
 
-1. A share of every class is set aside as test set, and a share of the rest to choose rates on; neither is pretrained on.
+1. A share of every class becomes the test set, and a share of the rest the validation set; pretraining sees neither.
 2. `sparkme.pretrain` trains the network on the rest, without labels.
-3. `sparkme.finetune` trains it on N labels of each class, for each N, with pretrained weights and with random ones, at every
-   rate of a list; the rate that is best on the images for choosing is that side's.
-4. With that rate, `--seeds` times with other draws of images and other random numbers: the last epoch's accuracy on the test
-   set. Both sides get the same images, steps and augmentation.
+3. `sparkme.finetune` trains it on N labels of each class, for each N, from pretrained and from random weights (the two sides),
+   at every rate of a list. Each side keeps its best rate on the validation set.
+4. With that rate, `--seeds` runs with other images and other random numbers measure the last epoch's accuracy on the test set.
+   Both sides get the same images, steps and augmentation.
 5. `sparkme.probe` measures kNN and a linear classifier on frozen features of both.
 
 The JSON file has `settings`, `pretraining` (loss, minutes), `probe` (scores by weights and number of labels), and `finetuning`:
@@ -48,7 +48,7 @@ from sparkme.weights.checkpoint import load_checkpoint
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 PAGE = Path(__file__).parents[1] / "docs" / "finetuning.md"
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
-CHOOSE_SHARE = 0.15  # of what is not for testing
+CHOOSE_SHARE = 0.15  # validation images as a share of those outside the test set
 SIDES = ("pretrained", "scratch")
 # What all runs in a work folder share.
 SETTINGS = ("model", "input_size", "pretrained", "pretrain_flags", "finetune_flags", "unlabelled", "base_lr")
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def transfer(args: argparse.Namespace) -> int:
-    """Runs everything that is not done yet, and writes the numbers. Returns the exit code."""
+    """Runs all missing steps, and writes the numbers. Returns the exit code."""
     check(args)
     args.work.mkdir(parents=True, exist_ok=True)
     extra: dict[str, list[Path]] = {}
@@ -137,7 +137,7 @@ def transfer(args: argparse.Namespace) -> int:
 
 
 def half_resnet18(in_channels: int = 3, num_classes: int = 1000) -> nn.Module:
-    """timm's ResNet-18 with stages of half the width, a third of the arithmetic: what two cores can train in minutes."""
+    """timm's ResNet-18 with half the width and a third of the arithmetic, which two cores can train in minutes."""
     network: nn.Module = timm.create_model(
         "resnet18", in_chans=in_channels, num_classes=num_classes, channels=(32, 64, 128, 256)
     )
@@ -145,20 +145,20 @@ def half_resnet18(in_channels: int = 3, num_classes: int = 1000) -> nn.Module:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for what cannot be meant, before anything is run."""
+    """Raises UserError for invalid arguments, before anything runs."""
     check_parts(args)
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} must be at least 1")
     if min(args.shots) < 0:
-        raise UserError(f"--shots {min(args.shots)} must be at least 0, which stands for all")
+        raise UserError(f"--shots {min(args.shots)} must be at least 0; 0 stands for all")
     if not all(rate > 0 for rate in (*args.rates, args.base_lr)):
         raise UserError("--rates and --base-lr must be above 0")
     if "--base-lr" in args.finetune_flags:
-        raise UserError("--finetune-flags: --base-lr is a flag of its own here, which --rates multiplies")
+        raise UserError("--finetune-flags must not contain --base-lr; pass --base-lr itself, which --rates multiplies")
 
 
 def check_parts(args: argparse.Namespace) -> None:
-    """Raises UserError for a share of test images or a number of processes that cannot be meant."""
+    """Raises UserError for an invalid share of test images or number of processes."""
     if args.processes < 1:
         raise UserError(f"--processes {args.processes} must be at least 1")
     if not 0 < args.test_share < 1:
@@ -168,10 +168,10 @@ def check_parts(args: argparse.Namespace) -> None:
 def make_tables(
     data: Path, args: argparse.Namespace, settings: dict[str, Any]
 ) -> tuple[Path, dict[str, Path], dict[str, Labelled]]:
-    """Tables of path, label, part for sparkme.finetune: the same images to learn from, and others to measure on.
+    """Tables of path, label, part for sparkme.finetune, with the same training images and different validation images.
 
     Returns:
-        The folder that the paths are in, the tables, and the images of each part.
+        The folder of the paths, the tables, and the images of each part.
 
     Raises:
         UserError: the work folder has runs on other images, or with other settings.
@@ -193,10 +193,10 @@ def make_tables(
 
 
 def keep_settings(work: Path, settings: dict[str, Any]) -> None:
-    """Writes down what the runs in a folder were done with, and refuses others, whose results would be mixed with theirs.
+    """Records the settings of the runs in a folder, and refuses to mix results of others.
 
     Raises:
-        UserError: names the first that differs.
+        UserError: a setting differs; the message names the first one.
     """
     path = work / "settings.json"
     now = {name: str(value) for name, value in settings.items()}
@@ -204,8 +204,8 @@ def keep_settings(work: Path, settings: dict[str, Any]) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise UserError(
-                f"{work} has runs with {name.replace('_', ' ')} {before.get(name)!r}, now it is {value!r}; choose "
-                "another --work, or remove it"
+                f"{work} has runs with {name.replace('_', ' ')} {before.get(name)!r} instead of {value!r}; choose another "
+                "--work, or remove it"
             )
     path.write_text(json.dumps(now, indent=2) + "\n")
 
@@ -214,7 +214,7 @@ def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Na
     """Makes a folder of links to the images to pretrain on, and returns it."""
     images: Path = args.work / "unlabelled"
     images.mkdir(exist_ok=True)
-    for link in images.iterdir():  # of an earlier run, with other parts
+    for link in images.iterdir():  # links of an earlier run with another split
         link.unlink()
     sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
     if getattr(args, "unlabelled", None):
@@ -268,7 +268,7 @@ def probe(checkpoint: Path, data: Path, table: Path, args: argparse.Namespace) -
 
 
 def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
-    """Both sides with so many labels: the best rate of each, and then every seed."""
+    """Fine-tunes both sides with so many labels: finds the best rate of each, then runs every seed."""
     own = args.base_lr
 
     def accuracy(side: str, factor: float, seed: int, table: str) -> float:
@@ -301,7 +301,7 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
                 quiet=True,
                 threads=1,
             )
-            shutil.rmtree(folder / "checkpoints")  # of many runs, each as large as the network
+            shutil.rmtree(folder / "checkpoints")  # to save space: each is as large as the network
             (folder / "best.safetensors").unlink()
             (folder / "done").touch()
         found: float = json.loads((folder / "results.json").read_text())["last"]["val_top1"]
@@ -323,14 +323,14 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
     gains = [a - b for a, b in zip(*(result[side]["accuracies"] for side in SIDES), strict=True)]
     result["gain"] = {"mean": mean(gains), "standard_error": standard_error(gains)}
     print(
-        f"{shots or 'all'} labels a class: " + ", ".join(f"{side} {100 * result[side]['mean']:.1f} %" for side in SIDES),
+        f"{shots or 'all'} labels per class: " + ", ".join(f"{side} {100 * result[side]['mean']:.1f} %" for side in SIDES),
         flush=True,
     )
     return result
 
 
 def in_parallel(function: Callable[..., Any], arguments: list[Any], processes: int) -> list[Any]:
-    """The function of each of these arguments, so many at a time; it starts a process each, so threads will do."""
+    """Calls a function that starts a process with each of the arguments, in threads, so many at a time."""
     if processes == 1:
         return [function(*each) for each in arguments]
     with ThreadPoolExecutor(processes) as pool:
@@ -338,11 +338,7 @@ def in_parallel(function: Callable[..., Any], arguments: list[Any], processes: i
 
 
 def run(module: str, *words: object, quiet: bool = False, threads: int | None = None) -> None:
-    """Runs a command of the project.
-
-    Raises:
-        UserError: it failed; with its last words.
-    """
+    """Runs a command of the project. Raises UserError with its last line if it fails."""
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", module, *map(str, words)]
     done = subprocess.run(command, env=env, text=True, capture_output=quiet)
@@ -362,7 +358,7 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def pretraining_of(checkpoint: Path) -> dict[str, Any]:
-    """Loss, steps and minutes of a run, from its metrics, if they are where the checkpoint is."""
+    """Loss, steps and minutes of a run, from the metrics beside its checkpoint, if there are any."""
     folder = checkpoint.resolve().parents[1]
     if not (folder / "metrics.jsonl").exists():
         return {}
@@ -385,7 +381,7 @@ def pretraining_of(checkpoint: Path) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """A row for each number of labels, in percent."""
     lines = [
-        "| labels a class | fine-tuned from scratch | fine-tuned, pretrained | gain | frozen, random: kNN, linear "
+        "| labels per class | fine-tuned from scratch | fine-tuned, pretrained | gain | frozen, random: kNN, linear "
         "| frozen, pretrained: kNN, linear |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -416,7 +412,7 @@ def write(args: argparse.Namespace) -> int:
     draw(record, picture)
     text = PAGE.read_text()
     if BEGIN not in text or END not in text:
-        raise UserError(f"PAGE.md has no {BEGIN} and {END} to put the table between")
+        raise UserError(f"{PAGE.name} lacks the lines {BEGIN} and {END}, which enclose the table")
     link = os.path.relpath(picture.resolve(), PAGE.parent)
     block = f"{table(record)}\n\n![Accuracy over the number of labels, pretrained and from scratch]({link})"
     PAGE.write_text(text.partition(BEGIN)[0] + f"{BEGIN}\n{block}\n{END}" + text.partition(END)[2])
@@ -425,7 +421,7 @@ def write(args: argparse.Namespace) -> int:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Accuracy over the number of labels: both sides with standard errors, and linear classifiers on frozen features."""
+    """Draws accuracy over the number of labels: both sides with standard errors, and linear classifiers on frozen features."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (once something is drawn)
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Wheels of what a set-up compiles, MinkowskiEngine and sparkme with its operators, for other machines of the same kind.
+"""Wheels of the compiled packages, MinkowskiEngine and sparkme with its operators, for other machines of the same kind.
 
-    make wheels WHEELS=DIR       # on one machine: writes them, and wheels.json, which says what they were made for
-    make setup WHEELS=DIR        # on the others, in a checkout: installs from DIR; no compiler is needed
+    make wheels WHEELS=DIR       # on one machine: writes the wheels, and wheels.json with their requirements
+    make setup WHEELS=DIR        # on the others, in a checkout: installs from DIR without a compiler
 
-A checkout stays editable: its own Python files run, and of sparkme's wheel it takes the compiled operators only, so these
-have to be of the same sources. Without a checkout, `pip install DIR/*.whl` after torch gives the whole package.
+A checkout stays editable: its own Python files run, with only the compiled operators of sparkme's wheel, so both must have the
+same C++ sources. Without a checkout, `pip install DIR/*.whl` after torch installs the whole package.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ def sha256(path: Path) -> str:
 
 
 def write(folder: Path) -> None:
-    """Writes both wheels and their list. The operators are those that lie compiled in sparkme/."""
+    """Writes both wheels and their list, with the compiled operators in sparkme/."""
     if not (ROOT / OPERATORS).is_file():
-        raise build.BuildError(f"there is no {OPERATORS}: run make setup first.")
+        raise build.BuildError(f"{OPERATORS} is missing: run make setup first.")
     target = build.choose_target()
     if (b"cudaLaunchKernel" in (ROOT / OPERATORS).read_bytes()) != bool(target.cuda):
         raise build.BuildError(
-            f"wheels for {target.kind} ({target.reason}) were asked for, and {OPERATORS} was compiled for another kind: run"
-            " make setup and make wheels with the same FORCE_CUDA, in a fresh checkout."
+            f"{OPERATORS} was not compiled for {target.kind} ({target.reason}): run make setup and make wheels with the same"
+            " FORCE_CUDA, in a fresh checkout."
         )
     minkowski = build.build_wheel()
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("minkowskiengine-*.whl"), *folder.glob("sparkme-*.whl")):
         old.unlink()
     shutil.copy(minkowski, folder)
-    for stale in ROOT.glob("build/lib*"):  # setuptools would put into the wheel what an earlier one left there
+    for stale in ROOT.glob("build/lib*"):  # setuptools would pack files of an earlier build
         shutil.rmtree(stale)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     if subprocess.run([*command, str(ROOT)], env={**os.environ, "SPARKME_OPERATORS": "compiled"}, check=False).returncode != 0:
-        raise build.BuildError("the wheel of sparkme could not be made, see above.")
+        raise build.BuildError("building the wheel of sparkme failed, see above.")
     made_for = build.ingredients(target) | {"operators": sources_hash()}
     files = {path.name: sha256(path) for path in sorted(folder.glob("*.whl"))}
     (folder / LIST).write_text(json.dumps({"made_for": made_for, "files": files}, indent=2) + "\n")
@@ -77,24 +77,24 @@ def numbers(version: object) -> list[int]:
 
 
 def pinned_torch() -> str:
-    """The torch that make setup installs."""
+    """The version of torch that make setup installs."""
     return next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))[7:]
 
 
 def misfits(folder: Path) -> Iterator[str]:
-    """Says for everything that keeps the wheels in `folder` from this machine and checkout what it is. Before torch is
-    installed, what depends on it is left out, and its version is the one in constraints.txt."""
+    """The reasons why the wheels in `folder` do not fit this machine and checkout. Without torch, its version is the one in
+    constraints.txt, and checks that need torch are left out."""
     try:
         listed = json.loads((folder / LIST).read_text())
         made_for, files = listed["made_for"], listed["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        yield f"{folder} has no {LIST} that can be read, which make wheels writes"
+        yield f"{LIST}, which make wheels writes, is missing or unreadable in {folder}"
         return
     for name, digest in files.items():
         if not (folder / name).is_file():
             yield f"{name} is missing in {folder}"
         elif sha256(folder / name) != digest:
-            yield f"{name} is damaged or another one than {LIST} lists"
+            yield f"{name} is damaged, or differs from the one in {LIST}"
     python = str(sysconfig.get_config_var("SOABI"))
     if made_for["python"] != python:
         yield f"they are for Python {made_for['python']}, this is {python}"
@@ -104,7 +104,7 @@ def misfits(folder: Path) -> Iterator[str]:
     if numbers(made_for["libc"]) > numbers(libc):
         yield f"they need {made_for['libc']}, this is {libc}"
     if made_for["operators"] != sources_hash():
-        yield "they are of other sources than this checkout's cuda_ext/csrc"
+        yield "they have other sources than this checkout's cuda_ext/csrc"
     try:
         torch = build.import_torch()
     except build.BuildError:
@@ -114,21 +114,21 @@ def misfits(folder: Path) -> Iterator[str]:
         return
     if made_for["torch"] != str(torch.__version__):
         yield f"they are for torch {made_for['torch']}, this is {torch.__version__}"
-    if torch.cuda.is_available():  # a machine without a GPU can take wheels for one: containers are made on such
+    if torch.cuda.is_available():  # without a GPU any wheel is accepted, since containers are built on such machines
         here = {"{}.{}".format(*torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())}
         lacking = sorted(here - set(made_for["architectures"].split(";")))
         if not made_for["cuda"]:
             yield "they are for the CPU only, and torch sees a GPU here"
         elif lacking:
-            yield f"they are for GPUs of compute capability {made_for['architectures']}, here is {', '.join(lacking)}"
+            yield f"they are for GPUs of compute capability {made_for['architectures']}, not {', '.join(lacking)}"
 
 
 def check(folder: Path) -> None:
     found = list(misfits(folder))
     if found:
         raise build.BuildError(
-            f"the wheels do not fit: {'; '.join(found)}. Make them with `make wheels` on a machine like this one from this"
-            " checkout, or run make setup without WHEELS, which compiles."
+            f"the wheels do not fit: {'; '.join(found)}. Run `make wheels` in this checkout on a machine like this one, or"
+            " run make setup without WHEELS, which compiles."
         )
 
 
@@ -142,14 +142,14 @@ def install(folder: Path) -> None:
     load = f"import torch, MinkowskiEngine; torch.ops.load_library({str(ROOT / OPERATORS)!r})"
     loaded = subprocess.run([sys.executable, "-P", "-c", load], capture_output=True, text=True, check=False)
     if loaded.returncode != 0:
-        raise build.BuildError(f"the wheels were installed but do not load here: {loaded.stderr.strip().splitlines()[-1]}")
+        raise build.BuildError(f"the installed wheels do not load here: {loaded.stderr.strip().splitlines()[-1]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python cuda_ext/wheels.py", description="Writes, checks or installs the wheels of what a set-up compiles."
+        prog="python cuda_ext/wheels.py", description="Write, check or install the wheels of the compiled packages."
     )
-    parser.add_argument("action", choices=["write", "check", "install"], help="check installs nothing, and needs no torch")
+    parser.add_argument("action", choices=["write", "check", "install"], help="check works without torch")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Mistakes of the user end a command with one line and exit code 2, never with a traceback."""
+"""A user's mistake ends a command with one line and exit code 2, never with a traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line, too; --help prints the rest, without a list of all flags before it."""
+    """Reports a mistake on the command line in one line, and leaves the list of flags out of the usage."""
 
     def format_help(self) -> str:
         named = [action for action in self._actions if not action.option_strings]
@@ -31,19 +31,19 @@ class Parser(argparse.ArgumentParser):
         flag = re.search(r"^unrecognized arguments:.*?(--[\w-]+)", message)
         near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else []
         meant = f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"error: {' '.join(message.split())[:500]}{meant} (--help lists what there is)\n")
+        self.exit(2, f"error: {' '.join(message.split())[:500]}{meant} (--help lists all flags)\n")
 
 
 class UserError(ValueError):
-    """Something the user can mend; the message says what was got and what to change."""
+    """A mistake that the user can correct; the message says what was given and what to change."""
 
 
 class CannotWrite(UserError):
-    """A file that a run leaves behind cannot be written, mostly since the disk is full; what was there is as before."""
+    """An output file cannot be written, mostly because the disk is full; an earlier file is unchanged."""
 
 
 class UnsupportedLayerError(ValueError):
-    """A layer of a dense network, or a function it calls, has no sparse form. `layer` is its path, where one is known."""
+    """A layer of a dense network, or a function it calls, has no sparse form. `layer` is its path if known, else empty."""
 
     def __init__(self, message: str, layer: str = "") -> None:
         super().__init__(message)
@@ -51,38 +51,38 @@ class UnsupportedLayerError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception in one line."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # a headline, which says nothing by itself
+    if len(lines) > 1 and lines[0].endswith(":"):  # only a headline
         lines = [f"{lines[0]} {lines[1]}"]
     remedy = "; raise --max-pixels" if type(error).__name__ == "DecompressionBombError" else ""  # Pillow's
     return lines[0][:300] + remedy if lines else type(error).__name__
 
 
 def unreadable_reason(error: Exception) -> str:
-    """Why torch could not load a file, in one line; torch's own advice is to let the file run code."""
+    """Why torch could not load a file, in one line. Torch itself advises to let the file run code."""
     text = str(error)
     if "TorchScript" in text:
-        return "it is a TorchScript archive, a program with its weights"
+        return "it is a TorchScript archive, which contains a program"
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in text.lower():
         if named := re.search(r"GLOBAL (\S+)", text):
-            return f"it holds more than tensors and plain values ({named[1]}), which could run code when it is read"
+            return f"it contains more than tensors and plain values ({named[1]}), which could run code when it is read"
         if "Unsupported operand" in text:
-            return "it is not of torch's formats"
-        return "it holds more than tensors and plain values, which could run code when it is read"
+            return "it is not in one of torch's formats"
+        return "it contains more than tensors and plain values, which could run code when it is read"
     if isinstance(error, EOFError | LookupError):
-        return "it is empty, torn or not of torch's formats"
+        return "it is empty, truncated, or not in one of torch's formats"
     return first_line(error)
 
 
 def python_command() -> str:
-    """The running interpreter as a user would type it, for commands that are printed to be copied."""
+    """The path of the running interpreter as a user would type it, for printed commands."""
     relative = os.path.relpath(sys.executable)
     return sys.executable if relative.startswith("..") else relative
 
 
 def _out_of_memory(error: Exception) -> str:
-    """What to do where an error says so; "" if it does not."""
+    """The message and remedy if memory ran out, else ""."""
     text = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not (named or "not enough memory" in text or "can't allocate memory" in text):
@@ -92,7 +92,7 @@ def _out_of_memory(error: Exception) -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a ValueError raised while a command sets itself up into a `UserError`."""
+    """Turns a ValueError during a command's setup into a `UserError`."""
     try:
         yield
     except UserError:
@@ -104,7 +104,7 @@ def user_errors() -> Iterator[None]:
 def run_command(command: Callable[[], int], *, watch: bool = False) -> int:
     """Runs a command's body and returns its exit code; a `UserError` becomes one line and the code 2.
 
-    With `watch` the process ends where it does nothing for `IDLE_S`; a training has its own watchdog.
+    With `watch`, the process ends if it does nothing for `IDLE_S`. Training has its own watchdog.
     """
     hear_sigterm()
     share_cores()
@@ -120,7 +120,7 @@ def _run_command(command: Callable[[], int]) -> int:
         with _explained():
             return command()
     except KeyboardInterrupt:
-        print("stopped at once; what was not saved is lost", file=sys.stderr, flush=True)
+        print("stopped at once; unsaved work is lost", file=sys.stderr, flush=True)
         return 130
     except UserError as error:
         print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
@@ -131,7 +131,7 @@ def call_command(command: Callable[[], T]) -> T:
     """Runs a command's body for a caller in Python, such as a notebook.
 
     Raises:
-        UserError: something that the user can mend, in the code, on the disk or of the machine.
+        UserError: a mistake that the user can correct, or a lack of memory, disk or packages.
     """
     share_cores()
     try:
@@ -143,7 +143,7 @@ def call_command(command: Callable[[], T]) -> T:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turns what says something known about the machine into a `UserError`."""
+    """Turns known problems of the machine into a `UserError`."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from sparkme.errors import CannotWrite, first_line
 
 @contextmanager
 def replaced_when_whole(path: Path) -> Iterator[Path]:
-    """A file to write beside another, which it replaces once it is written.
-
-    Raises:
-        CannotWrite: what was there is as before.
-    """
+    """Yields a temporary file, which replaces `path` once it is written. Raises CannotWrite and keeps `path` on failure."""
     temporary = path.with_name(path.name + ".writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

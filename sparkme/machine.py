@@ -1,4 +1,4 @@
-"""What the processes of a command need of the machine, and what an error says is lacking. Imports nothing heavy."""
+"""What a command's processes need of the machine, and remedies for what is missing. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ import threading
 from types import FrameType
 
 SHARED_MEMORY = "/dev/shm"
-MORE_SHARED_MEMORY = "give a container more of it (docker run --shm-size=1g)"
-LOADER = "image loader"  # the name of a process that loads images
+MORE_SHARED_MEMORY = "give the container more (docker run --shm-size=1g)"
+LOADER = "image loader"  # name of a loader process
 
 
 def is_main_thread() -> bool:
-    """Whether this is the thread that Python leaves signals to, and that alone may set their handlers."""
+    """Whether this is the main thread, the only one that may set signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 def share_cores() -> None:
-    """Has threads of OpenMP that wait for each other give their cores away soon. To be called before torch is imported.
+    """Lets waiting OpenMP threads release their cores soon, unless the environment is set. Call it before importing torch.
 
-    By default they keep them busy for milliseconds. Where other processes wanted the two cores, a training then took 30 to 60
-    times as long (0.5 to 1 images/s instead of 30), and with this two to six times. Alone it is as fast as before. What the
-    user's environment says stands.
+    By default they spin for milliseconds. When other processes used the same two cores, training took 30 to 60 times as long
+    (0.5 to 1 images/s instead of 30), and two to six times with this setting. Alone it is as fast as before.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # some tens of microseconds; GNU's library, which torch brings
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # some tens of microseconds, in GNU's library, which torch includes
 
 
 def hear_sigterm() -> None:
-    """Lets SIGTERM end the first process of a container, which the kernel spares from signals that it does not handle."""
+    """Lets SIGTERM end the first process of a container; the kernel ignores its signals without a handler."""
     if os.getpid() == 1 and is_main_thread():
         signal.signal(signal.SIGTERM, _end)
 
@@ -42,7 +41,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def whereabouts() -> str:
-    """Where a process number means the same process: the host and, of containers on it, the process namespace."""
+    """Host and process namespace, within which a process id is unique."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -50,7 +49,7 @@ def whereabouts() -> str:
 
 
 def shared_memory() -> str:
-    """How large /dev/shm is and what of it is free, for people."""
+    """Size and free space of /dev/shm, as text."""
     try:
         space = os.statvfs(SHARED_MEMORY)
     except OSError as error:
@@ -60,7 +59,7 @@ def shared_memory() -> str:
 
 
 def shared_memory_bytes() -> int:
-    """How large /dev/shm is; 0 where there is none."""
+    """The size of /dev/shm; 0 if it is missing."""
     try:
         space = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -69,21 +68,21 @@ def shared_memory_bytes() -> int:
 
 
 def end_loaders() -> None:
-    """Ends the processes that load images; one that hangs would outlive this process, or keep it."""
+    """Ends the loader processes; one that hangs would outlive this process, or keep it from ending."""
     loaders = [child for child in multiprocessing.active_children() if child.name == LOADER]
-    if loaders and is_main_thread():  # to which torch raises where one of them is killed
+    if loaders and is_main_thread():  # torch's handler would raise an exception here
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for loader in loaders:
         loader.kill()
 
 
 def problem_of(error: Exception) -> str:
-    """What an error says about the machine, in one line with the remedy; "" if it says nothing known."""
+    """A known problem of the machine and its remedy in one line, else ""."""
     text = str(error)
-    if "shared memory segment" in text:  # of NCCL
-        return f"the GPUs of a machine exchange gradients through shared memory, and {shared_memory()}: {MORE_SHARED_MEMORY}"
+    if "shared memory segment" in text:  # NCCL
+        return f"the GPUs of a machine need shared memory to exchange gradients ({shared_memory()}): {MORE_SHARED_MEMORY}"
     if "Too many open files" in text or "Pin memory thread exited" in text or "items of ancdata" in text:
         return "too many open files; raise ulimit -n, or lower --workers"
     if found := re.search(r"DataLoader worker \(pid.*(exited unexpectedly|killed by signal: [\w ]+)", text):
-        return f"loading images ended: {found[0]} (mostly for want of memory: lower --workers)"
+        return f"loading images failed: {found[0]} (mostly for lack of memory: lower --workers)"
     return ""

@@ -1,4 +1,4 @@
-"""What a call in Python gets of a run that it trained: its folder, its curves, and its network once that is asked for."""
+"""The return values of `pretrain` and `finetune` in Python: a run's folder, curves and network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Curve(NamedTuple):
-    """A number over a run: lists of equal length."""
+    """A metric over a run: lists of equal length."""
 
     steps: list[int]
     epochs: list[float]
@@ -27,8 +27,8 @@ class TrainingRun:
     """A run of pretraining.
 
     Attributes:
-        folder: where it lives.
-        finished: whether it is trained to its end; else it was stopped, and the same call continues it.
+        folder: the run's folder.
+        finished: False if the run was stopped before its end; the same call then continues it.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path:
-        """The newest one."""
+        """The newest checkpoint."""
         return self.folder / "checkpoints" / "last.pt"
 
     @property
@@ -48,7 +48,7 @@ class TrainingRun:
 
     @property
     def curves(self) -> dict[str, Curve]:
-        """What was measured, by name: `loss`, `learning_rate`, `images_per_s` and others."""
+        """Metrics by name: `loss`, `learning_rate`, `images_per_s` and others."""
         found: dict[str, Curve] = {}
         for line in (self.folder / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
@@ -74,18 +74,18 @@ class FinetunedRun(TrainingRun):
 
     @property
     def weights(self) -> Path:
-        """Those of the best epoch that was measured."""
+        """Weights of the best epoch."""
         return self.folder / "best.safetensors"
 
     @property
     def results(self) -> dict[str, Any]:
-        """What was measured last and at best, and of each class."""
+        """Metrics of the last and the best epoch, and of each class."""
         results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
         return results
 
     @cached_property
     def network(self) -> nn.Module:
-        """The ordinary dense network with its classifier and the best weights, in eval mode on the CPU."""
+        """The dense network with its classifier and the best weights, in eval mode on the CPU."""
         from safetensors.torch import load_file  # noqa: PLC0415  (torch)
 
         from sparkme.networks.create import create_dense  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""The terminal that a command speaks to: lines above its progress bars, and streams that are gone."""
+"""Output to a terminal: lines above progress bars, and streams that no longer exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def show(text: str, stream: TextIO) -> None:
-    """Prints a line above the progress bars, if there are any. A terminal that is gone, or a full disk, ends no run."""
+    """Prints a line above any progress bars. A closed terminal or a full disk does not end the run."""
     try:
         tqdm.write(text, file=stream)
         stream.flush()
@@ -20,7 +20,7 @@ def show(text: str, stream: TextIO) -> None:
 
 
 def settle(stream: TextIO, *, only_if_gone: bool = False) -> None:
-    """Leaves nothing in a stream that Python would fail to write at its end, which changes the exit code."""
+    """Flushes a stream or discards its content, since Python's failure to write it at exit would change the exit code."""
     try:
         stream.flush()
     except OSError as error:

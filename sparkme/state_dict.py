@@ -1,7 +1,7 @@
-"""Weights of a module by name, as torch defines them: classes may have a `state_dict` and a `load_state_dict` of their own.
+"""Weights of a module by name, as torch defines them, even if its class overrides `state_dict` or `load_state_dict`.
 
-Such a method may leave names out, rename them, give copies, return nothing, or not take the usual arguments. To load, this
-project calls `nn.Module.load_state_dict(module, state)`, which asks no such method.
+An override may omit or rename names, return copies or nothing, or take other arguments. To load weights, this project calls
+`nn.Module.load_state_dict(module, state)`, which ignores it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import nn
 
 
 def state_dict_of(module: nn.Module) -> dict[str, Any]:
-    """What torch's own `state_dict` gives: all parameters, persistent buffers and extra states, sharing their memory."""
+    """Torch's own `state_dict`: all parameters, persistent buffers and extra states, sharing their memory."""
     with torchs_state_dict(module):
         return module.state_dict()
 
 
 @contextmanager
 def torchs_state_dict(*modules: nn.Module) -> Iterator[None]:
-    """Within it `state_dict` of the modules, and of all in them, is torch's; for code that calls it and is not ours."""
+    """Replaces `state_dict` of the modules and their submodules by torch's, for libraries that call it."""
     parts = [part for module in modules for part in module.modules() if "state_dict" in part.__dict__ or _is_own(part)]
     before = [part.__dict__.get("state_dict") for part in parts]
     for part in parts:

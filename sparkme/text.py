@@ -1,4 +1,4 @@
-"""Texts for people: what a file or a run says, made fit for one line."""
+"""Formats paths, values and durations as one line of text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-LONGEST_TEXT = 300  # characters of a text from a run
+LONGEST_TEXT = 300  # characters of a value from a run's file
 
 
 def printable(path: Path | str) -> str:
-    """A path in one line, whatever characters its name has."""
+    """A path in one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def shown(value: Any, length: int = LONGEST_TEXT) -> str:
-    """What a run's file says, in one line of characters that can be printed, cut where it is long."""
+    """A value as one line of at most `length` printable characters."""
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError):
@@ -25,7 +25,7 @@ def shown(value: Any, length: int = LONGEST_TEXT) -> str:
 
 
 def ended(text: str, length: int) -> str:
-    """At most so many characters: what is longer loses its start."""
+    """Shortens a text to `length` characters at its start."""
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 

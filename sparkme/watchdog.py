@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, which may wait for ever for a disk, a loader or another process."""
+"""Ends a process without progress; it might wait for ever for a disk, a loader or another process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from sparkme.machine import end_loaders, whereabouts
 
 IDLE_S = 600.0  # limit for a start that does nothing
-BUSY_S = 0.003  # processor time per second of a process that works; a waiting one wakes up now and then
-STARTING_S = 3600.0  # limit for work of unknown length: compiling, the first step, measuring and drawing
+BUSY_S = 0.003  # processor time per second above which a process works; a waiting one wakes up now and then
+STARTING_S = 3600.0  # limit for work of unknown length: compilation, the first step, evaluation, pictures
 SAVING_S = 600.0  # limit for writing to a disk
 ANSWER_S = 5.0  # limit for the advice, which reads the disk, and for the error stream
 
@@ -38,7 +38,7 @@ class Watchdog:
         self._main = threading.get_ident()
 
     def expect(self, doing: str, limit_s: float = 0.0) -> None:
-        """Says what the main thread does next, and its limit, at least the general one."""
+        """Records the main thread's next task and its limit, at least the general one."""
         self._now = (doing, max(self.limit_s, limit_s))
 
     @contextmanager

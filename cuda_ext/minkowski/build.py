@@ -59,7 +59,7 @@ MINUTES = {"cpu": "about a minute on 2 cores", "cuda": "about 16 minutes on 2 co
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the wheel is built for. `cuda` is torch's CUDA version ("13.0"), or None for a CPU-only build."""
+    """The target of a wheel. `cuda` is torch's CUDA version ("13.0"), or None for a CPU-only build."""
 
     cuda: str | None = None
     architectures: str = ""
@@ -88,7 +88,7 @@ def choose_target(wanted: str = "auto") -> Target:
     """Decides between a CPU-only and a CUDA build.
 
     Args:
-        wanted: "cpu", "cuda", or "auto": CUDA where torch sees a device or FORCE_CUDA=1 is set.
+        wanted: "cpu", "cuda", or "auto": CUDA if torch sees a device or FORCE_CUDA=1 is set.
     """
     torch = import_torch()
     if wanted == "cpu":
@@ -98,7 +98,7 @@ def choose_target(wanted: str = "auto") -> Target:
     if torch.version.cuda is None:
         if forced:
             raise BuildError(
-                f"a CUDA build was asked for, but torch {torch.__version__} has no CUDA."
+                f"a CUDA build was requested, but torch {torch.__version__} has no CUDA."
                 " Install a CUDA build of torch, or pass --cpu."
             )
         return Target(reason=f"torch {torch.__version__} has no CUDA")
@@ -110,8 +110,8 @@ def choose_target(wanted: str = "auto") -> Target:
         architectures = ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
     if not architectures:
         raise BuildError(
-            "a CUDA build was asked for on a machine without a CUDA device: set TORCH_CUDA_ARCH_LIST to the compute"
-            " capabilities it shall run on, e.g. TORCH_CUDA_ARCH_LIST=9.0 for an H100 or H200."
+            "a CUDA build was requested without a CUDA device: set TORCH_CUDA_ARCH_LIST to the compute capabilities of the"
+            " target GPUs, such as TORCH_CUDA_ARCH_LIST=9.0 for an H100 or H200."
         )
     architectures = ";".join(re.split(r"[;,\s]+", architectures.strip()))
     why = "asked for" if forced else "torch sees a CUDA device"
@@ -133,7 +133,7 @@ def edits_for(target: Target, edits: Sequence[Edit] = EDITS) -> list[Edit]:
 
 
 def recipe_hash(target: Target, edits: Sequence[Edit] = EDITS, compat: Path = COMPAT) -> str:
-    """Hash of what this project adds to the published sources. What concerns one kind leaves wheels of the other valid."""
+    """Hash of this project's changes to the published sources. Changes for one kind leave wheels of the other valid."""
     parts = [json.dumps([edit.file, edit.old, edit.new, edit.count]) for edit in edits_for(target, edits)]
     parts += [(compat / name).read_text() for name in COMPAT_FILES[target.kind]]
     parts += [*HOST_FLAGS, *(NVCC_FLAGS if target.cuda else ())]
@@ -141,11 +141,7 @@ def recipe_hash(target: Target, edits: Sequence[Edit] = EDITS, compat: Path = CO
 
 
 def ingredients(target: Target) -> dict[str, str | None]:
-    """Everything that the wheel depends on.
-
-    The compiler is not among them: a wheel serves its torch whichever compiler made it, and a cached one should serve
-    a machine without any.
-    """
+    """All that the wheel depends on, except the compiler: a cached wheel should serve a machine without one."""
     return {
         "minkowski_sdist": SDIST_SHA256,
         "torch": str(import_torch().__version__),
@@ -160,7 +156,7 @@ def ingredients(target: Target) -> dict[str, str | None]:
 
 
 def cache_key(parts: dict[str, str | None]) -> str:
-    """A folder name: the ingredients that people recognise, then a hash of all of them."""
+    """A folder name of the main ingredients and a hash of all of them."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     kind = "cpu" if not parts["cuda"] else f"cuda{parts['cuda']}-{str(parts['architectures']).replace(';', '_')}"
     return re.sub(r"[^A-Za-z0-9._+-]", "_", f"{VERSION}-torch{parts['torch']}-{kind}-{digest}")
@@ -175,7 +171,7 @@ def default_cache() -> Path:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """ "13.0" for a compiler of that release, "" for what does not run."""
+    """ "13.0" for a compiler of that release, "" if it does not run."""
     try:
         listing = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:
@@ -185,7 +181,7 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def nvcc_home(nvcc: Path) -> Path:
-    """The toolkit folder that `nvcc` belongs to. nvcc itself is asked, since the one on PATH may be a wrapper."""
+    """The toolkit folder of `nvcc`, from its own output, since the one on PATH may be a wrapper."""
     command = [str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]
     trace = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     top = re.search(r"^#\$ TOP=(.*)$", trace, re.MULTILINE)
@@ -200,7 +196,7 @@ def nvidia_folders(cuda: str) -> list[Path]:
 
 
 def find_nvcc(cuda: str) -> tuple[Path | None, list[str]]:
-    """Returns the first nvcc of torch's major version (torch refuses any other), and what was found instead."""
+    """The first nvcc of torch's major version (torch refuses others), and the rejected ones."""
     candidates = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
     candidates += [folder / "bin" / "nvcc" for folder in (*nvidia_folders(cuda), Path("/usr/local/cuda"))]
@@ -235,7 +231,7 @@ def require_cuda_home(cuda: str) -> Path:
 
 
 def check_tools(target: Target) -> None:
-    """Finds what is missing before the first minute is spent."""
+    """Checks the requirements before any long work."""
     compiler = (os.environ.get("CXX") or "g++").split()[0]
     if shutil.which(compiler) is None:
         raise BuildError(
@@ -254,7 +250,7 @@ def check_tools(target: Target) -> None:
 
 
 def parallel_jobs(kind: str) -> int:
-    """Compiler processes at a time: MAX_JOBS, else what cores and memory allow."""
+    """Number of compiler processes: MAX_JOBS, or else as many as cores and memory allow."""
     if os.environ.get("MAX_JOBS"):
         return int(os.environ["MAX_JOBS"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -263,7 +259,7 @@ def parallel_jobs(kind: str) -> int:
 
 
 def build_environment(target: Target, work: Path, blas: str) -> dict[str, str]:
-    """The variables that steer setup.py, torch's build and the compilers. Ours come first, so that they win."""
+    """Environment variables of setup.py, torch's build and the compilers. Ours come first, so that they win."""
     env = dict(os.environ, MAX_JOBS=str(parallel_jobs(target.kind)))
 
     def prepend(name: str, separator: str, *values: str | Path) -> None:
@@ -297,7 +293,7 @@ def build_environment(target: Target, work: Path, blas: str) -> dict[str, str]:
 
 
 def link_versioned_libraries(destination: Path, folders: Sequence[Path]) -> None:
-    """Gives libNAME.so.N the name libNAME.so that the linker looks for; NVIDIA's pip packages lack that link."""
+    """Links libNAME.so.N as libNAME.so for the linker, since NVIDIA's pip packages lack that link."""
     for folder in folders:
         for library in sorted(folder.glob("lib*.so.*")):
             link = destination / (library.name.partition(".so.")[0] + ".so")
@@ -309,7 +305,7 @@ def link_versioned_libraries(destination: Path, folders: Sequence[Path]) -> None
 
 
 class Progress:
-    """Prints the name of every step and, when it ends, its time."""
+    """Prints the name of every step and, at its end, its time."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -329,7 +325,7 @@ class Progress:
 
 
 def write_beside(destination: Path, write: Callable[[Path], object]) -> None:
-    """Writes a temporary neighbour and renames it, so that nobody ever sees half a file."""
+    """Writes a temporary file and renames it, so that `destination` is always complete."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     neighbour = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
@@ -340,7 +336,7 @@ def write_beside(destination: Path, write: Callable[[Path], object]) -> None:
 
 
 def get_sdist(given: Path | None, cache: Path) -> bytes:
-    """Returns the published archive: `given` (or SPARKME_MINKOWSKI_SDIST), else the cached one, else the index's."""
+    """The published archive: `given` (or SPARKME_MINKOWSKI_SDIST), else from the cache, else from the index."""
     variable = os.environ.get("SPARKME_MINKOWSKI_SDIST")
     given = given or (Path(variable) if variable else None)
     if given is not None:
@@ -363,7 +359,7 @@ def unpack_sdist(content: bytes, work: Path) -> Path:
 
 
 def run_logged(command: Sequence[str], log: Path, what: str, **options: Any) -> None:
-    """Runs a command with its output in `log`; on failure shows its first errors and its end."""
+    """Runs a command with its output in `log`; if it fails, prints the first errors and the end."""
     with log.open("a") as stream:
         stream.write(f"$ {' '.join(command)}\n")
         stream.flush()
@@ -384,7 +380,7 @@ def compile_wheel(source: Path, target: Target, work: Path, log: Path, blas: str
 
 
 def self_check(wheel: Path, target: Target, work: Path, log: Path) -> None:
-    """Loads the package, not installed, in a fresh process and compares its convolutions with dense ones."""
+    """Loads the package in a new process, without installation, and compares its convolutions with dense ones."""
     unpacked = work / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
@@ -397,7 +393,7 @@ def self_check(wheel: Path, target: Target, work: Path, log: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file, so that two builds of one wheel share a compilation. Without file locks, both compile."""
+    """Holds a lock file, so that two builds of a wheel share a compilation. Without file locks, both compile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
         with contextlib.suppress(ImportError, OSError):
@@ -408,7 +404,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def build_wheel(*, sdist: Path | None = None, cache: Path | None = None, wanted: str = "auto", force: bool = False) -> Path:
-    """Returns a checked wheel of MinkowskiEngine for this Python and torch, from the cache if it is there.
+    """A checked wheel of MinkowskiEngine for this Python and torch, from the cache if possible.
 
     Args:
         sdist: The published archive; by default it comes from pip's index.
@@ -439,7 +435,7 @@ def build_wheel(*, sdist: Path | None = None, cache: Path | None = None, wanted:
                 return _build(sdist, cache, folder, target, parts, Path(work), log)
     except OSError as error:
         raise BuildError(
-            f"cannot build MinkowskiEngine: {error}. The cache is {cache} (--cache DIR), the work goes on in"
+            f"cannot build MinkowskiEngine: {error}. The cache is {cache} (--cache DIR), the work folder"
             f" {tempfile.gettempdir()} (TMPDIR)."
         ) from error
 

@@ -1,7 +1,4 @@
-"""What this project changes in MinkowskiEngine's published sources, and why.
-
-Whatever can be mended from outside lives in `compat/` instead, so that this list stays short.
-"""
+"""The changes to MinkowskiEngine's published sources, and their reasons. Changes outside the sources are in `compat/`."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from sdist import VERSION, BuildError
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """Replaces `old` by `new` in `file`, where `old` has to occur exactly `count` times.
+    """Replaces `old` by `new` in `file`, where `old` must occur exactly `count` times.
 
-    `only` is "cpu" or "cuda" for an edit that the other kind of build leaves out.
+    `only` limits an edit to builds for "cpu" or "cuda".
     """
 
     name: str
@@ -45,7 +42,7 @@ def _functions_as_classes(file: str, count: int) -> Edit:
         old="Function()",
         new="Function",
         count=count,
-        reason="torch warns about instances of autograd functions and announces that they will be an error",
+        reason="torch warns that instances of autograd functions will become an error",
     )
 
 
@@ -65,26 +62,25 @@ EDITS: tuple[Edit, ...] = (
     _functions_as_classes("MinkowskiEngine/MinkowskiTensorField.py", 4),
     _functions_as_classes("MinkowskiEngine/MinkowskiUnion.py", 1),
     Edit(
-        name="threads are the user's choice",
+        name="no limit of threads",
         file="MinkowskiEngine/__init__.py",
         old='if os.cpu_count() > 16 and "OMP_NUM_THREADS" not in os.environ:\n',
         new="if False:\n",
-        reason="on more than 16 cores the import warned and held the whole process, torch included, to 16 threads",
+        reason="on more than 16 cores the import warned and limited the whole process, torch included, to 16 threads",
     ),
     Edit(
         name="no warning about a CPU-only build",
         file="MinkowskiEngine/__init__.py",
         old="if not is_cuda_available():\n",
         new="if False:\n",
-        reason="it came with every import; sparkme says so where it matters, when a GPU is asked for",
+        reason="it appeared at every import; sparkme reports it if a GPU is requested",
     ),
     Edit(
         name="no uninstall during the build",
         file="setup.py",
         old='run_command("pip", "uninstall", "MinkowskiEngine", "-y")\n',
         new="",
-        reason="it removes a working MinkowskiEngine from whichever environment the `pip` on PATH belongs to, and fails"
-        " where there is none",
+        reason="it removes a working MinkowskiEngine from the environment of the `pip` on PATH, and fails without pip",
     ),
     Edit(
         name="one translation unit for the CPU's sources",
@@ -108,8 +104,7 @@ EDITS: tuple[Edit, ...] = (
         ],
         ["pybind/minkowski.cpp"],
 """,
-        reason="twelve files read the same headers of torch, and took 25 to 30 s each for it; compat/cpu/sources_cpu.cpp"
-        " includes them all",
+        reason="twelve files took 25 to 30 s each for the same headers of torch; compat/cpu/sources_cpu.cpp includes them all",
         only="cpu",
     ),
     Edit(
@@ -135,17 +130,17 @@ def apply_edits(source: Path, edits: Sequence[Edit]) -> None:
     """Applies `edits` to the unpacked sources in `source`.
 
     Raises:
-        BuildError: naming the edit, if its file is missing or holds the expected text not as often as expected.
+        BuildError: the file of an edit is missing, or does not contain the text `count` times.
     """
     for edit in edits:
         path = source / edit.file
         if not path.is_file():
-            raise BuildError(f"edit '{edit.name}' for MinkowskiEngine {VERSION}: there is no {edit.file}.")
+            raise BuildError(f"edit '{edit.name}' for MinkowskiEngine {VERSION}: {edit.file} is missing.")
         text = path.read_text()
         found = text.count(edit.old)
         if found != edit.count:
             raise BuildError(
-                f"edit '{edit.name}' for MinkowskiEngine {VERSION} does not fit: {edit.file} holds the text to replace"
-                f" {found} times, expected {edit.count}."
+                f"edit '{edit.name}' for MinkowskiEngine {VERSION} does not fit: {edit.file} contains its text {found} times"
+                f" instead of {edit.count}."
             )
         path.write_text(text.replace(edit.old, edit.new))

@@ -1,7 +1,7 @@
-"""Fetches the source archive of MinkowskiEngine from the package index that pip is configured with.
+"""Downloads the source archive of MinkowskiEngine from pip's package index.
 
-`pip download` would prepare the metadata of the archive, which runs its setup.py and fails in the search for a BLAS. So
-the index is read directly, in the JSON form of the simple API, or in its HTML form where it has no other.
+`pip download` would run the archive's setup.py for its metadata, which fails in the search for a BLAS. So this module reads the
+index itself, in the JSON form of the simple API, or else in the HTML form.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SDIST_SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94
 
 
 class BuildError(Exception):
-    """What the user can mend, in one line."""
+    """A problem that the user can correct, in one line."""
 
 
 def check_sha256(content: bytes, origin: str) -> bytes:
-    """Returns `content` if it is the published archive, whose hash is known; so it does not matter where it is from."""
+    """Returns `content` if it has the hash of the published archive, wherever it comes from."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != SDIST_SHA256:
         raise BuildError(f"{origin} is not the published {SDIST_NAME}: sha256 {digest}, expected {SDIST_SHA256}.")
@@ -39,16 +39,16 @@ def check_sha256(content: bytes, origin: str) -> bytes:
 
 def read_sdist(path: Path) -> bytes:
     if not path.is_file():
-        raise BuildError(f"--sdist {path}: there is no such file.")
+        raise BuildError(f"--sdist {path} does not exist.")
     return check_sha256(path.read_bytes(), str(path))
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's configuration files and PIP_* variables, merged as pip does it; {} where there is no pip."""
+    """pip's configuration files and PIP_* variables, merged like pip does; {} without pip."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     settings: dict[str, str] = {}
-    for section in ("global.", "install.", ":env:."):  # the later win
+    for section in ("global.", "install.", ":env:."):  # later ones win
         for line in listing.splitlines():
             name, _, value = line.partition("=")
             if name.startswith(section):
@@ -58,7 +58,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def default_index() -> str:
-    """The index that pip takes where none is configured; asked of pip, which has no public name for it."""
+    """pip's default index, which has no public name in pip."""
     command = [sys.executable, "-c", "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
@@ -75,17 +75,17 @@ def download_sdist() -> bytes:
             url = find_in_index_page(*_get(page, settings.get("cert"), timeout_s), page)
             if url is not None:
                 return check_sha256(_get(url, settings.get("cert"), timeout_s)[0], _without_secret(url))
-            failures.append(f"{_without_secret(index)}: has no {SDIST_NAME}")
+            failures.append(f"{_without_secret(index)} lacks {SDIST_NAME}")
         except (OSError, ValueError, KeyError) as error:
             failures.append(f"{_without_secret(index)}: {error}")
     raise BuildError(
-        f"cannot get {SDIST_NAME} from the package index ({'; '.join(failures)}). Configure pip's index-url, or fetch"
-        " the file elsewhere and pass it with --sdist FILE (SPARKME_MINKOWSKI_SDIST=FILE for pip install)."
+        f"cannot download {SDIST_NAME} from the package index ({'; '.join(failures)}). Configure pip's index-url, or pass"
+        " the file with --sdist FILE (SPARKME_MINKOWSKI_SDIST=FILE for pip install)."
     )
 
 
 def find_in_index_page(body: bytes, content_type: str, page_url: str) -> str | None:
-    """Returns the address of the archive that an index page (JSON or HTML) gives, or None."""
+    """The archive's URL on an index page (JSON or HTML), or None."""
     if "json" in content_type:
         links = [file["url"] for file in json.loads(body)["files"]]
     else:
@@ -109,7 +109,7 @@ class _Links(html.parser.HTMLParser):
 
 
 def _get(url: str, certificates: str | None, timeout_s: float) -> tuple[bytes, str]:
-    """Returns the body at `url` and its content type. User and password in the address become a header, as in pip."""
+    """The body at `url` and its content type. User and password in the URL become a header, as in pip."""
     parts = urllib.parse.urlsplit(url)
     headers = {"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5, */*;q=0.1"}
     if parts.username:

@@ -1,4 +1,4 @@
-"""Compares the convolutions of a freshly built MinkowskiEngine with dense ones; build.py runs it as a process.
+"""Compares convolutions of a newly built MinkowskiEngine with dense ones; build.py runs it as a process.
 
 python -P self_check.py FOLDER --expect cpu|cuda
 """
@@ -19,9 +19,9 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 def check_convolution(ME: Any, torch: Any, *, stride: int, device: str, dtype: Any) -> float:
-    """Returns the largest relative error of a 3x3 convolution: of output, input gradient and kernel gradient.
+    """The largest relative error of output, input gradient and kernel gradient of a 3x3 convolution.
 
-    Whole 4x4 patches are visible, one of them alone. The kernel is random: a transposed one would show.
+    The visible patches of 4x4 pixels include an isolated one. The random kernel would reveal a transposition.
     """
     batch, c_in, c_out, patches, patch = 2, 5, 6, 4, 4
     generator = torch.Generator().manual_seed(stride)
@@ -33,7 +33,7 @@ def check_convolution(ME: Any, torch: Any, *, stride: int, device: str, dtype: A
     mask_out = mask[:, ::stride, ::stride]
     weight_out = torch.randn(batch, c_out, *mask_out.shape[1:], generator=generator, dtype=torch.float64)
 
-    # Dense: with coordinates (sample, y, x) MinkowskiEngine's kernel index runs over y first.
+    # Dense: with coordinates (sample, y, x), y is the fastest axis of MinkowskiEngine's kernel.
     dense_image = image.clone().requires_grad_()
     dense_kernel = kernel.clone().requires_grad_()
     weight = dense_kernel.reshape(3, 3, c_in, c_out).permute(3, 2, 1, 0)
@@ -49,7 +49,7 @@ def check_convolution(ME: Any, torch: Any, *, stride: int, device: str, dtype: A
     sample, y, x = output.C.long().cpu().unbind(1)
     y, x = y // stride, x // stride
     if len(output) != int(mask_out.sum()) or not bool(mask_out[sample, y, x].all()):
-        raise SystemExit(f"stride {stride}, {device}: the output sites are not the visible ones at that stride")
+        raise SystemExit(f"stride {stride}, {device}: the output sites differ from the visible ones at that stride")
     (output.F * weight_out.permute(0, 2, 3, 1)[sample, y, x].to(output.F)).sum().backward()
 
     got_and_expected = [
@@ -62,7 +62,7 @@ def check_convolution(ME: Any, torch: Any, *, stride: int, device: str, dtype: A
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="where the wheel was unpacked")
+    parser.add_argument("folder", help="folder of the unpacked wheel")
     parser.add_argument("--expect", choices=["cpu", "cuda"], required=True)
     arguments = parser.parse_args(argv)
     sys.path.insert(0, arguments.folder)

@@ -1,7 +1,7 @@
-"""What all methods share: hide patches, predict them, compare. How they are predicted is a method's own.
+"""The base of all methods: hides patches, predicts them, and compares the prediction with the image.
 
 A method is a subclass with `create`, `num_visible` and `predict`, and a recipe in `sparkme.settings.pretrain` that names it.
-One with another target or loss overrides `forward`; one that paints no pixels overrides `paint`, for the pictures.
+A method with another target or loss overrides `forward`. One that predicts no pixels overrides `paint`, for the pictures.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from sparkme.settings.pretrain import PretrainSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.grid import Grid
 
-# Where the mean and the deviation come from that a hidden patch is painted with.
+# Sources of the mean and deviation of a painted patch.
 PATCH_STATISTICS = ("true", "predicted")
 
 
 class MaskedAutoencoder(nn.Module):
-    """A network that is pretrained by painting hidden patches.
+    """A network that is pretrained by reconstructing hidden patches.
 
     Args:
         encoder: from `sparkme.sparsify`.
         input_size: side of the images, or (height, width), in pixels.
-        mask_ratio: share of patches to hide.
+        mask_ratio: share of hidden patches.
         patch: side of a patch in pixels; the encoder's total stride if None.
-        normalise_patches: whether a hidden patch is compared after taking its own mean and deviation away.
+        normalise_patches: whether the target is each hidden patch less its mean, over its deviation.
 
     Raises:
         ValueError: sizes or ratio do not fit together.
@@ -57,19 +57,11 @@ class MaskedAutoencoder(nn.Module):
 
     @classmethod
     def create(cls, encoder: SparseEncoder, settings: PretrainSettings) -> MaskedAutoencoder:
-        """The network that a run's settings describe.
-
-        Raises:
-            ValueError: a value is not possible.
-        """
+        """The network of a run's settings. Raises ValueError if a value is invalid."""
         raise NotImplementedError
 
     def set_task(self, input_size: int | tuple[int, int], mask_ratio: float) -> None:
-        """Says how large the images are, and which share of their patches is hidden; the weights fit any.
-
-        Raises:
-            ValueError: size and ratio do not fit together.
-        """
+        """Sets input size and mask ratio; the weights fit any. Raises ValueError if they do not fit together."""
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if min(height, width) < self.patch or height % self.patch or width % self.patch:
             rows, columns = (max(1, round(side / self.patch)) for side in (height, width))
@@ -81,7 +73,7 @@ class MaskedAutoencoder(nn.Module):
         total = num_patches[0] * num_patches[1]
         if total == 1:
             raise ValueError(
-                f"input size {height}x{width} is a single patch, which cannot be hidden and seen; raise the input size"
+                f"input size {height}x{width} is a single patch, which cannot be hidden and visible; raise the input size"
             )
         keep = self.num_visible(total, mask_ratio)
         if keep == total:
@@ -89,11 +81,11 @@ class MaskedAutoencoder(nn.Module):
         self.input_size, self.mask_ratio, self.num_patches, self.keep = (height, width), mask_ratio, num_patches, keep
 
     def num_visible(self, num_patches: int, mask_ratio: float) -> int:
-        """How many patches of an image stay visible."""
+        """Number of visible patches per image."""
         raise NotImplementedError
 
     def predict(self, images: Tensor, grid: Grid) -> Tensor:
-        """What the network makes of the visible pixels: (B, C, H, W), of which the hidden patches are meant."""
+        """The prediction (B, C, H, W) from the visible pixels; only its hidden patches count."""
         raise NotImplementedError
 
     def forward(
@@ -108,9 +100,9 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: (B, C, H, W), normalised.
-            active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
-            generator: for drawing it, on the images' device.
-            keep: how many patches of every image a given mask shows, if that is known; else the host waits to count them.
+            active: (B, 1, f_h, f_w) bool, True = visible; random if None.
+            generator: generator of a random mask, on the images' device.
+            keep: visible patches per image of a given mask, if known; else the host waits for the device to count them.
 
         Returns:
             Scalar: mean squared error on hidden patches.
@@ -130,7 +122,7 @@ class MaskedAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
         keep: int | None = None,
     ) -> Grid:
-        """The sites of a batch, for a given or a random mask; the arguments are those of `forward`."""
+        """The grid of a batch, for a given or a random mask; arguments as in `forward`."""
         if images.shape[1:] != (self.encoder.in_channels, *self.input_size):
             expected = ", ".join(map(str, (self.encoder.in_channels, *self.input_size)))
             raise ValueError(f"images must be (B, {expected}), got {tuple(images.shape)}")
@@ -148,11 +140,11 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, active: Tensor | None = None, *, statistics: str = "true") -> tuple[Tensor, Tensor]:
-        """What the network sees and what it makes of it; in the module's current mode, so call `eval()` first.
+        """Masked and reconstructed images, in the module's current mode, so call `eval()` first.
 
         Args:
             images: (B, C, H, W), normalised.
-            active: (B, 1, f_h, f_w) bool, True = visible; drawn at random if None.
+            active: (B, 1, f_h, f_w) bool, True = visible; random if None.
             statistics: see `paint`.
 
         Returns:
@@ -164,22 +156,23 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def paint(self, prediction: Tensor, images: Tensor, grid: Grid, *, statistics: str = "true") -> Tensor:
-        """Puts a prediction into the hidden patches of the images.
+        """Paints a prediction into the hidden patches of the images.
 
-        Where the network learns patches without their mean and deviation, these have to come from elsewhere.
+        With `normalise_patches` the network does not predict mean and deviation of a patch. `statistics` says where they come
+        from.
 
         Args:
-            prediction: (B, C, H, W), of `predict`.
+            prediction: (B, C, H, W), from `predict`.
             images: (B, C, H, W), normalised.
             grid: the batch's grid.
-            statistics: `true` for each hidden patch's own mean and deviation, as in the paper's pictures, or `predicted` for
-                `neighbour_statistics`: then hidden pixels have no part in the result.
+            statistics: `true`: each hidden patch's own mean and deviation, as in the paper's pictures; `predicted`:
+                `neighbour_statistics`, without use of hidden pixels.
 
         Returns:
-            (B, C, H, W) in the images' dtype: their visible pixels, and the painted ones.
+            (B, C, H, W) in the images' dtype: visible pixels of the images, and painted ones.
 
         Raises:
-            ValueError: `statistics` is neither, or is `predicted` where the network paints with its own.
+            ValueError: `statistics` is neither, or is `predicted` without `normalise_patches`.
         """
         if statistics not in PATCH_STATISTICS:
             raise ValueError(f"statistics {statistics!r} must be one of {', '.join(PATCH_STATISTICS)}")
@@ -192,5 +185,5 @@ class MaskedAutoencoder(nn.Module):
             )
             painted = unpatchify(patches * deviation + mean, (grid.f_h, grid.f_w))
         elif statistics == "predicted":
-            raise ValueError("there are no statistics to predict: this network paints patches with their mean and deviation")
+            raise ValueError("statistics='predicted' does not apply: this network predicts mean and deviation, too")
         return torch.where(grid.mask(1, torch.bool), images, painted)

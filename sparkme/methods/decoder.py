@@ -1,6 +1,6 @@
-"""The light UNet decoder, an ordinary dense network (decoder.py:17-74 of the official code).
+"""SparK's light UNet decoder, a dense network (decoder.py:17-74 of the official code).
 
-Parameter names equal the official ones (`dec.<i>.up_sample`, `dec.<i>.conv.<j>`, `proj`), so its weights load as they are.
+Parameter names equal the official ones (`dec.<i>.up_sample`, `dec.<i>.conv.<j>`, `proj`), so official weights load unchanged.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparkme.sparse.batch_norm import BatchNorm
 
-MAX_WIDTH = 8192  # which has 2.6 billion weights; the paper's is 768
+MAX_WIDTH = 8192  # 2.6 billion weights; the paper's width is 768
 
 
 class UNetBlock(nn.Module):
@@ -34,15 +34,15 @@ class UNetBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From densified maps, deepest first, to an image.
+    """Decodes densified maps, deepest first, into an image.
 
     Args:
-        stride: total stride of the encoder, a power of two; there are log2(stride) blocks.
+        stride: total stride of the encoder, a power of two; the decoder has log2(stride) blocks.
         width: channels of the deepest densified map, halved by every block.
         out_channels: channels of the image.
 
     Raises:
-        ValueError: the stride is no power of two, or the width cannot be halved that often, or is absurd.
+        ValueError: the stride is not a power of two, or the width is too large or cannot be halved that often.
     """
 
     def __init__(self, stride: int, width: int, out_channels: int = 3) -> None:
@@ -63,8 +63,8 @@ class Decoder(nn.Module):
         self.apply(_initialise)
 
     def forward(self, maps: dict[int, Tensor]) -> Tensor:
-        """Takes maps (B, width / 2^i, f_h 2^i, f_w 2^i) by i, of which the first, i = 0, must be there; returns
-        (B, out_channels, H, W). The others are added where the resolution is theirs."""
+        """Maps (B, width / 2^i, f_h 2^i, f_w 2^i) by i to (B, out_channels, H, W). Map 0 is required; block i adds map i to its
+        input."""
         x = maps[0]
         for i, block in enumerate(self.dec):
             if i and i in maps:

@@ -1,4 +1,4 @@
-"""FCMAE: mask, encode sparsely, one dense block, compare (Woo et al., ConvNeXt V2, CVPR 2023, section 3)."""
+"""FCMAE: a sparse encoder, and a decoder of one dense block (Woo et al., ConvNeXt V2, CVPR 2023, section 3)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sparkme.sparse.grid import Grid
 
 
 class FCMAE(MaskedAutoencoder):
-    """The network that is pretrained: like `SparK`, with the deepest map alone and one ConvNeXt V2 block as its decoder.
+    """The network of FCMAE. Its decoder, one ConvNeXt V2 block, takes the deepest map alone.
 
-    The official sparse encoder takes the norm in its GRN over the visible pixels of the whole batch, the dense network that
-    is fine-tuned over each image; ours is over the visible pixels of each image.
+    GRN takes its norm over the visible pixels of each image. The official sparse encoder takes it over those of the whole
+    batch, and the official dense network of fine-tuning over each image.
 
     Args:
-        encoder: from `sparkme.sparsify`; the paper's are timm's `convnextv2_*`. Its weights stay as they are; a new
-            network's are those of `initialise_encoder`.
+        encoder: from `sparkme.sparsify`; the paper's are timm's `convnextv2_*`. Its weights do not change; `create` initialises
+            them with `initialise_encoder`.
         input_size: side of the images, or (height, width), in pixels.
-        mask_ratio: share of patches to hide.
+        mask_ratio: share of hidden patches.
         decoder_width: channels of the decoder's block.
         patch: side of a patch in pixels; the encoder's total stride if None.
         normalise_patches: whether the target is each patch less its own mean, over its own deviation, as in the paper
-            (section 3, "reconstruction target"). The official class has it off; main_pretrain.py, which trains it, on.
+            (section 3, "reconstruction target"). It is off in the official class, and on in main_pretrain.py, which trains it.
 
     Raises:
         ValueError: sizes or ratio do not fit together.
@@ -83,15 +83,15 @@ class FCMAE(MaskedAutoencoder):
         return self._pixels(self.prediction(self.decoder(dense)))
 
     def _pixels(self, blocks: Tensor) -> Tensor:
-        """(B, stride^2 * C, h, w), where an output's values are ordered (y, x, channel), as an image (B, C, H, W)."""
+        """(B, stride^2 * C, h, w), with channels in the order (y, x, channel), to images (B, C, H, W)."""
         b, _, h, w = blocks.shape
         values = blocks.view(b, self.stride, self.stride, -1, h, w)
         return values.permute(0, 3, 4, 1, 5, 2).reshape(b, -1, h * self.stride, w * self.stride)
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Initial values of the official decoder (models/fcmae.py, `_init_weights`): convolutions of deviation 1, cut off at
-        2, as `trunc_normal_` has it where none is given; what it does not name (linear layers, norms) as torch makes it."""
+        """Initial values of the official decoder (models/fcmae.py, `_init_weights`): the default `trunc_normal_`, whose
+        deviation is 1, for convolutions, and torch's own values for linear layers and norms."""
         for layer in (self.projection, self.prediction, *self.decoder.modules()):
             if isinstance(layer, nn.Conv2d):
                 nn.init.trunc_normal_(layer.weight)
@@ -102,19 +102,19 @@ class FCMAE(MaskedAutoencoder):
 
 @torch.no_grad()
 def initialise_encoder(encoder: SparseEncoder) -> None:
-    """Gives an encoder new random weights, as the official one has them (models/convnextv2_sparse.py, `_init_weights`).
+    """Initialises an encoder like the official one (models/convnextv2_sparse.py, `_init_weights`).
 
-    Convolutions and linear layers get a truncated normal of deviation .02, and biases of zero. Norms and GRN start as their
-    layers make them, at one and zero. The official code then runs the initialisation of the whole autoencoder over its encoder,
-    too, so that stem, depthwise and linear layers end with a deviation of 1, like the decoder. That is not repeated here: the
-    published weights come from other code (TRAINING.md), and layer norms hide most of the difference.
+    Weights of convolutions and linear layers are truncated normal with deviation .02, their biases zero. Norms and GRN keep
+    their layers' values, one and zero. The official code then applies the autoencoder's initialisation to its encoder, too, so
+    that stem, depthwise and linear layers end with deviation 1, like the decoder. This function does not: the published weights
+    come from other code (TRAINING.md), and layer norms hide most of the difference.
     """
     weight: Tensor
     bias: Tensor | None
     for module in encoder.modules():
         if isinstance(module, SparseConv2d | SparseDepthwiseConv2d):
             weight, bias = module.kernel, module.bias
-        elif isinstance(module, nn.Conv2d | nn.Linear):  # also what a SparseLinear holds
+        elif isinstance(module, nn.Conv2d | nn.Linear):  # also inside a SparseLinear
             weight, bias = module.weight, module.bias
         else:
             continue

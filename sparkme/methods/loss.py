@@ -1,4 +1,4 @@
-"""What the network learns: to paint hidden patches, each normalised by its own mean and deviation."""
+"""The reconstruction loss on hidden patches, each normalised by its own mean and deviation."""
 
 import torch
 from torch import Tensor
@@ -16,18 +16,17 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def neighbour_statistics(images: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Guesses mean and deviation of hidden patches from the visible ones, with no look at hidden pixels.
+    """Estimates mean and deviation of hidden patches from visible ones, without use of hidden pixels.
 
-    Each is the average of those of the image's visible patches, weighted by 1 / squared distance between the centres (Shepard,
-    *A two-dimensional interpolation function for irregularly-spaced data*, 1968): near patches are the likelier ones to be
-    alike, and one that lies alone still gets the average of all.
+    Each is a weighted average over the image's visible patches, with weights 1 / squared distance between centres (Shepard, *A
+    two-dimensional interpolation function for irregularly-spaced data*, 1968), since patches close by are more likely alike.
 
     Args:
         images: (B, C, H, W).
         grid: the batch's grid.
 
     Returns:
-        Both (B, L, 1, 1), of which the hidden patches are meant.
+        Both (B, L, 1, 1); only the values of hidden patches count.
     """
     mean, deviation = patch_statistics(take_patches(patchify(images, grid.patch), grid.visible))
     numbers = torch.arange(grid.f_h * grid.f_w, device=images.device)
@@ -35,13 +34,13 @@ def neighbour_statistics(images: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     offsets = places.unsqueeze(1) - places[grid.visible].unsqueeze(1)  # (B, L, keep, 2)
     weight = 1 / offsets.square().sum(3).clamp_min(1).to(images.dtype)
     weight = weight / weight.sum(2, keepdim=True)
-    # Not a matrix product, which autocast would round to bf16.
+    # No matrix product: autocast would round it to bf16.
     averages = [(weight * value.flatten(1).unsqueeze(1)).sum(2).view(grid.batch, -1, 1, 1) for value in (mean, deviation)]
     return averages[0], averages[1]
 
 
 def hidden_patches(dense: Tensor, grid: Grid) -> Tensor:
-    """Copies the hidden patches, and nothing else, of (B, C, H, W): to (B, L, C, p * p)."""
+    """Copies only the hidden patches of (B, C, H, W), as (B, L, C, p * p)."""
     blocks = dense.unflatten(3, (grid.f_w, grid.patch)).unflatten(2, (grid.f_h, grid.patch))
     sample = torch.arange(grid.batch, device=dense.device).view(-1, 1)
     return blocks[sample, :, grid.hidden // grid.f_w, :, grid.hidden % grid.f_w].flatten(3)
@@ -53,10 +52,10 @@ def hidden_patch_loss(prediction: Tensor, images: Tensor, grid: Grid, *, normali
     Only hidden patches are gathered and compared, in float32 or better.
 
     Args:
-        prediction: (B, C, H, W), in units of each patch's deviation.
+        prediction: (B, C, H, W), in units of each patch's deviation with `normalise`, else of the images.
         images: (B, C, H, W).
-        grid: the batch's grid; its mask says which patches are hidden.
-        normalise: whether the image's patches are; else the prediction is in the image's own units.
+        grid: the batch's grid.
+        normalise: whether to normalise the image's patches.
 
     Returns:
         Scalar.

@@ -1,11 +1,11 @@
-"""Which patches of an image the encoder sees: the first step of the data's path."""
+"""Random masks: the patches of an image that the encoder sees."""
 
 import torch
 from torch import Tensor
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """How many of `num_patches` stay visible: `round(num_patches * (1 - mask_ratio))`, as in SparK (spark.py:29).
+    """The number of visible patches, `round(num_patches * (1 - mask_ratio))`, as in SparK (spark.py:29).
 
     Raises:
         ValueError: the ratio is outside [0, 1], or leaves no patch visible.
@@ -26,20 +26,20 @@ def random_active(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draws, for each image, the same number of visible patches, uniformly and without replacement.
+    """Draws the same number of visible patches for each image, uniformly and without replacement. Does not wait for the device.
 
     Args:
         batch: number of images B.
-        size: patches down and across, (f_h, f_w).
-        mask_ratio: share of patches to hide, in [0, 1], as long as one patch stays visible.
-        generator: source of randomness, on the device it was made for; the default one of `device` if None.
-        device: where the result lives. Nothing waits for the device.
+        size: number of patches, (f_h, f_w).
+        mask_ratio: share of hidden patches, in [0, 1]; at least one patch must stay visible.
+        generator: random generator, on its own device; the default one of `device` if None.
+        device: device of the result.
 
     Returns:
         (B, 1, f_h, f_w) bool, True = visible.
 
     Raises:
-        ValueError: the ratio leaves nothing visible.
+        ValueError: the ratio leaves no patch visible.
     """
     f_h, f_w = size
     keep = num_visible(f_h * f_w, mask_ratio)

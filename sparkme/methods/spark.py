@@ -1,4 +1,4 @@
-"""SparK: mask, encode sparsely, densify, decode, compare (Tian et al., ICLR 2023, figure 2)."""
+"""SparK: a sparse encoder, densified maps, and a dense UNet decoder (Tian et al., ICLR 2023, figure 2)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from sparkme.weights.spark import split_official_state
 
 
 class SparK(MaskedAutoencoder):
-    """The network that is pretrained.
+    """The network of SparK.
 
     Args:
         encoder: from `sparkme.sparsify`.
         input_size: side of the images, or (height, width), in pixels.
-        mask_ratio: share of patches to hide.
-        decoder_width: channels of the decoder's input, halved at every block.
-        densify_norm: norm of the encoder's maps before mask tokens join them: `bn` (ResNet), `ln` (ConvNeXt), `none`, or
-            `auto` for what the encoder uses itself.
+        mask_ratio: share of hidden patches.
+        decoder_width: channels of the decoder's input, halved by every block.
+        densify_norm: norm of the encoder's maps before mask tokens are added: `bn` (ResNet), `ln` (ConvNeXt), `none`, or `auto`
+            for the encoder's own kind.
         patch: side of a patch in pixels; the encoder's total stride if None.
 
     Raises:
@@ -55,14 +55,14 @@ class SparK(MaskedAutoencoder):
         norm = encoder.norm if densify_norm == "auto" else densify_norm
         if norm not in DENSIFY_NORMS:
             raise ValueError(f"unknown densify norm {densify_norm!r}; choose one of auto, {', '.join(DENSIFY_NORMS)}")
-        # Deepest first, as the decoder takes them; a map of level i has 2^i times the resolution of the deepest.
+        # Deepest first, as in the decoder; a map of level i has 2^i times the resolution of the deepest one.
         self.levels = [round(math.log2(stride / s)) for s in reversed(encoder.strides)]
         for i, channels in zip(self.levels, reversed(encoder.channels), strict=True):
             token = torch.empty(1, channels, 1, 1)
             self.mask_tokens.append(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
             self.densify_norms.append(DENSIFY_NORMS[norm](channels))
             self.densify_projs.append(_projection(channels, decoder_width >> i, deepest=i == 0))
-        # Rows turn into channels_last maps by copying patches, and convolutions are fastest on those.
+        # Densified maps are channels_last, which is also fastest for convolutions.
         self.densify_projs.to(memory_format=torch.channels_last)
         self.decoder.to(memory_format=torch.channels_last)
 
@@ -88,7 +88,7 @@ class SparK(MaskedAutoencoder):
         return prediction
 
     def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:
-        """Normalises visible pixels, puts a mask token at hidden ones, and projects to the decoder's widths.
+        """Normalises visible pixels, sets hidden ones to a mask token, and projects to the decoder's widths.
 
         Args:
             maps: the encoder's maps, shallow to deep.
@@ -104,7 +104,7 @@ class SparK(MaskedAutoencoder):
         return dense
 
     def load_official_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes weights under the official SparK names: a whole network, or an encoder alone.
+        """Loads weights with the official SparK names, of a whole network or an encoder alone.
 
         Raises:
             ValueError: names are missing, unknown, or have another shape.
@@ -121,7 +121,7 @@ class SparK(MaskedAutoencoder):
                 raise ValueError(f"weights of another network: missing {missing[:5]}, unexpected {unexpected[:5]}")
 
 
-# Over (N, C) rows of visible pixels; LayerNorm with ConvNeXt's epsilon.
+# Norms of (N, C) rows; LayerNorm has ConvNeXt's epsilon.
 DENSIFY_NORMS: dict[str, Callable[[int], nn.Module]] = {
     "bn": nn.BatchNorm1d,
     "ln": partial(nn.LayerNorm, eps=1e-6),
@@ -130,7 +130,7 @@ DENSIFY_NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def _projection(channels: int, width: int, *, deepest: bool) -> nn.Module:
-    """1x1 at the deepest scale (nothing where the widths are equal), 3x3 elsewhere (spark.py:63-70)."""
+    """1x1 at the deepest scale, or none if the widths are equal; 3x3 elsewhere (spark.py:63-70)."""
     if deepest and channels == width:
         return nn.Identity()
     kernel_size = 1 if deepest else 3

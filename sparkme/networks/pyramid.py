@@ -1,6 +1,6 @@
-"""An ordinary dense network that gives its feature maps by stride, as detectors and segmenters take them.
+"""A dense network that returns its feature maps by stride, for detection and segmentation.
 
-The hierarchy is the one that pretraining uses (`sparkme.sparse.hierarchy`): any network that can be pretrained has a pyramid.
+The hierarchy is that of pretraining (`sparkme.sparse.hierarchy`), so any network that can be pretrained has a pyramid.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 class Pyramid(nn.Module):
-    """A dense network that gives its feature maps, shallow to deep; made by `sparkme.pyramid`.
+    """A dense network that returns its feature maps, shallow to deep; made by `sparkme.pyramid`.
 
-    It trains, copies, compiles, exports and runs in DistributedDataParallel as any module. The head, which comes after the
-    deepest map, is left out with its weights.
+    It can be trained, copied, compiled, exported and run in DistributedDataParallel like any module. It lacks the head behind
+    the deepest map.
 
     Args:
-        network: with the weights; changed.
-        hierarchy: where its maps come out.
-        mean, std: of the images that it was trained on, a value for each channel, of pixels from 0 to 1.
+        network: the network with its weights, which is modified.
+        hierarchy: the taps of its maps.
+        mean, std: statistics of its training images per channel, of pixels in [0, 1].
 
     Attributes:
-        network: the network itself, whose names of weights have not changed.
+        network: the network; the names of its weights are unchanged.
         strides: input pixels per pixel of each map.
-        channels: the width of each map.
-        in_channels: of the images.
+        channels: channels of each map.
+        in_channels: channels of the images.
     """
 
     def __init__(
@@ -55,26 +55,26 @@ class Pyramid(nn.Module):
         self.training = network.training
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Maps as torchvision's feature pyramids take them.
+        """Maps as torchvision's feature pyramids expect them.
 
         Args:
-            images: (B, C, H, W), normalised; sides need not be multiples of the strides where the network pads.
+            images: (B, C, H, W), normalised; sides need not be multiples of the strides if the network pads.
 
         Returns:
-            (B, channels[i], H / strides[i], W / strides[i]) under "0", "1", ..., shallow to deep.
+            Maps "0", "1", ... (B, channels[i], H / strides[i], W / strides[i]), shallow to deep.
         """
         return OrderedDict((str(i), value) for i, value in enumerate(self.maps(images)))
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The same as a list."""
+        """The maps as a list."""
         return self._running.run(self.network, images)
 
     def with_fpn(self, out_channels: int = 256, extra: ExtraFPNBlock | None = None) -> PyramidWithFPN:
-        """The backbone of torchvision's detectors: a feature pyramid network on these maps.
+        """A backbone for torchvision's detectors: a feature pyramid network on these maps.
 
         Args:
-            out_channels: of every level.
-            extra: what makes the levels above; a max pooling of the last one if None, as in Faster and Mask R-CNN.
+            out_channels: channels of every level.
+            extra: block of the levels above; if None, max pooling of the last level, as in Faster and Mask R-CNN.
         """
         return PyramidWithFPN(self, out_channels, extra)
 
@@ -83,12 +83,12 @@ class Pyramid(nn.Module):
         return TimmFeatures(self)
 
     def as_smp(self) -> SmpEncoder:
-        """The convention of segmentation_models_pytorch's encoders: a list from the images on, and `out_channels`."""
+        """The convention of segmentation_models_pytorch's encoders: a list of images and maps, and `out_channels`."""
         return SmpEncoder(self)
 
 
 class PyramidWithFPN(nn.Module):
-    """A pyramid and a feature pyramid network (Lin et al., CVPR 2017); what torchvision's detectors call a backbone."""
+    """A pyramid with a feature pyramid network (Lin et al., CVPR 2017), the backbone of torchvision's detectors."""
 
     def __init__(self, pyramid: Pyramid, out_channels: int, extra: ExtraFPNBlock | None = None) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class PyramidWithFPN(nn.Module):
 
 
 class TimmFeatures(nn.Module):
-    """A pyramid as timm's `features_only` networks are."""
+    """A pyramid with the interface of timm's `features_only` networks."""
 
     def __init__(self, pyramid: Pyramid) -> None:
         super().__init__()
@@ -124,11 +124,11 @@ class TimmFeatures(nn.Module):
 
 
 class SmpEncoder(nn.Module):
-    """A pyramid as an encoder of segmentation_models_pytorch; where a stride is missing it gives a map without channels.
+    """A pyramid as an encoder of segmentation_models_pytorch. A missing stride gets a map without channels.
 
     Attributes:
-        out_channels: of the images, and of the maps at strides 2, 4, 8, ...
-        output_stride: the deepest.
+        out_channels: channels of the images, and of the maps at strides 2, 4, 8, ...
+        output_stride: stride of the deepest map.
     """
 
     def __init__(self, pyramid: Pyramid) -> None:
@@ -148,19 +148,19 @@ class SmpEncoder(nn.Module):
 
 
 class _LeftOut(nn.Identity):
-    """In the place of a head, whose weights are gone; run only where a run cannot be ended at the deepest map."""
+    """Replaces a head, without its weights; it runs only if a forward pass cannot end at the deepest map."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if args else next(iter(kwargs.values()))
 
 
 class _Running:
-    """What collects the maps of a run; each thread has its own.
+    """Collects the maps of a forward pass, for each thread separately.
 
     Args:
-        calls: for each map, which call of its module gives it, from 1.
-        changed: which maps the network changes in place later, so that they have to be copied.
-        channels_last: which maps have their channels as the last axis.
+        calls: for each map, the number, from 1, of its module's call that returns it.
+        changed: whether the network later changes a map in place, so that it must be copied.
+        channels_last: whether channels are the last axis of a map.
     """
 
     def __init__(self, calls: list[int], changed: list[bool], channels_last: list[bool]) -> None:
@@ -175,12 +175,12 @@ class _Running:
         self.local = threading.local()
 
     def reached(self, i: int, value: Tensor) -> bool:
-        """Notes a call of the module of map i; True ends the run."""
+        """Records a call of the module of map i; True ends the forward pass."""
         local = self.local
         local.counts[i] += 1
         if local.counts[i] == self.calls[i]:
             local.maps[i] = value.clone() if self.changed[i] else value
-        # torch.export counts the modules that are entered and left, and loses count where an exception leaves them.
+        # torch.export counts entered and left modules, and miscounts if an exception leaves them.
         is_traced = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
         return len(local.maps) == len(self.calls) and not is_traced
 
@@ -191,13 +191,13 @@ class _Running:
             network(images)
         maps, local.maps = local.maps, {}
         if len(maps) < len(self.calls):
-            raise RuntimeError("this time the network did not call all modules that its maps come out of")
+            raise RuntimeError("the network did not call all modules of its maps in this forward pass")
         found = [maps[i] for i in range(len(self.calls))]
         return [value.permute(0, 3, 1, 2) if last else value for value, last in zip(found, self.channels_last)]
 
 
 def _facts(network: nn.Module, hierarchy: Hierarchy) -> tuple[list[bool], list[bool]]:
-    """Which maps the network changes in place once it has handed them on, and which have their channels as the last axis."""
+    """For each map, whether the network changes it in place later, and whether channels are its last axis."""
     twin, num_maps = copy.deepcopy(network), len(hierarchy.taps)
     images = probe_images(network, hierarchy.in_channels, hierarchy.patch)
     maps: dict[int, Tensor] = {}
@@ -225,7 +225,7 @@ def _facts(network: nn.Module, hierarchy: Hierarchy) -> tuple[list[bool], list[b
 
 
 def _leave_out(network: nn.Module, hierarchy: Hierarchy) -> None:
-    """Takes the head's modules out, and gradients from what no map depends on."""
+    """Removes the head's modules, and turns off gradients of parameters that no map needs."""
     names: dict[int, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -236,5 +236,5 @@ def _leave_out(network: nn.Module, hierarchy: Hierarchy) -> None:
             setattr(network.get_submodule(parent), child, _LeftOut())
             gone.append(f"{name}.")
     for name, parameter in network.named_parameters():
-        if name not in hierarchy.needed:  # DistributedDataParallel would wait for their gradients
+        if name not in hierarchy.needed:  # DistributedDataParallel would wait for its gradient
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The curves of a report: which numbers share a chart, and on what axis."""
+"""The curves of a report: which metrics share a chart, and on which axis."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparkme.reporting.overview import measurements
 from sparkme.reporting.runs import Run, Series
 from sparkme.training.log import LEAST_POINTS
 
-MOST_POINTS, ALL_POINTS = 1000, 100_000  # of a curve, and of all curves of a page together
-MOST_MORE = 24  # curves that nobody knows
+MOST_POINTS, ALL_POINTS = 1000, 100_000  # per curve, and per page
+MOST_MORE = 24  # charts of further metrics
 UNITS = {"memory_gib": " GiB", "step_ms": " ms", "loader_wait": "%"}
-# Beside the loss and what was measured, these are always of interest.
+# Charts that are shown next to those of loss and accuracy.
 MAIN = ("learning_rate", "images_per_s", "gradient_norm", "loader_wait", "memory_gib")
 FROM_ZERO = ("learning_rate", "images_per_s", "loader_wait", "memory_gib", "step_ms", "not_finite", "weight_decay")
 HAS_LOG = ("loss", "gradient_norm", "learning_rate", "step_ms")
@@ -22,10 +22,10 @@ UNSHOWN = ("seconds_left",)
 
 
 def curves(runs: Sequence[Run]) -> str:
-    """The section; of a single run what was measured shares a chart, of several each measurement has its own."""
+    """The section. The accuracies of a single run share a chart; with several runs, each has its own."""
     names = {name for run in runs for name, series in run.series.items() if series.values} - set(UNSHOWN)
     if not names:
-        return section("Curves", "<p>There are no numbers to draw yet.</p>")
+        return section("Curves", "<p>There are no metrics yet.</p>")
     measured = measurements(runs)
     rest = sorted(names - {"loss", *measured, *MAIN}, key=lambda name: (name not in TITLES, name))[:MOST_MORE]
     top = max(max(series.epochs) for run in runs for name, series in run.series.items() if name in names and series.values)
@@ -43,7 +43,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """Of several runs: which line is whose, with a box to hide it."""
+    """The runs with their lines, and a box to hide each; empty for a single run."""
     if len(runs) == 1:
         return ""
     entries = "\n".join(
@@ -80,7 +80,7 @@ def _chart(runs: Sequence[Run], names: list[str]) -> Chart | None:
         least_span=LEAST_POINTS if scale == 100 else 0.02 * largest,
         highest=100.0 if scale == 100 else float("inf"),
         has_log=name in HAS_LOG,
-        notes=f"{left_out} values that are not finite or too large are left out." if left_out else "",
+        notes=f"{left_out} values are left out: they are not finite, or too large." if left_out else "",
         legend=len(names) > 1,
     )
 

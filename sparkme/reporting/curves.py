@@ -1,7 +1,7 @@
-"""Curves of `sparkme.report`: drawn as SVG, which a page can hold, at any width, and without a library.
+"""Draws the curves of `sparkme.report` as SVG of any width, without a library.
 
-A drawing has three layers: lines and points in a box of 1000 by 1000 that is stretched to the width there is; ticks and their
-words, placed by percent, so that the words keep their size; and, for the script that shows values, the numbers as JSON.
+A chart has three layers. Lines and points lie in a box of 1000 by 1000 that is stretched to the page. Ticks and labels are
+placed by percent, so that labels keep their size. The script that shows values reads the numbers from JSON.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
 
-LARGEST_NUMBER = 1e30  # that is drawn
+LARGEST_NUMBER = 1e30  # larger values are not drawn
 BOX = 1000  # units of the drawing, in both directions
-COLOURS, DASHES = 7, 4  # that the style sheet has for runs: class c0, c1, ... and d0, d1, ...
-FEW_POINTS, FEW_OF_MANY = 60, 12  # of a curve, up to which each gets a dot; where curves are more than three
+COLOURS, DASHES = 7, 4  # classes c0, c1, ... and d0, d1, ... of the style sheet
+FEW_POINTS, FEW_OF_MANY = 60, 12  # a curve with at most so many points has dots; the second holds for more than three curves
 
 
 def number(value: Any) -> float | None:
-    """A number that can be drawn, or None; 0 for one that is as good as that."""
+    """The value if it can be drawn, else None; tiny values become 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not abs(value) <= LARGEST_NUMBER:  # NaN is not, either
+    if not abs(value) <= LARGEST_NUMBER:  # also true of NaN
         return None
     return float(value) if abs(value) >= 1 / LARGEST_NUMBER else 0.0
 
 
 class Curve(NamedTuple):
-    """One line: of run number `run`, drawn as number `style`; `steps`, `epochs` and `values` are finite and in order."""
+    """A line of run number `run` in style number `style`; `steps`, `epochs` and `values` are finite and in order."""
 
     run: int
     style: int
@@ -41,19 +41,19 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn.
+    """A chart.
 
     Attributes:
-        name: for the page's script and address.
-        title: for people.
-        unit: that follows a value, such as `%`; with a space before it where one belongs there.
+        name: its name in the page's script and address.
+        title: its heading.
+        unit: appended to values, such as `%` or ` ms`.
         curves: at least one.
-        from_zero: whether the axis starts at 0.
-        least_span: that the axis has, so that a flat curve does not look like a wild one.
-        highest: where the axis ends at the latest.
-        has_log: whether it can be switched to a logarithmic axis.
-        notes: below it.
-        legend: whether it says itself which curve is which.
+        from_zero: the axis starts at 0.
+        least_span: smallest length of the axis, so that a flat curve does not look steep.
+        highest: largest end of the axis.
+        has_log: a button switches to a logarithmic axis.
+        notes: a note below the chart.
+        legend: the chart has its own legend.
     """
 
     name: str
@@ -69,12 +69,7 @@ class Chart:
 
 
 def thin(values: Sequence[float], most: int) -> list[int]:
-    """Which points of a curve to draw, in order: the first, the last, and the lowest and highest of each of equal parts.
-
-    Args:
-        values: of the curve.
-        most: points to keep, at least 4.
-    """
+    """Indices of at most `most` (at least 4) points to draw: the first, the last, and the extremes of equal parts."""
     count = len(values)
     if count <= most:
         return list(range(count))
@@ -87,7 +82,7 @@ def thin(values: Sequence[float], most: int) -> list[int]:
 
 
 class Axis(NamedTuple):
-    """From `low` to `high`, as logarithms to the base 10 if `log`; ticks are values with their words."""
+    """An axis from `low` to `high`, both base-10 logarithms if `log`; `ticks` are (value, label)."""
 
     low: float
     high: float
@@ -95,19 +90,13 @@ class Axis(NamedTuple):
     ticks: list[tuple[float, str]]
 
     def place(self, value: float) -> float:
-        """Where a value lies, from 0 at the start to 1 at the end."""
+        """The position of a value, from 0 at the start to 1 at the end."""
         at = math.log10(value) if self.log else value
         return (at - self.low) / (self.high - self.low)
 
 
 def linear_axis(low: float, high: float, *, most: int = 6, tight: bool = False) -> Axis:
-    """An axis with round ticks.
-
-    Args:
-        low, high: what it has to show.
-        most: ticks.
-        tight: whether it ends there; else it reaches a little further.
-    """
+    """A linear axis with at most `most` round ticks. It ends at `low` and `high` if `tight`, else a little beyond them."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # a single value
         pad = 0.05 * abs(low) or 1.0
         low, high = (low, high + pad) if tight else (low - pad, high + pad)
@@ -121,7 +110,7 @@ def linear_axis(low: float, high: float, *, most: int = 6, tight: bool = False) 
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """A logarithmic axis of values above 0."""
+    """A logarithmic axis of positive values."""
     ends = [math.log10(low), math.log10(high)]
     if ends[1] - ends[0] < 0.02:
         ends = [ends[0] - 0.05, ends[1] + 0.05]
@@ -139,7 +128,7 @@ def log_axis(low: float, high: float) -> Axis:
 
 
 def tick_text(value: float, step: float) -> str:
-    """A value in as few digits as tell it from its neighbours."""
+    """A tick's label, with as few digits as its neighbours allow."""
     if value == 0:
         return "0"
     if abs(step) < 1e-3 or abs(value) >= 1e5:
@@ -150,7 +139,7 @@ def tick_text(value: float, step: float) -> str:
 
 
 def compact(value: float, digits: int) -> str:
-    """A number in `digits` digits, short: 4e-4 and not 0.0004, 2e6 and not 2e+06."""
+    """A number with `digits` digits in its shortest form: 4e-4 instead of 0.0004, 2e6 instead of 2e+06."""
     mantissa, _, exponent = f"{value:.{max(0, digits - 1)}e}".partition("e")
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     if -3 <= int(exponent) <= 4:
@@ -159,12 +148,7 @@ def compact(value: float, digits: int) -> str:
 
 
 def draw_chart(chart: Chart, x_range: tuple[float, float]) -> str:
-    """A figure: the chart with a linear axis and, hidden, with a logarithmic one, if it has that.
-
-    Args:
-        chart: what is drawn.
-        x_range: epochs, from and to.
-    """
+    """The figure of a chart over the epochs `x_range`, with a linear axis and, if it `has_log`, a hidden logarithmic one."""
     x_axis = linear_axis(*x_range, most=5, tight=True)
     values = [value for curve in chart.curves for value in curve.values]
     plots = [_plot(chart, x_axis, _linear(chart, min(values), max(values)))]
@@ -255,20 +239,20 @@ def _line(curve: Curve, x_axis: Axis, y_axis: Axis, few: int) -> str:
     ]
     style = f"c{curve.style % COLOURS} d{curve.style // COLOURS % DASHES}"
     line = f'<polyline class="{style}" data-run="{curve.run}" points="{" ".join(points)}"/>'
-    if len(points) <= few:  # a path of no length is a dot that stays round in a box that is stretched
+    if len(points) <= few:  # a path of length zero stays a round dot in the stretched box
         line += f'<path class="{style} dots" data-run="{curve.run}" d="{"".join(f"M{point}h0" for point in points)}"/>'
     return line
 
 
 def swatch(style: int) -> str:
-    """A piece of the line that a run is drawn with."""
+    """A sample of a run's line."""
     classes = f"c{style % COLOURS} d{style // COLOURS % DASHES}"
     line = f'<line class="{classes}" x1="1" x2="25" y1="5" y2="5"/>'
     return f'<svg class="swatch" width="26" height="10" aria-hidden="true">{line}</svg>'
 
 
 def nice(value: float) -> str:
-    """A number for people, in four digits."""
+    """A number as text, with four digits."""
     if value == 0:
         return "0"
     if float(value).is_integer() and abs(value) < 1e7:
@@ -277,6 +261,6 @@ def nice(value: float) -> str:
 
 
 def _round(value: float) -> float:
-    """In six digits, which is more than a screen shows."""
+    """Rounds to six digits, more than a screen resolves."""
     rounded = float(f"{value:.6g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded

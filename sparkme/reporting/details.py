@@ -1,4 +1,4 @@
-"""The end of a report: settings, notes, unreadable images and checkpoints of each run."""
+"""Settings, notes, unreadable images and checkpoints in a report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparkme.reporting.results import results
 from sparkme.reporting.runs import Run
 from sparkme.text import shown
 
-MOST_ROWS, MOST_SETTINGS = 2000, 600  # of the notes, and of the settings, of all runs together, if that is enough
-MOST_DIFFERING, MOST_CHECKPOINTS = 100, 100  # that are listed
-NO_CONFIG = "<p>There is no config.json that can be read.</p>"
+MOST_ROWS, MOST_SETTINGS = 2000, 600  # rows of notes and of settings on a page; each run may have at least 10 and 80
+MOST_DIFFERING, MOST_CHECKPOINTS = 100, 100
+NO_CONFIG = "<p>config.json is missing or unreadable.</p>"
 
 
 def settings(runs: Sequence[Run]) -> str:
-    """The settings of a run or, of several, those that differ."""
+    """The settings of a single run, or those that differ between several."""
     if len(runs) == 1:
         return section("Settings", _own_settings(runs[0], 1))
     names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output", "recipe_reason"))
@@ -36,7 +36,7 @@ def settings(runs: Sequence[Run]) -> str:
     if len(runs) <= 4 or len(differing) > len(runs):
         head = [th("setting"), *(th(run.name) for run in runs)]
         rows = [_row(shown(name, 60), (cell(run, name) for run in runs)) for name in differing]
-    else:  # one row for each run where runs are many, so that a table grows downwards
+    else:  # many runs: a row per run, so that the table does not become too wide
         head = [th("run"), *(th(shown(name, 60)) for name in differing)]
         rows = [_row(run.name, (cell(run, name) for name in differing)) for run in runs]
     return section("Settings that differ between the runs", table(head, rows, ' class="compare"'))
@@ -65,7 +65,7 @@ def _setting(value: Any) -> str:
 
 
 def details(run: Run, num_runs: int, heading: str) -> str:
-    """Notes, unreadable images and checkpoints, those that there are."""
+    """Notes, unreadable images and checkpoints, as far as the run has them."""
     most = max(10, min(200, MOST_ROWS // num_runs))
     parts = _notes(run, most, heading), _unreadable(run, most, heading), _checkpoints(run, heading)
     return "\n".join(part for part in parts if part)
@@ -120,7 +120,7 @@ def _size(size: float) -> str:
 
 
 def each_run(runs: Sequence[Run], pictures: Pictures, now: float) -> str:
-    """Of several runs, everything about each, to be opened."""
+    """A block per run that opens, with all about it."""
     blocks = []
     for i, run in enumerate(runs):
         parts = [

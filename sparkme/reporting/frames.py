@@ -1,4 +1,4 @@
-"""Reconstructions in a report: a picture an epoch, moved through by a slider."""
+"""Reconstructions in a report: a picture per epoch, chosen with a slider."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from sparkme.reporting.markup import section
 from sparkme.reporting.pictures import ALL_BYTES, PICTURE_BYTES, Pictures, img
 from sparkme.reporting.runs import Run
 
-MOST_PICTURES, ALL_PICTURES = 24, 96  # of a run, and of all runs together
+MOST_PICTURES, ALL_PICTURES = 24, 96  # per run, and per page
 MOST_NOTES = 30
 
 
 def reconstructions(runs: Sequence[Run], pictures: Pictures) -> str:
-    """The section; empty where no run has painted any. Where pictures are many, they are spread evenly over the epochs."""
+    """The section, with pictures spread evenly over the epochs; empty if there are none."""
     painted = [(i, run) for i, run in enumerate(runs) if run.reconstructions]
     if not painted:
         return ""
@@ -37,10 +37,10 @@ def reconstructions(runs: Sequence[Run], pictures: Pictures) -> str:
         groups.append(f'<div class="frames" data-run="{i}">\n{named}{_frames(figures)}\n</div>')
         options.append(f'<option value="{i}">{escape(run.name)}</option>')
         if len(chosen) < len(run.reconstructions):
-            lost.append(f"{run.name}: {len(figures)} of {len(run.reconstructions)} are shown")
+            lost.append(f"{run.name}: {len(figures)} of {len(run.reconstructions)} pictures are shown")
     notes = "".join(f'\n<p class="small">{escape(note)}</p>' for note in lost[:MOST_NOTES])
     if not groups:
-        return section("Reconstructions", f"<p>None of them can be read.</p>{notes}")
+        return section("Reconstructions", f"<p>No picture can be read.</p>{notes}")
     select = f"<label>run <select>{''.join(options)}</select></label>" if len(runs) > 1 else ""
     slider = '<label class="slide">epoch <input type="range" min="0" value="0" step="1" aria-label="epoch"></label>'
     controls = f'<div class="controls script">{select}{slider}<output></output></div>'
@@ -48,7 +48,7 @@ def reconstructions(runs: Sequence[Run], pictures: Pictures) -> str:
 
 
 def _frames(figures: Sequence[tuple[int, str]]) -> str:
-    """Pictures with their epochs; without a script, or on paper, the first and the last are seen."""
+    """Pictures with their epochs. Without JavaScript, and in print, only the first and the last appear."""
     edges = (0, len(figures) - 1)
     return "\n".join(
         f'<figure class="frame{" edge" if i in edges else ""}" data-epoch="{epoch}">{picture}'
@@ -58,7 +58,7 @@ def _frames(figures: Sequence[tuple[int, str]]) -> str:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most so many of `count` numbers, evenly, with the first and the last."""
+    """At most `most` indices, evenly spaced from 0 to `count` - 1."""
     if count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -1,4 +1,4 @@
-"""Small pieces of a report's page: tables, times, shares, and what people call a number."""
+"""Parts of a report's page: tables, times, percentages, and titles of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 from sparkme.text import shown
 
-SHARES = ("knn", "top1", "top5", "accuracy", "val_map")  # parts of the names of measurements from 0 to 1
+SHARES = ("knn", "top1", "top5", "accuracy", "val_map")  # metrics with such a part in their name lie in [0, 1]
 TITLES = {
     "loss": "loss",
     "knn": "kNN accuracy",
@@ -30,7 +30,7 @@ TITLES = {
 
 
 def moment(seconds: float | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """Local time; empty for one that no calendar has."""
+    """Local time; empty if `seconds` is no sensible time."""
     if seconds is None or not 0 <= seconds < 4e9:
         return ""
     return time.strftime(form, time.localtime(seconds))
@@ -41,7 +41,7 @@ def percent(share: float) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether a measurement is a share from 0 to 1, which people read as percent."""
+    """Whether a metric lies in [0, 1] and is shown in percent."""
     return any(part in name for part in SHARES)
 
 
@@ -54,7 +54,7 @@ def section(title: str, body: str, heading: str = "h2") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
-    """A table that scrolls by itself where it is too wide; head and rows are HTML."""
+    """A table, which scrolls if it is too wide; head and rows are HTML."""
     cells = f"<thead><tr>{''.join(head)}</tr></thead>" if head else ""
     return f'<div class="wide"><table{kind}>{cells}<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>'
 

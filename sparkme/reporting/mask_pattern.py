@@ -1,8 +1,7 @@
-"""Why sparse convolutions: what becomes of a mask, and of the pixels' distribution, in dense layers and in sparse ones.
+"""Shows why convolutions should be sparse: how dense and sparse layers change the mask, and the distribution of pixel values.
 
-Two of SparK's reasons (Tian et al., ICLR 2023, section 3), computed, not drawn: a stack of 3x3 convolutions runs as a
-dense network on the image with hidden pixels at zero, and once more through `sparkme.sparsify`; then one looks where the maps
-are not zero.
+These are two of SparK's reasons (Tian et al., ICLR 2023, section 3). A stack of 3x3 convolutions runs as a dense network on an
+image whose hidden pixels are zero, and again through `sparkme.sparsify`. The figure shows where the maps are not zero.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from sparkme.training.distributed import start_process
 
 CHANNELS = 8
 MAX_LAYERS = 64
-VISIBLE, LEAKED, EMPTY = "#2b5c8a", "#e8963a", "#eceff1"  # the first two also tell apart without colour
+VISIBLE, LEAKED, EMPTY = "#2b5c8a", "#e8963a", "#eceff1"  # the first two differ in lightness, too
 INK = "#222222"
 
 
 def draw_pattern(args: VisualizeSettings) -> int:
-    """Draws what becomes of a mask in dense and in sparse convolutions. Returns the exit code."""
+    """Draws the mask after dense and after sparse convolutions. Returns the exit code."""
     alone = {
         "a CHECKPOINT": args.checkpoint,
         "--statistics": args.statistics,
@@ -51,7 +50,7 @@ def draw_pattern(args: VisualizeSettings) -> int:
     if not 1 <= layers <= MAX_LAYERS:
         raise UserError(f"--layers {layers} must be from 1 to {MAX_LAYERS}")
     output = check_output(args, Path("mask_pattern.png"), (".png",))
-    photograph = chosen_images([], output)[1][:2][-1]  # the second: of hardly a colour that many pixels share
+    photograph = chosen_images([], output)[1][:2][-1]  # the second photograph: few of its pixels share a colour
     image = centre_crop(load_image(photograph, 3), chosen_size(args) or (224, 224))
     device = start_process(args.device).device
     with user_errors():
@@ -70,9 +69,9 @@ def draw_pattern(args: VisualizeSettings) -> int:
 
 
 class MaskPattern(NamedTuple):
-    """Where maps are not zero, after 0, 1, ..., N convolutions.
+    """`dense` and `sparse` are (N + 1, H, W) bool, True where a map is not zero after 0, 1, ..., N convolutions.
 
-    `image` is (3, H, W), normalised, `visible` (H, W) bool; `dense` and `sparse` are (N + 1, H, W) bool.
+    `image` is (3, H, W), normalised; `visible` is (H, W) bool.
     """
 
     image: Tensor
@@ -86,7 +85,7 @@ class MaskPattern(NamedTuple):
 
     @property
     def shown(self) -> list[int]:
-        """The depths that are pictured: 0, 1, 2, 4, ... and the last."""
+        """The depths in the figure: 0, 1, 2, 4, ... and the last."""
         return [0, *(2**i for i in range(self.layers.bit_length()) if 2**i < self.layers), self.layers]
 
 
@@ -105,15 +104,15 @@ def trace_mask(
 
     Args:
         image: (3, H, W), bytes or floats in [0, 1].
-        layers: how many convolutions.
-        mask_ratio: share of patches to hide.
+        layers: number of convolutions.
+        mask_ratio: share of hidden patches.
         patch: side of a patch in pixels.
-        seed: of the mask and of the weights.
-        engine: that runs the sparse ones.
-        device: where.
+        seed: seed of mask and weights.
+        engine: engine of the sparse convolutions.
+        device: device of both networks.
 
     Raises:
-        ValueError: size, patch and ratio do not fit together, or the engine cannot run there.
+        ValueError: size, patch and ratio do not fit together, or the engine cannot run on the device.
     """
     height, width = image.shape[1:]
     if min(height, width) < patch or height % patch or width % patch:
@@ -141,18 +140,18 @@ def _convolutions(layers: int, seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = nn.Sequential(*(nn.Conv2d(CHANNELS if i else 3, CHANNELS, 3, padding=1, bias=False) for i in range(layers)))
-        for layer in network.children():  # with a gain that lets values neither vanish nor overflow, however many there are
+        for layer in network.children():  # with this gain values neither vanish nor overflow at any depth
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")  # type: ignore[arg-type]
     return network
 
 
 def share(pattern: Tensor) -> Tensor:
-    """Of each of (..., H, W) bool, in percent."""
+    """Percentage of True in (..., H, W) bool, of shape (...)."""
     return 100 * pattern.float().mean((-2, -1))
 
 
 def draw_mask_pattern(pattern: MaskPattern) -> Any:
-    """The figure, of matplotlib: patterns by depth, their shares, and the pixels' distribution."""
+    """The matplotlib figure: patterns by depth, their shares, and the distribution of pixel values."""
     shown = pattern.shown
     columns = len(shown)
     width = max(10, 1.9 * columns + 1.2)
@@ -161,7 +160,7 @@ def draw_mask_pattern(pattern: MaskPattern) -> Any:
     figure: Any = Figure(figsize=(width, patterns + 2.8), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=(patterns, 2.8))
-    above.suptitle("Where a map is not zero after 3x3 convolutions", fontsize=12, color=INK)
+    above.suptitle("Non-zero pixels of a map after 3x3 convolutions", fontsize=12, color=INK)
     grid = above.subplots(2, columns, squeeze=False)
     for name, maps, row in (("dense", pattern.dense, grid[0]), ("sparse", pattern.sparse, grid[1])):
         for depth, axes in zip(shown, row, strict=True):
@@ -173,7 +172,7 @@ def draw_mask_pattern(pattern: MaskPattern) -> Any:
             for spine in axes.spines.values():
                 spine.set_color("#b0b6bb")
         row[0].set_ylabel(f"{name} convolutions", fontsize=10, color=INK)
-    kinds = {VISIBLE: "visible", LEAKED: "hidden, but not zero any more", EMPTY: "zero"}
+    kinds = {VISIBLE: "visible", LEAKED: "hidden, but no longer zero", EMPTY: "zero"}
     patches = [Patch(facecolor=colour, edgecolor="#b0b6bb", label=label) for colour, label in kinds.items()]
     above.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     lines, histogram = below.subplots(1, 2)
@@ -183,7 +182,7 @@ def draw_mask_pattern(pattern: MaskPattern) -> Any:
 
 
 def _coloured(pattern: Tensor, visible: Tensor) -> Tensor:
-    """(H, W, 3) in [0, 1]: what is not zero in a visible patch, what is not zero in a hidden one, the rest."""
+    """(H, W, 3) in [0, 1], with a colour each for zeros, non-zero hidden pixels and non-zero visible pixels."""
     colours = torch.tensor([to_rgb(EMPTY), to_rgb(LEAKED), to_rgb(VISIBLE)])
     return colours[pattern.long() * (1 + visible.long())]
 
@@ -192,26 +191,26 @@ def _draw_shares(axes: Any, pattern: MaskPattern) -> None:
     depths = range(pattern.layers + 1)
     axes.plot(depths, share(pattern.dense).tolist(), color=LEAKED, marker=".", label="dense: hidden patches fill up")
     axes.plot(depths, share(pattern.sparse).tolist(), color=VISIBLE, marker=".", label="sparse: the mask stays")
-    axes.set(xlabel="3x3 convolutions", ylabel="% of pixels that are not zero", ylim=(0, 104))
+    axes.set(xlabel="3x3 convolutions", ylabel="non-zero pixels, %", ylim=(0, 104))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def _draw_intensities(axes: Any, pattern: MaskPattern) -> None:
-    """The other point: zeros for hidden pixels are values, too, and shift the distribution that the network sees."""
+    """SparK's other reason: hidden pixels at zero shift the distribution of the network's input."""
     pixels = pattern.image.mean(0)
     whole, visible = pixels.flatten(), pixels[pattern.visible]
     zeroed = (pixels * pattern.visible).flatten()
     edges = torch.linspace(-2.5, 2.5, 41)
     for values, label, style in (
         (whole, "whole image", {"color": "#9aa3aa", "histtype": "stepfilled", "alpha": 0.6}),
-        (zeroed, "hidden ones at zero (dense)", {"color": LEAKED, "histtype": "step", "linewidth": 1.6}),
-        (visible, "hidden ones left out (sparse)", {"color": VISIBLE, "histtype": "step", "linewidth": 1.6}),
+        (zeroed, "hidden pixels at zero (dense)", {"color": LEAKED, "histtype": "step", "linewidth": 1.6}),
+        (visible, "hidden pixels left out (sparse)", {"color": VISIBLE, "histtype": "step", "linewidth": 1.6}),
     ):
         weights = torch.full_like(values, 100 / len(values))
         axes.hist(values.numpy(), bins=edges.numpy(), weights=weights.numpy(), label=label, **style)
-    axes.set(xlabel="value of a normalised pixel", ylabel="% of the pixels seen", yscale="log", xlim=(-2.5, 2.5))
+    axes.set(xlabel="normalised pixel value", ylabel="input pixels, %", yscale="log", xlim=(-2.5, 2.5))
     axes.grid(alpha=0.3)
     axes.legend(
         frameon=False, fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1, handlelength=1.4

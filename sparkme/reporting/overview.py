@@ -1,4 +1,4 @@
-"""The head of a report: how far each run is, what it reached, and the command that continues it."""
+"""The overview of a report: each run's progress, its results so far, and the command that continues it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparkme.reporting.markup import TITLES, is_share, moment, percent, table, t
 from sparkme.reporting.runs import Run
 from sparkme.text import duration, shown
 
-STATES = {"done": "done", "running": "running", "stopped": "stopped", "silent": "stopped without a word", "empty": "not begun"}
+STATES = {"done": "done", "running": "running", "stopped": "stopped", "silent": "stopped without note", "empty": "not started"}
 
 
 def head_of(run: Run, now: float) -> str:
@@ -19,7 +19,7 @@ def head_of(run: Run, now: float) -> str:
     if run.share is not None:
         value = f"{100 * run.share:.1f}"
         parts.append(
-            f'<div class="progress" role="progressbar" aria-label="how far the run is" aria-valuemin="0" '
+            f'<div class="progress" role="progressbar" aria-label="progress of the run" aria-valuemin="0" '
             f'aria-valuemax="100" aria-valuenow="{value}"><div style="width: {value}%"></div></div>'
         )
     parts += [facts(run, now), command(run, now)]
@@ -27,7 +27,7 @@ def head_of(run: Run, now: float) -> str:
 
 
 def overview(runs: Sequence[Run], now: float) -> str:
-    """The section of several runs, a row for each."""
+    """The section of several runs: a table with a row for each."""
     measured = measurements(runs)[:4]
     going_on = any(run.seconds_left(now) is not None for run in runs)
     head = [th("run"), th("state"), th("done", "number"), th("epoch", "number"), th("loss", "number")]
@@ -51,7 +51,7 @@ def overview(runs: Sequence[Run], now: float) -> str:
 
 
 def state_of(run: Run, now: float, done: str = "") -> str:
-    """A line: how the run is, how far, and `done`."""
+    """A line with the run's state, its step and epoch, and `done`."""
     words = (escape(text) for text in (_progress(run), done, run.state(now).text) if text)
     return f"<p>{' · '.join((_badge(run, now), *words))}</p>"
 
@@ -64,13 +64,13 @@ def _badge(run: Run, now: float) -> str:
 def problems(run: Run, *, named: bool) -> str:
     if not run.problems:
         return ""
-    of = f" of {escape(run.name)}" if named else ""
+    of = f" in {escape(run.name)}" if named else ""
     listed = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
-    return f'<div class="warning"><strong>What could not be read{of}</strong><ul>{listed}</ul></div>'
+    return f'<div class="warning"><strong>Problems with files{of}</strong><ul>{listed}</ul></div>'
 
 
 def facts(run: Run, now: float) -> str:
-    """Numbers to see at once; bad ones stand out."""
+    """The most important numbers; bad ones stand out."""
     config, last = run.config, run.last
     known: list[tuple[str, str, bool]] = []
     if "loss" in last:
@@ -81,8 +81,8 @@ def facts(run: Run, now: float) -> str:
     if (left := run.seconds_left(now)) is not None:
         words = duration(min(left, 1e9))
         if run.state(now).kind == "running" and left < 30 * 86400:
-            words += f" (till {moment(now + left, '%a %H:%M')})"
-        known.append(("time left" if run.state(now).kind == "running" else "time left, once continued", words, False))
+            words += f" (until {moment(now + left, '%a %H:%M')})"
+        known.append(("time left" if run.state(now).kind == "running" else "time left after resuming", words, False))
     if "images_per_s" in last:
         known.append(("images per second", nice(last["images_per_s"]), False))
     if "memory_gib" in last:
@@ -103,11 +103,11 @@ def facts(run: Run, now: float) -> str:
 
 
 def command(run: Run, now: float) -> str:
-    """The command line that continues the run, to be copied."""
+    """The command line that continues the run, with a button to copy it."""
     if not run.continuing:
         return ""
     words = "Its command" if run.state(now).kind == "done" else "The command that continues it"
-    whence = "as it was started" if run.started else "from its settings; paths are those of the folder that it was started in"
+    whence = "as it was started" if run.started else "built from its settings; paths are relative to the folder it started in"
     return (
         f'<p class="small">{words}, {whence}:</p>\n<div class="command"><code>{escape(run.continuing)}</code>'
         '<button type="button" class="copy script">copy</button></div>'
@@ -115,7 +115,6 @@ def command(run: Run, now: float) -> str:
 
 
 def _progress(run: Run) -> str:
-    """Step and epoch in words."""
     if run.step is None or run.epoch is None:
         return ""
     of_steps = f" of {run.total_steps:,}" if run.total_steps else ""
@@ -124,7 +123,7 @@ def _progress(run: Run) -> str:
 
 
 def _best_of(run: Run, name: str) -> tuple[float, float] | None:
-    """The best of a measurement, and the epoch of it."""
+    """The highest value of a metric, and its epoch."""
     series = run.series.get(name)
     if not series or not series.values:
         return None
@@ -133,6 +132,6 @@ def _best_of(run: Run, name: str) -> tuple[float, float] | None:
 
 
 def measurements(runs: Sequence[Run]) -> list[str]:
-    """Names of what was measured, in the order of the titles."""
+    """Names of the metrics in percent, in the order of the titles."""
     names = {name for run in runs for name, series in run.series.items() if is_share(name) and series.values}
     return sorted(names, key=lambda name: ([*TITLES].index(name) if name in TITLES else len(TITLES), name))

@@ -1,4 +1,4 @@
-// The script of a report: what is chosen is kept in the page's address, so that it outlives a reload and can be sent.
+// The script of a report. It keeps the reader's choices in the page's address, so that they outlive a reload and can be shared.
 'use strict';
 (function () {
   var root = document.documentElement;
@@ -34,7 +34,7 @@
     show(list('log').includes(name));
   });
 
-  // Runs that are shown.
+  // Shown and hidden runs.
   var hidden = new Set(list('hide'));
   function showRuns() {
     all('svg [data-run]').forEach(function (line) { line.classList.toggle('off', hidden.has(line.dataset.run)); });
@@ -49,7 +49,7 @@
   });
   showRuns();
 
-  // Values under the pointer, or stepped through with the arrow keys.
+  // Values at the pointer, or at a point chosen with the arrow keys.
   function nearest(xs, x) {
     var low = 0, high = xs.length - 1;
     while (high - low > 1) {
@@ -191,7 +191,7 @@
     });
   });
 
-  // A page that is written anew.
+  // Reload of a page that is rewritten.
   var box = document.querySelector('#reload');
   if (box) {
     box.checked = state.get('reload') !== 'no';

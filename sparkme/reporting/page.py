@@ -1,4 +1,4 @@
-"""The page of `sparkme.report`: a file by itself, with curves, pictures and a small script in it, that loads nothing."""
+"""The page of `sparkme.report`: one file with curves, pictures and a small script, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sparkme.reporting.pictures import PICTURE_BYTES, Pictures
 from sparkme.reporting.results import results
 from sparkme.reporting.runs import Run
 
-MARK = '<meta name="generator" content="sparkme.report">'  # of pages that may be replaced; stands in their first bytes
+MARK = '<meta name="generator" content="sparkme.report">'  # in the first bytes; only such files are replaced
 
 
 def report_page(
     runs: Sequence[Run], title: str | None, pictures: Pictures, *, now: float, reload_s: float | None = None
 ) -> str:
-    """The whole page.
+    """The page of at least one run.
 
     Args:
-        runs: at least one.
-        title: of the page, or None for the runs' names.
-        pictures: what was read of pictures before.
-        now: unix seconds.
-        reload_s: after which an open page loads itself anew.
+        runs: the runs.
+        title: the page's title; None: the name or the number of runs.
+        pictures: a cache of pictures.
+        now: Unix time in seconds.
+        reload_s: seconds after which an open page reloads.
     """
     one = runs[0] if len(runs) == 1 else None
     title = title or (one.name if one else f"{len(runs)} runs")
@@ -45,7 +45,7 @@ def report_page(
     if reload_s is not None:
         reload = f'<noscript><meta http-equiv="refresh" content="{max(1, round(reload_s))}"></noscript>\n'
         box = f'<label class="script"><input type="checkbox" id="reload" value="{reload_s:g}" checked>'
-        written += f"; {box} loads itself anew every {reload_s:g} s</label>"
+        written += f"; {box} reload every {reload_s:g} s</label>"
     sections = [
         head_of(one, now) if one else overview(runs, now),
         *(problems(run, named=not one) for run in runs),

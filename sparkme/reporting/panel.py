@@ -1,7 +1,4 @@
-"""Pictures of what the network makes of hidden patches, with words that say what one sees.
-
-`pretrain` draws them while it trains, and `visualize` from a checkpoint.
-"""
+"""Pictures of reconstructed images, with titles and a caption. `pretrain` draws them in training, `visualize` afterwards."""
 
 from __future__ import annotations
 
@@ -22,9 +19,9 @@ from sparkme.data.dataset import denormalise
 from sparkme.data.statistics import Statistics
 from sparkme.methods.base import MaskedAutoencoder
 
-GREY = 0.5  # hidden patches of a masked picture
-BLANK = 0.85  # visible patches of a picture of errors
-LARGEST_ERROR = 0.5  # where its colours end, of the range from black to white
+GREY = 0.5  # hidden patches in the masked picture
+BLANK = 0.85  # visible patches in the error picture
+LARGEST_ERROR = 0.5  # end of its colour scale, on a scale where black is 0 and white is 1
 COLOURS = "inferno"
 
 COLUMNS = ("original", "masked", "reconstruction", "error")
@@ -32,13 +29,13 @@ ERROR_CAPTION = (
     "Error: mean over the channels of |reconstruction - original|, where black is 0 and white is 1; visible patches are blank."
 )
 
-LEAST_SIDE = 128  # smaller pictures are enlarged by a whole factor, so that the words above them have room
+LEAST_SIDE = 128  # smaller pictures are enlarged by an integer, so that their titles fit
 GAP, FONT_SIZE = 6, 12
 PAPER, INK = "white", "#222222"
 
 
 class Row(NamedTuple):
-    """A row of a panel: pictures (K, 3, H, W), float32 in [0, 1], and the line above them, if there is one."""
+    """A row of a panel: pictures (K, 3, H, W), float32 in [0, 1], and an optional line above them."""
 
     pictures: Tensor
     label: str = ""
@@ -52,20 +49,20 @@ def reconstruction_panel(
     *,
     patch_statistics: str = "true",
 ) -> Tensor:
-    """Draws original, masked and reconstructed images side by side, one row per image, and writes beside them what they are.
+    """Draws original, masked and reconstructed images side by side, a row per image, with titles and a caption.
 
     Args:
-        model: put into eval mode for the pictures and back into its own afterwards.
-        images: (B, C, H, W), normalised. One channel is drawn in grey, another number than three as their mean.
+        model: the network; it runs in eval mode and returns to its own mode.
+        images: (B, C, H, W), normalised. If there are not three channels, their mean is drawn in grey.
         active: (B, 1, f_h, f_w) bool, True = visible.
-        statistics: what the images were normalised by; ImageNet's if None.
-        patch_statistics: what hidden patches are painted with, `true` or `predicted`; see `MaskedAutoencoder.paint`.
+        statistics: mean and standard deviation of the normalisation; ImageNet's if None.
+        patch_statistics: mean and deviation of painted patches, `true` or `predicted`; see `MaskedAutoencoder.paint`.
 
     Returns:
         (3, height, width) float32 in [0, 1], on the CPU.
 
     Raises:
-        ValueError: `patch_statistics` is neither, or there is nothing to predict.
+        ValueError: `patch_statistics` is neither, or the network does not normalise patches.
     """
     was_training = model.training
     try:
@@ -86,15 +83,12 @@ def masked_pictures(images: Tensor, painted: Tensor, visible: Tensor, statistics
 
 
 def in_colour(images: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, 3, H, W): another number of channels than three becomes grey, their mean."""
+    """(B, C, H, W) to (B, 3, H, W). If there are not three channels, their mean becomes grey."""
     return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 def error_pictures(images: Tensor, painted: Tensor, visible: Tensor, statistics: Statistics) -> Tensor:
-    """How far each painted pixel is off, in colours: (B, 3, H, W) float32 in [0, 1], on the CPU; visible patches are blank.
-
-    The error is the mean over the channels of the absolute difference of pixels in [0, 1].
-    """
+    """Absolute errors of hidden pixels, averaged over channels, as colours: (B, 3, H, W) float32 in [0, 1], on the CPU."""
     original, reconstruction = (denormalise(x.float(), statistics).cpu() for x in (images, painted))
     error = (original - reconstruction).abs().mean(1)
     colours = colormaps[COLOURS](error.div(LARGEST_ERROR).clamp(0, 1).numpy())[..., :3]
@@ -102,33 +96,27 @@ def error_pictures(images: Tensor, painted: Tensor, visible: Tensor, statistics:
 
 
 def caption(model: MaskedAutoencoder, channels: int, patch_statistics: str) -> str:
-    """What has to be known to judge the pictures: how much of a hidden patch is not the network's work."""
+    """Explains which parts of a painted patch are not predicted by the network."""
     if not model.normalise_patches:
-        text = "Hidden patches are as the network paints them; nothing of the original is given back."
+        text = "Hidden patches are the network's prediction alone; they contain nothing of the original."
     elif patch_statistics == "true":
         text = (
-            "The network paints hidden patches without their brightness and contrast. For these pictures each gets its TRUE "
-            "mean and deviation back, taken from the original, as in the paper."
+            "The network predicts hidden patches without their brightness and contrast. These pictures add each patch's TRUE "
+            "mean and deviation, taken from the original, as in the paper."
         )
     else:
         text = (
-            "The network paints hidden patches without their brightness and contrast. For these pictures mean and deviation "
-            "are PREDICTED from the visible patches around; nothing of a hidden pixel is used."
+            "The network predicts hidden patches without their brightness and contrast. In these pictures mean and deviation "
+            "are PREDICTED from the visible patches around them; no hidden pixel is used."
         )
-    return text if channels in (1, 3) else f"{text} Shown is the mean of {channels} channels."
+    return text if channels in (1, 3) else f"{text} The pictures show the mean of {channels} channels."
 
 
 def draw_panel(titles: Sequence[str], rows: Sequence[Row], caption: str, *, error_bar: bool = False) -> Image.Image:
-    """Puts rows of pictures under the titles of their columns, and a caption below.
+    """Arranges rows of pictures of one size under column titles, with a caption below, in an RGB image.
 
-    Args:
-        titles: of the columns.
-        rows: with one picture for each title, all of the same size.
-        caption: any length; broken into lines.
-        error_bar: whether to draw the scale of `error_pictures` under the last column.
-
-    Returns:
-        An RGB image. Pictures with sides below `LEAST_SIDE` are enlarged, pixel by pixel.
+    Pictures with sides below `LEAST_SIDE` are enlarged, pixel by pixel. With `error_bar`, the colour scale of `error_pictures`
+    is drawn under the last column.
     """
     height, width = rows[0].pictures.shape[-2:]
     factor = max(1, ceil(LEAST_SIDE / min(height, width)))
@@ -166,24 +154,24 @@ def draw_panel(titles: Sequence[str], rows: Sequence[Row], caption: str, *, erro
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) float32 in [0, 1] as an image of Pillow's."""
+    """(3, H, W) float32 in [0, 1] as a Pillow image."""
     return Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
 def colour_bar(width: int, height: int) -> Image.Image:
-    """The colours of `error_pictures`, from none at the left to the largest at the right."""
+    """The colour scale of `error_pictures`, from zero at the left to the largest error at the right."""
     colours = colormaps[COLOURS](np.linspace(0, 1, width))[:, :3]
     return Image.fromarray((255 * colours).round().astype(np.uint8)[None].repeat(height, axis=0))
 
 
 @lru_cache
 def _font() -> Any:
-    """The one that comes with matplotlib, which has more alphabets than Pillow's."""
+    """Matplotlib's font, which has more alphabets than Pillow's."""
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
 
 
 def _broken(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels, where words allow it."""
+    """Breaks text into lines of at most `width` pixels, unless a word is longer."""
     lines: list[str] = []
     for word in text.split():
         if lines and _font().getlength(f"{lines[-1]} {word}") <= width:
@@ -194,7 +182,7 @@ def _broken(text: str, width: int) -> list[str]:
 
 
 def _shortened(text: str, width: int) -> str:
-    """A line of at most `width` pixels: what is too long loses its start, which is part of a file's name."""
+    """Shortens a line to `width` pixels at its start, which is part of a file's name."""
     shown = text
     while text and _font().getlength(shown) > width:
         text = text[1:]

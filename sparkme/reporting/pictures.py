@@ -1,4 +1,4 @@
-"""Pictures in a page: read from files, made smaller where they must be, and written as `data:` addresses."""
+"""Pictures in a page: read from files, made smaller if necessary, and embedded as `data:` URLs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 from sparkme.text import shown
 
 MOST_WIDTH, MOST_HEIGHT = 1200, 4000  # pixels of a picture in the page
-PICTURE_BYTES, ALL_BYTES = 600_000, 7_000_000  # of a picture, and of all; a page has a third more of them, as text
-READ_BYTES, READ_PIXELS = 64 * 2**20, 50e6  # that a picture file may have
+PICTURE_BYTES, ALL_BYTES = 600_000, 7_000_000  # per picture, and per page, before base64 adds a third
+READ_BYTES, READ_PIXELS = 64 * 2**20, 50e6  # limits of a picture file
 
 
 class Picture(NamedTuple):
-    """A PNG or JPEG file, and the width and height in pixels that it is shown with."""
+    """A PNG or JPEG file, and the width and height in pixels at which it is shown."""
 
     data: bytes
     width: int
@@ -28,21 +28,21 @@ class Picture(NamedTuple):
 
 
 def img(picture: Picture, text: str) -> str:
-    """The element, with the picture in it."""
+    """The HTML element, with the picture embedded."""
     kind = "png" if picture.data.startswith(b"\x89PNG") else "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(picture.data).decode()}"
     return f'<img src="{source}" alt="{escape(text)}" width="{picture.width}" height="{picture.height}">'
 
 
 class Pictures:
-    """Pictures as a page holds them, read once as long as their files stay the same."""
+    """A cache of embedded pictures. A file is read again only after it changed."""
 
     def __init__(self) -> None:
         self.made: dict[tuple[Any, ...], Picture | str] = {}
         self.asked: set[tuple[Any, ...]] = set()
 
     def get(self, path: Path, most_bytes: int) -> Picture | str:
-        """The picture, in at most about so many bytes, or why there is none."""
+        """The picture in about `most_bytes` or less, or the reason why it cannot be read."""
         try:
             status = os.stat(path)
         except OSError as error:
@@ -54,20 +54,20 @@ class Pictures:
         return self.made[key]
 
     def forget(self) -> None:
-        """Forgets what was not asked for since the last time."""
+        """Drops pictures that were not used since the last call."""
         self.made = {key: made for key, made in self.made.items() if key in self.asked}
         self.asked.clear()
 
 
 def _embedded(path: Path, most_bytes: int) -> Picture | str:
     if not path.is_file() or path.stat().st_size > READ_BYTES:
-        return f"it is no file, or has more than {READ_BYTES // 2**20} MiB"
+        return f"it is not a file, or larger than {READ_BYTES // 2**20} MiB"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that are refused here
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused below
             with Image.open(path, formats=("PNG", "JPEG")) as opened:
                 if opened.width * opened.height > READ_PIXELS:
-                    return f"it has {opened.width} x {opened.height} pixels, which are too many"
+                    return f"it has too many pixels, {opened.width} x {opened.height}"
                 picture = _on_white(opened)
     except Exception as error:  # a torn file can fail anywhere in the decoder
         return shown(str(error) or type(error).__name__, 100).replace(str(path), path.name)
@@ -99,7 +99,7 @@ def _scaled(picture: Image.Image, factor: float) -> Image.Image:
 
 
 def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
-    """The file of a picture, PNG or JPEG; options are Pillow's."""
+    """The PNG or JPEG file of a picture, with Pillow's options."""
     buffer = io.BytesIO()
     picture.save(buffer, format=form, **options)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One page of reconstructions that is a file by itself: pictures are in it, nothing is loaded from elsewhere."""
+"""A page of reconstructions in one file, with embedded pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparkme.files import replaced_when_whole
 from sparkme.reporting.panel import COLUMNS, LARGEST_ERROR, colour_bar, to_image
 from sparkme.reporting.pictures import Picture, encoded, img
 
-# The policy in the head has the browser hold the promise, too.
+# The policy in the header makes sure that the page loads nothing else.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -29,7 +29,7 @@ PAGE = """<!DOCTYPE html>
 <body>
 <h1>{title}</h1>
 <p>{text}</p>
-<p class="bar">error 0 {bar} {largest:g} and more</p>
+<p class="bar">error 0 {bar} {largest:g} or more</p>
 <table>
 <tr><th>image</th><th class="number">mask ratio</th><th class="number">visible patches</th><th class="number">seed</th>
 <th class="number">loss</th></tr>
@@ -49,8 +49,8 @@ PAGE = """<!DOCTYPE html>
 class Result(NamedTuple):
     """One image under one mask.
 
-    `loss` is the run's own, of this image; `visible` is how many patches of `patches` are; `pictures` is (4, 3, H, W) in the
-    order of `panel.COLUMNS`, float32 in [0, 1].
+    `loss` is the run's training loss on this image; `visible` of `patches` patches are visible; `pictures` is (4, 3, H, W)
+    float32 in [0, 1], in the order of `panel.COLUMNS`.
     """
 
     name: str
@@ -67,17 +67,10 @@ class Result(NamedTuple):
 
 
 def write_page(output: Path, title: str, results: list[Result], text: str, settings: Mapping[str, Any]) -> None:
-    """Writes the page, as a whole or not at all.
-
-    Args:
-        output: the file.
-        title: of the page.
-        results: what to show; those of one image follow one another.
-        text: what has to be known to judge the pictures.
-        settings: by name, of whatever kind.
+    """Writes the page. `results` are grouped by image, `text` explains the pictures, `settings` are those of the run.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the page cannot be written; then `output` stays as it was.
     """
     sections = []
     for name, group in groupby(results, key=lambda result: result.name):

@@ -1,4 +1,4 @@
-"""The work of `sparkme.report`: which runs, and where to their page goes."""
+"""The work of `sparkme.report`: finds the runs, and writes their page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_RUNS = 64
 
 
 def report(args: ReportSettings) -> int:
-    """Writes the page, once or again and again. Returns the exit code."""
+    """Writes the page, once or repeatedly. Returns the exit code."""
     if args.watch is not None and not 1 <= args.watch <= 86400:
         raise UserError(f"--watch {args.watch:g} must be from 1 to 86400 seconds")
     folders = find_runs(args.runs)
@@ -30,17 +30,17 @@ def report(args: ReportSettings) -> int:
         print(f"wrote {output} ({size / 1e6:.2f} MB)", flush=True)
         if args.watch is None:
             return 0
-        print(f"writing it anew every {args.watch:g} s; Ctrl-C ends this", flush=True)
+        print(f"rewriting it every {args.watch:g} s; Ctrl-C ends this", flush=True)
         while True:
             time.sleep(args.watch)
-            with suppress(UserError):  # of runs that were moved away; the page then says so
+            with suppress(UserError):  # runs were moved away; the page says so
                 folders = find_runs(args.runs)
             write(output, folders, args.title, pictures, reload_s=args.watch)
     except KeyboardInterrupt:
         if args.watch is None:
             raise
-        size = write(output, folders, args.title, pictures)  # without the reload, of which nothing would come
-        print(f"stopped; {output} ({size / 1e6:.2f} MB) is of {time.strftime('%H:%M:%S')}", flush=True)
+        size = write(output, folders, args.title, pictures)  # without the reload, since it will not change
+        print(f"stopped; {output} ({size / 1e6:.2f} MB) was last written at {time.strftime('%H:%M:%S')}", flush=True)
         return 0
 
 
@@ -48,7 +48,7 @@ def write(output: Path, folders: list[Path], title: str | None, pictures: Pictur
     """Reads the runs and writes the page. Returns its size in bytes.
 
     Raises:
-        UserError: something else is in the way, or it cannot be written.
+        UserError: the page cannot be written, or would replace another file.
     """
     check_replaceable(output)
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
@@ -59,26 +59,26 @@ def write(output: Path, folders: list[Path], title: str | None, pictures: Pictur
     return len(data)
 
 
-# Which runs, and where to.
+# Runs and output.
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The folders of runs that the command line names, each once.
+    """The folders of the runs in `paths`, without repetition.
 
     Raises:
-        UserError: a path is no run and holds none, or there are too many.
+        UserError: a path is not a run and contains none, or there are too many runs.
     """
     found: dict[str, Path] = {}
     for path in paths:
         if not os.path.isdir(path):
-            raise UserError(f"{printable(path)} is no folder" if os.path.lexists(path) else f"no folder {printable(path)}")
+            raise UserError(f"{printable(path)} {'is not a folder' if os.path.lexists(path) else 'does not exist'}")
         inside = [path] if is_run(path) else _runs_below(path)
         if not inside:
-            raise UserError(f"{printable(path)} is no run and holds none; a run's folder has a config.json or metrics.jsonl")
+            raise UserError(f"no run in {printable(path)}; the folder of a run has a config.json or metrics.jsonl")
         for run in inside:
             found.setdefault(os.path.realpath(run), run)
     if len(found) > MOST_RUNS:
-        raise UserError(f"{len(found)} runs are more than {MOST_RUNS}, which one page can show; name fewer")
+        raise UserError(f"a page can show at most {MOST_RUNS} runs, not {len(found)}; name fewer")
     return list(found.values())
 
 
@@ -100,17 +100,13 @@ def _shared_folder(folders: list[Path]) -> str:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """What the page calls the runs: their paths below the folder they share."""
+    """Names of the runs on the page: their paths below the folder that they share."""
     shared = _shared_folder(folders)
     return [printable(Path(os.path.relpath(os.path.abspath(folder), shared))) for folder in folders]
 
 
 def chosen_output(asked: Path | None, folders: list[Path]) -> Path:
-    """Where the page goes.
-
-    Raises:
-        UserError: that is no place for it.
-    """
+    """The file of the page, by default report.html in the folder of the run or runs. Raises UserError if it cannot be that."""
     default = folders[0] if len(folders) == 1 else Path(os.path.relpath(_shared_folder(folders)))
     output = asked or default / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
@@ -120,7 +116,7 @@ def chosen_output(asked: Path | None, folders: list[Path]) -> Path:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raises UserError where something else than a report is in the way."""
+    """Raises UserError if `output` exists and is not a report."""
     if not os.path.lexists(output):
         return
     if os.path.isdir(output):
@@ -131,4 +127,4 @@ def check_replaceable(output: Path) -> None:
     except OSError:
         is_report = False
     if not is_report:
-        raise UserError(f"{printable(output)} is not a report of this command and is left as it is; choose another --output")
+        raise UserError(f"{printable(output)} exists and is not a report of this command; choose another --output")

@@ -1,4 +1,4 @@
-"""What fine-tuning wrote, in a report: the best epoch, each class, and which classes are taken for another."""
+"""Results of fine-tuning in a report: the best epoch, the accuracy of each class, and the most frequent mistakes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sparkme.reporting.pictures import Pictures, img
 from sparkme.reporting.runs import Run
 from sparkme.text import shown
 
-MOST_CLASSES, MOST_MISTAKES = 100, 10  # that are listed
+MOST_CLASSES, MOST_MISTAKES = 100, 10
 
 
 def results(run: Run, pictures: Pictures, heading: str, most_bytes: int) -> str:
-    """The section; empty where the run has written no results. `most_bytes` are for the picture of the confusion."""
+    """The section; empty if there are no results. `most_bytes` limits the picture of the confusion matrix."""
     parts = [_best(run.results), _confusion(run, pictures, most_bytes)]
     classes = run.results.get("of_each_class", run.results.get("average_precision"))
     if isinstance(classes, dict):
-        measured = "right" if "of_each_class" in run.results else "average precision"
+        measured = "correct" if "of_each_class" in run.results else "average precision"
         parts += [_classes(classes, measured), _mistakes(run.results.get("confusion"), [*classes])]
     return section("Results", "\n".join(part for part in parts if part), heading) if any(parts) else ""
 
@@ -33,7 +33,7 @@ def _best(results: dict[str, Any]) -> str:
     if (epoch := number(best.get("epoch"))) is not None:
         said.append(f"after epoch {nice(epoch)}")
     images = number(results.get("num_val"))
-    return f"<p>The best: {escape(', '.join(said))}{f', of {images:,.0f} images' if images else ''}.</p>"
+    return f"<p>Best: {escape(', '.join(said))}{f', on {images:,.0f} images' if images else ''}.</p>"
 
 
 def _confusion(run: Run, pictures: Pictures, most_bytes: int) -> str:
@@ -42,7 +42,7 @@ def _confusion(run: Run, pictures: Pictures, most_bytes: int) -> str:
     picture = pictures.get(run.confusion, most_bytes)
     if isinstance(picture, str):
         return f'<p class="small">confusion.png cannot be read: {escape(picture)}</p>'
-    return img(picture, f"how often each class of {run.name} was taken for each")
+    return img(picture, f"confusion matrix of {run.name}")
 
 
 def _classes(classes: dict[str, Any], measured: str) -> str:
@@ -59,7 +59,7 @@ def _classes(classes: dict[str, Any], measured: str) -> str:
 
 
 def _mistakes(confusion: Any, classes: list[Any]) -> str:
-    """The classes that are most often taken for another."""
+    """The most frequent pairs of a true class and a wrong prediction."""
     count = len(classes)
     if not isinstance(confusion, list) or len(confusion) != count or not 2 <= count <= 5000:
         return ""
@@ -78,5 +78,5 @@ def _mistakes(confusion: Any, classes: list[Any]) -> str:
         f"{td(percent(share), 'number')}</tr>"
         for n, share, i, j in pairs
     ]
-    head = [th("class"), th("taken for"), th("images", "number"), th("of the class", "number")]
+    head = [th("true class"), th("predicted class"), th("images", "number"), th("share of the true class", "number")]
     return f"<details open><summary>most frequent mistakes</summary>\n{table(head, rows)}</details>"

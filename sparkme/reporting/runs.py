@@ -1,4 +1,4 @@
-"""What is in a run's folder, for `sparkme.report`."""
+"""Reads run folders for `sparkme.report`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from sparkme.settings.declare import Difference, command_words
 from sparkme.settings.saved import class_of, not_default
 from sparkme.text import LONGEST_TEXT, duration, shown
 
-MOST_LOG, MOST_PARSED = 512 * 2**20, 32 * 2**20  # bytes of a metrics file that are looked at, and that are taken in
+MOST_LOG, MOST_PARSED = 512 * 2**20, 32 * 2**20  # bytes of a metrics file that are read, and that are parsed
 MOST_JSON = {"config.json": 2**20, "results.json": 32 * 2**20}  # bytes
 LONGEST_LINE = 2**16  # bytes
-MOST_NUMBERS = 40  # different ones in a metrics file
+MOST_NUMBERS = 40  # metrics of a run
 MOST_SHOWN = 200  # notes, and unreadable images
-QUIET_S = 120.0  # without a new line, after which a run counts as stopped; longer where its lines are further apart
+QUIET_S = 120.0  # a run without a new line for so long counts as stopped; longer if its lines are further apart
 
 
 @dataclass
 class Series:
-    """A number over a run, with `steps` and `epochs`; `left_out` is how many were not finite or too large."""
+    """A metric with its steps and epochs; `left_out` counts values that are not finite or too large."""
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     epochs: array[float] = field(default_factory=lambda: array("d"))
@@ -42,7 +42,7 @@ class Series:
     left_out: int = 0
 
     def sorted(self) -> Series:
-        """By step; a file that two runs wrote to has them mixed."""
+        """Sorted by step, since two runs may have written to one file."""
         steps = self.steps
         if all(a <= b for a, b in pairwise(steps)):
             return self
@@ -52,7 +52,7 @@ class Series:
 
 
 class Note(NamedTuple):
-    """A line of notes.jsonl; `time` is in unix seconds, and like `step` None where it does not say."""
+    """A line of notes.jsonl; `time`, in Unix seconds, and `step` are None if they are missing."""
 
     kind: str
     text: str
@@ -61,7 +61,7 @@ class Note(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A file of weights: its name, what it is a link to, bytes, and unix seconds of its last change."""
+    """A checkpoint: its name, the target if it is a link, size in bytes, and Unix seconds of its last change."""
 
     name: str
     target: str
@@ -70,7 +70,7 @@ class Checkpoint(NamedTuple):
 
 
 class State(NamedTuple):
-    """`kind` is done, running, stopped, silent or empty; `text` says more."""
+    """`kind` is done, running, stopped, silent or empty; `text` explains it."""
 
     kind: str
     text: str
@@ -78,24 +78,24 @@ class State(NamedTuple):
 
 @dataclass
 class Run:
-    """What could be read of a run.
+    """The readable content of a run's folder.
 
     Attributes:
-        path: its folder.
-        name: for people.
-        config: its settings; empty where they could not be read.
-        series: its numbers, by name.
-        last: the newest value of each number.
-        step, epoch: how far it is; None before the first line.
-        changed: when its newest line was written, in unix seconds.
-        notes: the last of them, without images.
-        num_notes: all of them, by kind.
-        unreadable: the first images that could not be read; `num_unreadable` is how many.
-        started, ended: the newest notes of that kind; `ended` is None if the run was started again.
-        results: of fine-tuning.
+        path: the folder.
+        name: the run's name on the page.
+        config: settings; empty if they cannot be read.
+        series: metrics by name.
+        last: the newest value of each metric.
+        step, epoch: of the newest line; None without one.
+        changed: Unix seconds of the last change.
+        notes: the newest notes, without unreadable images.
+        num_notes: number of notes by kind.
+        unreadable: the first unreadable images; `num_unreadable` counts all.
+        started, ended: the newest notes of that kind; `ended` is None after a restart.
+        results: results.json of fine-tuning.
         reconstructions: epochs and files.
-        confusion: picture of fine-tuning.
-        problems: what could not be read, and why.
+        confusion: the picture of fine-tuning's confusion matrix.
+        problems: files and lines that could not be read, and why.
     """
 
     path: Path
@@ -120,18 +120,18 @@ class Run:
 
     @property
     def command(self) -> str:
-        """Which command's run it is: pretrain, as old ones are that do not say, or finetune."""
+        """pretrain, also for old runs without this setting, or finetune."""
         return "finetune" if self.config.get("command") == "finetune" else "pretrain"
 
     @property
     def epochs(self) -> float | None:
-        """Of the whole run."""
+        """Epochs of the whole run."""
         epochs = number(self.config.get("epochs"))
         return epochs if epochs and epochs > 0 else None
 
     @property
     def total_steps(self) -> int | None:
-        """Of the whole run: from its settings or, where they do not say, from its last line."""
+        """Steps of the whole run, from its settings or else from its last line."""
         names = ("samples_per_epoch",) if self.command == "pretrain" else ("num_train_images", "num_train")
         images = next((n for name in names if (n := number(self.config.get(name)))), None)
         batch = number(self.config.get("batch_size"))
@@ -144,25 +144,25 @@ class Run:
 
     @property
     def share(self) -> float | None:
-        """Of the run that is done, from 0 to 1."""
+        """The finished part of the run, from 0 to 1."""
         if self.step is None or not self.total_steps:
             return None
         return min(1.0, max(0.0, self.step / self.total_steps))
 
     @property
     def num_not_finite(self) -> int:
-        """Steps whose loss was not finite."""
+        """Number of steps whose loss was not finite."""
         counted = self.series.get("not_finite")
         most = int(max(counted.values, default=0)) if counted else 0
         return max(most, 0) or self.num_notes["not_finite"]
 
     def quiet_after_s(self) -> float:
-        """Without a new line, after which the run counts as stopped."""
+        """Seconds without a new line after which the run counts as stopped."""
         between = (number(self.config.get("log_steps")) or 10.0) * self.last.get("step_ms", 0.0) / 1e3
         return min(max(QUIET_S, 3 * between), 86400.0)
 
     def state(self, now: float) -> State:
-        """How the run is, at a time in unix seconds."""
+        """The run's state at a time in Unix seconds."""
         since = None if self.changed is None else max(0.0, now - self.changed)
         ago = "" if since is None else f"{duration(since)} ago"
         if (self.ended and self.ended.kind == "done") or (self.share == 1.0 and not self.ended):
@@ -170,15 +170,13 @@ class Run:
         if self.ended:
             return State("stopped", self.ended.text)
         if since is None:
-            return State("empty", "it has recorded nothing yet")
+            return State("empty", "no metrics yet")
         if since < self.quiet_after_s():
             return State("running", f"last change {ago}")
-        return State(
-            "silent", f"no new line for {duration(since)}, and no note that it ended: it was killed, or its machine was"
-        )
+        return State("silent", f"no new line for {duration(since)}, and no note of its end: it was killed, or its machine was")
 
     def seconds_left(self, now: float) -> float | None:
-        """That a running run still needs, or that another would, once continued."""
+        """Seconds to the end of a running run, or of a stopped one after it resumes; None if unknown or done."""
         left, kind = self.last.get("seconds_left"), self.state(now).kind
         if left is None or left < 0 or kind == "done":
             return None
@@ -186,12 +184,12 @@ class Run:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """What was set."""
+        """Settings that differ from their defaults."""
         return not_default(self.config)
 
     @cached_property
     def continuing(self) -> str:
-        """The command line that continues it; empty where it cannot be known."""
+        """The command line that continues the run; empty if unknown."""
         return continuing_command(self)
 
     def say(self, problem: str) -> None:
@@ -204,10 +202,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Reads what is in a run's folder. Nothing of it has to be there or to be whole."""
+    """Reads a run's folder. Any file may be missing or damaged."""
     run = Run(folder, name)
     if not is_run(folder):
-        run.say("the folder has no config.json and no metrics.jsonl any more")
+        run.say("the folder no longer has a config.json or metrics.jsonl")
     run.config = _read_json(run, "config.json")
     run.results = _read_json(run, "results.json")
     _read_metrics(run)
@@ -229,20 +227,16 @@ def _changed(path: Path) -> float | None:
 
 
 def open_regular(path: Path) -> Any:
-    """A regular file, to read bytes of; a pipe or a device would make us wait.
-
-    Raises:
-        OSError: it is none, or cannot be opened.
-    """
+    """Opens a regular file for reading. Raises OSError for others: reading a pipe or a device might block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path.name} is no regular file")
+        raise OSError(f"{path.name} is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def _read_json(run: Run, name: str) -> dict[str, Any]:
-    """An object of a JSON file; empty, with a word about it, where there is none."""
+    """The object in a JSON file; empty, with a note, if there is none."""
     most = MOST_JSON[name]
     try:
         with open_regular(run.path / name) as file:
@@ -253,7 +247,7 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
         run.say(f"{name} cannot be opened: {first_line(error)}")
         return {}
     if len(data) > most:
-        run.say(f"{name} has more than {most // 2**20} MiB and was not read")
+        run.say(f"{name} was not read: it is larger than {most // 2**20} MiB")
         return {}
     try:
         value = json.loads(data.decode())
@@ -261,18 +255,18 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
         run.say(f"{name} is damaged: {first_line(error)}")
         return {}
     if not isinstance(value, dict):
-        run.say(f"{name} holds a {type(value).__name__} where names with values belong")
+        run.say(f"{name} contains a {type(value).__name__} instead of an object")
         return {}
     return value
 
 
 def _lines(run: Run, name: str) -> Iterator[bytes]:
-    """Lines of a file, with their ends; only the start of one that is too long, and only the last lines of a huge file."""
+    """Lines of a file with their ends: only the start of a line that is too long, and only the last lines of a huge file."""
     try:
         with open_regular(run.path / name) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MOST_LOG:
-                run.say(f"{name} has {size // 2**20} MiB, of which the last {MOST_LOG // 2**20} were read")
+                run.say(f"only the last {MOST_LOG // 2**20} of {size // 2**20} MiB of {name} were read")
                 file.seek(size - MOST_LOG)
                 file.readline(LONGEST_LINE)
             left, goes_on = MOST_LOG, False  # a file may grow faster than it is read
@@ -298,7 +292,7 @@ def _read_metrics(run: Run) -> None:
     path = run.path / "metrics.jsonl"
     every = math.ceil(min(os.path.getsize(path), MOST_LOG) / MOST_PARSED) if os.path.isfile(path) else 1
     damaged = strange = trained = measured = 0
-    waiting = b""  # a line that was passed over, and may turn out to be the last one
+    waiting = b""  # a skipped line, which is parsed if it is the last one
     for line in _lines(run, "metrics.jsonl"):
         if every > 1:
             if b'"loss"' in line or measured > 20_000:
@@ -315,16 +309,16 @@ def _read_metrics(run: Run) -> None:
     if waiting:
         _add_record(run, waiting)
     if every > 1:
-        run.say(f"metrics.jsonl is long: every {every}th line of the training was read, so the curves may miss a peak")
+        run.say(f"metrics.jsonl is long: only one in {every} lines of training was read, so the curves may miss a peak")
     if damaged:
-        run.say(f"{damaged} lines of metrics.jsonl are damaged or of another kind, and were left out")
+        run.say(f"{damaged} lines of metrics.jsonl are damaged or not metrics, and were left out")
     if strange:
-        run.say(f"{strange} values of metrics.jsonl are no numbers, and were left out")
+        run.say(f"{strange} values of metrics.jsonl were left out: they are not numbers")
     run.series = {name: series.sorted() for name, series in run.series.items()}
 
 
 def _add_record(run: Run, line: bytes) -> tuple[bool, int]:
-    """Takes in a line of metrics. Returns whether it is one, and how many values in it are no numbers."""
+    """Adds a line of metrics. Returns whether it is valid, and how many of its values are not numbers."""
     record = _record(line)
     if record is None:
         return False, 0
@@ -365,7 +359,7 @@ def _read_notes(run: Run) -> None:
         text = shown(record["text"], 4000 if kind == "started" else LONGEST_TEXT)
         note = Note(kind, text, number(record.get("time")), number(record.get("step")))
         run.num_notes[kind if kind in run.num_notes or len(run.num_notes) < 100 else "others"] += 1
-        if kind == "unreadable":  # a run that goes on names them again
+        if kind == "unreadable":  # a resumed run repeats these notes
             if (key := hash(record["text"])) in seen:
                 continue
             if len(seen) < 200_000:
@@ -380,7 +374,7 @@ def _read_notes(run: Run) -> None:
         elif kind in ("stopped", "done"):
             run.ended = note
     if damaged:
-        run.say(f"{damaged} lines of notes.jsonl are damaged or of another kind, and were left out")
+        run.say(f"{damaged} lines of notes.jsonl are damaged or not notes, and were left out")
 
 
 def _list_checkpoints(run: Run) -> list[Checkpoint]:
@@ -409,7 +403,7 @@ def _list_reconstructions(run: Run) -> list[tuple[int, Path]]:
 
 
 def continuing_command(run: Run) -> str:
-    """The command line that continues a run: as it was noted, else built from its settings; empty where there are none."""
+    """The command line of the run's last start, or else one built from its settings; empty if there are none."""
     if run.started:
         return run.started.text
     if not run.config:

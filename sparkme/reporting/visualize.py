@@ -1,4 +1,4 @@
-"""The work of `sparkme.visualize`: reconstructions of images under masks, and what becomes of a mask, as pictures."""
+"""The work of `sparkme.visualize`: pictures of reconstructions."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from sparkme.training.build import network_of
 from sparkme.training.distributed import start_process
 from sparkme.weights.checkpoint import load_checkpoint, run_folder, settings_in
 
-MAX_ROWS, MAX_PIXELS = 400, 20e6  # of a picture that can still be opened; pixels of each column
+MAX_ROWS, MAX_PIXELS = 400, 20e6  # rows, and pixels of a column; larger pictures are hard to open
 
 
 def visualize(args: VisualizeSettings) -> int:
-    """Draws what a checkpoint's network makes of images. Returns the exit code."""
+    """Draws reconstructions by the network of a checkpoint. Returns the exit code."""
     if args.layers is not None:
         raise UserError("--layers goes with --mask-pattern")
     if args.checkpoint is None:
@@ -59,13 +59,13 @@ def visualize(args: VisualizeSettings) -> int:
     statistics_from = args.statistics or "true"
     if statistics_from == "predicted" and not network.normalise_patches:
         raise UserError(
-            "--statistics predicted: there is nothing to predict, since this run (--no-norm-pix-loss) paints hidden patches "
-            "with their mean and deviation; leave the flag out"
+            "--statistics predicted does not apply to this run: with --no-norm-pix-loss its network predicts mean and "
+            "deviation, too; leave the flag out"
         )
     ratios = [*dict.fromkeys(args.mask_ratio or [network.mask_ratio])]
     size = chosen_size(args) or network.input_size
     with user_errors():
-        for ratio in ratios:  # all of them, before the first image
+        for ratio in ratios:  # checks all of them before the first image
             network.set_task(size, ratio)
         network.to(device).eval().encoder.set_engine(args.engine)
     seeds = seeds or [settings.seed]
@@ -96,7 +96,7 @@ def visualize(args: VisualizeSettings) -> int:
 def reconstruct(
     network: MaskedAutoencoder, image: Tensor, name: str, seed: int, statistics: Statistics, statistics_from: str
 ) -> Result:
-    """Hides patches of a (C, H, W) image, bytes or floats in [0, 1], and has the network paint them."""
+    """Hides patches of a (C, H, W) image, bytes or floats in [0, 1], and reconstructs them."""
     images = normalise(image[None], statistics)
     active = network.random_active(1, torch.Generator().manual_seed(seed)).to(image.device)
     grid = network.grid(images, active)
@@ -109,13 +109,9 @@ def reconstruct(
 
 
 def chosen_seeds(args: VisualizeSettings) -> list[int]:
-    """Those that were asked for; none stands for the run's.
-
-    Raises:
-        UserError: they make no sense.
-    """
+    """The seeds of the command line; an empty list stands for the run's. Raises UserError if they are out of range."""
     if args.seeds and args.num_seeds is not None:
-        raise UserError("--seeds and --num-seeds say the same in two ways; leave one out")
+        raise UserError("--seeds and --num-seeds exclude each other; leave one out")
     if args.num_seeds is not None and not 1 <= args.num_seeds <= MAX_ROWS:
         raise UserError(f"--num-seeds {args.num_seeds} must be from 1 to {MAX_ROWS}")
     if args.max_images is not None and args.max_images < 1:
@@ -137,7 +133,7 @@ def chosen_size(args: VisualizeSettings) -> tuple[int, int] | None:
 
 
 def check_rows(images: int, ratios: int, seeds: int, size: tuple[int, int]) -> None:
-    """Raises UserError where the picture would be too large to be opened."""
+    """Raises UserError if the picture would be too large to open."""
     rows, most = images * ratios * seeds, min(MAX_ROWS, int(MAX_PIXELS / math.prod(size)))
     if rows > most:
         raise UserError(
@@ -147,7 +143,7 @@ def check_rows(images: int, ratios: int, seeds: int, size: tuple[int, int]) -> N
 
 
 def chosen_pixels(paths: list[Path], network: MaskedAutoencoder, settings: PretrainSettings, args: VisualizeSettings) -> Pixels:
-    """How the images' numbers become values, and says what they are. What cannot be read is said later, image by image."""
+    """The conversion of pixel values, which it also prints. Unreadable images are reported later, one by one."""
     try:
         pixels, seen = find_pixels(
             paths,
@@ -165,11 +161,7 @@ def chosen_pixels(paths: list[Path], network: MaskedAutoencoder, settings: Pretr
 
 
 def check_output(args: VisualizeSettings, default: Path, suffixes: tuple[str, ...]) -> Path:
-    """The file to write.
-
-    Raises:
-        UserError: it has no suffix that stands for a format, or is there already.
-    """
+    """The file to write. Raises UserError if its suffix is not one of `suffixes`, or if it exists."""
     output: Path = args.output or default
     if output.suffix.lower() not in suffixes:
         raise UserError(f"--output {output}: the suffix must be {' or '.join(suffixes)}")
@@ -181,22 +173,17 @@ def check_output(args: VisualizeSettings, default: Path, suffixes: tuple[str, ..
 
 
 def make_folder(output: Path) -> None:
-    """Makes the folder of the output, before work that would be lost without it.
-
-    Raises:
-        UserError: it cannot be made, or not be written to.
-    """
+    """Makes the folder of the output, before long work. Raises UserError if it cannot be made or written to."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error}") from error
     if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output} cannot be written: {output.parent} may only be read")
+        raise UserError(f"--output {output} cannot be written: {output.parent} is read-only")
 
 
 def chosen_images(given: Sequence[Path], output: Path) -> tuple[list[Path], list[Path]]:
-    """Image files that the command line names, and those found in its folders, or the photographs; without the picture that is
-    about to be replaced.
+    """Image files of the command line, and those in its folders except `output`; without arguments, the demo photographs.
 
     Raises:
         UserError: there are none.
@@ -206,8 +193,8 @@ def chosen_images(given: Sequence[Path], output: Path) -> tuple[list[Path], list
             return [], demo_photographs()
         except UserError:
             raise UserError(
-                "without an IMAGE scikit-image's photographs are shown, and scikit-image or its photographs are not installed; "
-                "name images or folders, or pip install 'sparkme[demo]'"
+                "the default images are scikit-image's photographs, which are not installed; name images or folders, or "
+                "pip install 'sparkme[demo]'"
             ) from None
     named: list[Path] = []
     in_folders: list[Path] = []
@@ -219,19 +206,16 @@ def chosen_images(given: Sequence[Path], output: Path) -> tuple[list[Path], list
         else:
             raise UserError(f"there is no image or folder {path}")
     if not named and not in_folders:
-        raise UserError(f"{given[0]} holds no image but {output}, which is to be replaced")
+        raise UserError(f"{given[0]} contains no image except the --output {output}")
     return [*dict.fromkeys(named)], [*dict.fromkeys(path for path in in_folders if path not in named)]
 
 
 def load_images(
     named: list[Path], found: list[Path], count: int, network: MaskedAutoencoder, background: str, pixels: Pixels
 ) -> dict[str, Tensor]:
-    """The middle of `count` images, (C, H, W) each, by name: those that were named, then some spread over the others.
+    """Centre crops (C, H, W) of `count` images by name: the named ones first, then a selection spread over the others.
 
-    What cannot be read is said and passed over.
-
-    Raises:
-        UserError: none can be read.
+    Unreadable images are reported and skipped. Raises UserError if none can be read.
     """
     paths = named + found
     names = [path.name for path in paths]
@@ -244,12 +228,12 @@ def load_images(
             image = load_image(path, network.encoder.in_channels, background, pixels)
             loaded[path] = centre_crop(image, network.input_size)
         except OSError as error:
-            print(f"passed over: {error}", file=sys.stderr, flush=True)
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
     if not loaded:
         raise UserError(f"none of {len(paths)} images can be read")
     if len(paths) > count:
         print(f"showing {len(loaded)} of {len(paths)} images; --max-images N shows more")
-    # By its name alone, as long as that is enough.
+    # The file's name alone, unless two files share it.
     return {
         printable(Path(path.name) if names.count(path.name) == 1 else path): loaded[path] for path in paths if path in loaded
     }

@@ -153,21 +153,21 @@ def pyramid(
     num_scales: int = 4,
     drop_path: float = 0.0,
 ) -> Pyramid:
-    """The ordinary dense network that gives its feature maps by stride, for detectors and segmenters.
+    """The dense network that returns its feature maps by stride, for detection and segmentation.
 
     Args:
-        model: a checkpoint or weights, as `load_encoder` takes them; or the name of a network, which gets random weights; or a
-            network of your own, which is copied.
-        name: the network's name, where a file does not say it.
-        taps, num_scales: see `sparkme.sparsify`; for names and networks of your own.
-        drop_path: for files and names, see `sparkme.networks.create.create_dense`.
+        model: a checkpoint or weights, as for `load_encoder`; or the name of a network, which gets random weights; or your own
+            network, which is copied.
+        name: the network's name, if the file does not contain it.
+        taps, num_scales: see `sparkme.sparsify`; for names and your own networks.
+        drop_path: see `sparkme.networks.create.create_dense`; for files and names.
 
     Returns:
-        A `Pyramid` on the CPU, or where your own network is.
+        A `Pyramid` on the CPU, or on the device of your own network.
 
     Raises:
-        UserError: no such file; or its weights are of another network, or compute something else in the dense one.
-        ValueError: there is no such network, or it has no hierarchy of feature maps.
+        UserError: the file is missing, its weights are of another network, or the dense network computes other maps with them.
+        ValueError: the network is unknown, or has no hierarchy of feature maps.
     """
     if isinstance(model, nn.Module):
         return _pyramid_of(copy.deepcopy(model), taps, num_scales)

@@ -1,7 +1,7 @@
-"""The names of Hugging Face's transformers: of `ResNetModel`, `ConvNextModel` and `ConvNextV2Model`.
+"""Names of weights in Hugging Face's transformers: `ResNetModel`, `ConvNextModel` and `ConvNextV2Model`.
 
-Read in transformers 5.24, models/resnet/modeling_resnet.py, models/convnext and models/convnextv2. The classes for a task hold
-that network as `.resnet`, `.convnext` or `.convnextv2`.
+Source: transformers 5.24, models/resnet/modeling_resnet.py, models/convnext and models/convnextv2. Classes for a task contain
+the network as `.resnet`, `.convnext` or `.convnextv2`.
 """
 
 from __future__ import annotations

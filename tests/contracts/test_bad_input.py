@@ -88,7 +88,7 @@ class Harmless:
 def test_a_file_with_more_than_tensors_is_refused_in_one_line(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "weights.pt"
     torch.save({"model": Harmless()}, path)
-    with pytest.raises(UserError, match="it holds more than tensors and plain values") as caught:
+    with pytest.raises(UserError, match="it contains more than tensors and plain values") as caught:
         read(path)
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
     path.write_bytes(pickle.dumps(Harmless()))

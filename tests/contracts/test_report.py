@@ -280,7 +280,7 @@ def test_the_head_says_how_far_it_is(tmp_path: Path) -> None:
     half_way = "step 200 of 400, epoch 5 of 10 · 50.0 %"
     for age_s, expected in (
         (40.0, f"running · {half_way} · last change 40 s ago"),
-        (7200.0, f"stopped without a word · {half_way} · no new line for 2 h 00 min"),
+        (7200.0, f"stopped without note · {half_way} · no new line for 2 h 00 min"),
     ):
         save(run, None, half, started, age_s=age_s)
         os.utime(run / "checkpoints" / "step_00000400.pt", (1, 1))
@@ -432,7 +432,7 @@ def test_results_of_finetuning(tmp_path: Path) -> None:
     (run / "results.json").write_text(json.dumps(results))
     Image.new("RGBA", (300, 200), (0, 0, 0, 0)).save(run / "confusion.png")
     page = page_of(run)
-    assert "top-1 accuracy 50.0 %, after epoch 1, of 100 images" in page.text
+    assert "top-1 accuracy 50.0 %, after epoch 1, on 100 images" in page.text
     assert page.row("cat") == ["", "25.0 %"] and ["cat", "<dog>", "30", "75.0 %"] in page.rows
     assert len(curves(page, "measured")) == 3 and "val_share" in page.text
     (picture,) = pictures(page)
@@ -460,7 +460,7 @@ def test_reconstructions_are_spread_evenly_and_made_smaller(tmp_path: Path) -> N
     found = pictures(page)
     epochs = [int(alt.rpartition(" ")[2]) for alt, _ in found]
     assert len(found) == 23 and epochs[-1] == 100 and max(b - a for a, b in pairwise(epochs)) <= 5
-    assert found[-1][1].width <= 1200 and "epoch_0001.png: " in page.text and "of 100 are shown" in page.text
+    assert found[-1][1].width <= 1200 and "epoch_0001.png: " in page.text and "of 100 pictures are shown" in page.text
     assert found[0][1].getpixel((3, 3)) == (epochs[0] * 20 % 256, 90, 30)
     edges = [a["data-epoch"] for tag, a in page.elements if tag == "figure" and "edge" in str(a.get("class"))]
     assert edges == [str(epochs[0]), "100"]
@@ -523,10 +523,10 @@ DAMAGED: dict[str, tuple[str, dict[str, bytes]]] = {
     "nested": ("results.json is damaged", dict.fromkeys(ALL, b"[" * 50_000)),
     "nested-objects": ("1 lines of metrics.jsonl are damaged", dict.fromkeys(ALL, b'{"a":' * 10_000 + b"\n")),
     "nested-setting": ("", {"config.json": b'{"model": ' + b"[" * 500 + b"]" * 500 + b', "epochs": [[[1]]]}'}),
-    "lists": ("config.json holds a list", dict.fromkeys(ALL, b"[1, 2]\n")),
+    "lists": ("config.json contains a list", dict.fromkeys(ALL, b"[1, 2]\n")),
     "words": ("3 lines of notes.jsonl are damaged", dict.fromkeys(ALL, b'"word"\nnull\n3\n')),
     "not-finite": (
-        "2 values that are not finite",
+        "2 values are left out: they are not finite",
         {
             "config.json": b'{"epochs": NaN, "batch_size": Infinity, "samples_per_epoch": -Infinity}',
             "metrics.jsonl": b'{"step": 1, "epoch": 1, "loss": NaN}\n{"step": 2, "epoch": 2, "loss": Infinity}\n'
@@ -551,7 +551,7 @@ DAMAGED: dict[str, tuple[str, dict[str, bytes]]] = {
         },
     ),
     "types": (
-        "3 values of metrics.jsonl are no numbers",
+        "3 values of metrics.jsonl were left out: they are not numbers",
         {
             "config.json": b'{"epochs": "ten", "batch_size": [], "samples_per_epoch": {}, "model": 3, "recipe": ["spark"], '
             b'"command": {}, "data": true, "channels": "x", "output": 5, "input_size": {"a": 1}, "seed": "s"}',
@@ -597,7 +597,7 @@ def test_damaged_files_are_said_and_borne(
     for runs in ([run], [run, example(tmp_path / "whole")]):
         page = page_of(*runs)
         assert page.source.endswith("</html>\n") and not re.search(r'points="[^"]*(nan|inf)', page.source)
-        assert said in page.text if said else "What could not be read" not in page.text
+        assert said in page.text if said else "Problems with files" not in page.text
     assert capsys.readouterr().err == ""
 
 
@@ -607,8 +607,8 @@ def test_what_is_damaged_is_counted(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "ep')
     (run / "notes.jsonl").mkdir()
     page = page_of(run)
-    assert "3 lines of metrics.jsonl are damaged" in page.text and "1 values that are not finite" in page.text
-    assert "notes.jsonl cannot be read: notes.jsonl is no regular file" in page.text
+    assert "3 lines of metrics.jsonl are damaged" in page.text and "1 values are left out: they are not" in page.text
+    assert "notes.jsonl cannot be read: notes.jsonl is not a regular file" in page.text
     assert [len(line) for line in curves(page, "loss")] == [1]
 
 
@@ -627,7 +627,7 @@ def test_pipes_and_links_are_not_waited_for(tmp_path: Path) -> None:
         "notes.jsonl cannot be read",
         "results.json cannot be opened",
         "checkpoints cannot be listed",
-        "None of them can be read",
+        "No picture can be read",
         "confusion.png cannot be read",
     ):
         assert expected in page.text, expected
@@ -638,7 +638,7 @@ def test_a_bomb_of_a_picture_is_not_unpacked(tmp_path: Path) -> None:
     paint(run, [1])
     Image.new("1", (12_000, 12_000)).save(run / "reconstructions" / "epoch_0002.png")
     page = page_of(run)
-    assert "epoch_0002.png: it has 12000 x 12000 pixels" in page.text and len(pictures(page)) == 1
+    assert "epoch_0002.png: it has too many pixels, 12000 x 12000" in page.text and len(pictures(page)) == 1
 
 
 def test_a_million_lines_take_seconds_and_little_memory(tmp_path: Path) -> None:
@@ -652,7 +652,7 @@ def test_a_million_lines_take_seconds_and_little_memory(tmp_path: Path) -> None:
     start = time.process_time()  # the machine may be busy
     page = page_of(run)
     assert time.process_time() - start < 20
-    assert "step 999,999" in page.text and "every 4th line" in page.text
+    assert "step 999,999" in page.text and "only one in 4 lines of training was read" in page.text
     assert len(curves(page, "knn")[0]) == 20 and 800 < len(curves(page, "loss")[0]) <= 1000
     assert curves(page, "loss")[0][-1][1] == pytest.approx(0.4 + 0.6 / 11, abs=0.01)
 
@@ -663,9 +663,9 @@ def test_a_million_lines_take_seconds_and_little_memory(tmp_path: Path) -> None:
 def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = example(tmp_path / "run")
     (tmp_path / "none" / "a" / "b").mkdir(parents=True)
-    assert "no folder" in fails(capsys, tmp_path / "missing")
-    assert "is no folder" in fails(capsys, run / "config.json")
-    assert "is no run and holds none" in fails(capsys, tmp_path / "none")
+    assert "does not exist" in fails(capsys, tmp_path / "missing")
+    assert "is not a folder" in fails(capsys, run / "config.json")
+    assert "no run in " in fails(capsys, tmp_path / "none")
     assert "the suffix must be .html" in fails(capsys, run, "--output", tmp_path / "page.pdf")
     assert "is a folder" in fails(capsys, run, "--output", save(tmp_path / "folder.html"))
     assert "cannot write" in fails(capsys, run, "--output", run / "config.json" / "page.html")
@@ -673,7 +673,7 @@ def test_mistakes_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "must be from 1 to 86400" in fails(capsys, run, "--watch", "nan")
     for i in range(65):
         save(tmp_path / "many" / str(i), {})
-    assert "65 runs are more than 64" in fails(capsys, tmp_path / "many")
+    assert "at most 64 runs, not 65" in fails(capsys, tmp_path / "many")
     assert not (run / "report.html").exists()
 
 
@@ -720,7 +720,7 @@ def test_watching_writes_again_and_ends_in_peace(
 
     monkeypatch.setattr("sparkme.reporting.report.time.sleep", sleep)
     assert main([str(run), "--watch", "5"]) == 0
-    assert "step 100" in seen[0] and "step 200" in seen[1] and "no config.json and no metrics.jsonl any more" in seen[2]
+    assert "step 100" in seen[0] and "step 200" in seen[1] and "no longer has a config.json or metrics.jsonl" in seen[2]
     for page in seen:
         assert '<noscript><meta http-equiv="refresh" content="5"></noscript>' in page and 'id="reload" value="5"' in page
     last = (run / "report.html").read_text()

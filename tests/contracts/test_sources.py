@@ -1250,7 +1250,7 @@ def test_a_stack_of_images_is_read_as_its_images_are_one_by_one(dtype: str, tmp_
         assert torch.equal(load_image(source.read(i), 5, "white"), expected)  # type: ignore[arg-type]
     for bad in (images[0, 0], images[:0]):
         np.save(tmp_path / "bad.npy", bad)
-        with pytest.raises(UserError, match=r"bad\.npy is an array .*; a stack of images is \(N, H, W\)"):
+        with pytest.raises(UserError, match=r"bad\.npy is an array .*, not a stack of images \(N, H, W\)"):
             find_source(str(tmp_path / "bad.npy"))
     (tmp_path / "bad.npy").write_bytes(b"no array")
     with pytest.raises(UserError, match=r"--data .*bad\.npy cannot be read: "):

@@ -187,7 +187,7 @@ def test_statistics_that_cannot_be_are_refused(model: sparkme.SparK) -> None:
     with pytest.raises(ValueError, match="'guessed' must be one of true, predicted"):
         model.reconstruct(images, active, statistics="guessed")
     plain = build_network(from_config(PretrainSettings, CONFIG | FCMAE | {"norm_pix_loss": False})).train()
-    with pytest.raises(ValueError, match="no statistics to predict"):
+    with pytest.raises(ValueError, match="statistics=.predicted. does not apply: this network predicts mean and deviation"):
         panel.reconstruction_panel(plain, images, active, patch_statistics="predicted")
     assert plain.training
 
@@ -283,7 +283,7 @@ def test_all_kinds_of_checkpoints(changes: dict, tmp_path: Path, capsys: pytest.
     assert " nan" not in capsys.readouterr().out
     arguments = (path, image, "--output", tmp_path / "predicted.html", "--statistics", "predicted")
     if changes.get("norm_pix_loss") is False:
-        assert "there is nothing to predict" in fails(capsys, *arguments)
+        assert "--statistics predicted does not apply to this run" in fails(capsys, *arguments)
         assert not (tmp_path / "predicted.html").exists()
     else:
         assert main([*map(str, arguments)]) == 0 and "PREDICTED" in (tmp_path / "predicted.html").read_text()
@@ -323,7 +323,7 @@ def test_unreadable_images_are_named_and_passed_over(
     flags = [str(checkpoint), str(tmp_path / "photos"), "--max-images", "2", "--output"]
     assert main([*flags, str(tmp_path / "a.png")]) == 0
     done = capsys.readouterr()
-    assert f"passed over: {paths[0]}: " in done.err and done.err.count("\n") == 1
+    assert f"skipped: {paths[0]}: " in done.err and done.err.count("\n") == 1
     assert [line.split()[0] for line in done.out.splitlines() if line.startswith("photo")] == [p.name for p in paths[1:]]
     for path in paths:
         path.write_bytes(b"broken")

@@ -191,13 +191,13 @@ def test_a_process_that_cannot_hand_over_ends_the_run(
     said = capfd.readouterr().err
     assert code == 2 and time.monotonic() - began < LIMIT_S and not loaders()
     assert "error: a loader process cannot pass on a batch: no memory for this; lower --workers" in said
-    assert re.search(r"error: loading images ended: DataLoader worker \(pid.*lower --workers", said), said
+    assert re.search(r"error: loading images failed: DataLoader worker \(pid.*lower --workers", said), said
     assert "Traceback" not in said
 
 
 def test_errors_that_the_machine_explains_name_the_remedy() -> None:
     nccl = "NCCL error\nLast error:\nError while creating shared memory segment /dev/shm/nccl-a (size 9637888)"
-    assert re.search(r"GPUs .* /dev/shm: \d+ MB, .*--shm-size=1g", problem_of(RuntimeError(nccl)))
+    assert re.search(r"GPUs .* \(/dev/shm: \d+ MB, .*--shm-size=1g", problem_of(RuntimeError(nccl)))
     assert "ulimit -n" in problem_of(OSError(24, "Too many open files"))
     killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"
     assert "killed by signal: Bus error (mostly" in problem_of(RuntimeError(killed))

@@ -461,7 +461,7 @@ def test_a_killed_loader_costs_no_step(
     message = fails(capsys, *TINY, "--output", tmp_path / "run", *words)
     assert time.monotonic() - began < LIMIT_S
     # It dies between two batches or in the midst of handing one over.
-    reason = r"DataLoader worker .* exited unexpectedly.*lower --workers|loading images ended: .*see --workers"
+    reason = r"DataLoader worker .* exited unexpectedly.*lower --workers|loading images failed: .*see --workers"
     found = re.search(rf"(?:{reason}).*saved .* after step (\d+)", message)
     assert found and state(tmp_path / "run")["step"] == int(found[1]) == len(losses(tmp_path / "run")) < 16
     monkeypatch.undo()

@@ -90,7 +90,7 @@ def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]],
         gains = [a - b for a, b in zip(result["pretrained"]["accuracies"], result["scratch"]["accuracies"])]
         assert result["gain"]["mean"] == pytest.approx(sum(gains) / 2)
         assert result["gain"]["standard_error"] == pytest.approx(abs(gains[0] - gains[1]) / 2)
-    assert "| labels a class |" in capsys.readouterr().out
+    assert "| labels per class |" in capsys.readouterr().out
     capsys.readouterr()
     for changed in (["--finetune-flags", "--epochs 2"], ["--test-share", "0.5"]):  # whose results would be mixed with these
         assert transfer.main([*words, *changed]) == 2

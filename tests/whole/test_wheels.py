@@ -65,7 +65,7 @@ def test_wheels_of_this_machine_and_checkout_fit(wheels: ModuleType, fitting: Pa
         ({"platform": "linux-aarch64"}, "they are for linux-aarch64, this is linux-"),
         ({"libc": "glibc-9.99"}, "they need glibc-9.99, this is "),
         ({"torch": "2.11.0+cpu"}, "they are for torch 2.11.0+cpu, this is 2."),
-        ({"operators": "00"}, "of other sources than this checkout's cuda_ext/csrc"),
+        ({"operators": "00"}, "they have other sources than this checkout's cuda_ext/csrc"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -88,7 +88,7 @@ def test_missing_damaged_and_unlisted_wheels_are_named(
     words = refusal(wheels, fitting, capsys)
     assert "sparkme-0.1.0-cp311.whl is damaged" in words and "minkowskiengine-0.5.4-cp311.whl is missing" in words
     (fitting / "wheels.json").write_text("{}")
-    assert "has no wheels.json that can be read" in refusal(wheels, fitting, capsys)
+    assert "wheels.json, which make wheels writes, is missing or unreadable" in refusal(wheels, fitting, capsys)
 
 
 def test_before_torch_is_installed_its_pinned_version_counts(
@@ -114,7 +114,7 @@ def test_gpu_needs_wheels_for_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8 + index, 0))
     assert "for the CPU only, and torch sees a GPU" in refusal(wheels, fitting, capsys)
     change(fitting, cuda="13.0", architectures="9.0")
-    assert "for GPUs of compute capability 9.0, here is 8.0" in refusal(wheels, fitting, capsys)
+    assert "for GPUs of compute capability 9.0, not 8.0" in refusal(wheels, fitting, capsys)
     change(fitting, architectures="8.0;9.0")
     assert wheels.main(["check", str(fitting)]) == 0
 

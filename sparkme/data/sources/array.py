@@ -1,4 +1,4 @@
-"""Many images in one `.npy` file, as scientific instruments and small benchmarks keep them."""
+"""A stack of images in one `.npy` file, common for scientific instruments and small benchmarks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class ArrayImages(ImageSource):
 
     Args:
         path: the `.npy` file.
-        flag: what it was given by, for messages.
+        flag: the flag that named it, for messages.
 
     Raises:
-        UserError: it cannot be read, or holds no stack of images.
+        UserError: it cannot be read, or is not a stack of images.
     """
 
     def __init__(self, path: Path, *, flag: str = "--data") -> None:
         self.path, self.description = path, str(path)
         try:
             self.shape = self._array.shape
-        except Exception as error:  # of NumPy's, of many kinds
+        except Exception as error:  # NumPy raises many kinds
             raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from error
         if len(self.shape) not in (3, 4) or 0 in self.shape:
             raise UserError(
-                f"{flag} {path} is an array {self.shape}; a stack of images is (N, H, W), (N, H, W, C) or (N, C, H, W), and "
-                "single images belong into a folder"
+                f"{flag} {path} is an array {self.shape}, not a stack of images (N, H, W), (N, H, W, C) or (N, C, H, W); put "
+                "single images into a folder"
             )
 
     @cached_property
