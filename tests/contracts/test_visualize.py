@@ -187,7 +187,7 @@ def test_statistics_that_cannot_be_are_refused(model: sparkme.SparK) -> None:
     with pytest.raises(ValueError, match="'guessed' must be one of true, predicted"):
         model.reconstruct(images, active, statistics="guessed")
     plain = build_network(from_config(PretrainSettings, CONFIG | FCMAE | {"norm_pix_loss": False})).train()
-    with pytest.raises(ValueError, match="statistics=.predicted. does not apply: this network predicts mean and deviation"):
+    with pytest.raises(ValueError, match=r"statistics=.predicted. does not apply: this network predicts mean and deviation"):
         panel.reconstruction_panel(plain, images, active, patch_statistics="predicted")
     assert plain.training
 
