@@ -281,8 +281,8 @@ def scale_rows(rates: dict[str, float], images_per_core: float = 300.0) -> list[
 
 def scale_table(rows: list[dict[str, Any]]) -> str:
     head = (
-        "| data | GPUs | epochs | days | images/s | loader cores a GPU | read | 1 GB shards | of which a process reads in an "
-        "epoch | index in memory | order in memory |"
+        "| data | GPUs | epochs | days | images/s | loader cores per GPU | read | 1 GB shards | shards per process and epoch "
+        "| index in memory | order in memory |"
     )
     lines = [head, "|---|" + "---:|" * 10]
     for row in rows:

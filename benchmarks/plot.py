@@ -24,7 +24,7 @@ from sparkme.settings.pretrain import RECIPES
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUMMARY = "<!-- summary:begin -->", "<!-- summary:end -->"
-# The rows of the summary: of which file, what kind of work, in which precision.
+# The rows of the summary: file, kind of work, precision.
 ROWS = (
     ("cpu_encoder.json", "encoder", "float32"),
     ("h200_graph.json", "encoder", "bf16"),

@@ -193,10 +193,10 @@ def throughput(args: argparse.Namespace, words: list[str]) -> int:
                 model.set_task(args.input_size, ratio_of_model(ratio, args))
     if args.threads:
         torch.set_num_threads(args.threads)
-    if device.type == "cpu":  # as pretrain does; every contender gains
+    if device.type == "cpu":  # as in pretrain; all contenders benefit
         keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # sizes do not change, so the search for the fastest kernel pays
-    if device.type == "cuda":  # in float32, for all; a change would make torch.compile compile anew, also on the CPU
+    torch.backends.cudnn.benchmark = True  # sizes do not change, so it is worth searching for the fastest kernel
+    if device.type == "cuda":  # for all float32 work; on the CPU it would only make torch.compile compile again
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.compile:  # fail if torch.compile silently gives up
         torch._dynamo.config.recompile_limit = 256

@@ -126,7 +126,7 @@ def test_the_picture_and_the_table_come_from_the_numbers(tmp_path: Path, monkeyp
         (["--shots", "-1"], "--shots -1 must be at least 0"),
         (["--seeds", "0"], "--seeds 0 must be at least 1"),
         (["--rates", "0"], "--rates and --base-lr must be above 0"),
-        (["--finetune-flags", "--base-lr 1"], "--base-lr is a flag of its own here"),
+        (["--finetune-flags", "--base-lr 1"], "--finetune-flags must not contain --base-lr"),
         (["--write", "--json", "none.json"], "none.json does not exist"),
         (["--data", "none"], "--data none is not a folder and matches no file"),
     ],
