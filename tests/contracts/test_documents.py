@@ -1,5 +1,6 @@
 """README and docs/: their code runs as printed, their commands and links exist, their tables are those of the files."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from commands import QUICKEST
 
 import sparkme
-from benchmarks import plot
+from benchmarks import loading, plot
 from sparkme import export
 from sparkme.pretrain import main
 from sparkme.settings.declare import from_config
@@ -87,6 +88,12 @@ def test_the_tables_of_speed_are_those_of_the_files() -> None:
     for name, record in records.items():
         if plot.kind(record) == "throughput":
             assert all(block in text for block in plot.throughput_tables(name, record))
+
+
+def test_the_scale_of_data_sets_is_computed_from_the_gpus_rates() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "loading.json").read_text())
+    assert record["scale"] == loading.scale_rows(record["gpu_rates"])
+    assert loading.scale_table(record["scale"]) in (ROOT / "docs" / "data.md").read_text()
 
 
 def test_the_documents_own_network_can_be_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
