@@ -17,7 +17,7 @@ from sparkme.errors import Parser, UserError, call_command, run_command
 from sparkme.networks.names import model_names
 from sparkme.results import TrainingRun
 from sparkme.settings.declare import add_flags, from_flags, from_keywords
-from sparkme.settings.pretrain import GROUPS, OF_RECIPES, RECIPES, PretrainSettings
+from sparkme.settings.pretrain import GROUPS, IN_HELP, OF_RECIPES, PretrainSettings
 
 if TYPE_CHECKING:
     from sparkme.training.loop import Outcome
@@ -27,7 +27,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m sparkme.pretrain",
         description="Pretrain a convolutional network on images without labels (SparK, ICLR 2023, or FCMAE, CVPR 2023).",
-        epilog=f"Defaults with slashes are those of the recipes {', '.join(RECIPES)}, in this order. The same command again "
+        epilog=f"Defaults with slashes are those of the recipes {', '.join(IN_HELP)}, in this order. The same command again "
         "resumes an interrupted run.",
     )
     parser.add_argument(

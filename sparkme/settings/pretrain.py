@@ -135,7 +135,7 @@ ABLATIONS = {
         ("spark-loss-on-all", "SparK, loss on all patches", "LossOnAllSparK"),
     )
 }
-_IN_HELP = tuple(RECIPES.values())  # the ablations have the values of `small`
+IN_HELP = dict(RECIPES)  # the ablations have the values of `small`
 RECIPES |= ABLATIONS
 
 
@@ -145,7 +145,7 @@ def _together(values: Iterable[Any]) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in _IN_HELP) for name in _SPARK}
+OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in IN_HELP.values()) for name in _SPARK}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
     background: str = in_data("colour behind transparent pixels, a name or #rrggbb", "white", metavar="COLOUR", older="white")
     crop_scale: float = varied(
         TrainingSettings, "crop_scale",
-        otherwise=f"{_together(r.crop_scale for r in _IN_HELP)}; {DEMO_CROP_SCALE} for the photographs")
+        otherwise=f"{_together(r.crop_scale for r in IN_HELP.values())}; {DEMO_CROP_SCALE} for the photographs")
     model: str = varied(
         TrainingSettings, "model",
         help="convolutional network: NAME of torchvision, timm:NAME, or your own as package.module:factory")
@@ -197,7 +197,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
         TrainingSettings, "warmup_epochs", otherwise=f"{PAPER_WARMUP}, at most a tenth of --epochs")
     batch_size: int = varied(
         TrainingSettings, "batch_size", otherwise="128 per GPU or 32 per CPU process, up to "
-        f"{_together(recipe.largest_batch for recipe in _IN_HELP)} and the number of samples")
+        f"{_together(recipe.largest_batch for recipe in IN_HELP.values())} and the number of samples")
     weight_decay: float = varied(TrainingSettings, "weight_decay", help="weight decay at the start of training")
     weight_decay_end: float = in_optimisation("weight decay at the end; a cosine leads to it", at_least=0)
     beta2: float = in_optimisation(

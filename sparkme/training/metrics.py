@@ -152,7 +152,7 @@ class DetectionMeasure(Measure):
     def check(self) -> None:
         super().check()
         if not any(_is_counted(objects).any() for objects, _ in self.images.values()):
-            raise UserError("none of the images to measure on that can be read has an object, crowd regions aside")
+            raise UserError("none of the readable validation images has an object, apart from crowd regions")
 
     def values(self) -> dict[str, float]:
         """`box_ap`, `box_ap50`, ... `box_ar_large`, and `mask_...`, without those of sizes that no object has."""
@@ -304,7 +304,7 @@ class SegmentationMeasure(Measure):
     def check(self) -> None:
         super().check()
         if not self.confusion.any():
-            raise UserError(f"every pixel of the images to measure on is labelled {self.ignore_index}, to be ignored")
+            raise UserError(f"every pixel of the validation images is labelled {self.ignore_index}, which is ignored")
 
     def values(self) -> dict[str, float]:
         """`mean_iou` over classes that a pixel is of or is taken for, `mean_accuracy` over those it is of, `pixel_accuracy`."""

@@ -146,7 +146,7 @@ def test_recipes_are_small_but_for_the_method() -> None:
         settings = recipe.defaults | {"recipe": name, "model": "timm:test_resnet", "drop_path": 0.0}
         assert type(build_network(PretrainSettings(**settings))) is method
     help_text = " ".join(create_parser().format_help().split())
-    assert "epochs to train for (1600 / by the number of images / 800)" in help_text  # each value once
+    assert "epochs to train for (default: 1600 / by the number of images / 800)" in help_text  # each value once
     assert "spark-*: small without one part of SparK" in help_text
 
 

@@ -390,10 +390,10 @@ def test_a_folder_as_coco_has_it(tmp_path: Path) -> None:
     given = find_annotated(train=path, val=val, root=tmp_path / "val2017")
     assert given.train.images.name(0) == str(tmp_path / "val2017" / "0.jpg")
     val.write_text(json.dumps(content | {"categories": [{"id": 3, "name": "truck"}]}))
-    with pytest.raises(UserError, match="has the category 3 'truck', which is 'car' in the data to learn from"):
+    with pytest.raises(UserError, match="has the category 3 'truck', which is 'car' in the training data"):
         find_annotated(tmp_path)
     val.write_text(json.dumps(content | {"annotations": []}))
-    with pytest.raises(UserError, match="none of the 2 images to measure on has an object"):
+    with pytest.raises(UserError, match="none of the 2 validation images has an object"):
         find_annotated(tmp_path)
 
 
@@ -756,7 +756,7 @@ def test_masks_of_0_and_255_are_of_two_classes(tmp_path: Path) -> None:
     split = find_segmented(mask_set(tmp_path, dict.fromkeys("abc", [0, 255] * 4)), val_share=0.4)
     assert split.train.labels(0)[0].tolist() == [0, 1, 0, 1] and split.train.classes == ["0", "255"]
     assert "255 is a class" in split.remarks[0]
-    with pytest.raises(UserError, match="is on 2 images to learn from"):
+    with pytest.raises(UserError, match="is in 2 training images"):
         split.train.shots(3, 0)
     ignored = find_segmented(tmp_path, val_share=0.4, ignore_index=0)
     assert ignored.train.classes == ["255"] and ignored.train.labels(0)[0].tolist() == [IGNORED, 0, IGNORED, 0]

@@ -193,7 +193,7 @@ def test_nothing_predicted_is_zero_and_nothing_to_find_is_refused(tmp_path: Path
     assert {value for name, value in measure.values().items()} == {0.0}
     assert measure.write(tmp_path)["of_each_class"] == {"cat": 0.0, "dog": 0.0, "bird": 0.0, "unseen": None}
 
-    with pytest.raises(UserError, match="none of the images to measure on can be read"):
+    with pytest.raises(UserError, match="none of the validation images can be read"):
         DetectionMeasure(CLASSES).check()
     mask = encode_masks(torch.ones(1, 50, 50, dtype=torch.bool))
     one = np.array([[0.0, 0, 50, 50]]), np.array([1]), np.array([2500.0])
@@ -201,7 +201,7 @@ def test_nothing_predicted_is_zero_and_nothing_to_find_is_refused(tmp_path: Path
     found = Detections(one[0], [0.9], [1], mask)
     for objects in (Objects(1, (50, 50), masks=[]), crowd):
         measure = measured([(objects, found)])
-        with pytest.raises(UserError, match="none of the images to measure on that can be read has an object"):
+        with pytest.raises(UserError, match="none of the readable validation images has an object"):
             measure.check()
         assert measure.values() == {"box_ap": 0.0, "mask_ap": 0.0}  # of a process whose images have none
         assert set(measure.write(tmp_path)["mask"].values()) == {None}
@@ -328,11 +328,11 @@ def test_many_classes_in_bytes_are_counted_right() -> None:
 
 def test_segmentation_without_labels_or_with_wrong_ones_is_refused() -> None:
     measure = SegmentationMeasure(["a", "b"])
-    with pytest.raises(UserError, match="none of the images to measure on can be read"):
+    with pytest.raises(UserError, match="none of the validation images can be read"):
         measure.check()
     ones = torch.ones(1, 2, 2, dtype=torch.long)
     measure.add(ones, 255 * ones)
-    with pytest.raises(UserError, match="every pixel of the images to measure on is labelled 255"):
+    with pytest.raises(UserError, match="every pixel of the validation images is labelled 255"):
         measure.check()
     assert measure.values() == {"mean_iou": 0.0, "pixel_accuracy": 0.0, "mean_accuracy": 0.0}
     for predicted, true, message in (

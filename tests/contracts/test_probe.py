@@ -130,7 +130,7 @@ def test_mistakes_are_one_line(trained: Path, labelled: Path, tmp_path: Path, ca
     assert "--stage 5: the network has maps at strides 4, 8, 16, 32" in fails(capsys, *words, "--stage", "5")
     assert "--stage deep must be all, last" in fails(capsys, *words, "--stage", "deep")
     assert "not a multiple of the network's total stride 32; use 64" in fails(capsys, *words, "--input-size", "70")
-    assert "--shots 17: class 'blue' has 10 images" in fails(capsys, *words, "--shots", "17")
+    assert "--shots 17: class 'blue' has 10 training images" in fails(capsys, *words, "--shots", "17")
     assert "must be .json" in fails(capsys, *words, "--output", tmp_path / "scores.txt")
     (tmp_path / "there.json").write_text("")
     assert "--overwrite" in fails(capsys, *words, "--output", tmp_path / "there.json")

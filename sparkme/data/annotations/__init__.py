@@ -29,7 +29,7 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")
 
 
 class AnnotatedSplit(NamedTuple):
-    """Images to learn from, others to measure on, and where the split comes from."""
+    """Training and validation images, and where the split comes from."""
 
     train: Annotated
     val: Annotated
@@ -57,7 +57,7 @@ def find_annotated(
         data: a folder as COCO, YOLO or VOC has it; a data.yaml; or a single JSON file.
         train, val: two JSON files as COCO's, in place of `data`; without `val` a part is drawn.
         root: what the images of JSON files, or the splits of a data.yaml, are below; found beside the files if None.
-        val_share: of the images, to measure on, where the data does not say: drawn from every class, copies together.
+        val_share: share of the validation images if the data has no split; drawn from every class, copies stay together.
         seed: of that choice.
         flag: what the data was given by, for messages.
 
@@ -106,7 +106,7 @@ def _find(data: Path, root: Path | None, val_share: float, seed: int, flag: str)
             raise UserError(f"{flag} {data} has no annotations; {EXPECTED}")
         train = several[0]
     if train is None:
-        raise UserError(f"{flag} {data} has {val}, but none to learn from; pass --train FILE.json")
+        raise UserError(f"{flag} {data} has {val}, but no training set; pass --train FILE.json")
     return _of_coco(train, val, root, val_share, seed)
 
 
@@ -174,7 +174,7 @@ def _of_yolo(path: Path, root: Path | None, val_share: float, seed: int) -> Anno
 def _of_voc(folder: Path, val_share: float, seed: int) -> AnnotatedSplit:
     train, val = read_set(folder, "train"), read_set(folder, "val")
     if train is None and val is not None:
-        raise UserError(f"{folder / SETS / 'Main'} has val.txt, but no train.txt to learn from; add it")
+        raise UserError(f"{folder / SETS / 'Main'} has val.txt, but no train.txt; add it")
     if train is None:
         train, val = read_set(folder, "trainval"), read_set(folder, "test")
     found = read_voc(folder, train)
@@ -185,14 +185,14 @@ def _of_voc(folder: Path, val_share: float, seed: int) -> AnnotatedSplit:
 
 def _given(train: Annotated, val: Annotated, train_name: str, val_name: str) -> AnnotatedSplit:
     return AnnotatedSplit(
-        train, val, f"{len(train)} images to learn from in {train_name}, {len(val)} to measure on in {val_name}"
+        train, val, f"{len(train)} training images in {train_name}, {len(val)} validation images in {val_name}"
     )
 
 
 def _drawn(found: Annotated, val_share: float, seed: int) -> AnnotatedSplit:
     """A part of the images is measured on, of every class some."""
     if not found.class_counts().any():
-        raise UserError(f"{found.images.description}: there is nothing to learn from on its {len(found)} images")
+        raise UserError(f"{found.images.description}: its {len(found)} images have no objects")
     chosen, note = hold_out(Labelled(found.images, found.presence(), found.classes), val_share, seed)
     train, val = (found.subset(part.nonzero().flatten()) for part in (~chosen, chosen))
     return AnnotatedSplit(train, val, note)
@@ -200,10 +200,10 @@ def _drawn(found: Annotated, val_share: float, seed: int) -> AnnotatedSplit:
 
 def _checked(split: AnnotatedSplit) -> AnnotatedSplit:
     """Refuses a part without any objects."""
-    for part, purpose in ((split.train, "learn from"), (split.val, "measure on")):
+    for part, purpose in ((split.train, "training"), (split.val, "validation")):
         if not part.class_counts().any():
             why = "".join(f"; {line}" for line in part.notes[:4])
-            raise UserError(f"{part.images.description}: none of the {len(part)} images to {purpose} has an object{why}")
+            raise UserError(f"{part.images.description}: none of the {len(part)} {purpose} images has an object{why}")
     return split
 
 

@@ -349,7 +349,7 @@ def draw_of_classes(presence: Tensor, classes: Sequence[str], count: int, seed: 
     for label in presence.sum(0).argsort(stable=True).tolist():
         members = presence[:, label].nonzero().flatten()
         if 0 < len(members) < count:
-            raise UserError(f"--shots {count}: class {classes[label]!r} is on {len(members)} images to learn from; lower it")
+            raise UserError(f"--shots {count}: class {classes[label]!r} is in {len(members)} training images; lower it")
         left = members[~chosen[members]]
         generator = torch.Generator().manual_seed(derived_seed(seed, "shots", label))
         wanted = max(0, count - (len(members) - len(left)))
@@ -485,7 +485,7 @@ def _count_rows(kind: str, which: np.ndarray, where: Callable[[int], str], count
 def _outlines(
     rows: Rows, good: np.ndarray, crowd: np.ndarray, limits: np.ndarray, where: Callable[[int], str]
 ) -> Outlines | None:
-    """The masks, if there is one to learn from."""
+    """The masks; None if no object outside of crowds has one."""
     values, starts = np.frombuffer(rows.polygon, np.float64), np.frombuffer(rows.polygon_start, np.int64)
     parts = np.frombuffer(rows.part, np.int64)
     polygons = Ragged(values, starts)

@@ -396,9 +396,7 @@ def _classes(file: _File, like: Annotated | None) -> tuple[list[int], list[str]]
     for id_, name in zip(ids, names, strict=True):
         if known.get(id_) != name and (id_ in known or id_ in used):
             other = f"is {known[id_]!r}" if id_ in known else "is not there"
-            raise UserError(
-                f"{file.path} has the category {id_} {name!r}, which {other} in the data to learn from; make them alike"
-            )
+            raise UserError(f"{file.path} has the category {id_} {name!r}, which {other} in the training data; make them alike")
     return like.category_ids, like.classes
 
 

@@ -178,7 +178,7 @@ class Segmented:
 
 
 class SegmentedSplit(NamedTuple):
-    """Images to learn from, others to measure on, and where the split comes from."""
+    """Training and validation images, and where the split comes from."""
 
     train: Segmented
     val: Segmented
@@ -226,7 +226,7 @@ def find_segmented(
             the line's, from 0. What is named `ignore` counts as no class. Found in the folder as classes.txt or class_dict.csv
             if None.
         ignore_index: the number in masks that counts as no class; 255 if None.
-        val_share: of the images, to measure on, where there are no folders for that: of every class some, copies together.
+        val_share: share of the validation images if they have no folders; drawn from every class, copies stay together.
         seed: of that choice.
         flag: what the data was given by, for messages.
 
@@ -249,7 +249,7 @@ def find_segmented(
     codes, notes = _codes(parts, file, ignore_index)
     found = [_segmented(part, codes, notes, file) for part in parts]
     if len(found) > 1:
-        note = f"{len(found[0])} images to learn from in the folder for train, {len(found[1])} to measure on in that for val"
+        note = f"{len(found[0])} training and {len(found[1])} validation images, from their folders"
         return SegmentedSplit(found[0], found[1], note)
     (whole,) = found
     if not whole.pixel_counts.any():

@@ -203,7 +203,7 @@ def _label(reader: _Reader, what: str, entry: ET.Element) -> int:
     if name not in reader.numbers:
         if not reader.is_open:
             reader.counted.add(
-                "left out: objects of classes that the data to learn from does not have", f"{what}: {shown(name, 40)!r}"
+                "left out: objects of classes that the training data does not have", f"{what}: {shown(name, 40)!r}"
             )
             return -1
         if len(reader.numbers) == MOST_CLASSES:
