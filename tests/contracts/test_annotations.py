@@ -218,7 +218,7 @@ def test_subsets_and_shots_share_the_boxes(tmp_path: Path) -> None:
         assert bool((few.presence().sum(0) >= count).all()) and len(few) <= 2 * count
         assert data.draw(count, 4).tolist() == data.draw(count, 4).tolist()
     assert len({tuple(data.draw(1, seed).tolist()) for seed in range(9)}) > 2
-    with pytest.raises(UserError, match=r"--shots 7: class 'toothbrush' is on 5 images"):
+    with pytest.raises(UserError, match=r"--shots 7: class 'toothbrush' is in 5 training images"):
         data.shots(7, seed=0)
 
 
