@@ -177,6 +177,8 @@ class _Running:
     def reached(self, i: int, value: Tensor) -> bool:
         """Records a call of the module of map i; True ends the forward pass."""
         local = self.local
+        if getattr(local, "counts", None) is None:  # the network is called by itself, or a block again for its gradient
+            return False
         local.counts[i] += 1
         if local.counts[i] == self.calls[i]:
             local.maps[i] = value.clone() if self.changed[i] else value
@@ -187,9 +189,13 @@ class _Running:
     def run(self, network: nn.Module, images: Tensor) -> list[Tensor]:
         local = self.local
         local.counts, local.maps = [0] * len(self.calls), {}
-        with suppress(ReachedDeepest):
+        try:
             network(images)
-        maps, local.maps = local.maps, {}
+        except ReachedDeepest:
+            pass
+        finally:
+            maps = local.maps
+            local.counts = local.maps = None
         if len(maps) < len(self.calls):
             raise RuntimeError("the network did not call all modules of its maps in this forward pass")
         found = [maps[i] for i in range(len(self.calls))]

@@ -1,6 +1,7 @@
 """A pyramid gives the dense network's own maps, and is an ordinary module: for detectors, segmenters and compilers."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 import torchvision
 from commands import SMALL
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import sparkme
@@ -128,6 +130,20 @@ def test_it_is_copied_pickled_compiled_and_exported() -> None:
             sizes = [(32 * n, 64) for n in range(1, 9)]
             for found, size in zip(pool.map(lambda size: pyramid.maps(images(*size)), sizes), sizes):
                 assert equal(found, pyramid.maps(images(*size)))
+
+
+def test_blocks_that_are_computed_again_for_their_gradient_give_no_maps() -> None:
+    pyramid = sparkme.pyramid(timm.create_model("test_resnet")).train()
+    for block in (
+        module for name, module in pyramid.network.named_modules() if name.startswith("layer") and name.count(".") == 1
+    ):
+        forward = block.forward
+        block.forward = functools.partial(checkpoint, forward, use_reentrant=False)  # type: ignore[method-assign]
+    total = sum(value.sum() for value in pyramid(images(64, 64).float()).values())
+    with ThreadPoolExecutor(1) as pool:  # as on a GPU, whose backward pass has a thread of its own
+        pool.submit(total.backward).result()
+    assert all(p.grad is not None for p in pyramid.parameters() if p.requires_grad)
+    assert pyramid.network(images(64, 64).float()).ndim == 4  # by itself it runs to its end, the head left out
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm:convnext_atto", "timm:efficientnet_b0"])
