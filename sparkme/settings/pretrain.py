@@ -160,7 +160,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
         older="spark")
     data: str | tuple[str, ...] | None = in_data(
         "images without labels: a folder, nested or flat; a list (.txt, .csv); tar shards, such as 'shards/{000..146}.tar', "
-        "local or from a URL; Parquet; or package.module:dataset. Several sources are joined",
+        "local or from a URL; Parquet; a .npy array of images; or package.module:dataset. Several sources are joined",
         otherwise="scikit-image's photographs", metavar="SOURCE", parse=source_argument, nargs="+", extends=True)
     samples_per_epoch: int = in_data(
         "crops per epoch", otherwise=f"the number of images; {DEMO_CROPS} for the photographs", metavar="N", at_least=1,
