@@ -239,7 +239,7 @@ def _leave_out(network: nn.Module, hierarchy: Hierarchy) -> None:
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if name and not name.startswith(tuple(gone)) and all(alias in hierarchy.left_out for alias in names[id(module)]):
             parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, _LeftOut())
+            setattr(network.get_submodule(parent), child, _LeftOut().train(module.training))
             gone.append(f"{name}.")
     for name, parameter in network.named_parameters():
         if name not in hierarchy.needed:  # DistributedDataParallel would wait for its gradient

@@ -163,7 +163,8 @@ def pyramid(
         drop_path: see `sparkme.networks.create.create_dense`; for files and names.
 
     Returns:
-        A `Pyramid` on the CPU, or on the device of your own network.
+        A `Pyramid` on the CPU in eval mode, or on the device and in the mode of your own network. Without a file its `mean` and
+        `std` are ImageNet's, or empty if the network takes other images than RGB.
 
     Raises:
         UserError: the file is missing, its weights are of another network, or the dense network computes other maps with them.
@@ -173,7 +174,9 @@ def pyramid(
         return _pyramid_of(copy.deepcopy(model), taps, num_scales)
     path = Path(model)
     if isinstance(model, str) and not path.exists() and path.suffix not in STATE_DICTS and os.sep not in model:
-        return _pyramid_of(_with_drop_path(model, 3, drop_path), taps, num_scales)
+        dense = _with_drop_path(model, 3, drop_path)
+        dense.eval()  # which may return nothing in a user's class
+        return _pyramid_of(dense, taps, num_scales)
     pretrained = read_pretrained(path, name)
     encoder, _ = pretrained.encoder()
     dense = _with_drop_path(pretrained.model, pretrained.channels, drop_path)
@@ -182,6 +185,7 @@ def pyramid(
     difference = max(verify(copy.deepcopy(dense), encoder, (2 * encoder.patch, 2 * encoder.patch)))
     if not difference < TOLERANCE:
         raise UserError(f"{path}: the maps of {pretrained.model} differ from those of its sparse encoder by {difference:.1g}")
+    dense.eval()
     return Pyramid(dense, encoder.hierarchy, pretrained.statistics.mean, pretrained.statistics.std)
 
 
@@ -195,7 +199,8 @@ def _with_drop_path(model: str, channels: int, drop_path: float) -> nn.Module:
 def _pyramid_of(network: nn.Module, taps: Sequence[str] | None, num_scales: int) -> Pyramid:
     with torch.random.fork_rng(), torch.enable_grad():
         hierarchy = find_hierarchy(copy.deepcopy(network), num_scales, taps=taps)
-    return Pyramid(network, hierarchy)
+    statistics = Statistics() if hierarchy.in_channels == 3 else Statistics((), ())
+    return Pyramid(network, hierarchy, statistics.mean, statistics.std)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -148,8 +148,11 @@ def test_blocks_that_are_computed_again_for_their_gradient_give_no_maps() -> Non
 
 @pytest.mark.parametrize("name", ["resnet18", "timm:convnext_atto", "timm:efficientnet_b0"])
 def test_mask_rcnn_learns_on_it_and_every_weight_gets_a_gradient(name: str) -> None:
-    backbone = sparkme.pyramid(name).with_fpn(16)
-    detector = torchvision.models.detection.MaskRCNN(backbone, num_classes=3, min_size=64, max_size=96).train()
+    body = sparkme.pyramid(name)
+    assert not any(module.training for module in body.modules())
+    backbone = body.with_fpn(16)
+    sizes = {"min_size": 64, "max_size": 96, "image_mean": body.mean, "image_std": body.std}
+    detector = torchvision.models.detection.MaskRCNN(backbone, num_classes=3, **sizes).train()
     target = {
         "boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]),
         "labels": torch.tensor([1]),

@@ -49,7 +49,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert len(blocks) == 4
     run = folder / "runs" / "mine" / "checkpoints"
     run.parent.mkdir(parents=True)
-    run.symlink_to(folder / "resnet50" / "checkpoints", target_is_directory=True)
+    run.symlink_to(folder / "resnet50", target_is_directory=True)
     names: dict[str, Any] = {"folder": folder, "images": torch.rand(1, 3, 64, 96)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -81,7 +81,7 @@ def test_all_of_the_exported_weights_are_taken(names: dict[str, Any]) -> None:
 def test_a_pyramid_is_the_exported_network(names: dict[str, Any]) -> None:
     assert_taken(names["body"].network.state_dict(), names["folder"] / "resnet50.safetensors")
     assert [value.shape[1:] for value in names["maps"].values()] == [(256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
-    assert names["mine"].transform.image_mean == [0.485, 0.456, 0.406]
+    assert names["mine"].transform.image_mean == (0.485, 0.456, 0.406)
     assert names["features"].feature_info.channels() == [256, 512, 1024, 2048]
     assert names["encoder"].out_channels == [3, 0, 256, 512, 1024, 2048]
 

@@ -310,7 +310,9 @@ def test_a_full_disk_ends_the_run_where_it_is_to(
     monkeypatch.setattr(loop, "LAST_TRIES", 1)
     at_step(monkeypatch, {3: lambda self: (self.folder.checkpoints._written.result(), fill(small_disk))})
     message = fails(capsys, *TINY, "--output", run, "--on-full-disk", "stop", "--panel-epochs", 0)
-    assert re.search(r"checkpoint .*step_00000004.pt \(it takes 0.01 GiB, 0.00 are free\); .*intact; make room or", message)
+    # The checkpoint is written in the background: on a busy machine the picture may fail first.
+    what = r"checkpoint .*step_00000004.pt \(it takes 0.01 GiB, 0.00 are free\);|cannot write .*loss.png: .*No space left.*;"
+    assert re.search(rf"({what}) .*intact; make room or", message)
     monkeypatch.undo()
     (small_disk / "filler").unlink()
     assert state(run)["step"] == 2 and train(run) == 0 and equal(run, straight)
