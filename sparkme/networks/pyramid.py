@@ -31,7 +31,8 @@ class Pyramid(nn.Module):
     Args:
         network: the network with its weights, which is modified.
         hierarchy: the taps of its maps.
-        mean, std: statistics of its training images per channel, of pixels in [0, 1].
+        mean: of the images that it was trained on, one value per channel, for pixel values from 0 to 1.
+        std: likewise, the standard deviation.
 
     Attributes:
         network: the network; the names of its weights are unchanged.

@@ -159,7 +159,8 @@ def pyramid(
         model: a checkpoint or weights, as for `load_encoder`; or the name of a network, which gets random weights; or your own
             network, which is copied.
         name: the network's name, if the file does not contain it.
-        taps, num_scales: see `sparkme.sparsify`; for names and your own networks.
+        taps: see `sparkme.sparsify`; for names and your own networks.
+        num_scales: likewise.
         drop_path: see `sparkme.networks.create.create_dense`; for files and names.
 
     Returns:
