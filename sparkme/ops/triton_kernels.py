@@ -54,27 +54,10 @@ def _multiply_neighbours(
 
 @triton.jit
 def convolve(
-    out,
-    rows,
-    kernel,
-    table,
-    num_rows,
-    taps,
-    groups,
-    width,
-    out_width,
-    tap_stride,
-    in_stride,
-    out_stride,
-    group_stride,
-    APART: tl.constexpr,
-    SKIP: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
+    out, rows, kernel, table, num_rows, taps, groups, width, out_width, tap_stride, in_stride, out_stride, group_stride,
+    APART: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
     """out[n, g, o] = the sum over taps and c of rows[table[n, tap], g, c] * kernel[tap, c, g, o], by the kernel's strides.
 
     SKIP: skip a tap that no row of the block has.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sparkme.data.labelled import Labelled, WholeImages, class_counts, find_labelled, whole_batches
+from sparkme.data.labelled import Labelled, Split, WholeImages, class_counts, find_labelled, whole_batches
 from sparkme.data.limits import limit_pixels
 from sparkme.data.planes import Pixels
 from sparkme.data.sources import Columns
@@ -83,17 +83,21 @@ def probe(args: ProbeSettings) -> list[dict[str, Any]]:
             records.append({"weights": pretrained.origin, "model": pretrained.model, **score})
     print(table(records))
     if args.output:
-        content = {
-            "config": to_config(args),
-            "classes": split.train.classes,
-            "num_train": len(split.train),
-            "num_val": len(split.val),
-            "scores": records,
-        }
-        with replaced_when_whole(args.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-        print(f"wrote {args.output}")
+        _write(args.output, args, split, records)
     return records
+
+
+def _write(output: Path, args: ProbeSettings, split: Split, records: list[dict[str, Any]]) -> None:
+    content = {
+        "config": to_config(args),
+        "classes": split.train.classes,
+        "num_train": len(split.train),
+        "num_val": len(split.val),
+        "scores": records,
+    }
+    with replaced_when_whole(output) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"wrote {output}")
 
 
 def _read_other(path: Path, like: Pretrained) -> Pretrained:
