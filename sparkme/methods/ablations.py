@@ -21,7 +21,6 @@ from torch.nn.functional import mse_loss
 from sparkme.methods.loss import patch_statistics
 from sparkme.methods.spark import SparK
 from sparkme.ops.patches import patchify
-from sparkme.sparse.batch_norm import use_operators
 from sparkme.sparse.grid import Grid
 from sparkme.sparse.map import SparseMap
 
@@ -33,13 +32,10 @@ class ZeroedSparK(SparK):
     what it gives at hidden pixels is left out, and mask tokens are there.
     """
 
-    def predict(self, images: Tensor, grid: Grid) -> Tensor:
+    def encode(self, images: Tensor, grid: Grid) -> list[SparseMap]:
         everywhere = Grid(torch.ones_like(grid.active), grid.patch, grid.f_h * grid.f_w)
-        maps = self.encoder.encode(images.where(grid.mask(1, torch.bool), 0), everywhere)
-        dense = self.densify([_visible(x, grid) for x in maps])
-        use_operators(self.decoder, maps[0].engine.fuses_norms(dense[0].dtype, images.device))
-        prediction: Tensor = self.decoder(dense)
-        return prediction
+        maps = super().encode(images.where(grid.mask(1, torch.bool), 0), everywhere)
+        return [_visible(x, grid) for x in maps]
 
 
 def _visible(x: SparseMap, grid: Grid) -> SparseMap:

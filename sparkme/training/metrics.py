@@ -33,7 +33,7 @@ def _no_boxes() -> npt.NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Objects:
+class GroundTruth:
     """What an image shows, from its annotations: N objects, which can be none.
 
     Attributes:
@@ -61,7 +61,7 @@ class Detections:
     """What a detector found in an image: N objects, which can be none, in any order.
 
     Attributes:
-        boxes: (N, 4) floats, x1, y1, x2, y2 in the pixels of `Objects.size`.
+        boxes: (N, 4) floats, x1, y1, x2, y2 in the pixels of `GroundTruth.size`.
         scores: (N,) floats.
         labels: (N,) integers, index of the class, from 0.
         masks: N masks as RLE, see `encode_masks`; None from a detector of boxes alone.
@@ -105,10 +105,10 @@ class DetectionMeasure(Measure):
         super().__init__(classes)
         self.kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
         self.best = f"{self.kinds[-1]}_ap"
-        self.images: dict[int, tuple[Objects, Detections]] = {}
+        self.images: dict[int, tuple[GroundTruth, Detections]] = {}
         self._evaluated: dict[Kind, tuple[list[float | None], list[float | None]]] = {}
 
-    def add(self, outputs: Iterable[Detections], targets: Iterable[Objects]) -> None:
+    def add(self, outputs: Iterable[Detections], targets: Iterable[GroundTruth]) -> None:
         """Takes in a batch: what was found in each image, and what is there. An image that is known is passed over.
 
         Raises:
@@ -126,7 +126,7 @@ class DetectionMeasure(Measure):
             self._check_image(objects, detections, "detections", detections.scores)
             self.images.setdefault(objects.image_id, (objects, detections))
 
-    def _check_image(self, image: Objects, there: Objects | Detections, what: str, numbers: npt.ArrayLike) -> None:
+    def _check_image(self, image: GroundTruth, there: GroundTruth | Detections, what: str, numbers: npt.ArrayLike) -> None:
         boxes, labels, values = np.asarray(there.boxes), np.asarray(there.labels), np.asarray(numbers)
         where = f"{what} of image {image.image_id}"
         if boxes.shape != (len(labels), 4) or values.shape != labels.shape:
@@ -211,18 +211,18 @@ def _known(value: float) -> float | None:
     return None if value == -1 else float(value)
 
 
-def _is_counted(objects: Objects) -> npt.NDArray[np.bool_]:
+def _is_counted(objects: GroundTruth) -> npt.NDArray[np.bool_]:
     return np.ones(len(objects.labels), dtype=bool) if objects.crowd is None else ~np.asarray(objects.crowd, dtype=bool)
 
 
 def _numbered(
-    images: list[tuple[Objects, Detections]], entries: Callable[[tuple[Objects, Detections]], Iterable[dict[str, Any]]]
+    images: list[tuple[GroundTruth, Detections]], entries: Callable[[tuple[GroundTruth, Detections]], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """The entries of all images, with numbers from 1: pycocotools takes 0 for "not matched"."""
     return [{**entry, "id": i + 1} for i, entry in enumerate(entry for image in images for entry in entries(image))]
 
 
-def _annotations(objects: Objects, kind: Kind) -> Iterable[dict[str, Any]]:
+def _annotations(objects: GroundTruth, kind: Kind) -> Iterable[dict[str, Any]]:
     """As a file of annotations has them."""
     counted = _is_counted(objects)
     for i, (label, area) in enumerate(zip(objects.labels, objects.areas, strict=True)):
@@ -235,7 +235,7 @@ def _annotations(objects: Objects, kind: Kind) -> Iterable[dict[str, Any]]:
         yield {**entry, **_shape(objects, i, kind)}
 
 
-def _results(objects: Objects, found: Detections, kind: Kind) -> Iterable[dict[str, Any]]:
+def _results(objects: GroundTruth, found: Detections, kind: Kind) -> Iterable[dict[str, Any]]:
     """As pycocotools makes them of a file of results: the area is the box's for boxes, and the mask's for masks."""
     from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
 
@@ -246,7 +246,7 @@ def _results(objects: Objects, found: Detections, kind: Kind) -> Iterable[dict[s
         yield {**entry, **shape}
 
 
-def _shape(there: Objects | Detections, i: int, kind: Kind) -> dict[str, Any]:
+def _shape(there: GroundTruth | Detections, i: int, kind: Kind) -> dict[str, Any]:
     """The box as x, y, width and height, or the mask."""
     if kind == "mask":
         assert there.masks is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparkme.errors import UserError
-from sparkme.training.metrics import FIGURES, DetectionMeasure, Detections, Objects, SegmentationMeasure, encode_masks
+from sparkme.training.metrics import FIGURES, DetectionMeasure, Detections, GroundTruth, SegmentationMeasure, encode_masks
 
 CLASSES = ["cat", "dog", "bird", "unseen"]
 
@@ -34,7 +34,7 @@ def random_box(rng: random.Random, size: tuple[int, int]) -> list[float]:
     return [round(value, 2) for value in (x, y, min(x + width, size[1]), min(y + height, size[0]))]
 
 
-def make_set(seed: int, num_images: int = 30) -> list[tuple[Objects, Detections]]:
+def make_set(seed: int, num_images: int = 30) -> list[tuple[GroundTruth, Detections]]:
     """Objects of all sizes, crowds, images without objects, or without detections, and equal scores; nothing is "unseen"."""
     rng = random.Random(seed)
     made = []
@@ -42,7 +42,7 @@ def make_set(seed: int, num_images: int = 30) -> list[tuple[Objects, Detections]
         size = (rng.randrange(150, 260), rng.randrange(150, 260))
         boxes = [] if number % 7 == 3 else [random_box(rng, size) for _ in range(rng.randrange(1, 7))]
         masks = [box_mask(box, size, without=5) for box in boxes]
-        objects = Objects(
+        objects = GroundTruth(
             image_id=1000 - 3 * number,
             size=size,
             boxes=np.array(boxes).reshape(-1, 4),
@@ -69,7 +69,7 @@ def make_set(seed: int, num_images: int = 30) -> list[tuple[Objects, Detections]
     return made
 
 
-def measured(made: list[tuple[Objects, Detections]], masks: bool = True) -> DetectionMeasure:
+def measured(made: list[tuple[GroundTruth, Detections]], masks: bool = True) -> DetectionMeasure:
     measure = DetectionMeasure(CLASSES, masks)
     measure.add([found for _, found in made], [objects for objects, _ in made])
     return measure
@@ -83,7 +83,7 @@ def text_of(rle: dict) -> dict:
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def by_pycocotools(made: list[tuple[Objects, Detections]], folder: Path, kind: str) -> tuple[np.ndarray, list[float]]:
+def by_pycocotools(made: list[tuple[GroundTruth, Detections]], folder: Path, kind: str) -> tuple[np.ndarray, list[float]]:
     """The figures, and AP of each class, of files that pycocotools reads."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -144,8 +144,8 @@ def test_crowds_and_the_areas_of_annotations_count(tmp_path: Path) -> None:
     """What is tested against pycocotools depends on them."""
     needs_pycocotools()
     made = make_set(0)
-    plain = [(Objects(o.image_id, o.size, o.boxes, o.labels, o.areas, None, o.masks), found) for o, found in made]
-    large = [(Objects(o.image_id, o.size, o.boxes, o.labels, 9 * o.areas, o.crowd, o.masks), found) for o, found in made]
+    plain = [(GroundTruth(o.image_id, o.size, o.boxes, o.labels, o.areas, None, o.masks), found) for o, found in made]
+    large = [(GroundTruth(o.image_id, o.size, o.boxes, o.labels, 9 * o.areas, o.crowd, o.masks), found) for o, found in made]
     values = measured(made).values()
     assert measured(plain).values()["box_ap"] != values["box_ap"]
     assert measured(large).values()["box_ap_small"] != values["box_ap_small"]
@@ -169,7 +169,7 @@ def test_boxes_alone_are_measured_without_masks(tmp_path: Path, capsys: pytest.C
     needs_pycocotools()
     made = make_set(2)
     bare = [
-        (Objects(o.image_id, o.size, o.boxes, o.labels, o.areas, o.crowd), Detections(f.boxes, f.scores, f.labels))
+        (GroundTruth(o.image_id, o.size, o.boxes, o.labels, o.areas, o.crowd), Detections(f.boxes, f.scores, f.labels))
         for o, f in made
     ]
     measure, both = measured(bare, masks=False), measured(made)
@@ -197,15 +197,15 @@ def test_nothing_predicted_is_zero_and_nothing_to_find_is_refused(tmp_path: Path
         DetectionMeasure(CLASSES).check()
     mask = encode_masks(torch.ones(1, 50, 50, dtype=torch.bool))
     one = np.array([[0.0, 0, 50, 50]]), np.array([1]), np.array([2500.0])
-    crowd = Objects(1, (50, 50), *one, crowd=np.array([True]), masks=mask)
+    crowd = GroundTruth(1, (50, 50), *one, crowd=np.array([True]), masks=mask)
     found = Detections(one[0], [0.9], [1], mask)
-    for objects in (Objects(1, (50, 50), masks=[]), crowd):
+    for objects in (GroundTruth(1, (50, 50), masks=[]), crowd):
         measure = measured([(objects, found)])
         with pytest.raises(UserError, match="none of the readable validation images has an object"):
             measure.check()
         assert measure.values() == {"box_ap": 0.0, "mask_ap": 0.0}  # of a process whose images have none
         assert set(measure.write(tmp_path)["mask"].values()) == {None}
-    perfect = measured([(Objects(1, (50, 50), *one, masks=mask), found)])
+    perfect = measured([(GroundTruth(1, (50, 50), *one, masks=mask), found)])
     figures = perfect.write(tmp_path)["mask"]
     assert {name for name, value in figures.items() if value is None} == {"ap_small", "ap_large", "ar_small", "ar_large"}
     assert all(value is None or value == pytest.approx(1, abs=1e-12) for value in figures.values())
@@ -225,7 +225,7 @@ def test_nothing_predicted_is_zero_and_nothing_to_find_is_refused(tmp_path: Path
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     needs_pycocotools()
     mask = encode_masks(torch.ones(1, 10, 10, dtype=torch.bool))
-    objects = Objects(7, (10, 10), np.array([[0.0, 0, 9, 9]]), np.array([1]), np.array([81.0]), masks=mask)
+    objects = GroundTruth(7, (10, 10), np.array([[0.0, 0, 9, 9]]), np.array([1]), np.array([81.0]), masks=mask)
     good = {"boxes": [[0.0, 0, 9, 9]], "scores": [0.5], "labels": [1], "masks": mask}
     DetectionMeasure(CLASSES, masks=True).add([Detections(**good)], [objects])
     with pytest.raises(ValueError, match=message):
