@@ -42,7 +42,7 @@ from benchmarks.flops import provenance
 from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
-from sparkme.settings.finetune import SMALL
+from sparkme.settings.classification import SMALL
 from sparkme.weights.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -118,6 +118,22 @@ class Batch(NamedTuple):
     labels: Tensor | None = None
     enlarged: int = 0
     outside: float = 0.0
+
+
+class LoadedBatch(Protocol):
+    """What the training loop asks of a batch of any kind: images (B, C, H, W), or None if too few can be read."""
+
+    @property
+    def images(self) -> Tensor | None: ...
+
+    @property
+    def unreadable(self) -> tuple[str, ...]: ...
+
+    @property
+    def enlarged(self) -> int: ...
+
+    @property
+    def outside(self) -> float: ...
 
 
 class CropDataset(Dataset[Sample]):

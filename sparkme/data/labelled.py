@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -295,7 +295,12 @@ def split_digest(train: Labelled, val: Labelled) -> str:
         for i, label in enumerate(part.labels.tolist())
     ]
     order = [train.classes] if train.has_several else []  # classes are in alphabetical order
-    return hashlib.sha256(repr(parts + order).encode(errors="surrogateescape")).hexdigest()[:12]
+    return digest_of(parts + order)
+
+
+def digest_of(parts: Sequence[Any]) -> str:
+    """Twelve hexadecimal digits of plain values."""
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _names_of(part: Labelled, label: int | list[bool]) -> str | list[str]:

@@ -70,6 +70,30 @@ class Pyramid(nn.Module):
         """The maps as a list."""
         return self._running.run(self.network, images)
 
+    @torch.no_grad()
+    def scales_of_weights(self) -> dict[str, int]:
+        """For each weight of `network` the number of maps that are complete when it is first used; of unused ones the last."""
+        network, found = self.network, dict[str, int]()
+        names = {id(module): f"{name}." if name else "" for name, module in network.named_modules()}
+
+        def note(module: nn.Module, args: Any) -> None:
+            for name, *_ in module.named_parameters(recurse=False):
+                found.setdefault(names[id(module)] + name, len(self._running.local.maps))
+
+        modes = [(module, module.training) for module in network.modules()]
+        handles = [module.register_forward_pre_hook(note) for module in network.modules()]
+        network.eval()
+        like = next(network.parameters())
+        side = 2 * self.strides[-1]
+        try:
+            self.maps(like.new_zeros(1, self.in_channels, side, side))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes:
+                module.training = mode
+        return {name: found.get(name, len(self.strides) - 1) for name, _ in network.named_parameters()}
+
     def with_fpn(self, out_channels: int = 256, extra: ExtraFPNBlock | None = None) -> PyramidWithFPN:
         """A backbone for torchvision's detectors: a feature pyramid network on these maps.
 

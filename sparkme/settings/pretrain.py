@@ -28,6 +28,7 @@ from sparkme.settings.shared import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MAX_CHANNELS,
+    CropSettings,
     EngineSettings,
     Machine,
     PixelSettings,
@@ -149,7 +150,7 @@ OF_RECIPES = {name: _together(recipe.defaults[name] for recipe in IN_HELP.values
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSettings, SourceSettings):
+class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, CropSettings, PixelSettings, SourceSettings):
     """The settings of a run of pretraining."""
 
     # fmt: off
@@ -174,7 +175,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
     std: tuple[float, ...] = in_data("standard deviation of each channel", otherwise="as for --mean", metavar="S", nargs="+")
     background: str = in_data("colour behind transparent pixels, a name or #rrggbb", "white", metavar="COLOUR", older="white")
     crop_scale: float = varied(
-        TrainingSettings, "crop_scale",
+        CropSettings, "crop_scale",
         otherwise=f"{_together(r.crop_scale for r in IN_HELP.values())}; {DEMO_CROP_SCALE} for the photographs")
     model: str = varied(
         TrainingSettings, "model",
@@ -182,7 +183,7 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, PixelSe
     init: Path | None = in_network(
         "start from weights of the same network: from torchvision, timm, the ConvNeXt authors, mmpretrain, the official SparK "
         "code or a checkpoint of this project, under any prefix of names", metavar="FILE")
-    input_size: tuple[int, ...] = varied(TrainingSettings, "input_size", default=(224,))
+    input_size: tuple[int, ...] = varied(CropSettings, "input_size", default=(224,))
     patch: int | None = in_network(
         "side of a patch", otherwise="the network's total stride, 32", metavar="PIXELS", at_least=1, fixed=True)
     mask_ratio: float = in_network("share of patches to hide")

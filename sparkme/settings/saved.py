@@ -11,15 +11,16 @@ from sparkme.settings.declare import Difference, Settings, filled, from_config, 
 from sparkme.settings.finetune import FinetuneSettings
 from sparkme.settings.pretrain import PretrainSettings
 from sparkme.settings.shared import MOST_WORKERS, Machine
+from sparkme.settings.tasks import settings_of_task
 
 # Settings that name the data and the network, and settings that others follow from, as the warm-up from the epochs.
-NAMED = ("data", "model", "recipe", "channels", "probe_data", "from_scratch")
+NAMED = ("data", "model", "recipe", "task", "channels", "probe_data", "from_scratch")
 LEADING = ("epochs", "samples_per_epoch", "batch_size", "accumulate", "shots")
 
 
 def class_of(config: Mapping[str, Any]) -> type[PretrainSettings] | type[FinetuneSettings]:
     """The class of a config's settings. A config that names no command is of pretraining."""
-    return FinetuneSettings if config.get("command") == "finetune" else PretrainSettings
+    return settings_of_task(config.get("task")) if config.get("command") == "finetune" else PretrainSettings
 
 
 def read_settings(config: Mapping[str, Any]) -> PretrainSettings | FinetuneSettings:
@@ -80,11 +81,12 @@ def _plain(config: Mapping[str, Any]) -> tuple[Settings, str]:
     """The declared defaults with those of the run's recipe, and the recipe that `auto` would choose."""
     images, model = config.get("num_train_images", config.get("num_train", config.get("num_images"))), str(config.get("model"))
     is_known = isinstance(images, int)
-    if config.get("command") == "finetune":
-        recipe = "small" if is_known and images < finetune.SMALL_SET else "paper"
+    cls = class_of(config)
+    if issubclass(cls, FinetuneSettings):
+        recipe = "small" if is_known and images < cls.small_set else "paper"
         is_small = config.get("recipe", recipe) == "small"
-        defaults = finetune.SMALL if is_small else finetune.paper_recipe(model, _norm_of(model)).defaults
-        return filled(FinetuneSettings(), defaults), recipe
+        defaults = cls.small if is_small else cls.paper_recipe(model, _norm_of(model)).defaults
+        return filled(cls(task=config.get("task") or finetune.TASKS[0]), defaults), recipe
     recipe = "small" if is_known and images < pretrain.SMALL_SET else "spark"
     named = str(config.get("recipe", recipe))
     return filled(PretrainSettings(), pretrain.RECIPES[named].defaults if named in pretrain.RECIPES else {}), recipe
@@ -92,12 +94,13 @@ def _plain(config: Mapping[str, Any]) -> tuple[Settings, str]:
 
 def _resolved(config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
     """The resolved settings for the same data if only these are given."""
-    if config.get("command") != "finetune":
+    cls = class_of(config)
+    if not issubclass(cls, FinetuneSettings):
         return pretrain.resolve(from_config(PretrainSettings, given), int(config.get("num_images") or 0), Machine())
-    found = {name: config.get(name) for name in ("num_classes", "several_labels", "channels")}
-    found |= {"num_train_images": config.get("num_train_images", config.get("num_train")), "input_size": [224]}
-    asked = from_config(FinetuneSettings, {**given, **found})
-    return finetune.resolve(asked, finetune.choose_recipe(asked, _norm_of(asked.model)), Machine())
+    found = {name: config.get(name) for name, about in settings_of(cls).items() if about.is_found}
+    found["num_train_images"] = config.get("num_train_images", config.get("num_train"))
+    asked = from_config(cls, {**found, "processes": None, "ema_warmup": None, **given})
+    return finetune.resolve(asked, asked.choose_recipe(_norm_of(asked.model)), Machine())
 
 
 def _norm_of(model: str) -> str:

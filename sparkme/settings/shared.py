@@ -153,27 +153,40 @@ class LoaderSettings(Settings):
     # fmt: on
 
 
+@dataclass(frozen=True, kw_only=True)
+class CropSettings(Settings):
+    """Random crops of one size."""
+
+    # fmt: off
+    input_size: tuple[int, ...] = in_images(
+        "side of the crops, or their height and width", metavar="PIXELS", nargs="+", fixed=True, at_least=1, at_most=MAX_SIDE)
+    crop_scale: float = in_images("smallest area of a crop, as a share of the image's area", metavar="S", above=0, at_most=1)
+    reduced_jpeg: bool = in_images(
+        "decode JPEG files at 1/2, 1/4 or 1/8 of their size if the crop still has enough pixels: faster, and pixels differ by "
+        "a few grey levels", True)
+    # fmt: on
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the crops."""
+        return self.input_size[0], self.input_size[-1]
+
+
 T = TypeVar("T", bound="TrainingSettings")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(LoaderSettings, DeviceSettings):
-    """Settings of both pretraining and fine-tuning, which their loop and checkpoints read.
+    """Settings of pretraining and of every task of fine-tuning, which their loop and checkpoints read.
 
     Batches are counted over all processes and accumulation steps.
     """
 
     # fmt: off
     model: str = in_network("the network", fixed=True)
-    input_size: tuple[int, ...] = in_images(
-        "side of the crops, or their height and width", metavar="PIXELS", nargs="+", fixed=True, at_least=1, at_most=MAX_SIDE)
-    crop_scale: float = in_images("smallest area of a crop, as a share of the image's area", metavar="S", above=0, at_most=1)
     max_unreadable: int = in_images(
         "stop after more than N unreadable images", otherwise="10, or 1% of the images if that is more", metavar="N",
         at_least=0)
-    reduced_jpeg: bool = in_images(
-        "decode JPEG files at 1/2, 1/4 or 1/8 of their size if the crop still has enough pixels: faster, and pixels differ by "
-        "a few grey levels", True)
 
     drop_path: float = in_network(
         "drop-path rate of the deepest block; it grows from 0 at the first", metavar="P", at_least=0, below=1)
@@ -233,11 +246,6 @@ class TrainingSettings(LoaderSettings, DeviceSettings):
     def images_per_pass(self) -> int:
         """Images in one forward pass of one process."""
         return self.batch_size // (self.processes * self.accumulate)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the crops."""
-        return self.input_size[0], self.input_size[-1]
 
 
 def fixed_size(sides: Sequence[int]) -> tuple[int, int]:

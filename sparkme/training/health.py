@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparkme.data.dataset import Batch
+from sparkme.data.dataset import LoadedBatch
 from sparkme.training.distributed import Process
 
 LINES, STEPS = 3, 20  # a problem must last for so many log lines and steps
@@ -43,7 +43,7 @@ class Health:
         self.first: Tensor | None = None  # image
         self.differ = False
 
-    def of_batch(self, batch: Batch) -> Iterator[str]:
+    def of_batch(self, batch: LoadedBatch) -> Iterator[str]:
         """Warnings about a batch, mostly about the first ones."""
         images = batch.images
         yield from self._of_range(batch)
@@ -71,7 +71,7 @@ class Health:
                     f"{100 * self.plain // self.seen} % of the crops have a single colour: check --data and --background",
                 )
 
-    def _of_range(self, batch: Batch) -> Iterator[str]:
+    def _of_range(self, batch: LoadedBatch) -> Iterator[str]:
         """Checks the whole run, since images unlike the sampled ones may come late."""
         self.outside += batch.outside
         self.ranged += len(batch.images) if batch.images is not None else 0

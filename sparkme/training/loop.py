@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkme.data.dataset import Batch
+from sparkme.data.dataset import LoadedBatch
 from sparkme.errors import CannotWrite, UserError, first_line, python_command, user_errors
 from sparkme.machine import is_main_thread, problem_of
 from sparkme.screen import settle, show
@@ -83,11 +83,11 @@ class Training(ABC):
     gradient_norm: Tensor | None = None
 
     @abstractmethod
-    def batches(self, steps: range) -> Iterable[Batch]:
+    def batches(self, steps: range) -> Iterable[LoadedBatch]:
         """This process's batches of these steps, in order."""
 
     @abstractmethod
-    def loss(self, *tensors: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, *tensors: Any, generator: torch.Generator) -> Tensor:
         """The mean loss (scalar) of a part of a batch, on the device. Random numbers come from torch, which the loop seeds, and
         from the generator."""
 
@@ -95,10 +95,18 @@ class Training(ABC):
     def rates(self, step: int) -> dict[str, float]:
         """The `learning_rate` and the `weight_decay` of a step."""
 
-    def tensors(self, batch: Batch) -> tuple[Tensor, ...]:
+    def tensors(self, batch: Any) -> tuple[Tensor, ...]:
         """The batch's tensors for the device, each (B, ...)."""
-        assert batch.images is not None
         return (batch.images,)
+
+    def parts(self, batch: Any) -> list[tuple[Any, ...]]:
+        """The batch on the device, in a part for each accumulation step; each part holds the arguments of `loss`."""
+        tensors = [value.to(self.process.device, non_blocking=True) for value in self.tensors(batch)]
+        return list(zip(*(value.chunk(self.settings.accumulate) for value in tensors), strict=True))
+
+    def start_training(self) -> None:
+        """Sets the modules' modes for training."""
+        self.model.train()
 
     def after_step(self) -> None:  # noqa: B027
         """Runs after an update of the weights."""
@@ -139,7 +147,7 @@ class Training(ABC):
         bf16 = self.settings.precision == "bf16"
         return torch.autocast(self.process.device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    def train_step(self, batch: Batch) -> Tensor | None:
+    def train_step(self, batch: LoadedBatch) -> Tensor | None:
         """One update of the weights.
 
         Returns:
@@ -151,8 +159,7 @@ class Training(ABC):
         generator = seed_step(settings.seed, process.rank, self.step, process.device)
         is_guarded = settings.on_nan != "stop"
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()] if is_guarded else []
-        tensors = [value.to(process.device, non_blocking=True) for value in self.tensors(batch)]
-        parts = list(zip(*(value.chunk(settings.accumulate) for value in tensors), strict=True))
+        parts = self.parts(batch)
         total = torch.zeros((), device=process.device)
         for i, part in enumerate(parts):
             with self._gradients_stay_here(last=i == len(parts) - 1):
@@ -313,7 +320,7 @@ class Loop:
         # torch's SIGCHLD handler would raise in the middle of a step if a loader dies. Waiting for its batch raises anyway.
         if is_main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        training.model.train()
+        training.start_training()
         if process.is_main:
             self._open_log()
         if training.step == 0 and training.is_due(0):
@@ -368,7 +375,7 @@ class Loop:
             print(text)
         return 0
 
-    def _step(self, batch: Batch, *, first: bool) -> None:
+    def _step(self, batch: LoadedBatch, *, first: bool) -> None:
         self.in_step = True
         loss = self.training.train_step(batch)
         self.in_step = False
@@ -413,7 +420,7 @@ class Loop:
         self.notes.add("done", self.training.step, f"done{skipped}")
         log.finish(f"done: {last}{skipped}\n{self.training.last_words(last)}")
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
         """The next batch. Saves if the loader ends."""
         try:
             with self.stop.may_end():
@@ -422,7 +429,7 @@ class Loop:
             problem = problem_of(error) or f"loading images ended: {first_line(error)} (see --workers)"
             raise UserError(f"{problem}; {self._save_at_the_end()}") from error
 
-    def _look_at(self, batch: Batch) -> None:
+    def _look_at(self, batch: LoadedBatch) -> None:
         """Reports unreadable images and health warnings."""
         for problem in batch.unreadable:
             if problem not in self.unreadable:
@@ -444,7 +451,7 @@ class Loop:
             return since_s >= min(every_s or RETRY_S, RETRY_S)
         return bool(0 < every_s <= since_s)
 
-    def _is_spoiled(self, batch: Batch) -> bool:
+    def _is_spoiled(self, batch: LoadedBatch) -> bool:
         return batch.images is None or len(self.unreadable) > self.settings.max_unreadable
 
     def _log(self, speed: Throughput) -> None:
@@ -474,7 +481,7 @@ class Loop:
     def _report(self, epoch: int) -> None:
         self.watchdog.expect("measuring and drawing", STARTING_S)
         self._write("pictures", lambda: self.training.report(epoch, self.log))
-        self.training.model.train()
+        self.training.start_training()
 
     def _leave_out(self) -> None:
         """Reports a skipped step and, with `--on-nan rollback`, loads the last checkpoint's weights."""

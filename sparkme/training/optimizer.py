@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from sparkme.networks.pyramid import Pyramid
 
 OPTIMIZERS = ("lamb", "adamw")
 
@@ -53,6 +56,17 @@ def layer_numbers(network: nn.Module, head: str) -> dict[str, int]:
     numbers = _layers_by_stages(body) or {name: i // part for i, name in enumerate(body)}
     last = max(numbers.values(), default=-1) + 1
     return {name: numbers.get(name, last) for name in names}
+
+
+def pyramid_layers(network: nn.Module, pyramid: Pyramid) -> dict[str, int]:
+    """As `layer_numbers`, for a network that contains a pyramid; all its other weights are the last layer.
+
+    In networks with other names than torchvision's and timm's ResNets and ConvNeXts each map of the pyramid ends a layer.
+    """
+    numbers = _layers_by_stages([name for name, _ in pyramid.network.named_parameters()]) or pyramid.scales_of_weights()
+    of_weight = {id(weight): numbers[name] for name, weight in pyramid.network.named_parameters() if name in numbers}
+    last = max(of_weight.values(), default=-1) + 1
+    return {name: of_weight.get(id(weight), last) for name, weight in network.named_parameters()}
 
 
 def _layers_by_stages(names: list[str]) -> dict[str, int] | None:
@@ -126,6 +140,15 @@ def learning_rate(
         return peak * (start + (1 - start) * step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     return peak * (end + (1 - end) * _cosine(progress))
+
+
+def stepped_rate(
+    step: int, *, peak: float, warmup_steps: int, falls: Sequence[int], factor: float, start: float = 0.01
+) -> float:
+    """Linear warm-up from `start` times the peak, then the peak, times `factor` from each step of `falls` on."""
+    if step < warmup_steps:
+        return peak * (start + (1 - start) * step / warmup_steps)
+    return peak * factor ** sum(step >= fall for fall in falls)
 
 
 def weight_decay(step: int, *, start: float, end: float, total_steps: int) -> float:

@@ -14,7 +14,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from sparkme.errors import UserError
-from sparkme.settings.finetune import FinetuneSettings
+from sparkme.settings.classification import ClassificationSettings
 
 
 class LabelLoss(nn.Module):
@@ -24,7 +24,7 @@ class LabelLoss(nn.Module):
         return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
 
 
-def create_loss(settings: FinetuneSettings) -> tuple[Any, nn.Module]:
+def create_loss(settings: ClassificationSettings) -> tuple[Any, nn.Module]:
     """timm's mixup and CutMix or None, and the loss of scores and labels."""
     if settings.several_labels:
         return None, LabelLoss()

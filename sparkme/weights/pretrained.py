@@ -23,7 +23,7 @@ from sparkme.networks.names import library_of
 from sparkme.networks.pyramid import Pyramid
 from sparkme.settings.declare import from_config
 from sparkme.settings.saved import read_settings
-from sparkme.settings.shared import PixelSettings
+from sparkme.settings.shared import CropSettings, PixelSettings
 from sparkme.sparse.encoder import SparseEncoder
 from sparkme.sparse.hierarchy import find_hierarchy
 from sparkme.state_dict import state_dict_of
@@ -106,6 +106,28 @@ class Pretrained:
                 own[name].copy_(value)
         return network, [n for n in own if n not in found.state and not n.endswith(COUNTER)], found.note()
 
+    def pyramid(self, *, drop_path: float = 0.0) -> Pyramid:
+        """The dense network that returns its feature maps, in eval mode.
+
+        Raises:
+            UserError: the weights are of another network, or the dense network computes other maps with them.
+            ValueError: an unknown network, one without a hierarchy of maps, or one that has no drop path.
+        """
+        if self.state is None:
+            made = _pyramid_of(_with_drop_path(self.model, self.channels, drop_path).eval(), None, 4)
+            made.mean, made.std = self.statistics
+            return made
+        encoder, _ = self.encoder()
+        dense = _with_drop_path(self.model, self.channels, drop_path)
+        state = {key: value.clone() for key, value in encoder.dense_state_dict().items()}
+        nn.Module.load_state_dict(dense, state, strict=False)  # not a method of its own class
+        difference = max(verify(copy.deepcopy(dense), encoder, (2 * encoder.patch, 2 * encoder.patch)))
+        if not difference < TOLERANCE:
+            text = f"the maps of {self.model} differ from those of its sparse encoder by {difference:.1g}"
+            raise UserError(f"{self.origin}: {text}")
+        dense.eval()
+        return Pyramid(dense, encoder.hierarchy, self.statistics.mean, self.statistics.std)
+
     def _find(self, own: dict[str, Tensor], *, head: Collection[str] = (), whole: bool = True) -> Found:
         assert self.state is not None
         wanted = Wanted(self.model, library_of(self.model), own, self.channels, head, whole)
@@ -178,16 +200,7 @@ def pyramid(
         dense = _with_drop_path(model, 3, drop_path)
         dense.eval()  # which may return nothing in a user's class
         return _pyramid_of(dense, taps, num_scales)
-    pretrained = read_pretrained(path, name)
-    encoder, _ = pretrained.encoder()
-    dense = _with_drop_path(pretrained.model, pretrained.channels, drop_path)
-    state = {key: value.clone() for key, value in encoder.dense_state_dict().items()}
-    nn.Module.load_state_dict(dense, state, strict=False)  # not a method of its own class
-    difference = max(verify(copy.deepcopy(dense), encoder, (2 * encoder.patch, 2 * encoder.patch)))
-    if not difference < TOLERANCE:
-        raise UserError(f"{path}: the maps of {pretrained.model} differ from those of its sparse encoder by {difference:.1g}")
-    dense.eval()
-    return Pyramid(dense, encoder.hierarchy, pretrained.statistics.mean, pretrained.statistics.std)
+    return read_pretrained(path, name).pyramid(drop_path=drop_path)
 
 
 def _with_drop_path(model: str, channels: int, drop_path: float) -> nn.Module:
@@ -305,7 +318,7 @@ def _from_checkpoint(checkpoint: dict[str, Any], path: Path, choice: Choice) -> 
             settings.channels,
             statistics_of(settings),
             settings.background,
-            settings.size,
+            settings.size if isinstance(settings, CropSettings) else None,
             choice,
             pixels_of(settings),
             drop_path,

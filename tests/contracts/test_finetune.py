@@ -19,7 +19,7 @@ from sparkme.data.dataset import CropDataset, EpochSampler, collate
 from sparkme.data.labelled import find_labelled
 from sparkme.finetune import main
 from sparkme.networks.create import create_dense, find_classifier
-from sparkme.training.finetuning import freeze_auxiliary_heads, scores_of
+from sparkme.training.classification import freeze_auxiliary_heads, scores_of
 from sparkme.training.optimizer import create_finetuning_optimizer, layer_numbers, update_schedule
 from sparkme.weights.pretrained import read_pretrained
 

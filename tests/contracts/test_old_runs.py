@@ -117,8 +117,9 @@ def config(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_config_is_the_same_after_it_was_read(name: str) -> None:
-    assert to_config(read_settings(config(name))) == config(name)
-    assert to_config(read_settings(config(name) | {"of_another_version": 1})) == config(name)
+    newer = {"task": "classification"} if name == "finetune" else {}
+    assert to_config(read_settings(config(name))) == config(name) | newer
+    assert to_config(read_settings(config(name) | {"of_another_version": 1})) == config(name) | newer
 
 
 @pytest.mark.parametrize("name", COMMANDS)

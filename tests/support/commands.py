@@ -11,6 +11,7 @@ from sparkme.pretrain import create_parser, main
 from sparkme.settings.declare import from_flags
 from sparkme.settings.finetune import FinetuneSettings
 from sparkme.settings.pretrain import PretrainSettings
+from sparkme.settings.tasks import settings_of_task, task_of
 
 # As small as a run can be: 2 x 2 patches, 8 images, two steps an epoch.
 _RUN = [
@@ -62,7 +63,9 @@ def asked(*words: object) -> PretrainSettings:
 
 
 def asked_to_finetune(*words: object) -> FinetuneSettings:
-    return from_flags(FinetuneSettings, finetune.create_parser().parse_args([*map(str, words)]))
+    given = [*map(str, words)]
+    task = task_of(given)
+    return from_flags(settings_of_task(task), finetune.create_parser(task).parse_args(given))
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

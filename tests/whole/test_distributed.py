@@ -18,8 +18,8 @@ import sparkme
 from sparkme.data.dataset import Batch
 from sparkme.networks.create import add_drop_path, create_encoder
 from sparkme.sparse.batch_norm import BatchNorm, share_batch_norms
+from sparkme.training.classification import Classification
 from sparkme.training.distributed import distribute, start_process, stop_process, store_of_this_start
-from sparkme.training.finetuning import Finetuning
 from sparkme.training.loop import Loop
 from sparkme.training.pretraining import Pretraining
 
@@ -257,7 +257,7 @@ def measure(rank: int, data: str, folder: str, port: int) -> None:
         "--output",
         f"{folder}/run",
     ]
-    run = Finetuning(asked_to_finetune(*words), start_process("cpu"))
+    run = Classification(asked_to_finetune(*words), start_process("cpu"))
     for name, buffer in run.network.named_buffers():
         if name.endswith("running_mean"):
             buffer.fill_(rank)

@@ -333,7 +333,7 @@ def test_the_start_of_a_training_is_watched(
         do_nothing()
         raise ValueError("the end")
 
-    work = "pretraining.Pretraining" if name == "pretrain" else "finetuning.Finetuning"
+    work = "pretraining.Pretraining" if name == "pretrain" else "classification.Classification"
     monkeypatch.setattr(f"sparkme.training.{work}", hang)
     words = ["--device", "cpu", *([] if name == "pretrain" else ["--from-scratch", "--data", str(tmp_path)])]
     assert module.main([*words, "--hang-seconds", "0.1"]) == 2 and ended == ["starting"]

@@ -37,7 +37,7 @@ from sparkme.finetune import main as finetune
 from sparkme.pretrain import main
 from sparkme.training import loop
 from sparkme.training.checkpoint import Checkpoints
-from sparkme.training.finetuning import Finetuning
+from sparkme.training.classification import Classification
 from sparkme.training.log import Lines, drop_after
 from sparkme.training.pretraining import Pretraining
 from sparkme.watchdog import Watchdog
@@ -556,7 +556,7 @@ def together(rank: int, folder: str, ports: list[int]) -> None:
 
 def spoil(
     patch: pytest.MonkeyPatch,
-    kind: type[Pretraining] | type[Finetuning],
+    kind: type[Pretraining] | type[Classification],
     steps: set[int],
     kept: list[Any],
     *,
@@ -744,7 +744,7 @@ def test_fine_tuning_leaves_out_what_is_not_finite(
     straight: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[bool] = []
-    spoil(monkeypatch, Finetuning, {2}, kept)
+    spoil(monkeypatch, Classification, {2}, kept)
     words = [
         straight / "checkpoints" / "last.pt",
         "--data",

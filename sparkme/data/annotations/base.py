@@ -86,6 +86,16 @@ class Objects:
         return torch.from_numpy(masks)
 
 
+def encode_outline(outline: Outline, height: int, width: int) -> dict[str, Any]:
+    """A mask as pycocotools' RLE, {"size": [height, width], "counts": bytes}; an empty one for None."""
+    from pycocotools import mask
+
+    if isinstance(outline, list):
+        return dict(mask.merge(mask.frPyObjects(list(outline), height, width)))
+    runs = [height * width] if outline is None else outline.tolist()
+    return dict(mask.frPyObjects({"size": [height, width], "counts": runs}, height, width))
+
+
 def draw_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """(H, W) uint8: pycocotools' own raster, whose rule for pixels at an edge is none of Pillow's or OpenCV's."""
     try:
@@ -197,6 +207,12 @@ class Annotated:
         """Whether objects that are learnt from have masks; those without one are among `notes`."""
         return self.table.outlines is not None
 
+    @property
+    def has_every_mask(self) -> bool:
+        """Whether all objects have masks, apart from crowds."""
+        rows, outlines = self._all_rows(), self.table.outlines
+        return outlines is not None and bool((outlines.has_mask[rows] | self.table.crowd[rows]).all())
+
     def objects(self, number: int) -> Objects:
         """Of an image, in the order of the file."""
         rows, table = self._rows(number), self.table
@@ -228,10 +244,14 @@ class Annotated:
         """
         image = load_image(self.images.read(number), channels, background, pixels._replace(upright=self.upright(number)))
         height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
-        if [height, width] != (wanted := self.sizes[number].tolist()):
-            size = f"{width} x {height}, and its annotations are for {wanted[1]} x {wanted[0]}"
-            raise OSError(f"{self.images.name(number)} is {size}; annotate it anew, or leave it out")
+        self.check_size(number, (height, width))
         return image
+
+    def check_size(self, number: int, size: tuple[int, int]) -> None:
+        """Raises OSError if an image's height and width are not those that its boxes are for."""
+        if [*size] != (wanted := self.sizes[number].tolist()):
+            text = f"{size[1]} x {size[0]}, and its annotations are for {wanted[1]} x {wanted[0]}"
+            raise OSError(f"{self.images.name(number)} is {text}; annotate it anew, or leave it out")
 
     def upright(self, number: int) -> bool:
         """Whether an image is turned as its EXIF says, to fit its boxes.
@@ -263,6 +283,12 @@ class Annotated:
         rows = self._all_rows()
         labels = self.table.labels[rows[~self.table.crowd[rows]]]
         return torch.from_numpy(np.bincount(labels, minlength=len(self.classes)))
+
+    def content(self) -> tuple[Any, ...]:
+        """Plain values that differ if the images' names, their classes or their boxes do."""
+        names = [self.images.name(number).rpartition("/")[2] for number in range(len(self))]
+        rows = self._all_rows()
+        return names, self.classes, self.counts.tolist(), self.table.labels[rows].tobytes(), self.table.boxes[rows].tobytes()
 
     def _all_rows(self) -> np.ndarray:
         """The table's rows, image by image."""

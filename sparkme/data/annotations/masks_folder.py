@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -153,8 +153,22 @@ class Segmented:
         Raises:
             OSError: it cannot be read.
         """
-        upright = bool(self.turned[number])
-        return load_image(self.images.read(number), channels, background, pixels._replace(upright=upright))
+        return load_image(self.images.read(number), channels, background, pixels._replace(upright=self.upright(number)))
+
+    def upright(self, number: int) -> bool:
+        """Whether an image is turned as its EXIF says, to fit its mask."""
+        return bool(self.turned[number])
+
+    def check_size(self, number: int, size: tuple[int, int]) -> None:
+        """Raises OSError if an image's height and width are not its mask's."""
+        if [*size] != (wanted := self.sizes[number].tolist()):
+            text = f"{size[1]} x {size[0]}, and its mask is {wanted[1]} x {wanted[0]}"
+            raise OSError(f"{self.images.name(number)} is {text}; make them equal, or leave it out")
+
+    def content(self) -> tuple[Any, ...]:
+        """Plain values that differ if the images' names, their classes or their numbers of pixels do."""
+        names = [self.images.name(number).rpartition("/")[2] for number in range(len(self))]
+        return names, self.classes, self.pixels.numpy().tobytes()
 
     def subset(self, numbers: Tensor) -> Segmented:
         """Some of the images, in this order."""
