@@ -1,12 +1,15 @@
 """Pictures of predictions: what is drawn where, in which colour, and the figure of each image."""
 
 import io
+import json
 import random
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +35,7 @@ from sparkme.reporting.predictions import (
     pictures_of_detection,
     pictures_of_segmentation,
 )
+from sparkme.training.log import COCO_FIGURES, earlier_runs, plot_measured
 from sparkme.training.metrics import Detections, GroundTruth, decode_masks, encode_masks
 
 CLASSES = ["cat", "dog", "bird"]
@@ -424,3 +428,38 @@ def test_the_mean_iou_of_an_image_is_that_of_sets_of_pixels() -> None:
     assert mean_iou(true, torch.full_like(true, IGNORED)) is None
     right = torch.where(true == IGNORED, 0, true)
     assert mean_iou(right, true) == 1
+
+
+# loss.png.
+
+
+def test_curves_of_a_detector_are_ap_and_ap50() -> None:
+    kinds = [f"val_{kind}_{name}{end}" for kind in ("box", "mask") for name in COCO_FIGURES for end in ("", "_average")]
+    for names, expected in (
+        (kinds, ["box AP", "box AP50", "mask AP", "mask AP50", "averaged weights"]),
+        (["val_mean_iou", "val_pixel_accuracy", "val_mean_accuracy"], ["mean IoU", "pixel accuracy"]),
+        (["knn", "val_top1", "val_share"], ["kNN accuracy", "top-1 accuracy", "share"]),
+    ):
+        axes = Figure().add_subplot()
+        plot_measured(axes, [{"step": i, "epoch": i} | dict.fromkeys(names, 0.1 * i) for i in (1, 2)])
+        labels = [line.get_label() for line in axes.lines]
+        assert [label for label in labels if not label.startswith("_")] == expected
+        drawn = [line for line in axes.lines if len(line.get_xdata())]
+        assert len(drawn) == (8 if names is kinds else len(expected))
+        assert {line.get_linestyle() for line in drawn} == ({"-", "--"} if names is kinds else {"-"})
+        assert list(drawn[0].get_ydata()) == pytest.approx([10, 20])
+
+
+def test_losses_of_another_task_are_not_compared(tmp_path: Path) -> None:
+    line = json.dumps({"step": 1, "epoch": 1, "loss": 0.5, "learning_rate": 0.1})
+    for name, config in {
+        "this": {"command": "finetune", "task": "detection"},
+        "same": {"command": "finetune", "task": "detection"},
+        "other": {"command": "finetune", "task": "segmentation"},
+        "old": {"command": "finetune"},
+        "classes": {"command": "finetune", "task": "classification"},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "metrics.jsonl").write_text(f"{line}\n")
+    assert {*earlier_runs(tmp_path / "this")} == {"same"} and {*earlier_runs(tmp_path / "classes")} == {"old"}
