@@ -17,6 +17,13 @@ UNITS = {"memory_gib": " GiB", "step_ms": " ms", "loader_wait": "%"}
 # Charts that are shown next to those of loss and accuracy.
 MAIN = ("learning_rate", "images_per_s", "gradient_norm", "loader_wait", "memory_gib")
 FROM_ZERO = ("learning_rate", "images_per_s", "loader_wait", "memory_gib", "step_ms", "not_finite", "weight_decay")
+# Titles of charts of several metrics, by the first one; of all others, it is "accuracy".
+SHARED_TITLES = {
+    "val_map": "mean average precision",
+    "val_box_ap": "average precision",
+    "val_mask_ap": "average precision",
+    "val_mean_iou": "IoU and accuracy",
+}
 HAS_LOG = ("loss", "gradient_norm", "learning_rate", "step_ms")
 UNSHOWN = ("seconds_left",)
 
@@ -73,7 +80,8 @@ def _chart(runs: Sequence[Run], names: list[str]) -> Chart | None:
     largest = max(abs(value) for curve in curves for value in curve.values)
     return Chart(
         name=name if len(names) == 1 else "measured",
-        title=("accuracy" if len(names) > 1 and name != "val_map" else title_of(name)) + (f", {unit.strip()}" if unit else ""),
+        title=(SHARED_TITLES.get(name, "accuracy") if len(names) > 1 else title_of(name))
+        + (f", {unit.strip()}" if unit else ""),
         unit=unit,
         curves=curves,
         from_zero=name in FROM_ZERO,

@@ -9,7 +9,7 @@ from typing import Any
 from sparkme.reporting.curves import swatch
 from sparkme.reporting.markup import moment, section, table, td, th
 from sparkme.reporting.overview import command, facts, state_of
-from sparkme.reporting.pictures import ALL_BYTES, Pictures
+from sparkme.reporting.pictures import Pictures
 from sparkme.reporting.results import results
 from sparkme.reporting.runs import Run
 from sparkme.text import shown
@@ -128,7 +128,7 @@ def each_run(runs: Sequence[Run], pictures: Pictures, now: float) -> str:
             facts(run, now),
             command(run, now),
             f"<h3>Settings</h3>\n{_own_settings(run, len(runs))}" if run.config else NO_CONFIG,
-            results(run, pictures, "h3", min(60_000, ALL_BYTES // (4 * len(runs)))),
+            results(run, pictures, "h3", len(runs)),
             details(run, len(runs), "h3"),
         ]
         body = "\n".join(part for part in parts if part)

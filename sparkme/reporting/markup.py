@@ -7,17 +7,19 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from sparkme.text import shown
+from sparkme.training.log import DETAILS, MEASURES
 
-SHARES = ("knn", "top1", "top5", "accuracy", "val_map")  # metrics with such a part in their name lie in [0, 1]
+# Metrics with such a part in their name lie in [0, 1].
+SHARES = ("knn", "top1", "top5", "accuracy", "val_map", "box_ap", "box_ar", "mask_ap", "mask_ar", "mean_iou")
 TITLES = {
     "loss": "loss",
     "knn": "kNN accuracy",
-    "val_top1": "top-1 accuracy",
-    "val_top5": "top-5 accuracy",
-    "val_top1_average": "top-1 accuracy, averaged weights",
-    "val_top5_average": "top-5 accuracy, averaged weights",
-    "val_map": "mean average precision",
-    "val_map_average": "mean average precision, averaged weights",
+    **{
+        f"val_{name}{end}": title + more
+        for titles in (*MEASURES[1:], DETAILS)
+        for end, more in (("", ""), ("_average", ", averaged weights"))
+        for name, title in titles.items()
+    },
     "learning_rate": "learning rate",
     "images_per_s": "images per second",
     "gradient_norm": "gradient norm",

@@ -9,6 +9,7 @@ from sparkme.reporting.curves import nice, swatch
 from sparkme.reporting.markup import TITLES, is_share, moment, percent, table, td, th, title_of
 from sparkme.reporting.runs import Run
 from sparkme.text import duration, shown
+from sparkme.training.log import is_detail
 
 STATES = {"done": "done", "running": "running", "stopped": "stopped", "silent": "stopped without note", "empty": "not started"}
 
@@ -28,7 +29,7 @@ def head_of(run: Run, now: float) -> str:
 
 def overview(runs: Sequence[Run], now: float) -> str:
     """The section of several runs: a table with a row for each."""
-    measured = measurements(runs)[:4]
+    measured = _compared(runs)
     going_on = any(run.seconds_left(now) is not None for run in runs)
     head = [th("run"), th("state"), th("done", "number"), th("epoch", "number"), th("loss", "number")]
     head += [th(f"best {title_of(name)}", "number") for name in measured]
@@ -131,7 +132,17 @@ def _best_of(run: Run, name: str) -> tuple[float, float] | None:
     return series.values[i], series.epochs[i]
 
 
+def _compared(runs: Sequence[Run]) -> list[str]:
+    """The metrics that the table compares: up to four, or the first two of each run where tasks differ."""
+    names = measurements(runs)
+    if len(names) <= 4:
+        return names
+    first = {name for run in runs for name in measurements([run])[:2]}
+    return [name for name in names if name in first][:6]
+
+
 def measurements(runs: Sequence[Run]) -> list[str]:
-    """Names of the metrics in percent, in the order of the titles."""
-    names = {name for run in runs for name, series in run.series.items() if is_share(name) and series.values}
+    """Names of the metrics in percent without details, in the order of the titles."""
+    shares = {name for run in runs for name, series in run.series.items() if is_share(name) and series.values}
+    names = [name for name in shares if not is_detail(name)]
     return sorted(names, key=lambda name: ([*TITLES].index(name) if name in TITLES else len(TITLES), name))

@@ -13,7 +13,7 @@ from sparkme.reporting.details import details, each_run, settings
 from sparkme.reporting.frames import reconstructions
 from sparkme.reporting.markup import moment
 from sparkme.reporting.overview import head_of, overview, problems
-from sparkme.reporting.pictures import PICTURE_BYTES, Pictures
+from sparkme.reporting.pictures import Pictures
 from sparkme.reporting.results import results
 from sparkme.reporting.runs import Run
 
@@ -51,7 +51,7 @@ def report_page(
         *(problems(run, named=not one) for run in runs),
         curves(runs),
         reconstructions(runs, pictures),
-        *([results(one, pictures, "h2", PICTURE_BYTES)] if one else []),
+        *([results(one, pictures, "h2")] if one else []),
         settings(runs),
         *([details(one, 1, "h2")] if one else [each_run(runs, pictures, now)]),
     ]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import ceil
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import colormaps, get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib import colormaps
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from sparkme.data.dataset import denormalise
 from sparkme.data.statistics import Statistics
 from sparkme.methods.base import MaskedAutoencoder
+from sparkme.reporting.fonts import FONT_SIZE, font, shortened
 
 GREY = 0.5  # hidden patches in the masked picture
 BLANK = 0.85  # visible patches in the error picture
@@ -30,7 +29,7 @@ ERROR_CAPTION = (
 )
 
 LEAST_SIDE = 128  # smaller pictures are enlarged by an integer, so that their titles fit
-GAP, FONT_SIZE = 6, 12
+GAP = 6
 PAPER, INK = "white", "#222222"
 
 
@@ -132,11 +131,11 @@ def draw_panel(titles: Sequence[str], rows: Sequence[Row], caption: str, *, erro
     draw = ImageDraw.Draw(panel)
     for column, title in enumerate(titles):
         middle = GAP + column * (width + GAP) + width // 2
-        draw.text((middle, GAP), title, INK, _font(), anchor="ma")
+        draw.text((middle, GAP), title, INK, font(), anchor="ma")
     y = line + GAP
     for row in rows:
         if row.label:
-            draw.text((GAP, y), _shortened(row.label, total - 2 * GAP), INK, _font())
+            draw.text((GAP, y), shortened(row.label, total - 2 * GAP), INK, font())
         y += above
         for column, picture in enumerate(row.pictures):
             enlarged = to_image(picture).resize((width, height), Image.Resampling.NEAREST)
@@ -146,10 +145,10 @@ def draw_panel(titles: Sequence[str], rows: Sequence[Row], caption: str, *, erro
         left, right = total - GAP - width, total - GAP
         panel.paste(colour_bar(width, FONT_SIZE), (left, y))
         for x, text, anchor in ((left, "0", "la"), ((left + right) // 2, "error", "ma"), (right, f"{LARGEST_ERROR}+", "ra")):
-            draw.text((x, y + line - 2), text, INK, _font(), anchor=anchor)
+            draw.text((x, y + line - 2), text, INK, font(), anchor=anchor)
         y += bar_height
     for number, text in enumerate(lines):
-        draw.text((GAP, y + number * line), text, INK, _font())
+        draw.text((GAP, y + number * line), text, INK, font())
     return panel
 
 
@@ -164,27 +163,12 @@ def colour_bar(width: int, height: int) -> Image.Image:
     return Image.fromarray((255 * colours).round().astype(np.uint8)[None].repeat(height, axis=0))
 
 
-@lru_cache
-def _font() -> Any:
-    """Matplotlib's font, which has more alphabets than Pillow's."""
-    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
-
-
 def _broken(text: str, width: int) -> list[str]:
     """Breaks text into lines of at most `width` pixels, unless a word is longer."""
     lines: list[str] = []
     for word in text.split():
-        if lines and _font().getlength(f"{lines[-1]} {word}") <= width:
+        if lines and font().getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     return lines
-
-
-def _shortened(text: str, width: int) -> str:
-    """Shortens a line to `width` pixels at its start, which is part of a file's name."""
-    shown = text
-    while text and _font().getlength(shown) > width:
-        text = text[1:]
-        shown = f"...{text}"
-    return shown

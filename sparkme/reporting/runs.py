@@ -27,7 +27,14 @@ from sparkme.text import LONGEST_TEXT, duration, shown
 MOST_LOG, MOST_PARSED = 512 * 2**20, 32 * 2**20  # bytes of a metrics file that are read, and that are parsed
 MOST_JSON = {"config.json": 2**20, "results.json": 32 * 2**20}  # bytes
 LONGEST_LINE = 2**16  # bytes
-MOST_NUMBERS = 40  # metrics of a run
+MOST_NUMBERS = 80  # metrics of a run; a detector with masks has 24, and as many of averaged weights
+# Pictures of fine-tuning in a run's folder, in the order of the page, and what they show.
+PICTURES = {
+    "predictions-sample.png": "predictions for a fixed sample of the validation images",
+    "predictions-worst.png": "predictions for the images with the lowest figures",
+    "predictions-best.png": "predictions for the images with the highest figures",
+    "confusion.png": "confusion matrix",
+}
 MOST_SHOWN = 200  # notes, and unreadable images
 QUIET_S = 120.0  # a run without a new line for so long counts as stopped; longer if its lines are further apart
 
@@ -94,7 +101,7 @@ class Run:
         started, ended: the newest notes of that kind; `ended` is None after a restart.
         results: results.json of fine-tuning.
         reconstructions: epochs and files.
-        confusion: the picture of fine-tuning's confusion matrix.
+        pictures: fine-tuning's pictures that are in the folder, by the names in `PICTURES`.
         problems: files and lines that could not be read, and why.
     """
 
@@ -114,7 +121,7 @@ class Run:
     ended: Note | None = None
     results: dict[str, Any] = field(default_factory=dict)
     reconstructions: list[tuple[int, Path]] = field(default_factory=list)
-    confusion: Path | None = None
+    pictures: dict[str, Path] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -212,7 +219,7 @@ def read_run(folder: Path, name: str) -> Run:
     _read_notes(run)
     run.checkpoints = _list_checkpoints(run)
     run.reconstructions = _list_reconstructions(run)
-    run.confusion = path if os.path.isfile(path := folder / "confusion.png") else None
+    run.pictures = {name: path for name in PICTURES if os.path.isfile(path := folder / name)}
     times = [_changed(folder / name) for name in ("metrics.jsonl", "notes.jsonl")]
     times += [checkpoint.time for checkpoint in run.checkpoints] if any(times) else []
     run.changed = max((t for t in times if t is not None), default=None)

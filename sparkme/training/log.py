@@ -20,9 +20,36 @@ from sparkme.files import replaced_when_whole
 from sparkme.screen import show
 from sparkme.text import duration, ended
 
+POINTS = {"marker": "o", "markersize": 3, "linewidth": 1.2}
 LEAST_POINTS = 10  # smallest span of the accuracy axis in percent, so that single images do not look like a drop
 EARLIER_RUNS = 4  # runs in the same parent folder, shown in loss.png
 MOST_BYTES = 256 * 2**20  # largest metrics file that is read
+
+# Titles of measured values, which are shares, without the `val_` before their names and the `_average` behind. The first are
+# drawn together, task by task; the details of detection and segmentation are not in loss.png.
+MEASURES = (
+    {"knn": "kNN accuracy"},
+    {"top1": "top-1 accuracy", "top5": "top-5 accuracy"},
+    {"map": "mean average precision"},
+    {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"},
+    {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
+)
+COCO_FIGURES = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP, small objects",
+    "ap_medium": "AP, medium objects",
+    "ap_large": "AP, large objects",
+    "ar1": "AR, 1 detection per image",
+    "ar10": "AR, 10 detections per image",
+    "ar100": "AR, 100 detections per image",
+    "ar_small": "AR, small objects",
+    "ar_medium": "AR, medium objects",
+    "ar_large": "AR, large objects",
+}
+DETAILS = {f"{kind}_{name}": f"{kind} {title}" for kind in ("box", "mask") for name, title in [*COCO_FIGURES.items()][2:]}
+DETAILS["mean_accuracy"] = "mean accuracy of the classes"
 
 
 class Lines:
@@ -245,16 +272,7 @@ class RunLog:
         rate_axes.plot(epochs, [r["learning_rate"] for r in trained], color="tab:orange", linewidth=0.8, alpha=0.7)
         rate_axes.set_ylabel("learning rate", color="tab:orange")
         if measured:
-            below = rows[1, 0]
-            for name in dict.fromkeys(name for record in measured for name in record if name not in ("step", "epoch")):
-                points = [(record["epoch"], 100 * record[name]) for record in measured if name in record]
-                below.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=_label(name))
-            low, high = below.get_ylim()
-            if high - low < LEAST_POINTS:
-                below.set_ylim((low + high - LEAST_POINTS) / 2, (low + high + LEAST_POINTS) / 2)
-            below.set_ylabel("% right")
-            below.legend(frameon=False)
-            below.grid(alpha=0.3)
+            plot_measured(rows[1, 0], measured)
         rows[-1, 0].set_xlabel("epoch")
         with replaced_when_whole(self.folder / "loss.png") as temporary:
             figure.savefig(temporary, dpi=120, format="png")
@@ -265,6 +283,25 @@ class RunLog:
             self._drop_events()
         if self.tracker is not None:
             self.tracker.finish()
+
+
+def plot_measured(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Draws measured values in percent over epochs; those of averaged weights are dashed."""
+    names = dict.fromkeys(name for record in records for name in record if name not in ("step", "epoch"))
+    drawn = [name for name in names if not is_detail(name)]
+    colours = {base: f"C{i % 10}" for i, base in enumerate(dict.fromkeys(map(_base, drawn)))}
+    for name in drawn:
+        points = [(record["epoch"], 100 * record[name]) for record in records if name in record]
+        line, label = ("--", None) if name.endswith("_average") else ("-", _label(name))
+        axes.plot(*zip(*points, strict=True), line, color=colours[_base(name)], label=label, **POINTS)
+    if any(name.endswith("_average") for name in drawn):
+        axes.plot([], [], "--", color="0.4", label="averaged weights", **POINTS)
+    low, high = axes.get_ylim()
+    if high - low < LEAST_POINTS:
+        axes.set_ylim((low + high - LEAST_POINTS) / 2, (low + high + LEAST_POINTS) / 2)
+    axes.set_ylabel("%")
+    axes.legend(frameon=False, fontsize="small", ncols=1 if len(colours) <= 2 else 3)
+    axes.grid(alpha=0.3)
 
 
 def check_tracker() -> None:
@@ -288,12 +325,12 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def earlier_runs(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Epochs and losses of the newest other runs of the same command in the parent folder, by name."""
-    command, found = _command(folder), list[tuple[float, Path]]()
+    """Epochs and losses of the newest other runs of the same command and task in the parent folder, by name."""
+    kind, found = _kind(folder), list[tuple[float, Path]]()
     with suppress(OSError):
         for entry in os.scandir(folder.absolute().parent):
             metrics = Path(entry.path, "metrics.jsonl")
-            if entry.name != folder.absolute().name and metrics.is_file() and _command(Path(entry.path)) == command:
+            if entry.name != folder.absolute().name and metrics.is_file() and _kind(Path(entry.path)) == kind:
                 found.append((metrics.stat().st_mtime, metrics))
     runs: dict[str, list[tuple[float, float]]] = {}
     for _, metrics in sorted(found, reverse=True):
@@ -305,11 +342,13 @@ def earlier_runs(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return runs
 
 
-def _command(folder: Path) -> str:
+def _kind(folder: Path) -> tuple[str, str]:
+    """The command of a run, and its task; runs of before there were tasks have the default one."""
     try:
-        return str(json.loads((folder / "config.json").read_text()).get("command", "pretrain"))
+        config = json.loads((folder / "config.json").read_text())
+        return str(config.get("command", "pretrain")), str(config.get("task", "classification"))
     except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+        return "", ""
 
 
 def unformatted(text: str) -> str:
@@ -317,8 +356,17 @@ def unformatted(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def is_detail(name: str) -> bool:
+    """Whether a measured value is one of many, such as the AP of small objects, which curves leave out."""
+    return _base(name) in DETAILS
+
+
+def _base(name: str) -> str:
+    return name.removeprefix("val_").removesuffix("_average")
+
+
 def _label(name: str) -> str:
-    return "kNN" if name == "knn" else name.replace("_", " ")
+    return next((titles[_base(name)] for titles in MEASURES if _base(name) in titles), _base(name).replace("_", " "))
 
 
 class Throughput:

@@ -87,6 +87,15 @@ def encode_masks(masks: Tensor) -> list[Rle]:
     return list(coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))))
 
 
+def decode_masks(masks: Sequence[Rle], size: tuple[int, int]) -> Tensor:
+    """N RLEs of a (height, width) as masks (N, H, W), bool."""
+    from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
+
+    if not masks:
+        return torch.zeros(0, *size, dtype=torch.bool)
+    return torch.from_numpy(coco_mask.decode([*masks])).permute(2, 0, 1).bool()
+
+
 class DetectionMeasure(Measure):
     """COCO's twelve figures for boxes, and for masks where those are learnt, exactly as pycocotools has them.
 

@@ -30,6 +30,7 @@ from sparkme.reporting.runs import read_run
 from sparkme.settings import finetune, pretrain
 from sparkme.settings.declare import to_config
 from sparkme.settings.shared import Machine
+from sparkme.training.log import COCO_FIGURES
 
 CPU = Machine()
 NOW = 1_700_000_000.0
@@ -439,6 +440,116 @@ def test_results_of_finetuning(tmp_path: Path) -> None:
     assert picture[1].size == (300, 200) and picture[1].getpixel((5, 5)) == (255, 255, 255)
 
 
+def save_detection(run: Path) -> dict[str, Any]:
+    """A run of a detector with masks, as DetectionMeasure writes it. Returns its results.json."""
+    figures = {name: 0.01 * i for i, name in enumerate(COCO_FIGURES)}
+    lines: list[dict[str, Any]] = [{"step": 12, "epoch": 1.0, "loss": 1.5, "learning_rate": 0.1}]
+    for epoch in (1, 2):
+        values = {
+            f"val_{kind}_{name}{end}": value
+            for kind in ("box", "mask")
+            for name, value in figures.items()
+            for end in ("", "_average")
+        }
+        lines.append({"step": 12 * epoch, "epoch": float(epoch), **values, "val_mask_ap": 0.2 * epoch})
+    save(run, config_of_finetuning("w.pt", "--data", "d"), lines)
+    results = {
+        "epoch": 2,
+        "last": {},
+        "best": {"mask_ap": 0.4, "epoch": 2},
+        "num_val": 1234,
+        "box": figures | {"ap_large": None},
+        "mask": figures | {"ap": 0.4, "ap_large": None},
+        "box_ap_of_each_class": {"cat": 0.5, "<dog>": 0.25, "unseen": None},
+        "mask_ap_of_each_class": {"cat": 0.3, "<dog>": 0.75, "unseen": None},
+        "of_each_class": {"cat": 0.3, "<dog>": 0.75, "unseen": None},
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    for i, name in enumerate(("sample", "worst", "best")):
+        Image.new("RGB", (300, 200 + i), (50 * i, 90, 30)).save(run / f"predictions-{name}.png")
+    return results
+
+
+def save_segmentation(run: Path) -> None:
+    """A run as SegmentationMeasure writes it."""
+    values = {"val_mean_iou": 0.5, "val_pixel_accuracy": 0.75, "val_mean_accuracy": 0.6}
+    lines = [{"step": 12, "epoch": 1.0, "loss": 1.5, "learning_rate": 0.1}, {"step": 12, "epoch": 1.0, **values}]
+    save(run, config_of_finetuning("w.pt", "--data", "d"), lines)
+    results = {
+        "epoch": 1,
+        "best": {"mean_iou": 0.5, "epoch": 1},
+        "num_val": 9,
+        "of_each_class": {"background": 0.8, "cat": 0.25, "unseen": None},
+        "accuracy_of_each_class": {"background": 0.9, "cat": 0.125, "unseen": None},
+        "confusion": [[1_000_000, 250_000, 0], [30, 90, 0], [0, 0, 0]],
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    Image.new("RGB", (300, 200)).save(run / "confusion.png")
+    Image.new("RGB", (300, 220)).save(run / "predictions-worst.png")
+
+
+def test_results_of_detection(tmp_path: Path) -> None:
+    save_detection(tmp_path / "run")
+    page = page_of(tmp_path / "run")
+    assert "Best: mask AP 40.0 %, after epoch 2, on 1,234 images." in page.text
+    assert page.row("after epoch 2") == ["boxes", "masks"] and page.row("AP") == ["0.0 %", "40.0 %"]
+    assert page.row("AP, small objects") == ["3.0 %", "3.0 %"] and page.row("AR, large objects") == ["11.0 %", "11.0 %"]
+    assert not [row for row in page.rows if row and row[0] == "AP, large objects"]
+    assert page.row("class") == ["", "mask AP", "box AP"] and page.row("cat") == ["", "30.0 %", "50.0 %"]
+    assert page.row("<dog>") == ["", "75.0 %", "25.0 %"] and "most frequent mistakes" not in page.text
+    shown = [(alt, picture.size) for alt, picture in pictures(page)]
+    assert [size for _, size in shown] == [(300, 200), (300, 201), (300, 202)] and "fixed sample" in shown[0][0]
+    # Of 48 metrics, the chart has AP and AP50 of boxes and masks, and of averaged weights.
+    titles = ["box AP", "box AP50", "mask AP", "mask AP50"]
+    drawn = re.findall(r"<figure.*?</figure>", page.source, re.DOTALL)
+    (chart,) = (figure for figure in drawn if 'data-name="measured"' in figure)
+    assert re.findall(r"</svg> ([^<]+)</li>", chart) == titles + [f"{title}, averaged weights" for title in titles]
+    assert "average precision, %" in chart and len(curves(page, "val_box_ap_small")) == 1
+    assert curves(page, "val_box_ap_small")[0][0][1] == pytest.approx(3, abs=0.1)  # percent
+
+
+def test_results_of_segmentation(tmp_path: Path) -> None:
+    save_segmentation(tmp_path / "run")
+    page = page_of(tmp_path / "run")
+    assert "Best: mean IoU 50.0 %, after epoch 1, on 9 images." in page.text
+    assert page.row("class") == ["", "IoU", "correct pixels"] and page.row("cat") == ["", "25.0 %", "12.5 %"]
+    assert page.row("true class")[1] == "pixels" and ["background", "cat", "250,000", "20.0 %"] in page.rows
+    assert "COCO" not in page.text and len(curves(page, "measured")) == 2 and "IoU and accuracy, %" in page.text
+    assert [picture.size for _, picture in pictures(page)] == [(300, 220), (300, 200)]
+
+
+def test_runs_of_several_tasks_stand_side_by_side(tmp_path: Path) -> None:
+    save_detection(tmp_path / "runs" / "boxes")
+    save_segmentation(tmp_path / "runs" / "pixels")
+    example(tmp_path / "runs" / "pretraining")
+    lines = [{"step": 12, "epoch": 1.0, "val_top1": 0.625, "val_top5": 0.875, "val_top1_average": 0.5}]
+    save(tmp_path / "runs" / "classes", config_of_finetuning("w.pt", "--data", "d"), lines)
+    page = page_of(*sorted((tmp_path / "runs").iterdir()))
+    head = page.rows[0]
+    columns = [cell.removeprefix("best ") for cell in head if cell.startswith("best ")]
+    assert columns == ["kNN accuracy", "top-1 accuracy", "top-5 accuracy", "box AP", "box AP50", "mean IoU"]
+
+    def best(run: str) -> list[str]:
+        first = head.index("best kNN accuracy") - 1
+        return page.row(run)[first : first + 6]
+
+    assert best("classes") == ["", "62.5 %", "87.5 %", "", "", ""] and best("pixels") == [""] * 5 + ["50.0 %"]
+    assert best("boxes") == ["", "", "", "0.0 %", "1.0 %", ""]
+    assert len(curves(page, "val_mask_ap")) == len(curves(page, "val_mean_iou")) == len(curves(page, "val_top1")) == 1
+    assert len(pictures(page)) == 3 + 2 + 3
+
+
+def test_pictures_of_predictions_of_many_runs_stay_small(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(900 * 600 * 3)
+    for i in range(12):
+        run = tmp_path / "runs" / f"run{i}"
+        save_detection(run)
+        for name in ("sample", "worst", "best"):
+            Image.frombytes("RGB", (900, 600), data).save(run / f"predictions-{name}.png", compress_level=1)
+    page = page_of(*sorted((tmp_path / "runs").iterdir()))
+    assert len(page.source) < 8e6 and len(pictures(page)) == 36
+
+
 def pictures(page: Page) -> list[tuple[str, Image.Image]]:
     found = []
     for tag, attributes in page.elements:
@@ -565,6 +676,33 @@ DAMAGED: dict[str, tuple[str, dict[str, bytes]]] = {
         {
             "config.json": b'{"command": "finetune", "num_train": "x", "recipe": 3, "epochs": 0, "model": null}',
             "results.json": b'{"best": {"top1": "x"}, "of_each_class": {"a": 1, "b": 0}, "confusion": [[1, 2], 3]}',
+        },
+    ),
+    "detection-types": (
+        "predictions-best.png cannot be read",
+        {
+            "config.json": b"{}",
+            "results.json": b'{"best": {"box_ap": "x", "mask_ap": 1e400}, "epoch": "z", "num_val": [], "box": [1], "mask": '
+            b'{"ap": "x", "ap50": NaN, "ap75": -1, "ar1": {}, "ar10": 1}, "box_ap_of_each_class": {"a": 1}, '
+            b'"mask_ap_of_each_class": {"a": 0.5, "b": [1], "c": 2}, "confusion": {}}',
+            "predictions-best.png": b"\x89PNG torn",
+        },
+    ),
+    "segmentation-types": (
+        "predictions-sample.png cannot be read",
+        {
+            "config.json": b"{}",
+            "results.json": b'{"best": {"mean_iou": []}, "of_each_class": {"a": 0.5, "b": 0.5}, "accuracy_of_each_class": [], '
+            b'"confusion": [["x", null], [1e400, -5]]}',
+            "predictions-sample.png": bytes(1000),
+        },
+    ),
+    "pixels": (
+        "",
+        {
+            "config.json": b"{}",
+            "results.json": b'{"of_each_class": {"a": 0.5, "b": 0.5}, "accuracy_of_each_class": {"z": {}}, '
+            b'"confusion": [["x", null], [1e400, -5]], "box": {}, "mask": null}',
         },
     ),
     "long-line": (
