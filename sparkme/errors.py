@@ -43,11 +43,20 @@ class CannotWrite(UserError):
 
 
 class UnsupportedLayerError(ValueError):
-    """A layer of a dense network, or a function it calls, has no sparse form. `layer` is its path if known, else empty."""
+    """A layer of a dense network, or a function it calls, has no sparse form.
 
-    def __init__(self, message: str, layer: str = "") -> None:
+    Attributes:
+        layer: its path if known, else empty.
+        mixes_pixels: whether it mixes or moves pixels, as attention does, so that no sparse form is possible.
+    """
+
+    def __init__(self, message: str, layer: str = "", *, mixes_pixels: bool = False) -> None:
         super().__init__(message)
-        self.layer = layer
+        self.layer, self.mixes_pixels = layer, mixes_pixels
+
+
+class MixedPixelsError(NotImplementedError):
+    """A function would mix visible and hidden pixels, or move them, as attention does."""
 
 
 def first_line(error: BaseException) -> str:

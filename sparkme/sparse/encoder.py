@@ -67,6 +67,11 @@ class SparseEncoder(nn.Module):
         return tuple(sorted(name for name in left_out if name.rpartition(".")[0] not in left_out))
 
     @property
+    def untrained(self) -> str:
+        """The first dropped module if it is attention, which has no sparse form; else empty."""
+        return self.hierarchy.untrained
+
+    @property
     def patch(self) -> int:
         """The side of a patch must be a multiple of this: the coarsest stride in the network, in pixels."""
         return self.hierarchy.patch

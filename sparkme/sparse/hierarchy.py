@@ -7,6 +7,9 @@ norms of the downsampling layers, as in SparK.
 
 A network that predicts maps ends in a decoder, which leads from the deepest stride back to finer ones, or in a head, which
 stays at that stride and narrows to the prediction. Neither belongs to the encoder: its deepest map is their input.
+
+The same holds for a block of attention behind the last convolution, as at the end of YOLO11's backbone. The trial finds that it
+has no sparse form; then the encoder ends at its input.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class Hierarchy:
         branches: outermost modules that run and get no gradient from the maps, such as auxiliary heads.
         needed: parameters that get a gradient from the maps, in either mode.
         on_maps: modules whose first argument is a feature map in every call before the last tap.
+        untrained: the block of attention behind the last tap, empty if there is none.
     """
 
     in_channels: int
@@ -75,6 +79,7 @@ class Hierarchy:
     branches: frozenset[str]
     needed: frozenset[str]
     on_maps: frozenset[str]
+    untrained: str = ""
 
 
 @dataclass
@@ -108,7 +113,12 @@ class _Call:
 
 
 def find_hierarchy(
-    model: nn.Module, num_scales: int = 4, *, taps: Sequence[str] | None = None, in_channels: int | None = None
+    model: nn.Module,
+    num_scales: int = 4,
+    *,
+    taps: Sequence[str] | None = None,
+    in_channels: int | None = None,
+    attention: str = "",
 ) -> Hierarchy:
     """Runs a small dense image through the model, in eval and in training mode, and reads the hierarchy off its calls.
 
@@ -117,15 +127,17 @@ def find_hierarchy(
         num_scales: take at most this many maps, the deepest ones.
         taps: modules whose outputs are the maps; found if None.
         in_channels: channels of the images; found if None.
+        attention: a layer that mixes pixels; the encoder ends before the block that it belongs to.
 
     Raises:
-        ValueError: the model has no convolution, cannot be run, or has no hierarchy of feature maps.
+        ValueError: the model has no convolution, cannot be run, or has no hierarchy of feature maps; or convolutions follow the
+            block of attention.
     """
     name = type(model).__name__
     if next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None) is None:
         raise ValueError(f"{name} has no nn.Conv2d: it is not a convolutional network")
     in_channels, calls, predicted = _probe(model, in_channels)
-    chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(model, calls, predicted, num_scales)
+    chosen = _given_taps(model, calls, taps) if taps is not None else _find_taps(model, calls, predicted, num_scales, attention)
     last = next(c for c in calls if (c.module, c.number) == (chosen[-1].module, chosen[-1].call))
     end = last.entered if chosen[-1].at_input else last.left
     patch = max(chosen[-1].stride, *(f.stride for c in calls if c.entered < end for f in c.outputs))
@@ -137,9 +149,8 @@ def find_hierarchy(
     if not chosen[-1].at_input and taps is None:
         _check_last(calls, chosen[-1], branches)
     head = {call.module for call in calls} - called
-    return Hierarchy(
-        in_channels, tuple(chosen), patch, frozenset(called), frozenset(head), branches, frozenset(needed), frozenset(on_maps)
-    )
+    sets = (frozenset(head), branches, frozenset(needed), frozenset(on_maps))
+    return Hierarchy(in_channels, tuple(chosen), patch, frozenset(called), *sets, chosen[-1].module if attention else "")
 
 
 def _without_gradient(model: nn.Module, called: set[str], needed: set[str]) -> frozenset[str]:
@@ -168,7 +179,7 @@ def _check_last(calls: list[_Call], last: Tap, branches: frozenset[str]) -> None
         )
 
 
-def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_scales: int) -> list[Tap]:
+def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_scales: int, attention: str = "") -> list[Tap]:
     name = type(model).__name__
     strides = sorted({f.stride for call in calls for f in call.outputs if f.stride > 1 and _goes_on(call, f.stride)})
     if any(call.is_window and call.unaligned for call in calls):
@@ -193,6 +204,10 @@ def _find_taps(model: nn.Module, calls: list[_Call], predicted: list[int], num_s
     end = _decoder(calls, strides[-1], predicted)
     end = _head(model, calls if end is None else _before(calls, end), strides[-1], predicted) or end
     calls = calls if end is None else _before(calls, end)
+    if attention:
+        if (end := _last_block(model, calls, strides[-1], attention)) is None:
+            raise ValueError(f"the layer {attention!r} is not in the last block of {name}")
+        calls = _before(calls, end)
     for stride, following in zip(strides, [*strides[1:], None], strict=True):
         consumer = _consumer(calls, stride, following) if following or end is None else end
         if consumer is not None:
@@ -272,6 +287,35 @@ def _head(model: nn.Module, calls: list[_Call], deepest: int, predicted: list[in
         f"({chain[widest].module!r}) to {width} ({chain[-1].module!r}), and either may be its deepest features: pass sparsify "
         "taps=[...], the modules whose outputs are the maps, shallow to deep, or pass the network without its head"
     )
+
+
+def _last_block(model: nn.Module, calls: list[_Call], deepest: int, layer: str) -> _Call | None:
+    """The call of the block that a layer belongs to, if the encoder ends with it or with more blocks of its kind.
+
+    Args:
+        calls: those of the encoder.
+        deepest: its deepest stride.
+        layer: a path.
+    """
+    around = [c for c in calls if f"{layer}.".startswith(f"{c.module}.") and c.takes(deepest) and c.gives(deepest)]
+    while len(around) > 1 and _is_chain(around[0], calls):
+        around.pop(0)
+    if not around:
+        return None
+    after = [c for c in calls if c.entered > around[0].left]
+    kind = type(model.get_submodule(around[0].module))
+    alike = [c for c in after if type(model.get_submodule(c.module)) is kind]
+    others = [c for c in after if c not in alike and not any(parent in alike for parent in c.parents)]
+    return None if any(isinstance(model.get_submodule(c.module), nn.Conv2d) for c in others) else around[0]
+
+
+def _is_chain(call: _Call, calls: list[_Call]) -> bool:
+    """Whether a module only calls others one after the other, each on the result of the one before."""
+    inside = [c for c in calls if c.parents and c.parents[-1] is call]
+    if not inside or any(len(c.inputs) != 1 or len(c.outputs) != 1 for c in (call, *inside)):
+        return False
+    made = [call.inputs[0].made, *(c.left for c in inside)]
+    return [c.inputs[0].made for c in inside] == made[:-1] and call.outputs[0].made == made[-1]
 
 
 def _goes_on(call: _Call, stride: int) -> bool:

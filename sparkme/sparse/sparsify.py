@@ -37,7 +37,8 @@ def sparsify(
 ) -> SparseEncoder:
     """Makes a sparse encoder with the weights of a dense convolutional network.
 
-    The dense model does not change. Layers after the deepest feature map (pooling, classifier) are dropped. A trial first
+    The dense model does not change. Layers after the deepest feature map (pooling, classifier) are dropped; so is a block of
+    attention behind the last convolution, which `SparseEncoder.untrained` names. A trial first
     compares copies of both networks on a small image: on every engine, with and without hidden patches. So the encoder runs,
     and computes what the model computes.
 
@@ -69,7 +70,7 @@ def sparsify(
         if hierarchy is None:
             hierarchy = find_hierarchy(_copy(model), num_scales, taps=taps, in_channels=in_channels)
             if next(model.parameters()).device.type != "meta":  # a meta tensor has no values to compare
-                hierarchy = _working(model, hierarchy)
+                hierarchy = _working(model, hierarchy) if taps is not None else _working_part(model, hierarchy, num_scales)
                 with suppress(NotProved):
                     kept = make_proof(hierarchy, description := describe(model, request))
                     _tried[seal(description)] = kept
@@ -133,6 +134,24 @@ def _copy(model: nn.Module) -> nn.Module:
             else "take it out of the network's attributes"
         )
         raise ValueError(f"{type(model).__name__} cannot be copied: {first_line(error)}; {remedy}") from error
+
+
+def _working_part(model: nn.Module, hierarchy: Hierarchy, num_scales: int) -> Hierarchy:
+    """As `_working`; if attention at the end of the network is refused, the hierarchy that ends before it.
+
+    Raises:
+        UnsupportedLayerError: see `_working`.
+    """
+    try:
+        return _working(model, hierarchy)
+    except UnsupportedLayerError as problem:
+        if not problem.mixes_pixels:
+            raise
+        try:
+            shorter = find_hierarchy(_copy(model), num_scales, in_channels=hierarchy.in_channels, attention=problem.layer)
+        except ValueError:  # it is not at the end
+            raise problem from None
+    return _working(model, shorter)
 
 
 def _working(model: nn.Module, hierarchy: Hierarchy) -> Hierarchy:

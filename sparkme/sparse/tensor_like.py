@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sparkme.errors import MixedPixelsError
 from sparkme.sparse.forms import FUNCTIONS
 from sparkme.sparse.working_map import WorkingMap
 
@@ -118,7 +119,7 @@ class TensorLike(WorkingMap):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func not in FUNCTIONS:
-            raise NotImplementedError(
+            raise MixedPixelsError(
                 f"torch function {getattr(func, '__name__', func)!r} has no sparse form: it may mix visible and "
                 "hidden pixels, as attention does"
             )

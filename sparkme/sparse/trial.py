@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparkme.errors import UnsupportedLayerError, first_line
+from sparkme.errors import MixedPixelsError, UnsupportedLayerError, first_line
 from sparkme.sparse.encoder import SparseEncoder, walk
 from sparkme.sparse.engines import ENGINES, why_not
 from sparkme.sparse.forms.layer import SparseLayer
@@ -320,7 +320,9 @@ def _named_errors(network: nn.Module) -> Iterator[None]:
         elif not path:
             remedy = "change its forward, or move that into a module with a sparse form in sparkme.sparse.forms.SPARSE_FORMS"
         kind = "" if isinstance(error, NotImplementedError | ValueError) else f"{type(error).__name__}: "
-        raise UnsupportedLayerError(f"{where} has no sparse form: {kind}{first_line(error)}; {remedy}", layer=path) from error
+        mixes = isinstance(error, MixedPixelsError)
+        message = f"{where} has no sparse form: {kind}{first_line(error)}; {remedy}"
+        raise UnsupportedLayerError(message, path, mixes_pixels=mixes) from error
     finally:
         for handle in handles:
             handle.remove()

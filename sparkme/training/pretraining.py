@@ -382,6 +382,8 @@ class Pretraining(Training):
         if self.probe_split is not None:
             lines["probe"] = f"kNN every {settings.probe_epochs} epochs on {settings.probe_data}: {self.probe_split.note}; "
             lines["probe"] += self.probe_seen
+        if encoder.untrained:
+            lines["untrained"] = f"{encoder.untrained} and what follows it stay dense: attention has no sparse form"
         for name, text in lines.items():
             print(f"{name:9s} {text}")
         for remark in self.dataset.source.remarks:

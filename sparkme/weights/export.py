@@ -66,6 +66,8 @@ def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path],
         beside.write_text(json.dumps(metadata, indent=2) + "\n")
     verified = "verified" if args.verify else "NOT verified"
     left = f"; without the classifier: {', '.join(missing)}" if missing else ""
+    if encoder.untrained:
+        print(f"not pretrained: {encoder.untrained} and what follows it, since attention has no sparse form")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, {verified}){left}")
     print(f"load it:\n\n{form.loading(output, model, encoder.in_channels)}")
     return output

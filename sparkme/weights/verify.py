@@ -45,7 +45,7 @@ def verify(dense: nn.Module, encoder: SparseEncoder, size: tuple[int, int]) -> l
     active = torch.ones(2, 1, size[0] // patch, size[1] // patch, dtype=torch.bool)
     with torch.enable_grad():
         taps = find_hierarchy(copy.deepcopy(dense), len(encoder.strides), in_channels=encoder.in_channels).taps
-    if [tap.stride for tap in taps] != [*encoder.strides]:  # taps were given by hand
+    if [tap.stride for tap in taps] != [*encoder.strides] or encoder.untrained:  # given by hand, or attention follows
         taps = encoder.hierarchy.taps
     expected = dense_features(dense, taps, images)
     return [_difference(x.dense(), y) for x, y in zip(encoder(images, active), expected, strict=True)]

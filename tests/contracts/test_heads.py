@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from networks import ENGINES
 from torch import Tensor, nn
 from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
@@ -150,3 +151,139 @@ def test_a_stride_along_one_axis_is_named() -> None:
     network[0] = nn.Conv2d(3, 64, 7, (2, 1), 3)
     with pytest.raises(ValueError, match=r"layer '0' returns 64x192; its stride is \(2, 1\), but height and width"):
         find_hierarchy(network)
+
+
+# --- attention at the end ---------------------------------------------------------------------------------------------
+
+
+def trunk() -> list[nn.Module]:
+    """Four convolutions: 32 channels at stride 16."""
+    return [nn.Conv2d(a, b, 3, 2, 1) for a, b in [(3, 8), (8, 16), (16, 24), (24, 32)]]
+
+
+class Attention(nn.Module):
+    """As at the end of a detector's backbone: half of the channels attend to all pixels, with convolutions around."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.near = nn.Conv2d(width // 2, width // 2, 3, padding=1, groups=width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, x = self.first(x).chunk(2, 1)
+        pixels = x.flatten(2)
+        mixed = pixels @ (pixels.transpose(1, 2) @ pixels).softmax(-1)
+        return self.last(torch.cat([kept, x + mixed.view_as(x) + self.near(x)], 1))
+
+
+class Tokens(nn.Module):
+    """A block of a transformer, with linear layers, beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(width, 4, 48, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def conv(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU())
+
+
+class Stage(nn.Module):
+    """Runs its blocks one after the other, and has a name of its own for the last of them."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        *first, self.last = blocks
+        self.first = nn.ModuleList(first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.first:
+            x = block(x)
+        return self.last(x)
+
+
+CLOSING: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
+    "a layer of its own": (lambda: nn.Sequential(*trunk(), Attention(32)), "4", ("4",)),
+    "with a classifier behind it": (
+        lambda: nn.Sequential(*trunk(), Attention(32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)),
+        "4",
+        ("4", "5", "6", "7"),
+    ),
+    "twice": (lambda: nn.Sequential(*trunk(), Attention(32), Attention(32), nn.BatchNorm2d(32)), "4", ("4", "5", "6")),
+    "of linear layers": (lambda: nn.Sequential(*trunk(), Tokens(32), Tokens(32)), "4", ("4", "5")),
+    "in the last stage": (lambda: nn.Sequential(*trunk(), Stage(conv(32), conv(32), Tokens(32))), "4.last", ("4.last",)),
+    "in nested stages": (
+        lambda: nn.Sequential(nn.Sequential(nn.Sequential(*trunk()), nn.Sequential(conv(32), Attention(32), Attention(32)))),
+        "0.1.1",
+        ("0.1.1", "0.1.2"),
+    ),
+    "of a stage that cannot be divided": (
+        lambda: nn.Sequential(OrderedDict(body=nn.Sequential(*trunk()), last=Tokens(32), norm=nn.BatchNorm2d(32))),
+        "last",
+        ("last", "norm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLOSING)
+def test_attention_behind_the_last_convolution_is_left_dense(name: str) -> None:
+    make, untrained, head = CLOSING[name]
+    network = make().double()
+    encoder = sparkme.sparsify(network)
+    assert encoder.untrained == untrained and encoder.head == head and encoder.channels == (8, 16, 24, 32)
+    again = sparkme.sparsify(network, proof=encoder.proof)
+    assert again.untrained == untrained and not again.tried_because
+    inputs: list[Tensor] = []
+    network.get_submodule(untrained).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    network.eval()(images)
+    for engine in ENGINES:
+        maps = encoder.eval().set_engine(engine)(images, torch.ones(2, 1, 2, 3, dtype=torch.bool))
+        torch.testing.assert_close(maps[-1].dense(), inputs[0], rtol=1e-10, atol=1e-10)
+    own = network.state_dict()
+    kept = {key for key in own if not key.startswith(tuple(f"{part}." for part in head))}
+    assert encoder.dense_state_dict().keys() == kept < own.keys()
+
+
+AMIDST: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]], str]] = {
+    "between strides": (
+        lambda: nn.Sequential(*trunk()[:3], Attention(24), *trunk()[3:]),
+        {},
+        "'3' .Attention. .*matmul of maps",
+    ),
+    "at two strides": (
+        lambda: nn.Sequential(*trunk()[:3], Tokens(24), *trunk()[3:], Tokens(32)),
+        {},
+        "'3.layer.self_attn' .*moves pixels",
+    ),
+    "before a convolution": (lambda: nn.Sequential(*trunk(), Attention(32), conv(32)), {}, "'4' .Attention. .*matmul of maps"),
+    "before another, with a convolution between": (
+        lambda: nn.Sequential(*trunk(), Attention(32), conv(32), Attention(32)),
+        {},
+        "'4' .Attention. .*matmul of maps",
+    ),
+    "where a map is asked for": (
+        lambda: nn.Sequential(*trunk(), Attention(32)),
+        {"taps": ["2", "4"]},
+        "'4' .Attention. .*matmul of maps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMIDST)
+def test_attention_elsewhere_is_refused(name: str) -> None:
+    make, options, text = AMIDST[name]
+    with pytest.raises(sparkme.UnsupportedLayerError, match=f"^layer {text}"):
+        sparkme.sparsify(make(), **options)
+
+
+def test_what_has_no_sparse_form_for_another_reason_is_refused_at_the_end_too() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+
+    with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer '4' \(Last\) .*mode='bilinear'"):
+        sparkme.sparsify(nn.Sequential(*trunk(), Last()))

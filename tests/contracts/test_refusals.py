@@ -371,6 +371,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 # What no network can reach, as the text stands in the code, and why.
 UNREACHED = {
     "a map <> has no axis <>": "torch says the same when the dense network is probed",
+    "the layer <> is not in the last block of <>": "the refusal of that layer is raised in its place",
     "a map <> cannot be an output of the encoder": "a tap is a tensor (B, C, H, W) or (B, H, W, C) when the network is probed",
     "a window with border <> has no plain form": "engines ask for it after they have treated borders",
     "torch has no function <>": "a mistake in the table of functions, found at import",

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparkme.errors import MixedPixelsError
 from sparkme.sparse.engines.base import offset_rows
 from sparkme.sparse.forms.convolution import linear, padded_window
 from sparkme.sparse.forms.functions import Functions
@@ -284,7 +285,7 @@ def norm(
 def softmax(x: WorkingMap, dim: int | None = None, *args: Any, **kwargs: Any) -> WorkingMap:
     """Over a channel axis, as between the branches of selective kernels, or over all visible pixels of a sample."""
     if dim is None or x.dims[x.axis(dim)] not in "CP":
-        raise NotImplementedError(
+        raise MixedPixelsError(
             f"softmax over axis {dim} of a map {x.dims} mixes visible and hidden pixels; only softmax over channels, or over H "
             "and W flattened into one axis, has a sparse form"
         )
@@ -299,7 +300,7 @@ def matmul(x: Any, other: Any) -> Any:
     if is_map(x) and is_map(other) and x.dims.endswith("CP") and other.dims == x.dims[:-2] + "PC" and other.shape[-1] == 1:
         return (x.row_axes * other.row_axes).sum(1).unsqueeze(-1)
     if is_map(x) and is_map(other):
-        raise NotImplementedError("matmul of maps, as in attention, mixes visible and hidden pixels")
+        raise MixedPixelsError("matmul of maps, as in attention, mixes visible and hidden pixels")
     raise NotImplementedError(
         f"matmul of shapes {tuple(x.shape)} and {tuple(other.shape)} has no sparse form; use a channels-last map times a "
         "(C_in, C_out) matrix, or a 1x1 convolution"

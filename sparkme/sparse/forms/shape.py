@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparkme.errors import MixedPixelsError
 from sparkme.sparse.features import Hidden
 from sparkme.sparse.forms.functions import Functions
 from sparkme.sparse.working_map import first_map, is_map
@@ -178,7 +179,7 @@ def permute(x: WorkingMap, *dims: Any) -> WorkingMap:
     order = [x.axis(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)]
     labels = "".join(x.dims[d] for d in order)
     if sorted(order) != list(range(x.ndim)) or labels[0] != "B" or labels.find("H") > labels.find("W"):
-        raise NotImplementedError(f"permute{tuple(order)} of a map {x.dims} moves pixels: {_REMEDY}")
+        raise MixedPixelsError(f"permute{tuple(order)} of a map {x.dims} moves pixels: {_REMEDY}")
     channels = [x.channel(d) for d in order if x.dims[d] == "C"]
     if channels == sorted(channels):
         return x.same_storage(labels)
@@ -289,7 +290,7 @@ def view(x: WorkingMap, *shape: Any) -> WorkingMap:
 
 def _groups(x: WorkingMap, sizes: list[int]) -> list[tuple[str, list[int]]]:
     """Groups of neighbouring axes: the labels of the old axes and the sizes of the new ones."""
-    refusal = NotImplementedError(f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)}: {_REMEDY}")
+    refusal = MixedPixelsError(f"view of a map {x.dims} of shape {tuple(x.shape)} as {tuple(sizes)}: {_REMEDY}")
     old, new = list(zip(x.dims, x.shape)), list(sizes)
     found: list[tuple[str, list[int]]] = []
     while old:
