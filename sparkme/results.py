@@ -41,7 +41,7 @@ class TrainingRun:
 
     @property
     def settings(self) -> Any:
-        """A `PretrainSettings` or a `FinetuneSettings`, with every default filled in."""
+        """A `PretrainSettings`, or the settings of a task of fine-tuning, with every default filled in."""
         from sparkme.settings.saved import read_settings  # noqa: PLC0415  (every command's settings)
 
         return read_settings(json.loads((self.folder / "config.json").read_text()))
@@ -85,12 +85,7 @@ class FinetunedRun(TrainingRun):
 
     @cached_property
     def network(self) -> nn.Module:
-        """The dense network with its classifier and the best weights, in eval mode on the CPU."""
-        from safetensors.torch import load_file  # noqa: PLC0415  (torch)
+        """The network with its head and the best weights, in eval mode on the CPU."""
+        from sparkme.weights.finetuned import read_finetuned  # noqa: PLC0415  (torch)
 
-        from sparkme.networks.create import create_dense  # noqa: PLC0415
-
-        settings = self.settings
-        network = create_dense(settings.model, in_channels=settings.channels, num_classes=settings.num_classes)
-        network.load_state_dict(load_file(self.weights))
-        return network.eval()
+        return read_finetuned(self.folder).network

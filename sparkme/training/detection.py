@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sparkme.data.annotations import Annotated, AnnotatedSplit, find_annotated
@@ -20,6 +21,7 @@ from sparkme.data.annotations.loading import (
 )
 from sparkme.data.labelled import digest_of
 from sparkme.networks.detectors import Found, create_detector, detect, loss_of
+from sparkme.reporting.predictions import image_score, pictures_of_detection
 from sparkme.settings.detection import DetectionSettings
 from sparkme.training.dense_tasks import DenseTask
 from sparkme.training.metrics import DetectionMeasure, Detections, GroundTruth, check_pycocotools, encode_masks
@@ -34,6 +36,8 @@ class Detection(DenseTask):
     train_set: Annotated
     val_set: Annotated
     pictures = ("predictions-*.png",)
+    columns = ("true", "predicted")
+    figure = "F1"
 
     def find_data(self, asked: DetectionSettings) -> AnnotatedSplit:
         check_pycocotools()
@@ -112,6 +116,18 @@ class Detection(DenseTask):
             found = detect(network, [image.to(self.process.device) for image in batch.images], sizes)
         masks = self.settings.has_mask_head
         measure.add([detections_of(one) for one in found], [truth_of(self.val_set, i, masks=masks) for i in batch.numbers])
+
+    def figures(self, measure: Any) -> dict[int, float | None]:
+        found = {}
+        for number, image_id in enumerate(self.val_set.image_ids.tolist()):
+            if image_id in measure.images:
+                truth, detections = measure.images[image_id]
+                found[number] = image_score(detections, truth)
+        return found
+
+    def picture(self, network: nn.Module, measure: Any, number: int) -> list[Image.Image]:
+        truth, found = measure.images[int(self.val_set.image_ids[number])]
+        return pictures_of_detection(self.whole_picture(number), found, truth, self.classes)
 
     def in_words(self) -> dict[str, str]:
         settings, counts = self.settings, self.train_set.class_counts()

@@ -166,7 +166,7 @@ class Finetuning(Training):
         """Adds the network's results of a batch, in eval mode and without gradients."""
 
     def draw(self, network: nn.Module, measure: Any) -> None:
-        """Draws pictures of predictions into the run folder, in the first process."""
+        """Draws pictures of the predictions of the best weights so far into the run folder, in the first process."""
 
     @abstractmethod
     def in_words(self) -> dict[str, str]:
@@ -282,8 +282,8 @@ class Finetuning(Training):
             except CannotWrite:  # a full disk: the file still has the earlier weights
                 self.best = before
                 raise
+            self.draw(kept, measure)
         self._write_results(values, epoch, measure)
-        self.draw(kept, measure)
 
     @torch.no_grad()
     def _measure(self, network: nn.Module) -> Measure:

@@ -270,6 +270,9 @@ class SegmentationMeasure(Measure):
     Args:
         classes: their names.
         ignore_index: the label of pixels that are not counted, whatever they are taken for.
+
+    Attributes:
+        figures: a figure of each image by its number, from 0 to 1, as far as a caller sets them; kept with the measure.
     """
 
     best = "mean_iou"
@@ -279,6 +282,7 @@ class SegmentationMeasure(Measure):
         self.ignore_index = ignore_index
         self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
         self.seen = 0
+        self.figures: dict[int, float | None] = {}
 
     def add(self, outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
         """Takes in a batch: tensors (B, H, W), or lists of (H, W) of their own sizes, integers, on any device.
@@ -305,6 +309,7 @@ class SegmentationMeasure(Measure):
     def merge(self, other: Self) -> None:
         self.confusion += other.confusion
         self.seen += other.seen
+        self.figures |= other.figures
 
     @property
     def num_images(self) -> int:

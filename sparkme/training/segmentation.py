@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -15,6 +16,7 @@ from sparkme.data.annotations.loading import PixelDataset, WholeDataset, WholeIm
 from sparkme.data.dataset import Batch, normalise
 from sparkme.data.labelled import digest_of
 from sparkme.networks.segmenters import create_segmenter, predict_tiled
+from sparkme.reporting.predictions import legend_of, mean_iou, pictures_of_segmentation
 from sparkme.settings.segmentation import SegmentationSettings
 from sparkme.training.dense_tasks import DenseTask
 from sparkme.training.metrics import SegmentationMeasure
@@ -28,6 +30,8 @@ class Segmentation(DenseTask):
     train_set: Segmented
     val_set: Segmented
     pictures = ("confusion.png", "predictions-*.png")
+    figure = "mean IoU"
+    columns = ("image", "true classes", "predicted classes", "wrong pixels")
 
     def find_data(self, asked: SegmentationSettings) -> SegmentedSplit:
         split = find_segmented(
@@ -85,12 +89,28 @@ class Segmentation(DenseTask):
         return SegmentationMeasure(self.classes, IGNORED)
 
     def measure_batch(self, network: nn.Module, batch: WholeImages, measure: Measure) -> None:
-        assert batch.images is not None
+        assert batch.images is not None and isinstance(measure, SegmentationMeasure)
         for image, number in zip(batch.images, batch.numbers):
             truth = self.val_set.labels(number)
             with self.precision():
-                found = predict_labels(network, self._as_input(image), self.settings.size, truth.shape)
-            measure.add([found.cpu()], [truth])
+                found = predict_labels(network, self.as_input(image), max(self.settings.size), truth.shape).cpu()
+            measure.add([found], [truth])
+            measure.figures[number] = mean_iou(found, truth)
+
+    def figures(self, measure: Any) -> dict[int, float | None]:
+        figures: dict[int, float | None] = measure.figures
+        return figures
+
+    def picture(self, network: nn.Module, measure: Measure, number: int) -> list[Image.Image]:
+        truth = self.val_set.labels(number)
+        image = self.whole_dataset(self.val_set)[number].image
+        assert image is not None
+        with self.precision():
+            found = predict_labels(network, self.as_input(image), max(self.settings.size), truth.shape).cpu()
+        return pictures_of_segmentation(self.whole_picture(number), found, truth, self.classes)
+
+    def legend(self, numbers: Sequence[int]) -> list[tuple[str, tuple[int, int, int]]]:
+        return legend_of(self.classes, [self.val_set.labels(number) for number in numbers])
 
     def in_words(self) -> dict[str, str]:
         settings, shares = self.settings, self.train_set.pixel_counts / self.train_set.pixel_counts.sum().clamp_min(1)
@@ -111,22 +131,29 @@ class Segmentation(DenseTask):
         }
 
 
-def predict_labels(network: nn.Module, images: Tensor, window: tuple[int, int], size: tuple[int, int] | torch.Size) -> Tensor:
+def predict_labels(network: nn.Module, images: Tensor, window: int, size: Sequence[int]) -> Tensor:
     """The class of each pixel.
 
     Args:
         network: a segmenter in eval mode.
         images: (1, C, H, W), normalised; larger ones are predicted in windows.
-        window: height and width.
+        window: their side.
         size: height and width of the result, to which the scores are interpolated.
 
     Returns:
         (height, width) uint8.
     """
-    scores = predict_tiled(network, images, window).float()
-    if scores.shape[2:] != torch.Size(size):
-        scores = F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False)
-    return scores[0].argmax(0).to(torch.uint8)
+    scores = torch.cat([*predict_tiled(network, images, window)], 2)
+    if [*scores.shape[2:]] == [*size]:
+        return scores[0].argmax(0).to(torch.uint8)
+    # A class at a time: the scores of all classes of a large photograph would take gigabytes.
+    highest = scores.new_full((1, 1, *size), -torch.inf)
+    labels = torch.zeros_like(highest, dtype=torch.uint8)
+    for number, each in enumerate(scores.split(1, 1)):
+        enlarged = F.interpolate(each, (size[0], size[1]), mode="bilinear", align_corners=False)
+        labels[enlarged > highest] = number
+        highest = torch.maximum(highest, enlarged)
+    return labels[0, 0]
 
 
 def class_weights(pixels: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def create_measure(classes: list[str], several_labels: bool) -> Measure:
 
 
 class Measure(ABC):
-    """A measure of scores. `best` names the value by which the best weights are chosen."""
+    """A measure of what a network predicts. `best` names the value by which the best weights are chosen."""
 
     best: str
 
