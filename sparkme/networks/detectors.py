@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
@@ -79,7 +79,8 @@ def create_detector(
         pyramid: the network with its images' mean and standard deviation; it becomes part of the detector.
         head: one of `HEADS`.
         num_classes: without the background.
-        channels: of each level of the feature pyramid network.
+        channels: of each level of the feature pyramid network and of the heads' convolutions; torchvision's linear layers of
+            1,024 features are four times as wide.
         norm: adds batch norms to the feature pyramid network. The R-CNNs get the heads of torchvision's
             `maskrcnn_resnet50_fpn_v2`: batch norms in box and mask head, four convolutions in the box head, two in that of the
             region proposals. RetinaNet's head gets group norms, as in `retinanet_resnet50_fpn_v2`. FCOS's always has them.
@@ -225,19 +226,23 @@ def _rcnn(
     backbone = Backbone(pyramid, channels, LastLevelMaxPool(), norm=norm)
     strides = (*backbone.strides, 2 * backbone.strides[-1])
     anchors = Anchors(tuple((8 * stride,) for stride in strides), (_RATIOS,) * len(strides))
-    parts: dict[str, Any] = {"box_roi_pool": _roi_pool(backbone.strides, 7)}
-    if norm:
-        parts["rpn_head"] = RPNHead(channels, len(_RATIOS), conv_depth=2)
-        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d)
-    detector = FasterRCNN
+    # In torchvision's own order, so that a seed gives the same weights.
+    detector, parts = FasterRCNN, dict[str, Any]()
+    norm_layer = nn.BatchNorm2d if norm else None
     if head == "mask-rcnn":
         detector = MaskRCNN
         parts["mask_roi_pool"] = _roi_pool(backbone.strides, 14)
-        if norm:
-            parts["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=nn.BatchNorm2d)
+        parts["mask_head"] = MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm_layer)
+        parts["mask_predictor"] = MaskRCNNPredictor(channels, channels, num_classes + 1)
+    parts["rpn_head"] = RPNHead(channels, len(_RATIOS), conv_depth=2 if norm else 1)
+    parts["box_roi_pool"] = _roi_pool(backbone.strides, 7)
+    if norm:
+        box_head: nn.Module = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [4 * channels], norm_layer=norm_layer)
+    else:
+        box_head = TwoMLPHead(channels * 7 * 7, 4 * channels)
+    parts |= {"box_head": box_head, "box_predictor": FastRCNNPredictor(4 * channels, num_classes + 1)}
     made: nn.Module = detector(
         backbone,
-        num_classes + 1,
         rpn_anchor_generator=anchors,
         box_score_thresh=threshold,
         box_detections_per_img=max_detections,

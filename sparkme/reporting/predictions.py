@@ -6,7 +6,7 @@ The functions take tensors and Pillow images, so that training and `sparkme.pred
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite, sqrt
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +54,7 @@ FILL, GREY = 0.35, 0.6  # share of a mask's colour over the picture, and of a cl
 LEAST_SCORE, LEAST_IOU = 0.5, 0.5  # of detections that are drawn and counted, and of a box that is found
 
 PICTURE_WIDTH, PICTURE_HEIGHT = 480, 640  # pixels of a picture in a sheet, at most
-SHEET_WIDTH, SHEET_PIXELS, MOST_ROWS, MOST_LEGEND = 1200, 20e6, 24, 60
+SHEET_WIDTH, MOST_ROWS, MOST_LEGEND = 1200, 24, 60  # so a sheet has at most 20 million pixels
 GAP, TEXT_SIZE = 8, 13
 
 
@@ -356,8 +356,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Arranges rows of pictures under the columns' titles, with a caption above each row.
 
-    A picture is at most `PICTURE_WIDTH` wide and `PICTURE_HEIGHT` high, and the sheet at most `SHEET_WIDTH` wide. It has at
-    most `SHEET_PIXELS` pixels and `MOST_ROWS` rows; later rows are left out.
+    A picture is at most `PICTURE_WIDTH` wide and `PICTURE_HEIGHT` high, and the sheet at most `SHEET_WIDTH` wide. It has
+    at most `MOST_ROWS` rows; later ones are left out.
 
     Args:
         rows: the pictures, one for each title; at least one row.
@@ -372,15 +372,11 @@ def contact_sheet(
         raise ValueError(f"{len(rows)} rows of {[*map(len, rows)]} pictures, {len(titles)} titles, {len(captions)} captions")
     rows, line = rows[:MOST_ROWS], TEXT_SIZE + GAP
     widest = min(PICTURE_WIDTH, (SHEET_WIDTH - GAP) // len(titles) - GAP)
-    while True:
-        sizes = [[_fitted(picture, widest) for picture in row] for row in rows]
-        total = len(titles) * (widest + GAP) + GAP
-        entries, legend_height = _placed_legend(legend, total)
-        heights = [max(height for _, height in row) for row in sizes]
-        height = GAP + line + sum(line + each + GAP for each in heights) + legend_height
-        if total * height <= SHEET_PIXELS or widest <= 40:
-            break
-        widest = min(widest - 1, int(widest * sqrt(SHEET_PIXELS / (total * height))))
+    sizes = [[_fitted(picture, widest) for picture in row] for row in rows]
+    total = len(titles) * (widest + GAP) + GAP
+    entries, legend_height = _placed_legend(legend, total)
+    heights = [max(height for _, height in row) for row in sizes]
+    height = GAP + line + sum(line + each + GAP for each in heights) + legend_height
     sheet = Image.new("RGB", (total, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):

@@ -31,7 +31,7 @@ MEASURES = (
     {"knn": "kNN accuracy"},
     {"top1": "top-1 accuracy", "top5": "top-5 accuracy"},
     {"map": "mean average precision"},
-    {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"},
+    {"box_ap": "box AP", "mask_ap": "mask AP", "box_ap50": "box AP50", "mask_ap50": "mask AP50"},
     {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
 )
 COCO_FIGURES = {

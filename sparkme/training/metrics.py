@@ -1,6 +1,6 @@
 """How good a detector or a segmenter is: COCO's twelve figures by pycocotools, and intersection over union of pixels.
 
-Each is a `Measure`, see `sparkme.training.target`. What is true comes as plain arrays, so any reader of annotations serves.
+Each is a `Measure`, see `sparkme.training.target`. Ground truth comes as plain arrays, whatever files it was read from.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def _no_boxes() -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What an image shows, from its annotations: N objects, which can be none.
+    """The annotated objects of one image; N may be 0.
 
     Attributes:
-        image_id: of no other image of the set.
-        size: (height, width) of the image that boxes and masks are in.
+        image_id: unique in the data set.
+        size: (height, width) of the image, in pixels, to which boxes and masks refer.
         boxes: (N, 4) float64, x1, y1, x2, y2 in pixels; x2 - x1 is the width.
         labels: (N,) int64, index of the class, from 0.
-        areas: (N,) float64, pixels; COCO's figures for small, medium and large objects go by it. COCO's files have it: the
-            area of the mask and not of the box.
-        crowd: (N,) bool, a region of many objects, which are not counted one by one; None if there is no such region.
-        masks: N masks as RLE; None where only boxes are known.
+        areas: (N,) float64, in pixels; they decide whether an object is small, medium or large in COCO's figures. COCO's files
+            give the area of the mask, not of the box.
+        crowd: (N,) bool, True for a region of many objects that are not annotated one by one; None if there is none.
+        masks: N masks as RLE; None if there are only boxes.
     """
 
     image_id: int
@@ -58,13 +58,13 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in an image: N objects, which can be none, in any order.
+    """The objects that a detector found in one image, in any order; N may be 0.
 
     Attributes:
         boxes: (N, 4) floats, x1, y1, x2, y2 in the pixels of `GroundTruth.size`.
         scores: (N,) floats.
         labels: (N,) integers, index of the class, from 0.
-        masks: N masks as RLE, see `encode_masks`; None from a detector of boxes alone.
+        masks: N masks as RLE, see `encode_masks`; None if the detector predicts only boxes.
     """
 
     boxes: npt.ArrayLike
@@ -74,7 +74,7 @@ class Detections:
 
 
 def check_pycocotools() -> None:
-    """Raises UserError where pycocotools, which measures detectors, is not installed."""
+    """Raises UserError if pycocotools, which computes the figures of detectors, is not installed."""
     if find_spec("pycocotools") is None:
         raise UserError("detectors are measured by pycocotools, which is not installed; pip install 'sparkme[detection]'")
 
@@ -83,12 +83,12 @@ def encode_masks(masks: Tensor) -> list[Rle]:
     """Masks (N, H, W), bool, on any device, as N RLEs."""
     from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
 
-    # A column at a time, one below the other: that order is pycocotools' own, and is copied once.
+    # pycocotools works on columns that follow each other in memory; so this copy is the only one.
     return list(coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))))
 
 
 def decode_masks(masks: Sequence[Rle], size: tuple[int, int]) -> Tensor:
-    """N RLEs of a (height, width) as masks (N, H, W), bool."""
+    """N RLEs of images of `size`, height and width, as masks (N, H, W), bool."""
     from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
 
     if not masks:
@@ -97,11 +97,11 @@ def decode_masks(masks: Sequence[Rle], size: tuple[int, int]) -> Tensor:
 
 
 class DetectionMeasure(Measure):
-    """COCO's twelve figures for boxes, and for masks where those are learnt, exactly as pycocotools has them.
+    """COCO's twelve figures of boxes and, on request, of masks, computed by pycocotools.
 
     Args:
-        classes: their names.
-        masks: whether masks are measured as well.
+        classes: names of the classes.
+        masks: whether masks are measured, too.
 
     Raises:
         UserError: pycocotools is not installed.
@@ -118,10 +118,10 @@ class DetectionMeasure(Measure):
         self._evaluated: dict[Kind, tuple[list[float | None], list[float | None]]] = {}
 
     def add(self, outputs: Iterable[Detections], targets: Iterable[GroundTruth]) -> None:
-        """Takes in a batch: what was found in each image, and what is there. An image that is known is passed over.
+        """Adds a batch: the detections and the ground truth of each image. An image that was added before is ignored.
 
         Raises:
-            ValueError: arrays do not fit each other, a label is of no class, a number is not finite, or masks are missing.
+            ValueError: arrays differ in length, a label belongs to no class, a number is not finite, or masks are missing.
         """
         self._evaluated = {}
         for found, objects in zip(outputs, targets, strict=True):
@@ -135,8 +135,8 @@ class DetectionMeasure(Measure):
             self._check_image(objects, detections, "detections", detections.scores)
             self.images.setdefault(objects.image_id, (objects, detections))
 
-    def _check_image(self, image: GroundTruth, there: GroundTruth | Detections, what: str, numbers: npt.ArrayLike) -> None:
-        boxes, labels, values = np.asarray(there.boxes), np.asarray(there.labels), np.asarray(numbers)
+    def _check_image(self, image: GroundTruth, objects: GroundTruth | Detections, what: str, numbers: npt.ArrayLike) -> None:
+        boxes, labels, values = np.asarray(objects.boxes), np.asarray(objects.labels), np.asarray(numbers)
         where = f"{what} of image {image.image_id}"
         if boxes.shape != (len(labels), 4) or values.shape != labels.shape:
             raise ValueError(f"{where}: {boxes.shape} boxes, {labels.shape} labels and {values.shape} scores or areas")
@@ -145,9 +145,9 @@ class DetectionMeasure(Measure):
         if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.classes)):
             raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}; there are {len(self.classes)} classes")
         if "mask" in self.kinds:
-            if there.masks is None or len(there.masks) != len(labels):
-                raise ValueError(f"{where}: {len(labels)} boxes and {len(there.masks or ())} masks")
-            if any(tuple(mask["size"]) != tuple(image.size) for mask in there.masks):
+            if objects.masks is None or len(objects.masks) != len(labels):
+                raise ValueError(f"{where}: {len(labels)} boxes and {len(objects.masks or ())} masks")
+            if any(tuple(mask["size"]) != tuple(image.size) for mask in objects.masks):
                 raise ValueError(f"{where}: a mask is not of the image's size {tuple(image.size)}")
 
     def merge(self, other: Self) -> None:
@@ -164,7 +164,7 @@ class DetectionMeasure(Measure):
             raise UserError("none of the readable validation images has an object, apart from crowd regions")
 
     def values(self) -> dict[str, float]:
-        """`box_ap`, `box_ap50`, ... `box_ar_large`, and `mask_...`, without those of sizes that no object has."""
+        """`box_ap`, `box_ap50`, ... `box_ar_large`, and `mask_...`. A figure of a size that no object has is left out."""
         found = {f"{kind}_ap": 0.0 for kind in self.kinds}
         for kind in self.kinds:
             figures, _ = self._evaluate(kind)
@@ -176,7 +176,7 @@ class DetectionMeasure(Measure):
         return ", ".join(f"{title} {100 * values[name]:.1f} %" for name, title in titles.items() if name in values)
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """The figures of each kind with None where no object is of that size, and the AP of each class, None without one."""
+        """The figures of boxes and masks, and the AP of each class. A figure without objects is None."""
         result: dict[str, Any] = {}
         for kind in self.kinds:
             figures, of_each = self._evaluate(kind)
@@ -186,7 +186,7 @@ class DetectionMeasure(Measure):
         return result
 
     def _evaluate(self, kind: Kind) -> tuple[list[float | None], list[float | None]]:
-        """COCO's twelve figures, and AP of each class; None where there is nothing to find."""
+        """COCO's twelve figures, and the AP of each class. A figure without objects is None."""
         if kind not in self._evaluated:
             self._evaluated[kind] = self._run_pycocotools(kind)
         return self._evaluated[kind]
@@ -210,7 +210,7 @@ class DetectionMeasure(Measure):
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        # (thresholds, recalls, classes, sizes, numbers of boxes), -1 where there is nothing to find
+        # (thresholds, recalls, classes, sizes, numbers of boxes), -1 without objects
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         each = [precision[:, :, i] for i in range(len(self.classes))]
         return [_known(value) for value in evaluation.stats], [_known(p[p > -1].mean() if (p > -1).any() else -1) for p in each]
@@ -227,12 +227,12 @@ def _is_counted(objects: GroundTruth) -> npt.NDArray[np.bool_]:
 def _numbered(
     images: list[tuple[GroundTruth, Detections]], entries: Callable[[tuple[GroundTruth, Detections]], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """The entries of all images, with numbers from 1: pycocotools takes 0 for "not matched"."""
+    """The entries of all images, with ids from 1, because 0 means "not matched" in pycocotools."""
     return [{**entry, "id": i + 1} for i, entry in enumerate(entry for image in images for entry in entries(image))]
 
 
 def _annotations(objects: GroundTruth, kind: Kind) -> Iterable[dict[str, Any]]:
-    """As a file of annotations has them."""
+    """The entries of an image in a COCO annotation file."""
     counted = _is_counted(objects)
     for i, (label, area) in enumerate(zip(objects.labels, objects.areas, strict=True)):
         entry = {
@@ -245,7 +245,7 @@ def _annotations(objects: GroundTruth, kind: Kind) -> Iterable[dict[str, Any]]:
 
 
 def _results(objects: GroundTruth, found: Detections, kind: Kind) -> Iterable[dict[str, Any]]:
-    """As pycocotools makes them of a file of results: the area is the box's for boxes, and the mask's for masks."""
+    """The entries that pycocotools makes from a results file. The area is that of the box, or of the mask for `mask`."""
     from pycocotools import mask as coco_mask  # noqa: PLC0415  (optional)
 
     for i, (label, score) in enumerate(zip(np.asarray(found.labels), np.asarray(found.scores), strict=True)):
@@ -255,24 +255,24 @@ def _results(objects: GroundTruth, found: Detections, kind: Kind) -> Iterable[di
         yield {**entry, **shape}
 
 
-def _shape(there: GroundTruth | Detections, i: int, kind: Kind) -> dict[str, Any]:
+def _shape(objects: GroundTruth | Detections, i: int, kind: Kind) -> dict[str, Any]:
     """The box as x, y, width and height, or the mask."""
     if kind == "mask":
-        assert there.masks is not None
-        return {"segmentation": there.masks[i]}
-    x1, y1, x2, y2 = np.asarray(there.boxes)[i].tolist()
+        assert objects.masks is not None
+        return {"segmentation": objects.masks[i]}
+    x1, y1, x2, y2 = np.asarray(objects.boxes)[i].tolist()
     return {"bbox": [x1, y1, x2 - x1, y2 - y1]}
 
 
 class SegmentationMeasure(Measure):
-    """How often the pixels of each class (row) are taken for each class (column), counted exactly.
+    """Intersection over union and accuracy of pixels, from counts of all pairs of a true (row) and a predicted class (column).
 
     Args:
-        classes: their names.
-        ignore_index: the label of pixels that are not counted, whatever they are taken for.
+        classes: names of the classes.
+        ignore_index: label of pixels that are not counted.
 
     Attributes:
-        figures: a figure of each image by its number, from 0 to 1, as far as a caller sets them; kept with the measure.
+        figures: a figure of each image by its number, from 0 to 1, for the images where the caller sets one.
     """
 
     best = "mean_iou"
@@ -285,14 +285,14 @@ class SegmentationMeasure(Measure):
         self.figures: dict[int, float | None] = {}
 
     def add(self, outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
-        """Takes in a batch: tensors (B, H, W), or lists of (H, W) of their own sizes, integers, on any device.
+        """Adds a batch: integer tensors (B, H, W), or lists of tensors (H, W) of any sizes, on any device.
 
         Args:
-            outputs: the class that each pixel is taken for.
-            targets: the class that it is of.
+            outputs: the predicted class of each pixel.
+            targets: the true class of each pixel.
 
         Raises:
-            ValueError: the sizes differ, or a label is of no class.
+            ValueError: the sizes differ, or a label belongs to no class.
         """
         count = len(self.classes)
         for predicted, true in zip(outputs, targets, strict=True):
@@ -321,17 +321,17 @@ class SegmentationMeasure(Measure):
             raise UserError(f"every pixel of the validation images is labelled {self.ignore_index}, which is ignored")
 
     def values(self) -> dict[str, float]:
-        """`mean_iou` over classes that a pixel is of or is taken for, `mean_accuracy` over those it is of, `pixel_accuracy`."""
+        """`mean_iou` of classes with true or predicted pixels, `mean_accuracy` of those with true ones, `pixel_accuracy`."""
         right = int(self.confusion.diag().sum()) / max(1, int(self.confusion.sum()))
         return {"mean_iou": _mean(self.ious()), "pixel_accuracy": right, "mean_accuracy": _mean(self.accuracies())}
 
     def ious(self) -> list[float | None]:
-        """Intersection over union of each class; None for one that no pixel is of or is taken for."""
+        """Intersection over union of each class; None for a class without true and predicted pixels."""
         right = self.confusion.diag()
         return _ratios(right, self.confusion.sum(0) + self.confusion.sum(1) - right)
 
     def accuracies(self) -> list[float | None]:
-        """The share of each class's pixels that is found; None for one without pixels."""
+        """The share of each class's pixels that is predicted correctly; None for a class without pixels."""
         return _ratios(self.confusion.diag(), self.confusion.sum(1))
 
     def describe(self, values: dict[str, float]) -> str:

@@ -95,11 +95,11 @@ def test_what_coco_leaves_out_is_counted_once_and_named(tmp_path: Path) -> None:
     assert boxes_of(data) == [[[0, 8, 5, 10]], []]
     where = f"{path}: annotations"
     assert data.notes == [
-        f"left out: images that {path.name} names and that are not in {tmp_path / 'train2017'}: 1, such as 2.jpg",
-        f"left out: annotations of images that the file does not have: 1, such as {where}[6] (id 7)",
-        f"left out: annotations of categories that the file does not have: 1, such as {where}[7] (id 8)",
+        f"left out: images of {path.name} that are not in {tmp_path / 'train2017'}: 1, such as 2.jpg",
+        f"left out: annotations of images that the file does not list: 1, such as {where}[6] (id 7)",
+        f"left out: annotations of categories that the file does not list: 1, such as {where}[7] (id 8)",
         f"left out: boxes with numbers that are NaN or infinite: 2, such as {where}[4] (id 5)",
-        f"left out: boxes without an area inside of their image: 3, such as {where}[1] (id 2)",
+        f"left out: boxes without an area inside their image: 3, such as {where}[1] (id 2)",
         f"boxes cut at the edge of their image: 1, such as {where}[0] (id 1)",
     ]
 
@@ -261,12 +261,12 @@ def test_the_truth_for_the_evaluation_is_the_file_s(tmp_path: Path) -> None:
         ({"annotations": [5]}, r"annotations\[0\] is the number 5, and must be an object"),
         ({"images": []}, r"has no images"),
         ({"categories": []}, r"has no categories"),
-        ({"categories": [{"id": 3, "name": "a"}] * 2}, r"categories\[1\] has the id 3, as another category"),
+        ({"categories": [{"id": 3, "name": "a"}] * 2}, r"categories\[1\] has the id 3 of another category"),
         ({"categories": [{"id": 3}]}, r"categories\[0\]: name is missing"),
         ({"images": [{"id": "10", "file_name": "0.jpg"}]}, r"images\[0\]: id is the text '10', and must be a whole number"),
         ({"images": [{"id": True, "file_name": "0.jpg"}]}, r"images\[0\]: id is true"),
         ({"images": [{"id": -1, "file_name": "0.jpg"}]}, r"images\[0\]: id is -1"),
-        ({"images": [{"id": 1, "file_name": "../0.jpg"}]}, r"leads out of the folder"),
+        ({"images": [{"id": 1, "file_name": "../0.jpg"}]}, r"is outside the folder of images"),
         ({"images": [{"id": 1, "file_name": "0.jpg", "height": 2**31, "width": 2**31}]}, r"raise --max-pixels"),
         ({"images": [{"id": 1, "file_name": "nothing.jpg"}]}, r"names the image 'nothing.jpg', which is in none of"),
         ({"images": [{"id": 1, "file_name": "0.jpg"}] * 2}, r"images\[1\] has the id 1, as images\[0\]"),
@@ -276,7 +276,7 @@ def test_the_truth_for_the_evaluation_is_the_file_s(tmp_path: Path) -> None:
         ),
         ({"annotations": [entry(5, 10, 3, [1, 2, 3, True])]}, r"bbox\[3\] is true, and must be a number"),
         ({"annotations": [entry(5, 10, 3, [1, 2, 3, "4"])]}, r"bbox\[3\] is the text '4'"),
-        ({"annotations": [entry(5, 10, 3, [1, 2, 3, 10**400])]}, r"beyond all pixels"),
+        ({"annotations": [entry(5, 10, 3, [1, 2, 3, 10**400])]}, r"that is too large"),
         ({"annotations": [{"id": 5, "image_id": 10, "category_id": 3}]}, r"\(id 5\): bbox is missing"),
         ({"annotations": [{"id": 5, "image_id": 10}]}, r"category_id is missing"),
         ({"annotations": [entry(5, 10, 3, [1, 2, 3, 4], iscrowd=2)]}, r"iscrowd is the number 2"),
@@ -296,11 +296,11 @@ def test_the_truth_for_the_evaluation_is_the_file_s(tmp_path: Path) -> None:
         ),
         (
             {"annotations": [entry(5, 10, 3, [1, 2, 3, 4], segmentation={"size": [2**31 - 1] * 2, "counts": [2**40]})]},
-            r"segmentation.counts are no runs of",
+            r"segmentation.counts are not runs of",
         ),
         (
             {"annotations": [entry(5, 10, 3, [1, 2, 3, 4], segmentation={"size": [10, 20], "counts": "zz"})]},
-            r"segmentation.counts are no runs of 200 pixels",
+            r"segmentation.counts are not runs of 200 pixels",
         ),
     ],
 )
@@ -315,14 +315,14 @@ def test_a_bad_entry_of_coco_is_one_line(tmp_path: Path, changes: dict[str, Any]
     "content, message",
     [
         (b"", "cannot be read as JSON"),
-        (b"[]", "is a list, such as of results"),
+        (b"[]", "is a list, as a file of results"),
         (b'{"images": [{"id": 1', r"cannot be read as JSON in images\[0\].*it may be cut off"),
         (b'{"annotations": ' + b"[" * 100_000, r"nested too deeply in annotations\[0\]"),
         (b'{"info": ' + b'{"a":' * 100_000, "nested too deeply in info"),
         (b'{"annotations": [' + b"9" * 5000 + b"]}", r"cannot be read as JSON in annotations\[0\]: Exceeds the limit"),
         (b'{"images": [], "images": []}', "has images twice"),
         (b'{"images": []} x', "Extra data"),
-        (b"\xff\xfe{\x00\xff", "no text in UTF-16"),
+        (b"\xff\xfe{\x00\xff", "begins as UTF-16, but is damaged"),
     ],
 )
 def test_what_is_no_json_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -355,7 +355,7 @@ def test_images_and_annotations_may_be_in_any_order(tmp_path: Path) -> None:
 def test_names_that_windows_wrote_are_found(tmp_path: Path) -> None:
     images = [{"id": 10, "file_name": "train2017\\0.jpg", "height": HEIGHT, "width": WIDTH}]
     data = read_coco(coco_file(tmp_path, [entry(1, 10, 3, [1, 1, 5, 5])], images=images))
-    assert len(data) == 1 and data.notes == ["names of images that have \\ for /: 1, such as train2017\\0.jpg"]
+    assert len(data) == 1 and data.notes == ["names of images with \\ instead of /: 1, such as train2017\\0.jpg"]
 
 
 def test_names_that_two_categories_have_are_told_apart(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_yolo_boxes_polygons_and_backgrounds(tmp_path: Path) -> None:
     expected = mask_tools.decode(mask_tools.frPyObjects([[2, 2, 10, 2, 10, 8]], 10, 20))[..., 0]
     assert np.array_equal(data.objects(3).masks(10, 20)[0], expected)
     notes = " | ".join(data.notes)
-    assert "lines of labels that are there twice: 1" in notes and f"{tmp_path}/labels/train/d.txt: line 3" in notes
+    assert "repeated lines of labels: 1" in notes and f"{tmp_path}/labels/train/d.txt: line 3" in notes
     assert "objects without a mask: 3" in notes
     assert data.category_ids == [0, 1] and data.image_ids.tolist() == [1, 2, 3, 4]
 
@@ -486,8 +486,8 @@ def test_ways_to_write_a_data_yaml(tmp_path: Path, yaml: str, classes: list[str]
     (tmp_path / "set" / "list.txt").write_text("./images/train/a.jpg\n./images/train/missing.jpg\n\nfolder\n")
     data = read_train(path)
     assert data.classes == classes and len(data) == 1 and np.allclose(boxes_of(data), [[[5, 3, 15, 7]]])
-    assert any("images that list.txt names and that are not there: 1" in note for note in data.notes) == ("list" in yaml)
-    assert any("lines of list.txt that name no image: 1" in note for note in data.notes) == ("list" in yaml)
+    assert any("images of list.txt that do not exist: 1" in note for note in data.notes) == ("list" in yaml)
+    assert any("lines of list.txt that do not name an image: 1" in note for note in data.notes) == ("list" in yaml)
 
 
 def test_yolo_labels_are_beside_the_last_images_and_names_of_lists_below_the_root_or_the_list(tmp_path: Path) -> None:
@@ -517,8 +517,8 @@ def test_yolo_splits_are_those_of_the_yaml_or_drawn(tmp_path: Path) -> None:
         ("0 0.5 0.5 0.5", r"line 2 has 4 values"),
         ("0 0.5 0.5 0.5 0.5 0.9", r"line 2 has 6 values"),
         ("0 0.5 0.5 0.5 0.5 0.9 0.9 0.9", r"line 2 has 8 values"),
-        ("cat 0.5 0.5 0.5 0.5", r"line 2 has 'cat', which is no number"),
-        ("-1 0.5 0.5 0.5 0.5", r"line 2 begins with -1, which is no number of a class"),
+        ("cat 0.5 0.5 0.5 0.5", r"line 2 has 'cat', which is not a number"),
+        ("-1 0.5 0.5 0.5 0.5", r"line 2 begins with -1, which is not the number of a class"),
         ("0.5 0.5 0.5 0.5 0.5", r"line 2 begins with 0.5, which"),
         ("nan 0.5 0.5 0.5 0.5", r"line 2 begins with nan, which"),
         ("0 10 5 5 5", r"line 2 has 10, and must have shares of the image, from 0 to 1"),
@@ -540,7 +540,7 @@ def test_what_yolo_leaves_out_is_counted(tmp_path: Path) -> None:
         "left out: objects of classes that data.yaml does not name: 1",
         "left out: images that cannot be read: 1",
         "left out: boxes with numbers that are NaN or infinite: 1",
-        "left out: boxes without an area inside of their image: 1",
+        "left out: boxes without an area inside their image: 1",
         "boxes cut at the edge of their image: 1",
     ]
 
@@ -554,11 +554,11 @@ def test_what_yolo_leaves_out_is_counted(tmp_path: Path) -> None:
         ("train: images/train\nnames: {0: a, 2: b}\n", "must be 0 to 1, each once"),
         ("train: images/train\nnames: [a]\nnc: 2\n", "nc is 2, and names has 1"),
         ("train: images/train\nnc: -2\n", "nc is -2, and must be the number of classes"),
-        ("train: nowhere\nnames: [a]\n", "train is nowhere, and there is no"),
+        ("train: nowhere\nnames: [a]\n", "train is nowhere, but .* does not exist"),
         ("train: {}\nnames: [a]\nval: {a: b}\n", "train is"),
         ("names: &a [*a]\ntrain: images/train\n", "cannot be read as YAML"),
         ("train: [" + "[" * 3000, "cannot be read as YAML"),
-        ("kpt_shape: [17, 3]\nnames: [a]\n", "is of key points"),
+        ("kpt_shape: [17, 3]\nnames: [a]\n", "has key points"),
         ("names: [a\n", "cannot be read as YAML"),
         ("names: [a]\n", "has no train"),
     ],
@@ -666,12 +666,12 @@ def test_voc_in_other_encodings(tmp_path: Path) -> None:
     "arguments, message",
     [
         ({}, "pass either --data, or --train FILE.json"),
-        ({"data": "nowhere"}, "is neither a folder, nor a .json or .yaml file"),
+        ({"data": "nowhere"}, "is neither a folder, nor an existing .json or .yaml file"),
         ({"data": "."}, "has no annotations; it takes COCO's"),
         ({"data": ".", "train": "x.json"}, "pass either"),
         ({"data": ".", "val": "x.json"}, "--val x.json goes with --train"),
         ({"train": "x.yaml"}, "--train x.yaml must be a .json file"),
-        ({"train": "x.json"}, "x.json is no file"),
+        ({"train": "x.json"}, "x.json is not a file"),
         ({"data": ".", "root": "nowhere"}, "--root nowhere is not a folder"),
         ({"data": ".", "val_share": 1.0}, "--val-share 1.0 is outside"),
     ],
@@ -856,10 +856,10 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert any(n[0] == "left out: images or masks that cannot be read" and "5.png" in n[2] for n in notes)
     file = tmp_path / "list.txt"
     file.write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"0.png has the number 2 on 3 pixels, which is of no class; add a line to .*list.txt"):
+    with pytest.raises(UserError, match=r"0.png has the number 2 on 3 pixels, which has no class; add a line to .*list.txt"):
         find_segmented(folder, classes=file)
     mask(folder / "masks" / "0.png", [0, 1], size=(2, 1))
-    with pytest.raises(UserError, match=r"images/0.jpg is 4 x 2, and its mask .*masks/0.png 2 x 1; make them alike"):
+    with pytest.raises(UserError, match=r"images/0.jpg is 4 x 2, and its mask .*masks/0.png 2 x 1; give them one size"):
         find_segmented(folder)
     mask(folder / "masks" / "0.png", [RED] * 8, "RGB")
     with pytest.raises(UserError, match=r"has colours, and .* has numbers"):

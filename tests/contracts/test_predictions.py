@@ -158,8 +158,8 @@ def test_a_text_is_shortened_to_its_width() -> None:
 
 def test_labels_of_neighbouring_boxes_do_not_hide_each_other() -> None:
     boxes = torch.tensor([[100.0, 100, 180, 200], [110, 104, 190, 204], [120, 108, 200, 208]])
-    picture = draw_objects(plain(), boxes, torch.arange(3), ["a", "a", "a"])
-    alone = [draw_objects(plain(), boxes[i : i + 1], torch.tensor([i]), ["a"] * 3) for i in range(3)]
+    picture = draw_objects(plain(), boxes, torch.arange(3), ["animal"] * 3)
+    alone = [draw_objects(plain(), boxes[i : i + 1], torch.tensor([i]), ["animal"] * 3) for i in range(3)]
 
     def letters(picture: Image.Image) -> int:
         return int((pixels(picture) == 0).all(-1).sum())
@@ -173,7 +173,7 @@ def test_a_mask_covers_its_pixels(scale: int) -> None:
     mask[0, 40:100, 30:90] = True
     mask[0, 40:60, 30:50] = False
     fit = None if scale == 1 else (320, 240)
-    boxes = torch.tensor([[30.0, 40, 90, 100]])
+    boxes = torch.tensor([[20.0, 30, 100, 110]])
     with_mask = pixels(draw_objects(plain(160, 120), boxes, torch.tensor([1]), CLASSES, masks=mask, fit=fit))
     without = pixels(draw_objects(plain(160, 120), boxes, torch.tensor([1]), CLASSES, fit=fit))
     large = mask[0].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
@@ -184,7 +184,11 @@ def test_a_mask_covers_its_pixels(scale: int) -> None:
     line = max(1, round(120 * scale / 180))
     inside = with_mask[80 * scale, 60 * scale]
     assert torch.allclose(inside.float(), GREY + predictions.FILL * (colour - GREY), atol=1.5)
-    assert (with_mask[70 * scale, 30 * scale : 30 * scale + line] == colour).all()
+    for row, column in ((70 * scale, 30 * scale), (70 * scale, 90 * scale - line), (100 * scale - line, 60 * scale)):
+        assert (with_mask[row : row + line, column : column + line] == colour).all()
+    scaled = is_colour(draw_objects(plain(160, 120), boxes, torch.tensor([1]), CLASSES, fit=fit), tuple(colour.tolist()))
+    assert scaled[30 * scale, 20 * scale : 100 * scale].all() and scaled[110 * scale - 1, 20 * scale : 100 * scale].all()
+    assert not scaled[110 * scale].any()
     assert (with_mask[60 * scale : 60 * scale + line, 40 * scale] == colour).all()  # along the corner that was cut out
 
 
@@ -304,7 +308,7 @@ def test_a_sheet_has_its_pictures_at_their_places_and_a_legend() -> None:
 def test_a_sheet_is_limited(columns: int) -> None:
     tall = [[Image.new("RGB", (300, 3000))] * columns] * 40
     sheet = contact_sheet(tall, ["t"] * columns, ["c" * 1000] * 40, [(f"class {i}", (0, i, 0)) for i in range(200)])
-    assert sheet.width <= 1200 and sheet.width * sheet.height <= 20e6
+    assert sheet.width <= 1200 and sheet.width * sheet.height <= 20e6 and sheet.height < 24 * 700
     tiny = contact_sheet([[Image.new("RGB", (1, 1), (9, 9, 9))] * columns], ["t"] * columns, ["犬"])
     assert is_colour(tiny, (9, 9, 9)).sum() >= columns * 200**2
     with pytest.raises(ValueError, match="0 rows"):
@@ -428,6 +432,7 @@ def test_the_mean_iou_of_an_image_is_that_of_sets_of_pixels() -> None:
     assert mean_iou(true, torch.full_like(true, IGNORED)) is None
     right = torch.where(true == IGNORED, 0, true)
     assert mean_iou(right, true) == 1
+    assert mean_iou(torch.tensor([[0, 5]]), torch.tensor([[0, 5]])) == 1  # classes 1 to 4 do not count
 
 
 # loss.png.

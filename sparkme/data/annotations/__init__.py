@@ -1,8 +1,8 @@
-"""Annotated images: which files there are, and how they are split.
+"""Finds the files of annotated images, and splits the images.
 
-coco/annotations/instances_train2017.json     COCO's JSON, beside coco/train2017/; or FILE.json with the folder of its images
-set/data.yaml                                 YOLO's, with images/ and labels/
-VOC2012/Annotations/NAME.xml                  Pascal VOC's, with JPEGImages/ and ImageSets/Main/train.txt
+coco/annotations/instances_train2017.json     COCO: images in coco/train2017/; or FILE.json and the folder of its images
+set/data.yaml                                 YOLO: images/ and labels/
+VOC2012/Annotations/NAME.xml                  Pascal VOC: JPEGImages/ and ImageSets/Main/train.txt
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")
 
 
 class AnnotatedSplit(NamedTuple):
-    """Training and validation images, and where the split comes from."""
+    """Training and validation images, and a note on their split."""
 
     train: Annotated
     val: Annotated
@@ -37,7 +37,7 @@ class AnnotatedSplit(NamedTuple):
 
     @property
     def remarks(self) -> list[str]:
-        """What is said once, at the start."""
+        """Lines to print at the start."""
         return [*dict.fromkeys([*self.train.notes, *self.val.notes, *self.train.images.remarks, *self.val.images.remarks])]
 
 
@@ -51,18 +51,18 @@ def find_annotated(
     seed: int = 0,
     flag: str = "--data",
 ) -> AnnotatedSplit:
-    """Finds out what annotations there are, and reads them.
+    """Reads annotations in the format of COCO, YOLO or Pascal VOC.
 
     Args:
-        data: a folder as COCO, YOLO or VOC has it; a data.yaml; or a single JSON file.
-        train, val: two JSON files as COCO's, in place of `data`; without `val` a part is drawn.
-        root: what the images of JSON files, or the splits of a data.yaml, are below; found beside the files if None.
-        val_share: share of the validation images if the data has no split; drawn from every class, copies stay together.
-        seed: of that choice.
-        flag: what the data was given by, for messages.
+        data: a folder in one of the formats, a data.yaml, or a JSON file.
+        train, val: two JSON files in COCO's format, instead of `data`. Without `val`, a part of `train` is drawn.
+        root: folder of the images of JSON files, or of the splits of a data.yaml; searched near the files if None.
+        val_share: share of validation images if the data has no split. They are drawn from each class; copies stay together.
+        seed: of that draw.
+        flag: command line flag of `data`, for messages.
 
     Raises:
-        UserError: nothing of that kind is there, or an entry is wrong; says which, and what to change.
+        UserError: there are no annotations, or an entry is wrong; names the entry and what to change.
     """
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is outside (0, 1)")
@@ -89,7 +89,7 @@ def _find(data: Path, root: Path | None, val_share: float, seed: int, flag: str)
         if data.suffix.lower() == ".json":
             return _of_coco(data, None, root, val_share, seed)
     if not os.path.isdir(data):
-        raise UserError(f"{flag} {data} is neither a folder, nor a .json or .yaml file that is there; {EXPECTED}")
+        raise UserError(f"{flag} {data} is neither a folder, nor an existing .json or .yaml file; {EXPECTED}")
     yaml = _data_yaml(data, flag)
     if yaml is not None and yaml.stem == "data":
         return _of_yolo(yaml, root, val_share, seed)
@@ -115,7 +115,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _data_yaml(data: Path, flag: str) -> Path | None:
-    """The data.yaml of a folder, or its only .yaml file, which may be of something else."""
+    """The data.yaml of a folder; or its only .yaml file, which may have another purpose."""
     found = [path for ending in YAML for path in _matching(data, f"*{ending}")]
     named = [path for path in found if path.stem == "data"]
     if len(named) > 1:
@@ -124,7 +124,7 @@ def _data_yaml(data: Path, flag: str) -> Path | None:
 
 
 def _voc_folder(data: Path, flag: str) -> Path | None:
-    """The folder with Annotations and JPEGImages: itself, VOCdevkit/VOC2012 or VOC2012 below it."""
+    """The folder with Annotations and JPEGImages: `data`, or VOC2012 or VOCdevkit/VOC2012 in it."""
     tries = [
         data,
         *(Path(name) for below in ("VOC*", "VOCdevkit/VOC*") for name in glob.glob(f"{glob.escape(str(data))}/{below}")),
@@ -190,7 +190,7 @@ def _given(train: Annotated, val: Annotated, train_name: str, val_name: str) -> 
 
 
 def _drawn(found: Annotated, val_share: float, seed: int) -> AnnotatedSplit:
-    """A part of the images is measured on, of every class some."""
+    """Draws validation images from each class."""
     if not found.class_counts().any():
         raise UserError(f"{found.images.description}: its {len(found)} images have no objects")
     chosen, note = hold_out(Labelled(found.images, found.presence(), found.classes), val_share, seed)
@@ -199,7 +199,7 @@ def _drawn(found: Annotated, val_share: float, seed: int) -> AnnotatedSplit:
 
 
 def _checked(split: AnnotatedSplit) -> AnnotatedSplit:
-    """Refuses a part without any objects."""
+    """Raises UserError if a part has no objects."""
     for part, purpose in ((split.train, "training"), (split.val, "validation")):
         if not part.class_counts().any():
             why = "".join(f"; {line}" for line in part.notes[:4])

@@ -1,8 +1,8 @@
-"""Images with boxes, classes and masks: what the readers of COCO's, YOLO's and Pascal VOC's files have in common.
+"""Images with boxes, classes and masks: the part that the readers of COCO's, YOLO's and Pascal VOC's files share.
 
-A data set of COCO's size has 860,000 boxes. A Python object for each would take a gigabyte, and again in every process that
-loads images, since counting references copies shared pages. So boxes lie in flat arrays: 33 bytes each, and 4 or 8 more for
-each coordinate of a polygon. Subsets share them.
+COCO has 860,000 boxes. A Python object for each would take a gigabyte, and again in every process that loads images, since
+counting references copies shared pages. So boxes lie in flat arrays that subsets share: 33 bytes per box, and 4 or 8 bytes per
+coordinate of a polygon.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sparkme.errors import UserError, first_line
 from sparkme.seeds import derived_seed
 from sparkme.text import ended, printable
 
-MAX_FACTOR = 10  # how many sides of its image a polygon may lie outside
-MAX_OUTLINE = 2**21  # pixels along a polygon: what drawing one takes grows with it, to half a GB at this length
+MAX_FACTOR = 10  # a polygon may leave its image by so many of the image's longer sides
+MAX_OUTLINE = 2**21  # pixels along a polygon; drawing one of this length takes half a GB
 MOST_CLASSES = 2**15
 _ORIENTATION = 0x0112
 
-# Polygons (flat x, y, x, y, float64), or runs of a mask that begin with 0, column by column (uint32), or no mask.
+# A mask as polygons (x, y, x, y, ..., float64); or as run lengths of its columns, the first run of zeros (uint32); or no mask.
 Outline = list[np.ndarray] | np.ndarray | None
 
 
@@ -42,13 +42,13 @@ class Objects:
     """The objects of one image.
 
     Attributes:
-        boxes: (N, 4) float32: left, top, right, bottom in pixels of the image as `Annotated.load` hands it out. They lie
-            inside of it, and have an area.
-        labels: (N,) int64, from 0.
-        crowd: (N,) bool: regions that are never learnt from, and where predictions are not counted as wrong: COCO's crowds and
-            VOC's difficult objects.
-        areas: (N,) float64, in pixels, as the file says it, or the box's.
-        segmentations: a polygon list, runs or None for each object; None where the data set has no masks.
+        boxes: (N, 4) float32: left, top, right, bottom in pixels of the image that `Annotated.load` returns. They lie inside
+            the image, and their area is not zero.
+        labels: (N,) int64, index of the class.
+        crowd: (N,) bool, True for COCO's crowd regions and VOC's difficult objects. Training ignores them, and a prediction
+            there does not count as wrong.
+        areas: (N,) float64, in pixels: the area in the file, or that of the box if the file has none.
+        segmentations: polygons, runs or None for each object; None if the data set has no masks.
     """
 
     boxes: Tensor
@@ -62,20 +62,20 @@ class Objects:
 
     @property
     def has_mask(self) -> Tensor:
-        """(N,) bool: which objects have one."""
+        """(N,) bool: True for objects with a mask."""
         if self.segmentations is None:
             return torch.zeros(len(self), dtype=torch.bool)
         return torch.tensor([outline is not None for outline in self.segmentations], dtype=torch.bool)
 
     def masks(self, height: int, width: int) -> Tensor:
-        """(N, H, W) uint8, 1 inside: what pycocotools' `annToMask` gives; 0 everywhere for an object without a mask.
+        """(N, H, W) uint8, 1 inside, as pycocotools' `annToMask` draws masks; 0 everywhere for an object without a mask.
 
         Args:
-            height, width: of the image, as `Annotated.sizes` has them.
+            height, width: the image's size in `Annotated.sizes`.
 
         Raises:
-            ValueError: the masks are of another size.
-            UserError: there are polygons, and pycocotools is not installed.
+            ValueError: the masks have another size.
+            UserError: the masks are polygons, and pycocotools is not installed.
         """
         masks = np.zeros((len(self), height, width), np.uint8)
         for mask, outline in zip(masks, self.segmentations or (), strict=False):
@@ -97,7 +97,7 @@ def encode_outline(outline: Outline, height: int, width: int) -> dict[str, Any]:
 
 
 def draw_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """(H, W) uint8: pycocotools' own raster, whose rule for pixels at an edge is none of Pillow's or OpenCV's."""
+    """(H, W) uint8, drawn by pycocotools, since Pillow and OpenCV treat pixels at an edge differently."""
     try:
         from pycocotools import mask
     except ImportError:
@@ -107,14 +107,14 @@ def draw_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np
 
 
 def draw_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) uint8 of COCO's run lengths."""
+    """(H, W) uint8 from COCO's run lengths."""
     if int(runs.sum(dtype=np.int64)) != height * width:
         raise ValueError(f"a mask of {int(runs.sum(dtype=np.int64))} pixels is not of {width} x {height}")
     return np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs).reshape(width, height).T
 
 
 class Ragged(NamedTuple):
-    """Arrays of many lengths, one after the other; that of number i is `values[starts[i] : starts[i + 1]]`."""
+    """Arrays of different lengths in one; array i is `values[starts[i] : starts[i + 1]]`."""
 
     values: np.ndarray
     starts: np.ndarray
@@ -128,10 +128,10 @@ class Outlines(NamedTuple):
     """The masks of all objects.
 
     Attributes:
-        polygons: coordinates of each polygon, float64; or int32 in hundredths, where every coordinate is that with two decimals
-            at most, as COCO's are: exact, and half as large.
-        parts: which polygons each object has: the first one, and the one behind the last.
-        runs: of the objects that have them, uint32.
+        polygons: coordinates of each polygon as float64. If all have at most two decimals, as COCO's, they are int32 in
+            hundredths, which is exact and takes half the memory.
+        parts: (objects + 1,); object i has the polygons `parts[i]` to `parts[i + 1] - 1`.
+        runs: run lengths of each object, uint32; empty for one without runs.
     """
 
     polygons: Ragged
@@ -153,7 +153,7 @@ class Outlines(NamedTuple):
 
 
 class ObjectTable(NamedTuple):
-    """All objects of a file in the order it has them: as `Objects`, but NumPy's arrays; labels are int32."""
+    """All objects of a data set in the order of its file, with the fields of `Objects` as NumPy arrays; labels are int32."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -174,17 +174,17 @@ class Annotated:
     """Images and the objects on them.
 
     Attributes:
-        images: where they are.
-        classes: names, by label.
-        category_ids: what the file calls each label, for results in COCO's format.
-        image_ids: (N,) int64, what the file calls each image; from 1 where it has no numbers.
-        sizes: (N, 2) int64, height and width of the images as `load` hands them out.
+        images: source of the N images.
+        classes: names of the classes, by label.
+        category_ids: id of each class in the file, for results in COCO's format.
+        image_ids: (N,) int64, id of each image in the file; from 1 if the file has none.
+        sizes: (N, 2) int64, height and width of the images that `load` returns.
         table: the objects of all images.
-        order: (objects,) int32, their rows in the table, image by image.
-        starts, counts: (N,) int64, where the rows of each image begin in `order`, and how many it has.
-        turned: whether all images are turned as their EXIF says, as ultralytics does. Else an image is turned only where the
-            recorded size says so: pycocotools and VOC's devkit leave images as they are stored.
-        notes: what was left out or is read otherwise than it is written, a line each, to say once.
+        order: (objects,) int32, rows of the table, image by image.
+        starts, counts: (N,) int64, first position of each image's rows in `order`, and their number.
+        turned: whether all images are turned by their EXIF orientation, as in ultralytics. Otherwise an image is turned only if
+            its recorded size is the turned one, since pycocotools and VOC's devkit ignore EXIF.
+        notes: lines about entries that were left out or changed; a command prints each once.
     """
 
     images: ImageSource
@@ -204,7 +204,7 @@ class Annotated:
 
     @property
     def has_masks(self) -> bool:
-        """Whether objects that are learnt from have masks; those without one are among `notes`."""
+        """Whether an object outside of crowd regions has a mask; `notes` counts those without one."""
         return self.table.outlines is not None
 
     @property
@@ -214,7 +214,7 @@ class Annotated:
         return outlines is not None and bool((outlines.has_mask[rows] | self.table.crowd[rows]).all())
 
     def objects(self, number: int) -> Objects:
-        """Of an image, in the order of the file."""
+        """The objects of an image, in the order of the file."""
         rows, table = self._rows(number), self.table
         outlines = None if table.outlines is None else tuple(table.outlines.of(row) for row in rows.tolist())
         return Objects(
@@ -237,10 +237,10 @@ class Annotated:
         background: str = "white",
         pixels: Pixels = Pixels(),  # noqa: B008
     ) -> Decoded:
-        """An image, held as its boxes are, see `load_image`.
+        """An image, turned to fit its boxes; see `load_image` for the arguments.
 
         Raises:
-            OSError: it cannot be read, or is of another size than its boxes are for.
+            OSError: it cannot be read, or its size is not the annotated one.
         """
         image = load_image(self.images.read(number), channels, background, pixels._replace(upright=self.upright(number)))
         height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
@@ -251,10 +251,10 @@ class Annotated:
         """Raises OSError if an image's height and width are not those that its boxes are for."""
         if [*size] != (wanted := self.sizes[number].tolist()):
             text = f"{size[1]} x {size[0]}, and its annotations are for {wanted[1]} x {wanted[0]}"
-            raise OSError(f"{self.images.name(number)} is {text}; annotate it anew, or leave it out")
+            raise OSError(f"{self.images.name(number)} is {text}; annotate it again, or leave it out")
 
     def upright(self, number: int) -> bool:
-        """Whether an image is turned as its EXIF says, to fit its boxes.
+        """Whether an image has to be turned by its EXIF orientation to fit its boxes.
 
         Raises:
             OSError: it cannot be read.
@@ -270,7 +270,7 @@ class Annotated:
         return raw_size(stored.content) == (width, height)
 
     def presence(self) -> Tensor:
-        """(N, classes) bool: which classes an image has, without its crowds."""
+        """(N, classes) bool: True if an image has an object of the class, apart from crowd regions."""
         found = np.zeros((len(self), len(self.classes)), dtype=bool)
         number = np.repeat(np.arange(len(self)), self.counts)
         rows = self._all_rows()
@@ -279,7 +279,7 @@ class Annotated:
         return torch.from_numpy(found)
 
     def class_counts(self) -> Tensor:
-        """(classes,) int64: how many objects each class has, without crowds."""
+        """(classes,) int64: number of objects of each class, without crowd regions."""
         rows = self._all_rows()
         labels = self.table.labels[rows[~self.table.crowd[rows]]]
         return torch.from_numpy(np.bincount(labels, minlength=len(self.classes)))
@@ -298,7 +298,7 @@ class Annotated:
         return rows
 
     def subset(self, numbers: Tensor) -> Annotated:
-        """Some of the images, in this order; the table is shared."""
+        """The images of these numbers, in their order. The table is shared."""
         chosen = numbers.numpy()
         return Annotated(
             self.images.subset(numbers.tolist()),
@@ -315,11 +315,11 @@ class Annotated:
         )
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """The numbers of `count` images of each class, drawn at random: the rarest class first, and an image counts for every
-        class that it shows. Classes that no image shows are passed over.
+        """Draws the numbers of at least `count` images of each class. The rarest class is drawn first, and an image counts for
+        each of its classes. Classes without images are ignored.
 
         Raises:
-            UserError: a class has fewer.
+            UserError: a class has fewer images.
         """
         if count < 1:
             raise UserError(f"--shots {count} must be at least 1")
@@ -327,15 +327,15 @@ class Annotated:
         return draw_of_classes(presence, self.classes, count, seed)
 
     def shots(self, count: int, seed: int) -> Annotated:
-        """As `draw`, the images themselves."""
+        """The images that `draw` chooses."""
         return self.subset(self.draw(count, seed))
 
     def to_coco(self, *, masks: bool = False) -> dict[str, Any]:
-        """The truth as pycocotools' `COCO().dataset` has it, for its evaluation. Annotations are numbered from 1: for COCOeval
-        number 0 is no match.
+        """The annotations in the form of pycocotools' `COCO().dataset`. Their ids begin at 1, because 0 means "not matched" in
+        COCOeval.
 
         Args:
-            masks: with the segmentation of each object that has one.
+            masks: whether to include the segmentation of each object with a mask.
         """
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -363,13 +363,19 @@ class Annotated:
 
 
 def draw_of_classes(presence: Tensor, classes: Sequence[str], count: int, seed: int) -> Tensor:
-    """(K,) int64, sorted: images of which every class that is there has `count` or more.
+    """Draws images such that each class that occurs has at least `count`.
 
     Args:
         presence: (N, classes) bool.
+        classes: names of the classes.
+        count: images of each class.
+        seed: of the choice.
+
+    Returns:
+        (K,) int64, sorted numbers of the chosen images.
 
     Raises:
-        UserError: a class has fewer.
+        UserError: a class has fewer images.
     """
     chosen = torch.zeros(len(presence), dtype=torch.bool)
     for label in presence.sum(0).argsort(stable=True).tolist():
@@ -384,14 +390,14 @@ def draw_of_classes(presence: Tensor, classes: Sequence[str], count: int, seed: 
 
 
 class Counted:
-    """What is left out or changed, by kind, with the first of each as an example."""
+    """Counts entries that are left out or changed, by kind, and keeps the first of each kind as an example."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     def add(self, kind: str, example: Callable[[], str] | str, count: int = 1) -> None:
-        """Counts; the example is made only where it is the first."""
+        """Adds to the count of a kind. The example is made only if it is the first."""
         if not count:
             return
         if kind not in self.counts:
@@ -400,22 +406,22 @@ class Counted:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """A line of text for each kind."""
         return [f"{kind}: {count:,}, such as {self.examples[kind]}" for kind, count in self.counts.items()]
 
 
 @dataclass
 class Rows:
-    """Objects while a file is read.
+    """Collects objects while a file is read.
 
     Attributes:
-        image, label: numbers, or -1 for what is unknown.
+        image, label: number of the image and of the class; -1 if the data set has no such image or class.
         box: left, top, right, bottom.
-        area: NaN for the box's own.
+        area: in pixels; NaN if the file has none.
         crowd: 0 or 1.
-        polygon, polygon_start: coordinates of all polygons, and where each begins.
-        part: how many polygons there were before each object.
-        run, run_start: runs of all objects, and where those of each begin.
+        polygon, polygon_start: coordinates of all polygons, and the position at which each begins.
+        part: number of polygons up to and including each object.
+        run, run_start: run lengths of all objects, and the position at which those of each object begin.
     """
 
     image: array[int] = field(default_factory=lambda: array("q"))
@@ -433,7 +439,7 @@ class Rows:
         return len(self.image)
 
     def add(self, image: int, label: int, box: Sequence[float], area: float = float("nan"), crowd: bool = False) -> None:
-        """An object; its polygons and runs are added before it."""
+        """Adds an object, after its polygons and runs."""
         self.image.append(image)
         self.label.append(label)
         self.box.extend(box)
@@ -458,21 +464,21 @@ def assemble(
     *,
     turned: bool = False,
 ) -> Annotated:
-    """Cuts boxes at the edges of their images, as torchvision's references/detection/coco_utils.py does, and leaves out those
-    without an area, and of unknown images or classes.
+    """Makes the data set. Boxes are cut at the edges of their images, as in torchvision's references/detection/coco_utils.py;
+    boxes without an area and those of unknown images or classes are left out.
 
     Args:
-        images: N of them, one or more.
-        classes: their numbers and names.
+        images: source of N images, at least one.
+        classes: ids and names of the classes.
         image_ids: (N,) int64.
         sizes: (N, 2) int64, height and width.
-        rows: what was read.
-        where: names a row for people.
+        rows: the objects of the files.
+        where: describes the place of a row in its file, for messages.
+        counted: counts objects that are left out or changed.
         turned: see `Annotated`.
-        counted: what is left out.
 
     Raises:
-        UserError: a polygon is far too large.
+        UserError: a polygon is much larger than its image.
     """
     image, label = (np.frombuffer(values, np.int64) for values in (rows.image, rows.label))
     boxes = np.frombuffer(rows.box, np.float64).reshape(-1, 4)
@@ -484,7 +490,7 @@ def assemble(
     good &= finite
     cut = cut.astype(np.float32)
     has_area = (cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])
-    _count_rows("left out: boxes without an area inside of their image", good & ~has_area, where, counted)
+    _count_rows("left out: boxes without an area inside their image", good & ~has_area, where, counted)
     good &= has_area
     _count_rows("boxes cut at the edge of their image", good & (np.abs(cut - boxes) > 0.01).any(1), where, counted)
     area = np.frombuffer(rows.area, np.float64)
@@ -511,7 +517,7 @@ def _count_rows(kind: str, which: np.ndarray, where: Callable[[int], str], count
 def _outlines(
     rows: Rows, good: np.ndarray, crowd: np.ndarray, limits: np.ndarray, where: Callable[[int], str]
 ) -> Outlines | None:
-    """The masks; None if no object outside of crowds has one."""
+    """The masks; None if no object outside of crowd regions has one."""
     values, starts = np.frombuffer(rows.polygon, np.float64), np.frombuffer(rows.polygon_start, np.int64)
     parts = np.frombuffer(rows.part, np.int64)
     polygons = Ragged(values, starts)
@@ -526,7 +532,7 @@ def _outlines(
 
 
 def _as_hundredths(values: np.ndarray, step: int = 2**20) -> np.ndarray | None:
-    """Coordinates times 100 if that and back is exact for all of them. In pieces: COCO has 40 million."""
+    """The coordinates in hundredths as int32; None if that is not exact for all. Works in pieces, as COCO has 40 million."""
     found = np.empty(len(values), np.int32)
     for start in range(0, len(values), step):
         piece = values[start : start + step]
@@ -541,7 +547,7 @@ def _as_hundredths(values: np.ndarray, step: int = 2**20) -> np.ndarray | None:
 def _check_polygons(
     polygons: Ragged, row: np.ndarray, good: np.ndarray, limits: np.ndarray, where: Callable[[int], str], step: int = 2**16
 ) -> None:
-    """Refuses polygons of good objects that lie far outside of their image, or would take gigabytes to draw."""
+    """Raises UserError if a polygon of a `good` object lies far outside its image or would take gigabytes to draw."""
     for first in range(0, len(row), step):
         last = min(first + step, len(row))
         starts = polygons.starts[first : last + 1]
@@ -553,7 +559,7 @@ def _check_polygons(
         if (far := checked & ~(largest <= side * (MAX_FACTOR + 1))).any():
             place = int(far.argmax())
             what = f"segmentation reaches {largest[place]:.6g} pixels, and the image has {int(side[place])}"
-            raise UserError(f"{where(int(rows[place]))}: its {what}; mend or remove it")
+            raise UserError(f"{where(int(rows[place]))}: its {what}; correct or remove it")
         lengths = np.abs(np.diff(values.reshape(-1, 2), axis=0)).max(1, initial=0)  # to the next polygon, too
         long = np.add.reduceat(np.append(lengths, 0), (starts[:-1] - starts[0]) // 2)
         if (long := checked & (long > MAX_OUTLINE)).any():
@@ -562,16 +568,16 @@ def _check_polygons(
 
 
 def raw_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file as it is stored; 0, 0 if Pillow does not read such files.
+    """Height and width of an image file as it is stored, regardless of its EXIF orientation.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     return _size_and_orientation(path)[0]
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """As `raw_size`, turned as its EXIF says."""
+    """Height and width of an image file, turned by its EXIF orientation. Raises OSError if it cannot be read."""
     (height, width), orientation = _size_and_orientation(path)
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
@@ -581,24 +587,24 @@ def _size_and_orientation(path: Path) -> tuple[tuple[int, int], int]:
         with path.open("rb") as file, Image.open(file) as opened:
             orientation = int(opened.getexif().get(_ORIENTATION, 1))
             width, height = opened.size
-            if opened.format == "TIFF" and orientation in (5, 6, 7, 8):  # whose size Pillow has turned already
+            if opened.format == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow has turned its size already
                 width, height = height, width
             return (height, width), orientation
-    except Exception as error:  # decoders fail in all ways there are
+    except Exception as error:  # decoders raise errors of many types
         raise OSError(f"{printable(path)}: {first_line(error)}") from error
 
 
 def most_pixels() -> float:
-    """How many an image may have, see `sparkme.data.limits`."""
+    """The largest number of pixels of an image, see `sparkme.data.limits`."""
     return 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else float("inf")
 
 
 def read_text(path: Path, most_bytes: int, counted: Counted) -> str:
-    """The text of a file that should be UTF-8: with a byte order mark or as UTF-16 and UTF-32, too. What is none of these is
-    read as Windows-1252, and counted.
+    """The text of a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Other files are read as Windows-1252,
+    and counted.
 
     Raises:
-        UserError: it is no file, too large, or cannot be read.
+        UserError: the path is not a file, or the file is too large or cannot be read.
     """
     content = read_bytes(path, most_bytes)
     encoding = _encoding(content)
@@ -606,8 +612,8 @@ def read_text(path: Path, most_bytes: int, counted: Counted) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError:
         if encoding != "utf-8":
-            raise UserError(f"{path} is no text in {encoding.upper()}, which it begins as; save it as UTF-8") from None
-    counted.add("files that are no UTF-8, and are read as Windows-1252", str(path))
+            raise UserError(f"{path} begins as {encoding.upper()}, but is damaged; save it as UTF-8") from None
+    counted.add("files that are not UTF-8, and were read as Windows-1252", str(path))
     return content.decode("cp1252", errors="replace")
 
 
@@ -629,23 +635,23 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     """The content of a file.
 
     Raises:
-        UserError: it is no file, too large, or cannot be read.
+        UserError: the path is not a file, or the file is too large or cannot be read.
     """
     named = ended(printable(path), 400)
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{named} is no file")
+    if not os.path.isfile(path):  # reading a pipe would block
+        raise UserError(f"{named} is not a file")
     try:
         with path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most_bytes:
-                raise UserError(f"{named} has {size:,} bytes, which is too large for such a file ({most_bytes:,})")
-            return file.read(size)  # with a larger number all of it would be allocated
+                raise UserError(f"{named} has {size:,} bytes, and may have at most {most_bytes:,}")
+            return file.read(size)  # a larger number would be allocated as a whole
     except OSError as error:
         raise UserError(f"{named} cannot be read: {first_line(error)}") from error
 
 
 @contextmanager
 def memory_named(path: Path) -> Iterator[None]:
-    """Turns a lack of memory while a file is read into a `UserError`."""
+    """Raises UserError, with the path of the file, if there is not enough memory to read it."""
     try:
         yield
     except MemoryError as error:
@@ -653,15 +659,15 @@ def memory_named(path: Path) -> Iterator[None]:
 
 
 def distinct(names: Sequence[str], ids: Sequence[int], counted: Counted) -> list[str]:
-    """Class names, with the number of the class where two have the same name."""
+    """Class names. Names that several classes share get the class's number appended."""
     twice = {name for name, count in Counter(names).items() if count > 1}
     for name in sorted(twice):
-        counted.add("class names that several classes have, and that get the number of the class", repr(printable(name)))
+        counted.add("class names that several classes have; their numbers were appended", repr(printable(name)))
     return [f"{name} ({id_})" if name in twice else name for name, id_ in zip(names, ids, strict=True)]
 
 
 def listed(folder: str) -> set[str]:
-    """The names of what is in a folder; none if it cannot be listed."""
+    """The names of the entries of a folder; empty if it cannot be listed."""
     try:
         return set(os.listdir(folder))
     except (OSError, ValueError):  # a zero byte in a name

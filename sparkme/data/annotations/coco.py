@@ -1,13 +1,13 @@
 """COCO's JSON of instances: images, categories, and annotations with boxes, polygons and runs.
 
-Facts, and where they are from:
-- Crowds (`iscrowd`) are not learnt from, boxes are cut at the edge of the image, and those without an area left out:
-  pytorch/vision, references/detection/coco_utils.py. Images without objects stay, as images on which nothing is to be found.
-- Labels are the categories in the order of their ids, whatever gaps these have; a polygon has three points or more, and an
+Facts and their sources:
+- Training ignores crowd regions (`iscrowd`). Boxes are cut at the edge of the image, and boxes without an area are left out:
+  pytorch/vision, references/detection/coco_utils.py. Images without objects are kept.
+- A label is the position of its category among the sorted ids, which may have gaps. A polygon has at least three points, and an
   even number of coordinates: facebookresearch/detectron2, detectron2/data/datasets/coco.py.
-- Images are read as they are stored, without their EXIF: pytorch/vision, torchvision/datasets/coco.py. Where the recorded
-  size is the turned image's, it is turned.
-- Runs are column by column, and packed as `rleToString` of cocodataset/cocoapi, common/maskApi.c, does.
+- Images are read as they are stored, regardless of EXIF: pytorch/vision, torchvision/datasets/coco.py. An image is turned if
+  its recorded size is the turned one.
+- Runs follow the columns, and are packed by `rleToString` of cocodataset/cocoapi, common/maskApi.c.
 """
 
 from __future__ import annotations
@@ -50,35 +50,35 @@ _MOST_ID = 2**63
 
 @dataclass
 class _File:
-    """What a JSON file says, with its own numbers."""
+    """The content of a JSON file, with the ids of the file."""
 
     path: Path
     counted: Counted
     image_ids: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    sizes: array[int] = field(default_factory=lambda: array("q"))  # height, width; 0 where it does not say
+    sizes: array[int] = field(default_factory=lambda: array("q"))  # height, width; 0 if missing
     categories: dict[int, str] = field(default_factory=dict)
     rows: Rows = field(default_factory=Rows)  # with ids as images and labels
     run_row: array[int] = field(default_factory=lambda: array("q"))
     run_size: array[int] = field(default_factory=lambda: array("q"))
-    ids: array[int] = field(default_factory=lambda: array("q"))  # of the annotations; -1 where it does not say
+    ids: array[int] = field(default_factory=lambda: array("q"))  # of the annotations; -1 if missing
 
     def where(self, row: int) -> str:
-        """An annotation, for people."""
+        """The place of an annotation, for messages."""
         named = f" (id {self.ids[row]})" if self.ids[row] >= 0 else ""
         return f"{self.path}: annotations[{row}]{named}"
 
 
 def read_coco(path: Path, root: Path | None = None, *, like: Annotated | None = None) -> Annotated:
-    """Reads a file of instances.
+    """Reads a JSON file of instances.
 
     Args:
-        path: the JSON file.
-        root: the folder that its names of images are below; found beside the file if None.
-        like: data with the categories that this one may have, such as what is learnt from.
+        path: the file.
+        root: folder of its images; searched near the file if None.
+        like: data, such as the training set, whose categories this file has to use.
 
     Raises:
-        UserError: it cannot be read; says which entry, and what to change.
+        UserError: the file cannot be read, or an entry is wrong; names the entry and what to change.
     """
     with memory_named(path):
         counted = Counted()
@@ -114,15 +114,15 @@ def _read(path: Path, counted: Counted) -> _File:
         first: dict[int, int] = {}
         for i, id_ in enumerate(file.image_ids):
             if first.setdefault(id_, i) != i:
-                raise UserError(f"{path}: images[{i}] has the id {id_}, as images[{first[id_]}]; number them anew")
+                raise UserError(f"{path}: images[{i}] has the id {id_}, as images[{first[id_]}]; give each image its own id")
     return file
 
 
 def _entries(path: Path, counted: Counted) -> Iterator[tuple[str, int, Any]]:
-    """The entries of the three lists, one by one: all at once would take ten times the memory of the file.
+    """The entries of the three lists, one by one. All at once would take ten times the memory of the file.
 
     Raises:
-        UserError: it is no JSON, or of another kind.
+        UserError: the file is not JSON, or its content has another form.
     """
     text = read_text(path, MOST_BYTES, counted)
     decoder, where, seen = json.JSONDecoder(strict=False), "", set[str]()
@@ -136,7 +136,9 @@ def _entries(path: Path, counted: Counted) -> Iterator[tuple[str, int, Any]]:
     try:
         place = skip(0)
         if text[place : place + 1] == "[":
-            raise UserError(f"{path} is a list, such as of results; it must be an object with images, annotations, categories")
+            raise UserError(
+                f"{path} is a list, as a file of results; it must be an object with images, annotations, categories"
+            )
         place = skip(skip(place, "{") + 1)
         while text[place : place + 1] != "}":
             skip(place, '"')
@@ -178,7 +180,7 @@ def _entries(path: Path, counted: Counted) -> Iterator[tuple[str, int, Any]]:
 
 
 def _kind(value: Any) -> str:
-    """For people: what a value is."""
+    """Describes a value in a message."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):
@@ -189,10 +191,10 @@ def _kind(value: Any) -> str:
 
 
 def _whole(entry: dict[str, Any], key: str, what: str, *, least: int = 0) -> int:
-    """A whole number of an entry, which may be written as 5.0.
+    """A whole number of an entry; 5.0 is one, too.
 
     Raises:
-        UserError: it has none.
+        UserError: the entry has no such number.
     """
     value = entry.get(key)
     if type(value) is float and value.is_integer():
@@ -216,25 +218,25 @@ def _text(entry: dict[str, Any], key: str, what: str) -> str:
 def _category(file: _File, what: str, entry: dict[str, Any]) -> None:
     id_ = _whole(entry, "id", what)
     if id_ in file.categories:
-        raise UserError(f"{what} has the id {id_}, as another category; give it one of its own")
+        raise UserError(f"{what} has the id {id_} of another category; give it its own id")
     file.categories[id_] = _text(entry, "name", what)
 
 
 def _image(file: _File, what: str, entry: dict[str, Any]) -> None:
     id_, name = _whole(entry, "id", what), _text(entry, "file_name", what)
     if "\\" in name:  # as Windows writes it
-        file.counted.add("names of images that have \\ for /", shown(name, 80))
+        file.counted.add("names of images with \\ instead of /", shown(name, 80))
         name = name.replace("\\", "/")
     if "\0" in name or not inside("/root", os.path.join("/root", name)):
         raise UserError(
-            f"{what}: file_name is {shown(name, 80)!r}, which leads out of the folder of images; write it below that"
+            f"{what}: file_name is {shown(name, 80)!r}, which is outside the folder of images; write a path inside it"
         )
     height, width = 0, 0
     if entry.get("height") is not None or entry.get("width") is not None:
         height, width = _whole(entry, "height", what, least=1), _whole(entry, "width", what, least=1)
         if height * width > most_pixels():
             raise UserError(
-                f"{what} is of {width} x {height} pixels, more than an image may have; correct it or raise --max-pixels"
+                f"{what} has {width} x {height} pixels, more than an image may have; correct it or raise --max-pixels"
             )
     file.image_ids.append(id_)
     file.names.append(os.path.normpath(name))
@@ -249,7 +251,7 @@ def _annotation(file: _File, what: str, entry: dict[str, Any]) -> None:
     try:
         x, y, w, h = _numbers(entry.get("bbox"), f"{what}: bbox", 4)
     except OverflowError:
-        raise UserError(f"{what}: bbox has a number beyond all pixels; correct it") from None
+        raise UserError(f"{what}: bbox has a number that is too large; correct it") from None
     crowd, area = entry.get("iscrowd", 0), entry.get("area")
     if crowd not in (0, 1) or isinstance(crowd, float):
         raise UserError(f"{what}: iscrowd is {_kind(crowd)}, and must be 0 or 1")
@@ -274,11 +276,11 @@ def _float(area: float | None) -> float:
 
 
 def _numbers(value: Any, what: str, count: int | None = None) -> list[float]:
-    """Floats of a list.
+    """The numbers of a list, as floats if their `count` is given.
 
     Raises:
-        UserError: it is no list of that many numbers.
-        OverflowError: one is an integer beyond floats.
+        UserError: the value is not a list of numbers, or has another length.
+        OverflowError: an integer is too large for a float.
     """
     if type(value) is not list or (count is not None and len(value) != count):
         got = "missing" if value is None else _kind(value)
@@ -302,7 +304,7 @@ def _polygons(file: _File, what: str, polygons: list[Any]) -> None:
         try:
             file.rows.add_polygon(numbers)
         except OverflowError:
-            raise UserError(f"{what}: segmentation[{i}] has a number beyond all pixels; correct it") from None
+            raise UserError(f"{what}: segmentation[{i}] has a number that is too large; correct it") from None
 
 
 def _runs(file: _File, what: str, segmentation: dict[str, Any]) -> None:
@@ -315,15 +317,18 @@ def _runs(file: _File, what: str, segmentation: dict[str, Any]) -> None:
     elif isinstance(counts, list) and {*map(type, counts)} == {int} and max(counts) < 2**32:
         runs = np.array(counts, np.int64)
     if runs is None or not len(runs) or int(runs.min()) < 0 or int(runs.sum()) != size[0] * size[1]:
-        raise UserError(f"{what}: segmentation.counts are no runs of {size[0] * size[1]} pixels; encode the mask anew")
+        raise UserError(f"{what}: segmentation.counts are not runs of {size[0] * size[1]} pixels; encode the mask again")
     file.run_row.append(len(file.rows))
     file.run_size.extend(size)
     file.rows.run.frombytes(runs.astype(np.uint32).tobytes())
 
 
 def unpacked(text: str) -> np.ndarray | None:
-    """(K,) int64, the runs of a packed text: 6 bits a sign, of which 5 are of a number, its lowest first, and one says whether
-    it goes on. From the fourth on a number is the difference to the run before the last. None for what is no such text."""
+    """The runs of a packed text, (K,) int64; None if the text is not one.
+
+    A character has 6 bits: 5 bits of a number, the lowest first, and a bit that says whether the number continues. From the
+    fourth on, a number is the difference to the run two places before.
+    """
     try:
         signs = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
@@ -344,10 +349,10 @@ def unpacked(text: str) -> np.ndarray | None:
 
 
 def _image_folder(path: Path, root: Path | None, names: Sequence[str]) -> Path:
-    """Where the images are: the first of the usual places that has the most of some names.
+    """The folder of the images: of the usual places, the first that has the most of a sample of the names.
 
     Raises:
-        UserError: none is there.
+        UserError: no place has any of them.
     """
     split = re.sub(r"^(instances|annotations)_|_?annotations|\.coco", "", path.stem)
     bases = [path.parent.parent, path.parent] if root is None else [root]
@@ -361,7 +366,7 @@ def _image_folder(path: Path, root: Path | None, names: Sequence[str]) -> Path:
 
 
 def _existing(file: _File, folder: Path) -> list[int]:
-    """The numbers of the images that are there; those that are missing are counted, and their annotations go with them."""
+    """The numbers of the images whose files exist. The others are counted, and left out with their annotations."""
     known: dict[str, set[str]] = {}
     kept: list[int] = []
     for number, name in enumerate(file.names):
@@ -371,22 +376,22 @@ def _existing(file: _File, folder: Path) -> list[int]:
         if last in known[below]:
             kept.append(number)
         else:
-            file.counted.add(f"left out: images that {file.path.name} names and that are not in {folder}", shown(name, 80))
+            file.counted.add(f"left out: images of {file.path.name} that are not in {folder}", shown(name, 80))
     return kept
 
 
 def _with_sizes(sizes: np.ndarray, images: Files) -> np.ndarray:
-    """Sizes of images whose entry has none are those of the files, which are read as they are stored."""
+    """Fills in sizes that entries do not have: those of the files, as they are stored."""
     for number in np.flatnonzero(sizes[:, 0] == 0).tolist():
         try:
             sizes[number] = raw_size(images.path(number))
         except OSError as error:
-            raise UserError(f"{images.description} has no size of this image, and it cannot be read: {error}") from error
+            raise UserError(f"{images.description} has no size of an image that cannot be read: {error}") from error
     return sizes
 
 
 def _classes(file: _File, like: Annotated | None) -> tuple[list[int], list[str]]:
-    """The numbers and names of the categories, which are those of the other data if there is one."""
+    """The ids and names of the categories, or those of `like`."""
     ids = sorted(file.categories)
     names = distinct([file.categories[id_] for id_ in ids], ids, file.counted)
     if like is None:
@@ -395,22 +400,22 @@ def _classes(file: _File, like: Annotated | None) -> tuple[list[int], list[str]]
     used = {*np.unique(np.frombuffer(file.rows.label, np.int64)).tolist()}
     for id_, name in zip(ids, names, strict=True):
         if known.get(id_) != name and (id_ in known or id_ in used):
-            other = f"is {known[id_]!r}" if id_ in known else "is not there"
-            raise UserError(f"{file.path} has the category {id_} {name!r}, which {other} in the training data; make them alike")
+            other = f"is {known[id_]!r}" if id_ in known else "is missing"
+            raise UserError(f"{file.path} has the category {id_} {name!r}, which {other} in the training data; use the same")
     return like.category_ids, like.classes
 
 
 def _resolve(file: _File, image_ids: np.ndarray, category_ids: list[int], sizes: np.ndarray) -> None:
-    """Turns ids into numbers of images and labels, -1 where they are unknown, and compares the sizes of masks."""
+    """Replaces ids by numbers of images and labels, or -1 if they are unknown, and checks the sizes of masks."""
     rows = file.rows
     image = np.frombuffer(rows.image, np.int64)
     listed_ids = np.array(sorted(file.image_ids), np.int64)
     strange = listed_ids[np.searchsorted(listed_ids, image).clip(0, len(listed_ids) - 1)] != image
-    _count(file, "left out: annotations of images that the file does not have", strange)
+    _count(file, "left out: annotations of images that the file does not list", strange)
     image[:] = _places(image_ids, image)
     label = np.frombuffer(rows.label, np.int64)
     found = _places(np.array(category_ids, np.int64), label)
-    _count(file, "left out: annotations of categories that the file does not have", found < 0)
+    _count(file, "left out: annotations of categories that the file does not list", found < 0)
     label[:] = found
     size = np.frombuffer(file.run_size, np.int64).reshape(-1, 2)
     row = np.frombuffer(file.run_row, np.int64)
@@ -419,7 +424,7 @@ def _resolve(file: _File, image_ids: np.ndarray, category_ids: list[int], sizes:
         place = int(odd.argmax())
         have, want = size[place].tolist(), sizes[image[row[place]]].tolist()
         raise UserError(
-            f"{file.where(int(row[place]))}: segmentation.size is {have}, and its image is {want}; encode the mask anew"
+            f"{file.where(int(row[place]))}: segmentation.size is {have}, and its image is {want}; encode the mask again"
         )
 
 
@@ -429,7 +434,7 @@ def _count(file: _File, kind: str, which: np.ndarray) -> None:
 
 
 def _places(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Of each id its place among known ones, or -1."""
+    """The position of each id among the known ones, or -1."""
     if not len(known):
         return np.full(len(ids), -1)
     order = np.argsort(known, kind="stable")

@@ -1,14 +1,14 @@
-"""Semantic segmentation: folders of images, and of masks that have a class for each pixel.
+"""Semantic segmentation: folders of images, and of masks with the class of each pixel.
 
 images/NAME.jpg, masks/NAME.png                          also train/images, train/masks, or images/train, masks/train
-leftImg8bit/train/x_leftImg8bit.png, gtFine/train/...    Cityscapes', whose 19 classes that are measured are those learnt
-JPEGImages, SegmentationClass, ImageSets/Segmentation    Pascal VOC's
+leftImg8bit/train/x_leftImg8bit.png, gtFine/train/...    Cityscapes, with its 19 classes for evaluation
+JPEGImages, SegmentationClass, ImageSets/Segmentation    Pascal VOC
 
-A mask has numbers (grey, or the palette's, whatever its colours) or colours. What they stand for is said by a file of classes,
-or by the data set; else each number or colour is a class.
+A mask has numbers (grey values, or indices of a palette) or colours. A file of classes or the data set tells which class each
+stands for; otherwise each number or colour is a class.
 
-Facts, from pytorch/vision: 255 is left out of the loss and the measure (references/segmentation/train.py); the numbers of a
-palette are the classes (torchvision/datasets/voc.py); Cityscapes has 34 numbers, of which 19 are learnt
+Facts, from pytorch/vision: loss and measure ignore 255 (references/segmentation/train.py); indices of a palette are classes
+(torchvision/datasets/voc.py); Cityscapes has 34 numbers, of which 19 are classes for training
 (torchvision/datasets/cityscapes.py).
 """
 
@@ -38,7 +38,7 @@ from sparkme.data.sources.files import Files, Names, look_through
 from sparkme.errors import UserError, first_line
 from sparkme.text import printable, shown
 
-IGNORED = 255  # in what is handed out
+IGNORED = 255  # label of pixels without a class
 MOST_CLASSES, MOST_CLASSES_BYTES = 255, 2**20
 IGNORE_NAME = "ignore"
 CLASS_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "labels.txt")
@@ -68,12 +68,12 @@ VOC_CLASSES = (
 
 
 class Codes(NamedTuple):
-    """What the numbers or colours of masks stand for.
+    """The class of each number or colour in masks.
 
     Attributes:
-        classes: names.
+        classes: names of the classes.
         values: (K,) int64, sorted: numbers, or colours as 0xrrggbb.
-        labels: (K,) uint8, the class of each, or `IGNORED`.
+        labels: (K,) uint8, index of the class of each value, or `IGNORED`.
     """
 
     classes: list[str]
@@ -86,22 +86,22 @@ class Codes(NamedTuple):
         return cls([*classes], np.array(values, np.int64), np.array([label_of[v] for v in values], np.uint8))
 
     def find(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The labels of values, and which values are known."""
+        """The labels of values, and a bool for each: whether the value is known."""
         place = np.searchsorted(self.values, values).clip(0, len(self.values) - 1)
         return self.labels[place], self.values[place] == values
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """Images and the class of each of their pixels.
+    """Images with a class for each pixel.
 
     Attributes:
-        images, masks: N of each.
-        codes: what the masks' values stand for.
+        images, masks: N files each.
+        codes: classes of the values in masks.
         sizes: (N, 2) int64, height and width of an image and its mask.
-        turned: (N,) bool, which images are turned as their EXIF says, to fit their masks.
-        pixels: (N, classes) int64, how many pixels of each class an image has.
-        notes: what was left out or is read otherwise than it is written, a line each, to say once.
+        turned: (N,) bool, True for images that are turned by their EXIF orientation to fit their masks.
+        pixels: (N, classes) int64, number of pixels of each class in an image.
+        notes: lines about files that were left out or changed; a command prints each once.
     """
 
     images: Files
@@ -121,15 +121,15 @@ class Segmented:
 
     @property
     def pixel_counts(self) -> Tensor:
-        """(classes,) int64, of all images: what weights of rare classes are made from."""
+        """(classes,) int64, number of pixels of each class in all images, such as for weights of rare classes."""
         return self.pixels.sum(0)
 
     def presence(self) -> Tensor:
-        """(N, classes) bool: which classes an image has."""
+        """(N, classes) bool: True if an image has pixels of the class."""
         return self.pixels > 0
 
     def labels(self, number: int) -> Tensor:
-        """(H, W) uint8: the class of each pixel, or `IGNORED`, which is 255.
+        """(H, W) uint8: index of each pixel's class, or `IGNORED` (255).
 
         Raises:
             OSError: the mask cannot be read.
@@ -148,7 +148,7 @@ class Segmented:
         background: str = "white",
         pixels: Pixels = Pixels(),  # noqa: B008
     ) -> Decoded:
-        """An image, held as its mask is, see `load_image`.
+        """An image, turned to fit its mask; see `load_image` for the arguments.
 
         Raises:
             OSError: it cannot be read.
@@ -171,28 +171,28 @@ class Segmented:
         return names, self.classes, self.pixels.numpy().tobytes()
 
     def subset(self, numbers: Tensor) -> Segmented:
-        """Some of the images, in this order."""
+        """The images of these numbers, in their order."""
         images, masks = (files.subset(numbers.tolist()) for files in (self.images, self.masks))
         parts = self.sizes[numbers], self.turned[numbers], self.pixels[numbers]
         return Segmented(images, masks, self.codes, *parts, self.notes)
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """The numbers of images of which each class is on `count` or more, see `Annotated.draw`.
+        """Draws the numbers of at least `count` images of each class, see `Annotated.draw`.
 
         Raises:
-            UserError: a class is on fewer.
+            UserError: a class has fewer images.
         """
         if count < 1:
             raise UserError(f"--shots {count} must be at least 1")
         return draw_of_classes(self.presence(), self.classes, count, seed)
 
     def shots(self, count: int, seed: int) -> Segmented:
-        """As `draw`, the images themselves."""
+        """The images that `draw` chooses."""
         return self.subset(self.draw(count, seed))
 
 
 class SegmentedSplit(NamedTuple):
-    """Training and validation images, and where the split comes from."""
+    """Training and validation images, and a note on their split."""
 
     train: Segmented
     val: Segmented
@@ -200,17 +200,17 @@ class SegmentedSplit(NamedTuple):
 
     @property
     def remarks(self) -> list[str]:
-        """What is said once, at the start."""
+        """Lines to print at the start."""
         return [*dict.fromkeys([*self.train.notes, *self.val.notes])]
 
 
 class _Part(NamedTuple):
-    """Pairs of images and masks, before it is known what the masks' values stand for.
+    """Pairs of images and masks, before the values of masks are assigned to classes.
 
     Attributes:
-        ending: what the masks' names have more than the images'.
-        found: of each mask its values and how many pixels have them.
-        colours: whether these are colours.
+        ending: suffix of the masks' names, behind the images' names.
+        found: for each mask, its values and their numbers of pixels.
+        colours: whether the values are colours.
     """
 
     images: Files
@@ -232,20 +232,20 @@ def find_segmented(
     seed: int = 0,
     flag: str = "--data",
 ) -> SegmentedSplit:
-    """Finds images and their masks, and reads each mask once, to know what is in it.
+    """Finds images and their masks, and reads each mask once to count its values.
 
     Args:
-        data: a folder, see the module.
-        classes: a file with a line `name`, `name,NUMBER`, `name,#rrggbb` or `name,R,G,B` for each class; without a number it is
-            the line's, from 0. What is named `ignore` counts as no class. Found in the folder as classes.txt or class_dict.csv
-            if None.
-        ignore_index: the number in masks that counts as no class; 255 if None.
-        val_share: share of the validation images if they have no folders; drawn from every class, copies stay together.
-        seed: of that choice.
-        flag: what the data was given by, for messages.
+        data: a folder in a layout of the module's docstring.
+        classes: a file with a line `name`, `name,NUMBER`, `name,#rrggbb` or `name,R,G,B` for each class. Without a number, it
+            is that of the line, from 0. Pixels of the name `ignore` have no class. If None, the folder may have a classes.txt
+            or class_dict.csv.
+        ignore_index: number of pixels without a class in masks; 255 if None.
+        val_share: share of validation images if they have no folder. They are drawn from each class; copies stay together.
+        seed: of that draw.
+        flag: command line flag of `data`, for messages.
 
     Raises:
-        UserError: nothing of that kind is there, sizes differ, or a mask has a value of no class; says which.
+        UserError: there are no images with masks, sizes differ, or a mask has a value without a class; names the file.
     """
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is outside (0, 1)")
@@ -253,13 +253,13 @@ def find_segmented(
         raise UserError(f"--ignore-index {ignore_index} must be at least 0, and below 2^24")
     folder = Path(data)
     if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder} is not a folder, which has images and masks in it")
+        raise UserError(f"{flag} {folder} is not a folder; pass a folder of images and masks")
     file = None if classes is None else Path(classes)
     if file is None:
         file = next((folder / name for name in CLASS_FILES if os.path.isfile(folder / name)), None)
     parts = [_read_part(*pair) for pair in _parts_of(folder, flag)]
     if len({part.colours for part in parts}) > 1:
-        raise UserError(f"{flag} {folder} has masks of colours and masks of numbers; make them alike")
+        raise UserError(f"{flag} {folder} has masks of colours and masks of numbers; save all in one way")
     codes, notes = _codes(parts, file, ignore_index)
     found = [_segmented(part, codes, notes, file) for part in parts]
     if len(found) > 1:
@@ -274,7 +274,7 @@ def find_segmented(
 
 
 def _parts_of(data: Path, flag: str) -> list[tuple[Files, Files]]:
-    """The images and masks of train and val, or of all."""
+    """The images and masks of train and val, or of the whole data set."""
     voc = data / IMAGES, data / VOC_MASKS
     if all(map(os.path.isdir, voc)) and (train := read_set(data, "train", "Segmentation")) is not None:
         val = read_set(data, "val", "Segmentation")
@@ -304,14 +304,14 @@ def _parts_of(data: Path, flag: str) -> list[tuple[Files, Files]]:
 
 
 def _named(images: Path, masks: Path, names: list[str]) -> tuple[Files, Files]:
-    """The files of a list's names."""
+    """The images and masks that a list names."""
     found = []
     for folder in (images, masks):
         files, counted = look_through(folder), Counted()
         by_stem = {os.path.splitext(name)[0]: name for name in files.names}
         for name in names:
             if name not in by_stem:
-                counted.add(f"left out: names of a list in {SETS} that are not in {folder}", shown(name, 80))
+                counted.add(f"left out: names in {SETS} that are not in {folder}", shown(name, 80))
         kept = [by_stem[name] for name in names if name in by_stem]
         found.append(Files(folder, Names.pack(kept), str(folder), notes=counted.lines))
     return found[0], found[1]
@@ -340,10 +340,10 @@ def _read_part(images: Files, masks: Files) -> _Part:
         size = values.shape[0], values.shape[1]
         if size not in (raw, upright):
             which = f"{printable(path)} is {raw[1]} x {raw[0]}, and its mask {printable(mask_path)} {size[1]} x {size[0]}"
-            raise UserError(f"{which}; make them alike, or remove one")
+            raise UserError(f"{which}; give them one size, or remove them")
         kinds.setdefault(values.dtype == np.int32, printable(mask_path))
         if len(kinds) > 1:
-            raise UserError(f"{kinds[True]} has colours, and {kinds[False]} has numbers; make them alike")
+            raise UserError(f"{kinds[True]} has colours, and {kinds[False]} has numbers; save all masks in one way")
         kept.append((image, mask))
         sizes.append(size)
         turned.append(size != raw)
@@ -359,13 +359,13 @@ def _read_part(images: Files, masks: Files) -> _Part:
 
 
 def _pairs(images: Files, masks: Files) -> tuple[list[tuple[str, str]], str, Counted]:
-    """Images and masks of the same name, and what the masks' names have more at their end: the ending that fits most."""
+    """Pairs of images and masks of the same name, and the suffix of the masks' names that gives the most pairs."""
     counted = Counted()
     by_key: dict[str, str] = {}
     for name in images.names:
         key = os.path.splitext(name)[0].removesuffix(_IMAGE_ENDING)
         if (other := by_key.setdefault(key, name)) != name:
-            raise UserError(f"{images.root} has {printable(other)} and {printable(name)}, which have one mask; rename one")
+            raise UserError(f"{images.root} has {printable(other)} and {printable(name)}, which would share a mask; rename one")
     best: dict[str, str] = {}
     ending = ""
     for tried in _MASK_ENDINGS:
@@ -381,10 +381,10 @@ def _pairs(images: Files, masks: Files) -> tuple[list[tuple[str, str]], str, Cou
 
 
 def mask_values(path: Path) -> np.ndarray:
-    """(H, W): numbers, uint8 or uint16, of which a palette has nothing to say; or colours as 0xrrggbb, int32.
+    """(H, W): numbers, uint8 or uint16, which are indices if there is a palette; or colours as 0xrrggbb, int32.
 
     Raises:
-        OSError: it cannot be read, or is no mask.
+        OSError: the file cannot be read, or is not a mask.
     """
     try:
         with path.open("rb") as file, Image.open(file) as opened:
@@ -400,15 +400,15 @@ def mask_values(path: Path) -> np.ndarray:
                     raise OSError(f"has numbers from {numbers.min()} to {numbers.max()}, and must have those from 0 to 65535")
                 return numbers.astype(np.uint8 if int(numbers.max()) < 256 else np.uint16)
             if opened.mode not in ("RGB", "RGBA"):
-                raise OSError(f"of mode {opened.mode}, and must have numbers or colours; save masks as PNG")
+                raise OSError(f"has mode {opened.mode}, and must have numbers or colours; save masks as PNG")
             colours = np.asarray(opened.convert("RGB")).astype(np.int32)
             return (colours[:, :, 0] << 16) | (colours[:, :, 1] << 8) | colours[:, :, 2]
-    except Exception as error:  # decoders fail in all ways there are
+    except Exception as error:  # decoders raise errors of many types
         raise OSError(f"{printable(path)}: {first_line(error)}") from error
 
 
 def _counts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a mask, and how many pixels have them."""
+    """The values of a mask, and the number of pixels of each."""
     if values.dtype == np.uint8:
         counts = np.bincount(values.ravel(), minlength=256)
         return np.flatnonzero(counts), counts[counts > 0]
@@ -417,7 +417,7 @@ def _counts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _codes(parts: Sequence[_Part], file: Path | None, ignore_index: int | None) -> tuple[Codes, list[str]]:
-    """What the values stand for, and what to say of that."""
+    """The classes of the values, and notes for the user."""
     colours, ignored = parts[0].colours, 255 if ignore_index is None else ignore_index
     if file is not None:
         classes, label_of, notes = read_classes(file, colours)
@@ -452,14 +452,14 @@ def _codes(parts: Sequence[_Part], file: Path | None, ignore_index: int | None) 
 
 
 def read_classes(file: Path, colours: bool) -> tuple[list[str], dict[int, int], list[str]]:
-    """The names of a file of classes, which label each number or colour has, and what to say of the file.
+    """The class names of a file, the label of each number or colour, and notes for the user.
 
     Args:
         file: see `find_segmented`.
         colours: whether the masks have colours.
 
     Raises:
-        UserError: a line is wrong; says which.
+        UserError: a line is wrong; names the line.
     """
     counted = Counted()
     classes: list[str] = []
@@ -492,7 +492,7 @@ def _is_value(cell: str) -> bool:
 
 
 def _value_of(cells: list[str], count: int, what: str) -> int:
-    """The number or the colour of a line's class."""
+    """The number or colour in a line; `count` if it has none."""
     name, *rest = cells
     if not name:
         raise UserError(f"{what} has no name")
@@ -514,7 +514,7 @@ def _segmented(part: _Part, codes: Codes, notes: Iterable[str], file: Path | Non
     """Counts the pixels of each class.
 
     Raises:
-        UserError: a mask has a value of no class.
+        UserError: a mask has a value without a class.
     """
     pixels = np.zeros((len(part.images), len(codes.classes)), np.int64)
     for number, (values, counts) in enumerate(part.found):
@@ -526,7 +526,7 @@ def _segmented(part: _Part, codes: Codes, notes: Iterable[str], file: Path | Non
             if part.colours and file:
                 remedy = f"add a line to {file}, such as {IGNORE_NAME},#{odd:06x}"
             where = f"{part.masks.name(number)} has {value} on {int(counts[~known][0])} pixels"
-            raise UserError(f"{where}, which is of no class; {remedy}")
+            raise UserError(f"{where}, which has no class; {remedy}")
         learnt = labels != IGNORED
         np.add.at(pixels[number], labels[learnt], counts[learnt])
     lines = [*notes, *part.images.remarks, *part.masks.remarks, *part.counted.lines]

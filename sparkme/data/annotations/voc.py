@@ -1,13 +1,13 @@
 """Pascal VOC's XML: Annotations/NAME.xml and JPEGImages/NAME.jpg, and the lists of ImageSets/Main.
 
-Facts, and where they are from:
-- Boxes are whole pixels from 1, the last one inside. As edges they are xmin - 1, ymin - 1, xmax, ymax:
+Facts and their sources:
+- A box has its first and last pixels, counted from 1. So its edges are xmin - 1, ymin - 1, xmax, ymax:
   facebookresearch/detectron2, detectron2/data/datasets/pascal_voc.py.
-- Objects that are `difficult` are neither missed nor wrongly found: the devkit's VOCevaldet.m, and after it
-  facebookresearch/detectron2, detectron2/evaluation/pascal_voc_evaluation.py. So they are `crowd` here: not learnt from, and
-  what is found there is not counted.
+- A `difficult` object counts neither as missed nor as wrongly found: the devkit's VOCevaldet.m, and
+  facebookresearch/detectron2, detectron2/evaluation/pascal_voc_evaluation.py. Here it is `crowd`: training ignores it, and
+  detections in it are not counted.
 - The image of NAME.xml is NAME.jpg, and a list has a name in each line: pytorch/vision, torchvision/datasets/voc.py.
-- Images are read as they are stored; where the recorded size is the turned image's, they are turned.
+- Images are read as they are stored. An image is turned if its recorded size is the turned one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ANNOTATIONS, IMAGES, SETS = "Annotations", "JPEGImages", "ImageSets"
 
 
 class _Reader:
-    """What the files of a folder say, class by class as they come."""
+    """The content of the files read so far. Classes are numbered as they occur."""
 
     def __init__(self, folder: Path, known: list[str] | None) -> None:
         self.folder, self.counted, self.rows = folder, Counted(), Rows()
@@ -52,25 +52,25 @@ class _Reader:
         self.is_open = known is None
         self.names: list[str] = []
         self.sizes: list[tuple[int, int]] = []
-        self.places: list[tuple[int, int]] = []  # of each row its file and the number of its object
+        self.places: list[tuple[int, int]] = []  # file and object number of each row
         self.files: list[str] = []
 
     def where(self, row: int) -> str:
-        """An object, for people."""
+        """The place of an object, for messages."""
         number, index = self.places[row]
         return f"{self.files[number]}: object {index}"
 
 
 def read_voc(folder: Path, names: list[str] | None = None, *, like: Annotated | None = None) -> Annotated:
-    """Reads a folder as VOC's devkit has it.
+    """Reads a folder in the layout of VOC's devkit.
 
     Args:
-        folder: with Annotations and JPEGImages.
-        names: of the annotations to read, without .xml, see `read_set`; all if None.
-        like: data with the classes that this one may have.
+        folder: has Annotations and JPEGImages.
+        names: names of the annotations without .xml, see `read_set`; all if None.
+        like: data, such as the training set, whose classes are used; objects of other classes are left out.
 
     Raises:
-        UserError: a file is missing or wrong; says which, and what to change.
+        UserError: a file is missing or wrong; names the file and what to change.
     """
     with memory_named(folder):
         reader = _Reader(folder, None if like is None else like.classes)
@@ -82,7 +82,7 @@ def read_voc(folder: Path, names: list[str] | None = None, *, like: Annotated | 
         for name in tqdm(names, "reading annotations", delay=2, disable=not sys.stderr.isatty()):
             if not os.path.isfile(annotations / f"{name}.xml"):
                 short = shown(name, 80)
-                raise UserError(f"{annotations} has no {short}.xml, which a list in {SETS} names; add it, or take the name out")
+                raise UserError(f"{annotations} has no {short}.xml, which a list in {SETS} names; add it, or remove the name")
             _read_xml(reader, annotations / f"{name}.xml", name, images, by_stem)
         if not reader.names:
             why = "".join(f"; {line}" for line in reader.counted.lines)
@@ -99,7 +99,7 @@ def read_set(folder: Path, split: str, kind: str = "Main") -> list[str] | None:
     """The names in ImageSets/Main/train.txt, or None if there is no such file.
 
     Raises:
-        UserError: it is no such list.
+        UserError: the file is not a list of names, or has a name twice.
     """
     path = folder / SETS / kind / f"{split}.txt"
     if not os.path.exists(path):
@@ -127,7 +127,7 @@ def _read_xml(reader: _Reader, path: Path, name: str, images: set[str], by_stem:
     if root.tag != "annotation":
         raise UserError(f"{path} is <{shown(root.tag, 40)}>, and must be <annotation>, as Pascal VOC's")
     said = os.path.basename((root.findtext("filename") or "").strip().replace("\\", "/"))
-    image = by_stem.get(name) or (said if said in images else None)  # tools write filename carelessly
+    image = by_stem.get(name) or (said if said in images else None)  # many tools write a wrong filename
     if image is None:
         reader.counted.add(f"left out: annotations whose image is not in {reader.folder / IMAGES}", f"{path.name}")
         return
@@ -154,7 +154,7 @@ def _parse(path: Path, counted: Counted) -> ET.Element:
     """The content of a file.
 
     Raises:
-        UserError: it is no XML.
+        UserError: the file is not XML.
     """
     content = read_bytes(path, MOST_XML_BYTES)
     if b"<!ENTITY" in content:
@@ -163,14 +163,14 @@ def _parse(path: Path, counted: Counted) -> ET.Element:
         return ET.fromstring(content)
     except (ET.ParseError, LookupError, ValueError) as error:
         reason = first_line(error)
-    try:  # as text that says nothing of its encoding, or another one
+    try:  # the declared encoding may be missing or wrong
         return ET.fromstring(read_text(path, MOST_XML_BYTES, counted))
     except (ET.ParseError, LookupError, ValueError):
         raise UserError(f"{path} cannot be read as XML: {reason}") from None
 
 
 def _size(path: Path, root: ET.Element, image: Path) -> tuple[int, int]:
-    """Height and width as they are recorded, or of the image file where nothing is, or 0, as some tools write."""
+    """The recorded height and width; those of the image file if they are missing, or 0, as some tools write."""
     said = [root.findtext(f"size/{side}") for side in ("height", "width")]
     height, width = (_number(text, f"{path}: size") if (text or "").strip() else 0.0 for text in said)
     if height == width == 0:
@@ -196,7 +196,7 @@ def _number(text: str | None, what: str) -> float:
 
 
 def _label(reader: _Reader, what: str, entry: ET.Element) -> int:
-    """The number of an object's class, a new one where the classes are not known; or -1."""
+    """The number of an object's class. An unknown class gets a new number, or -1 if the classes are given."""
     name = (entry.findtext("name") or "").strip()
     if not name:
         raise UserError(f"{what} has no name; add its class")
@@ -207,13 +207,13 @@ def _label(reader: _Reader, what: str, entry: ET.Element) -> int:
             )
             return -1
         if len(reader.numbers) == MOST_CLASSES:
-            raise UserError(f"{what} has another class after {MOST_CLASSES}, which are the most")
+            raise UserError(f"{what}: there are more than {MOST_CLASSES} classes, the most that are allowed")
         reader.numbers[name] = len(reader.numbers)
     return reader.numbers[name]
 
 
 def _sorted_classes(reader: _Reader) -> list[str]:
-    """Names by the alphabet, and the labels made to fit."""
+    """Sorts the classes by name, and renumbers the labels. Returns the names."""
     classes = sorted(reader.numbers)
     if classes:
         place = {name: i for i, name in enumerate(classes)}

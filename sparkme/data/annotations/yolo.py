@@ -1,15 +1,14 @@
-"""YOLO's text files: data.yaml, and a line for each box or polygon in a file of labels beside each image.
+"""YOLO's text files: a data.yaml, and a label file for each image with a line for each box or polygon.
 
 Facts, all from ultralytics/ultralytics:
 - data.yaml has `path`, `train`, `val` (or `validation`), and `names` (a list, or numbers and names) or `nc`:
   ultralytics/data/utils.py, `check_det_dataset`. A split is a folder, a list of folders, or a text file of images, whose names
   may begin with ./ for the folder of that file: ultralytics/data/base.py, `get_img_files`.
-- The labels of an image are where its path has labels for the last images, and .txt for its suffix; without that file it has no
-  objects: ultralytics/data/utils.py, `img2label_paths` and `verify_image_label`.
-- A line is `class x y width height`, the centre and the size as shares of the image's, or `class x y x y x y ...`, a polygon,
-  whose box is the smallest around it. Shares may exceed the image by 1 %. A line that is there twice counts once. Images are
-  turned as their EXIF says: `verify_image_label` and `exif_size`. What is read otherwise than there: a box among polygons stays
-  a box.
+- The path of a label file is that of its image, with the last images/ replaced by labels/ and the suffix by .txt. Without that
+  file, the image has no objects: ultralytics/data/utils.py, `img2label_paths` and `verify_image_label`.
+- A line is `class x y width height`, centre and size as shares of the image's size; or `class x y x y x y ...`, a polygon,
+  whose box is the smallest around it. Shares may exceed the image by 1 %. Of equal lines, one counts. Images are turned by
+  their EXIF orientation: `verify_image_label` and `exif_size`. One difference: a box among polygons stays a box.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ from sparkme.errors import UserError
 from sparkme.text import shown
 
 MOST_YAML_BYTES, MOST_LABEL_BYTES, MOST_LIST_BYTES = 2**19, 2**25, 2**31
-TOLERANCE = 0.01  # how far outside of 0 to 1 a share may be
+TOLERANCE = 0.01  # a share may lie so far outside 0 to 1
 
 
 @dataclass(frozen=True)
 class DataYaml:
-    """What a data.yaml says.
+    """The content of a data.yaml.
 
     Attributes:
         path: of the file.
-        root: the folder that its splits are below.
-        train, val: the folders, or the text files of images; none where the file does not say.
-        classes: the names.
-        notes: what is read otherwise than it is written.
+        root: folder of the splits.
+        train, val: folders or text files of images; empty if the file does not name any.
+        classes: names of the classes.
+        notes: lines about names that were changed.
     """
 
     path: Path
@@ -70,23 +69,23 @@ def read_data_yaml(path: Path, root: Path | None = None) -> DataYaml:
 
     Args:
         path: the file.
-        root: the folder that its splits are below, whatever it says itself.
+        root: folder of the splits, instead of the one that the file names.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file is not a data.yaml, or an entry is wrong.
     """
     text = read_text(path, MOST_YAML_BYTES, Counted())
     try:
-        # All values as texts: a class may be named no, and that is false in YAML.
+        # All values are read as texts, since a class may be named `no`, which is false in YAML.
         said = yaml.load(text, Loader=yaml.BaseLoader)
     except RecursionError:
-        raise UserError(f"{path} cannot be read as YAML: it is nested too deeply, or in itself") from None
+        raise UserError(f"{path} cannot be read as YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(said, dict):
         raise UserError(f"{path} has no lines such as `train: images/train` and `names: [cat, dog]`")
     if "kpt_shape" in said:
-        raise UserError(f"{path} is of key points, which are not read; make labels of boxes or polygons")
+        raise UserError(f"{path} has key points, which are not supported; use labels of boxes or polygons")
     counted = Counted()
     classes = _names(path, said, counted)
     folder = root or _root(path, said)
@@ -121,7 +120,7 @@ def _names(path: Path, said: dict[Any, Any], counted: Counted) -> list[str]:
 
 
 def _root(path: Path, said: dict[Any, Any]) -> Path:
-    """The folder that a file names, if it is there: below the file's own, or below the one that the command runs in."""
+    """The folder that a file names, relative to the file or to the working directory; that of the file if it does not exist."""
     named = said.get("path")
     if named in (None, ""):
         return path.parent
@@ -139,11 +138,11 @@ def _places(path: Path, root: Path, key: str, said: Any) -> list[Path]:
             raise UserError(
                 f"{path}: {key} is {shown(said, 80)}, and must be a folder, a list of folders, or a .txt file of images"
             )
-        # ../ is there in files that were exported, and means the folder of the file.
+        # Exported files begin with ../ where they mean the folder of the file.
         tries = [root / name, *([root / name[3:]] if name.startswith("../") else []), path.parent / name]
         place = next((place for place in tries if os.path.exists(place)), None)
         if place is None:
-            raise UserError(f"{path}: {key} is {shown(name, 80)}, and there is no {tries[0]}; correct it, or path")
+            raise UserError(f"{path}: {key} is {shown(name, 80)}, but {tries[0]} does not exist; correct {key} or path")
         found.append(place)
     return found
 
@@ -152,11 +151,11 @@ def read_yolo(data: DataYaml, places: list[Path]) -> Annotated:
     """Reads the images of a split, and their labels.
 
     Args:
-        data: what the data.yaml says.
-        places: folders, or text files of images: `data.train` or `data.val`.
+        data: content of the data.yaml.
+        places: folders or text files of images: `data.train` or `data.val`.
 
     Raises:
-        UserError: there are no images, or a line of a label file is wrong; says which.
+        UserError: there are no images, or a line of a label file is wrong; names the line.
     """
     counted, rows, lines = Counted(), Rows(), list[tuple[int, int]]()
     with memory_named(data.path):
@@ -171,7 +170,7 @@ def read_yolo(data: DataYaml, places: list[Path]) -> Annotated:
                 counted.add("left out: images that cannot be read", str(error))
                 continue
             if not 0 < height * width <= most_pixels():
-                counted.add("left out: images of more pixels than --max-pixels", shown(name, 120))
+                counted.add("left out: images with more pixels than --max-pixels", shown(name, 120))
                 continue
             label = _label_file(name)
             labels.append(label)
@@ -194,7 +193,7 @@ def read_yolo(data: DataYaml, places: list[Path]) -> Annotated:
 
 
 def _images(data: DataYaml, places: list[Path], counted: Counted) -> tuple[list[str], list[str]]:
-    """The images of folders and lists, each once, sorted; and what to say of the folders."""
+    """The images of folders and lists, sorted and without repetition; and remarks on the folders."""
     found: dict[str, None] = {}
     remarks: list[str] = []
     for place in places:
@@ -215,17 +214,17 @@ def _listed_images(data: DataYaml, place: Path, counted: Counted) -> Iterator[st
         if not (name := line.strip()):
             continue
         if not is_image(name):
-            counted.add(f"left out: lines of {place.name} that name no image", shown(name, 120))
+            counted.add(f"left out: lines of {place.name} that do not name an image", shown(name, 120))
             continue
         tries = [place.parent / name] if name.startswith("./") else [data.root / name, place.parent / name]
         if "\0" in name or (path := next((path for path in tries if os.path.isfile(path)), None)) is None:
-            counted.add(f"left out: images that {place.name} names and that are not there", shown(name, 120))
+            counted.add(f"left out: images of {place.name} that do not exist", shown(name, 120))
             continue
         yield os.path.normpath(path)
 
 
 def _label_file(image: str) -> str:
-    """images/ becomes labels/ at its last place in the absolute path."""
+    """The path of an image's label file: the last images/ of its absolute path becomes labels/."""
     before, found, after = os.path.abspath(image).rpartition(f"{os.sep}images{os.sep}")
     stem = os.path.splitext(after)[0] + ".txt"
     return f"{before}{os.sep}labels{os.sep}{stem}" if found else stem
@@ -250,7 +249,7 @@ def _read_labels(
             continue
         what = f"{label}: line {line}"
         if (key := tuple(cells)) in seen:
-            counted.add("left out: lines of labels that are there twice", what)
+            counted.add("left out: repeated lines of labels", what)
             continue
         seen.add(key)
         category, values = _numbers(cells, what)
@@ -272,7 +271,7 @@ def _numbers(cells: list[str], what: str) -> tuple[int, list[float]]:
     """The class and the shares of a line.
 
     Raises:
-        UserError: it is no line of a box or a polygon.
+        UserError: the line is neither a box nor a polygon.
     """
     if len(cells) != 5 and (len(cells) < 7 or len(cells) % 2 == 0):
         kind = "`class x y width height`, or `class x y x y x y ...` of three points or more"
@@ -281,9 +280,9 @@ def _numbers(cells: list[str], what: str) -> tuple[int, list[float]]:
         numbers = [float(cell) for cell in cells]
     except ValueError:
         odd = next(cell for cell in cells if not _is_number(cell))
-        raise UserError(f"{what} has {shown(odd, 40)!r}, which is no number") from None
+        raise UserError(f"{what} has {shown(odd, 40)!r}, which is not a number") from None
     if not numbers[0].is_integer() or not 0 <= numbers[0] < 2**31:
-        raise UserError(f"{what} begins with {shown(cells[0], 40)}, which is no number of a class")
+        raise UserError(f"{what} begins with {shown(cells[0], 40)}, which is not the number of a class")
     for cell, value in zip(cells[1:], numbers[1:], strict=True):
         if not -TOLERANCE <= value <= 1 + TOLERANCE and abs(value) != float("inf") and value == value:
             raise UserError(
