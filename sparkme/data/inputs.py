@@ -70,6 +70,9 @@ def find_inputs(
     source = sources[0] if len(sources) == 1 else Several(sources)
     paths = [_paths(each) for each in sources]
     names = _names(sources, paths)
+    written = tuple(os.path.abspath(output / folder) + os.sep for folder in ("masks", "pictures"))
+    if (inside := next((path for each in paths for path in each if path.startswith(written)), None)) is not None:
+        raise UserError(f"{FLAG}: {shown(inside, 200)} is one of the earlier predictions in --output; choose another --output")
     if annotations is None:
         return Inputs(source, [*map(printable, names)], stems_of(names), range(1, len(names) + 1))
     return _annotated(source, names, [path for each in paths for path in each], annotations)

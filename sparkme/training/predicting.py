@@ -389,7 +389,7 @@ def _run(
                     for entry in task.entries(number, result):
                         table.write(entry)
                     if count < asked.pictures:
-                        task.draw(number, result)
+                        draw(task, number, result)
                     count += 1
             bar.update(len(batch.numbers) + len(batch.unreadable))
             if stop.signal:
@@ -404,6 +404,13 @@ def _run(
         return 0
     print(f"stopped by {signal.Signals(stop.signal).name} before the last image", file=sys.stderr, flush=True)
     return 128 + stop.signal
+
+
+def draw(task: Task[Any], number: int, result: Any) -> None:
+    try:
+        task.draw(number, result)
+    except OSError as error:  # part of a file may be readable at a fraction of its size only
+        show(f"no picture: {error}", sys.stderr)
 
 
 def last_words(folder: Path, task: Task[Any], count: int, total: int, num_unreadable: int, pictures: int) -> str:

@@ -39,6 +39,8 @@ def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path],
     Returns:
         The file or the hub folder; None if the weights did not pass the check, whose result is printed.
     """
+    if (args.checkpoint / "best.safetensors").is_file():
+        raise UserError(f"{args.checkpoint} is a run of sparkme.finetune; pass --to onnx, or a checkpoint of sparkme.pretrain")
     checkpoint = load_checkpoint(args.checkpoint, mmap=True)
     settings = settings_in(checkpoint, args.checkpoint)
     model = settings.model

@@ -60,7 +60,7 @@ def make_scenes(folder: Path, part: str, count: int, seed: int) -> Path:
         picture.save(folder / "pixels" / part / "images" / f"{number}.png")
         Image.fromarray(labels).save(folder / "pixels" / part / "masks" / f"{number}.png")
         exif = Image.Exif()
-        exif[0x0112] = 6 if number == 1 else 1  # which COCO's boxes do not look at
+        exif[0x0112] = {1: 6, 4: 3}.get(number, 1)  # which COCO's boxes do not look at
         picture.save(folder / part / name, exif=exif)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
     categories = [{"id": id_, "name": name} for id_, name in CATEGORIES.items()]
@@ -321,6 +321,7 @@ def test_only_earlier_predictions_are_replaced(
     predict(segmenter, images, output=out, **HERE)
     (out / "mine.txt").write_text("mine")
     assert "pass --overwrite" in fails(capsys, classifier, images, "--output", out)
+    assert "one of the earlier predictions" in fails(capsys, classifier, out / "pictures", "--output", out, "--overwrite")
     predict(classifier, images, output=out, overwrite=True, pictures=0, **HERE)
     assert {path.name for path in out.iterdir()} == {"mine.txt", "predict.json", "predictions.csv"}
     other = make_images(tmp_path / "other")
@@ -411,6 +412,7 @@ def test_what_cannot_be_an_onnx_file_is_refused(classifier: Path, tmp_path: Path
     (tmp_path / "last.pt").touch()
     assert "fine-tune a pretraining checkpoint first" in refused(tmp_path / "last.pt", "--to", "onnx")
     assert "fine-tune a pretraining checkpoint first" in refused(tmp_path, "--to", "onnx")
+    assert "is a run of sparkme.finetune; pass --to onnx" in refused(classifier)
     assert "the suffix must be .onnx" in refused(classifier, "--to", "onnx", "--output", tmp_path / "a.pth")
     assert "--no-verify is not for --to onnx" in refused(classifier, "--to", "onnx", "--no-verify")
     assert "--images: " in refused(classifier, "--to", "onnx", "--images", write_broken(tmp_path / "broken.png"))
