@@ -105,6 +105,13 @@ def test_first_images_that_are_all_the_same_or_plain_are_told_once(dtype: torch.
     assert list(looked.of_batch(Batch(None, ("broken",)))) == []
 
 
+def test_a_detectors_batches_are_of_different_sizes_and_have_no_input_size() -> None:
+    looked = Health(training())
+    looked.training.settings = SimpleNamespace(batch_size=4)
+    for side in (8, 12, 8, 10):
+        assert not [*looked.of_batch(Batch(torch.rand(8, 3, side, 8), ()))]
+
+
 def test_images_smaller_than_the_crops_are_told_once_with_the_flag() -> None:
     (text,) = batches(photographs(), enlarged=12)
     assert text.startswith("75 % of the crops are enlarged") and "--input-size 64 64; a smaller size is faster" in text
