@@ -47,7 +47,7 @@ class Ultralytics(Format):
         content = {"model": detector, "train_args": {}}
         with tempfile.TemporaryDirectory() as folder:
             loaded = _saved_and_loaded(content, Path(folder) / "detector.pt")
-        notes = [f"the layers from {num_layers} to {len(detector.model) - 1} of the detector are random: its neck and its head"]
+        notes = [f"the other layers of the detector, from {num_layers} on, are random"]
         statistics = statistics_of(settings)
         if any(statistics.mean) or {*statistics.std} != {1.0}:
             notes.append(
