@@ -10,7 +10,7 @@ from sparkme.weights.format import STATE_DICTS
 from sparkme.weights.formats import FORMATS
 
 # Suffixes of the formats whose files are no state dicts.
-SPECIAL = {name: form.suffixes[0] for name, form in FORMATS.items() if not {*STATE_DICTS}.intersection(form.suffixes)}
+SPECIAL = {name: form.suffixes[0] for name, form in FORMATS.items() if STATE_DICTS[0] not in form.suffixes}
 
 
 @dataclass(frozen=True, kw_only=True)
