@@ -10,8 +10,8 @@ The steps, with this project's own commands:
    in no other scene. With `--data`, a COCO set takes their place: its validation images are the test images, and a share of its
    training images is held out to choose rates.
 2. `sparkme.pretrain` trains the network on the unlabelled images.
-3. `sparkme.finetune --task` trains it on N labelled images, for each N, from pretrained and from random weights (the two sides),
-   at every rate of a list. Each side keeps its best rate on the validation images.
+3. `sparkme.finetune --task` trains it on N labelled images, for each N, from pretrained and from random weights (the two
+   sides), at every rate of a list. Each side keeps its best rate on the validation images.
 4. With that rate, `--seeds` runs with other labelled images and other random numbers are measured on the test images, after the
    last epoch. Both sides get the same images, steps and augmentation.
 
@@ -53,7 +53,7 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, metavar="COCO", help="annotated images (default: scenes with emoji, by `npm pack`)")
     group.add_argument("--unlabelled", type=Path, metavar="DIR", help="images to pretrain on; with --data")
-    group.add_argument("--scenes", type=int, nargs=4, default=[400, 60, 200, 2000], help="number of scenes (default: %(default)s)",
+    group.add_argument("--scenes", type=int, nargs=4, default=[400, 60, 200, 2000], help="scenes (default: %(default)s)",
                        metavar=("TRAIN", "VAL", "TEST", "UNLABELLED"))  # fmt: skip
     group.add_argument("--emoji", type=Path, metavar="DIR", help="folder of the emoji (default: WORK/emoji)")
     group = parser.add_argument_group("what is compared")
