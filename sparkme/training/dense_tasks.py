@@ -15,7 +15,7 @@ from sparkme.data.dataset import normalise
 from sparkme.files import replaced_when_whole
 from sparkme.networks.pyramid import Pyramid
 from sparkme.reporting.predictions import choose, contact_sheet
-from sparkme.training.finetuning import Finetuning, averaging_batch_norms
+from sparkme.training.finetuning import Finetuning, averaging_batch_norms, norm_of
 from sparkme.training.optimizer import pyramid_layers
 from sparkme.training.target import Measure
 
@@ -48,7 +48,7 @@ class DenseTask(Finetuning):
         return Decoding(self.settings.channels, self.settings.background, self.pixels)
 
     def prepare_weights(self) -> None:
-        if self.settings.batch_norm == "frozen":
+        if self.settings.batch_norm == "frozen" and norm_of(self.pyramid.network) == "bn":
             with averaging_batch_norms(self.pyramid.network):
                 self._run_whole_images()
 
