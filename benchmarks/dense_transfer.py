@@ -180,7 +180,7 @@ class Parts:
         for name, part in (("train", train), ("val", val)):
             content = part.to_coco(masks=True)
             for entry, number in zip(content["images"], range(len(part)), strict=True):
-                entry["file_name"] = str(_file(part, number).resolve())
+                entry["file_name"] = str(_file(part, number).resolve().relative_to("/"))
             (folder / f"{name}.json").write_text(json.dumps(content))
         return ["--train", folder / "train.json", "--val", folder / "val.json", "--root", "/"]
 
