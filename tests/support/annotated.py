@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
+from commands import asked_to_finetune
 from PIL import Image
+from small_resnet import resnet
+
+from sparkme.training.distributed import start_process
+from sparkme.training.tasks import TASKS
 
 CLASSES = ("red", "blue")
 SIDES = (18, 26)  # of the squares, by their class
@@ -120,3 +127,25 @@ def make_masks(
 def save_mask(path: Path, values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
+
+
+def save_weights(path: Path, channels: int = 3) -> Path:
+    """Random weights of the small ResNet, as sparkme.export writes them."""
+    torch.manual_seed(1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mean, std = [0.4, 0.45, 0.5, 0.55][:channels], [0.25, 0.2, 0.3, 0.35][:channels]
+    notes = {"network": "small_resnet:resnet", "channels": str(channels), "mean": json.dumps(mean), "std": json.dumps(std)}
+    safetensors.torch.save_file(resnet(in_channels=channels).state_dict(), path, notes)
+    return path
+
+
+def create(*words: object) -> Any:
+    """The training that a command line of sparkme.finetune begins."""
+    asked = asked_to_finetune(*words)
+    return TASKS[asked.task](asked, start_process("cpu"))
+
+
+def run_steps(training: Any, last: int) -> list[float]:
+    """Trains until this step; returns the losses."""
+    training.start_training()
+    return [float(training.train_step(batch)) for batch in training.batches(range(training.step, last))]
