@@ -78,7 +78,7 @@ def config_of_finetuning(*flags: str) -> dict[str, Any]:
         input_size=given.input_size or (224,),
         several_labels=bool(given.label_separator),
     )
-    return to_config(finetune.resolve(given, finetune.choose_recipe(given, "bn"), CPU))
+    return to_config(finetune.resolve(given, given.choose_recipe("bn"), CPU))
 
 
 def metrics(seed: int = 0, *, until: int = STEPS * EPOCHS) -> list[dict[str, Any]]:
