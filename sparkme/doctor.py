@@ -228,6 +228,7 @@ def check_installed() -> Iterator[Finding]:
     yield check_package("scikit-image", "for the demo's photographs: pip install scikit-image", fatal=False)
     yield check_package("pyarrow", "for --data of Parquet files: pip install pyarrow", fatal=False)
     yield check_package("pycocotools", "for masks and detection: pip install 'sparkme[detection]'", fatal=False)
+    yield check_package("onnxruntime", "for ONNX files: pip install 'sparkme[onnx]'", fatal=False)
     yield check_package("tifffile", "for TIFF files of many bands: pip install 'sparkme[tiff]'", fatal=False)
 
 

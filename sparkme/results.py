@@ -1,7 +1,8 @@
-"""The return values of `pretrain` and `finetune` in Python: a run's folder, curves and network."""
+"""The return values of `pretrain`, `finetune` and `predict` in Python: a run's folder, curves and network, and predictions."""
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,3 +90,31 @@ class FinetunedRun(TrainingRun):
         from sparkme.weights.finetuned import read_finetuned  # noqa: PLC0415  (torch)
 
         return read_finetuned(self.folder).network
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict` wrote.
+
+    Attributes:
+        folder: the folder.
+        finished: False if it was stopped before the last image.
+    """
+
+    folder: Path
+    finished: bool
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """predict.json: `task`, `classes`, `num_images`, `unreadable` and the settings."""
+        about: dict[str, Any] = json.loads((self.folder / "predict.json").read_text())
+        return about
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The objects of predictions.json, or the lines of predictions.csv as text by column."""
+        if (objects := self.folder / "predictions.json").is_file():
+            found: list[dict[str, Any]] = json.loads(objects.read_text())
+            return found
+        with (self.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+            return [*csv.DictReader(file)]

@@ -118,7 +118,7 @@ def create_detector(
 
 @torch.no_grad()
 def detect(detector: nn.Module, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Found]:
-    """The objects in each image.
+    """The objects in each image. What is found does not depend on which other images are given.
 
     Args:
         detector: of `create_detector`, in eval mode.
@@ -127,13 +127,27 @@ def detect(detector: nn.Module, images: Sequence[Tensor], sizes: Sequence[tuple[
     """
     if detector.training:
         raise ValueError("the detector is in training mode; call its eval()")
-    found = []
-    for image, size, output in zip(images, sizes, detector([*images])):
-        objects = output["labels"] > 0  # RetinaNet and FCOS have a score for the background too
-        boxes = resize_boxes(output["boxes"][objects].float(), image.shape[-2:], size)
-        masks = output["masks"][objects, 0].float() if "masks" in output else None
-        found.append(Found(boxes, output["scores"][objects].float(), output["labels"][objects] - 1, masks, size))
-    return found
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, image in enumerate(images):
+        alike.setdefault((image.shape[-2], image.shape[-1]), []).append(number)
+    found: dict[int, Found] = {}
+    for numbers in alike.values():  # padding of images to one size would change what is found near their edges
+        for number, output in zip(numbers, detector([images[i] for i in numbers])):
+            found[number] = _found(output, images[number].shape[-2:], sizes[number])
+    return [found[number] for number in range(len(images))]
+
+
+def _found(output: dict[str, Tensor], seen: Sequence[int], size: tuple[int, int]) -> Found:
+    """What a detector found in an image of (height, width) `seen`, in pixels of its original size."""
+    objects = output["labels"] > 0  # RetinaNet and FCOS have a score for the background too
+    boxes = resize_boxes(output["boxes"][objects].float(), seen, size)
+    masks = output["masks"][objects, 0].float() if "masks" in output else None
+    return Found(boxes, output["scores"][objects].float(), output["labels"][objects] - 1, masks, size)
+
+
+def set_score_threshold(detector: nn.Module, score: float) -> None:
+    """Leaves out objects with a lower score from now on."""
+    (getattr(detector, "roi_heads", None) or detector).score_thresh = score
 
 
 def loss_of(losses: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -167,6 +167,31 @@ def predict_tiled(segmenter: nn.Module, images: Tensor, window: int, overlap: fl
         rows = following - top
         yield total[:, :, :rows] / (num_above[top:following, None] * num_beside)
         total = F.pad(total[:, :, rows:], (0, 0, 0, rows))
+
+
+def predict_labels(network: nn.Module, images: Tensor, window: int, size: Sequence[int]) -> Tensor:
+    """The class of each pixel.
+
+    Args:
+        network: a segmenter in eval mode.
+        images: (1, C, H, W), normalised; larger ones are predicted in windows.
+        window: their side.
+        size: height and width of the result, to which the scores are interpolated.
+
+    Returns:
+        (height, width) uint8.
+    """
+    scores = torch.cat([*predict_tiled(network, images, window)], 2)
+    if [*scores.shape[2:]] == [*size]:
+        return scores[0].argmax(0).to(torch.uint8)
+    # A class at a time: the scores of all classes of a large photograph would take gigabytes.
+    highest = scores.new_full((1, 1, *size), -torch.inf)
+    labels = torch.zeros_like(highest, dtype=torch.uint8)
+    for number, each in enumerate(scores.split(1, 1)):
+        enlarged = F.interpolate(each, (size[0], size[1]), mode="bilinear", align_corners=False)
+        labels[enlarged > highest] = number
+        highest = torch.maximum(highest, enlarged)
+    return labels[0, 0]
 
 
 def _starts(size: int, window: int, overlap: float) -> list[int]:

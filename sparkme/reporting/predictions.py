@@ -55,6 +55,7 @@ LEAST_SCORE, LEAST_IOU = 0.5, 0.5  # of detections that are drawn and counted, a
 
 PICTURE_WIDTH, PICTURE_HEIGHT = 480, 640  # pixels of a picture in a sheet, at most
 SHEET_WIDTH, MOST_ROWS, MOST_LEGEND = 1200, 24, 60  # so a sheet has at most 20 million pixels
+SHEET_COLUMNS = 5  # of pictures with a class
 GAP, TEXT_SIZE = 8, 13
 
 
@@ -393,6 +394,30 @@ def contact_sheet(
         if colour is not None:
             draw.rectangle((x, y + below, x + TEXT_SIZE, y + below + TEXT_SIZE), fill=colour, outline=FAINT)
         draw.text((x + TEXT_SIZE + 5, y + below - 1), name, INK, font(TEXT_SIZE))
+    return sheet
+
+
+def class_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Arranges pictures in rows of at most `SHEET_COLUMNS`, each with its caption below.
+
+    Raises:
+        ValueError: there is no picture.
+    """
+    if not pictures:
+        raise ValueError("a sheet needs a picture")
+    columns, line = min(SHEET_COLUMNS, len(pictures)), TEXT_SIZE + GAP
+    side = SHEET_WIDTH // SHEET_COLUMNS - GAP
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + line + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(pictures):
+        x, y = GAP + number % columns * (side + GAP), GAP + number // columns * (side + line + GAP)
+        factor = side / max(picture.size)
+        size = max(1, round(factor * picture.width)), max(1, round(factor * picture.height))
+        resized = picture.resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(resized, (x + (side - size[0]) // 2, y + side - size[1]))
+        text = shortened(caption, side, TEXT_SIZE, keep="start")
+        draw.text((x + side // 2, y + side + GAP // 2), text, INK, font(TEXT_SIZE), anchor="ma")
     return sheet
 
 

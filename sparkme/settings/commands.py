@@ -1,4 +1,4 @@
-"""The settings of probe, visualize and report. Those of export stand in `sparkme.weights.settings`."""
+"""The settings of probe, predict, visualize and report. Those of export stand in `sparkme.weights.settings`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from sparkme.errors import UserError
-from sparkme.settings.declare import Settings, as_text, check, in_machine, in_network, in_output, setting, varied
+from sparkme.settings.declare import Settings, as_text, check, in_data, in_machine, in_network, in_output, setting, varied
 from sparkme.settings.shared import (
     DeviceSettings,
     EngineSettings,
     LabelledSettings,
     LoaderSettings,
     PixelSettings,
+    SourceSettings,
     WeightSettings,
     check_workers,
     checked_range,
+    source_argument,
 )
 
 
@@ -119,3 +121,47 @@ class ReportSettings(Settings):
     watch: float | None = setting(
         "rewrite the page every SECONDS until Ctrl-C; an open page reloads itself", metavar="SECONDS")
     # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings(DeviceSettings, SourceSettings):
+    """The settings of `sparkme.predict`."""
+
+    # fmt: off
+    run: Path = setting(
+        "folder of a run of sparkme.finetune, or its best.safetensors", positional=True, metavar="RUN")
+    images: tuple[str, ...] = setting(
+        "images: files, folders, lists, tar shards, Parquet, .npy or package.module:dataset", positional=True, nargs="+",
+        metavar="IMAGES", parse=source_argument)
+    data: Any = varied(SourceSettings, "data", is_found=True)
+    label_column: str | None = varied(SourceSettings, "label_column", is_found=True)
+    annotations: Path | None = in_data(
+        "detection: COCO's .json of the images, whose image ids the predictions get; images that it does not name are left out",
+        otherwise="ids are 1, 2, 3, ...", metavar="FILE")
+    max_unreadable: int | None = in_data(
+        "stop after more than N unreadable images", otherwise="no limit; they are left out", metavar="N", at_least=0)
+
+    score: float | None = setting(
+        "least score of an object, or of a label if images have several", otherwise="0.05 of an object, 0.5 of a label",
+        metavar="S", at_least=0, at_most=1, group="what is predicted")
+
+    batch_size: int | None = in_machine(
+        "images that are loaded, and as far as possible predicted, together", otherwise="64 for classification, else 4",
+        metavar="N", at_least=1)
+    workers: int | None = varied(LoaderSettings, "workers")
+    precision: str = in_machine(
+        "float32, or autocast to bf16", "auto", otherwise="auto, the run's on GPUs that have it, else float32",
+        choices=("auto", "float32", "bf16"))
+
+    output: Path | None = in_output("folder to write", otherwise="predictions in the run's folder", metavar="DIR")
+    overwrite: bool = in_output("replace earlier predictions in that folder", False)
+    pictures: int = in_output("draw the predictions of the first N images, of classes at most 120", 16, metavar="N", at_least=0)
+    # fmt: on
+
+    def check(self) -> None:
+        """Raises UserError for values that are out of range."""
+        check(self)
+        check_workers(self.workers)
+
+
+PREDICT_GROUPS = ("data", "what is predicted", "machine", "output")

@@ -324,6 +324,7 @@ class Finetuning(Training):
             "background": settings.background,
             "value_range": json.dumps(settings.value_range),
             "upright": json.dumps(settings.upright),
+            "precision": settings.precision,
             **{name: json.dumps(value) for name, value in self.notes().items()},
         } | {name: str(value) for name, value in self.best.items() if name != "epoch"}
         write_state_dict(self.folder.path / "best.safetensors", state, notes)

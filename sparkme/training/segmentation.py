@@ -16,7 +16,7 @@ from sparkme.data.annotations.loading import PixelDataset, WholeDataset, WholeIm
 from sparkme.data.dataset import Batch, normalise
 from sparkme.data.labelled import digest_of
 from sparkme.errors import UserError
-from sparkme.networks.segmenters import create_segmenter, predict_tiled
+from sparkme.networks.segmenters import create_segmenter, predict_labels
 from sparkme.reporting.predictions import legend_of, mean_iou, pictures_of_segmentation
 from sparkme.settings.segmentation import SegmentationSettings
 from sparkme.training.dense_tasks import DenseTask
@@ -139,31 +139,6 @@ class Segmentation(DenseTask):
             "short_side": settings.short_side,
             "input_size": settings.input_size,
         }
-
-
-def predict_labels(network: nn.Module, images: Tensor, window: int, size: Sequence[int]) -> Tensor:
-    """The class of each pixel.
-
-    Args:
-        network: a segmenter in eval mode.
-        images: (1, C, H, W), normalised; larger ones are predicted in windows.
-        window: their side.
-        size: height and width of the result, to which the scores are interpolated.
-
-    Returns:
-        (height, width) uint8.
-    """
-    scores = torch.cat([*predict_tiled(network, images, window)], 2)
-    if [*scores.shape[2:]] == [*size]:
-        return scores[0].argmax(0).to(torch.uint8)
-    # A class at a time: the scores of all classes of a large photograph would take gigabytes.
-    highest = scores.new_full((1, 1, *size), -torch.inf)
-    labels = torch.zeros_like(highest, dtype=torch.uint8)
-    for number, each in enumerate(scores.split(1, 1)):
-        enlarged = F.interpolate(each, (size[0], size[1]), mode="bilinear", align_corners=False)
-        labels[enlarged > highest] = number
-        highest = torch.maximum(highest, enlarged)
-    return labels[0, 0]
 
 
 def class_weights(pixels: Tensor) -> Tensor:

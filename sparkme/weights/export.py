@@ -91,6 +91,8 @@ def check_output(args: ExportSettings, settings: PretrainSettings, form: Format)
         raise UserError("--hub-folder writes its own files; leave out --output")
     if args.hub_folder and form is not FORMATS["timm"]:
         raise UserError("--hub-folder needs --to timm")
+    if args.input_size is not None or args.images:
+        raise UserError(f"{'--images' if args.images else '--input-size'} is for --to onnx; leave it out")
     check(args)
     name = settings.model.replace(":", "-")
     output = args.output or run_folder(args.checkpoint) / f"{name}{form.suffixes[0]}"

@@ -46,7 +46,7 @@ def test_the_snippet_about_checkpoints_runs(trained: Path) -> None:
     assert names["features"].shape == (8, 512, 7, 7)
 
 
-@pytest.mark.parametrize("module", ["pretrain", "export", "visualize", "probe", "finetune", "report"])
+@pytest.mark.parametrize("module", ["pretrain", "export", "visualize", "probe", "finetune", "predict", "report"])
 def test_flags_in_commands_exist(module: str) -> None:
     from importlib import import_module
 

@@ -57,7 +57,7 @@ def imported_by(*words: str) -> tuple[int, list[str], str]:
 
 
 def test_all_commands_are_looked_at() -> None:
-    assert COMMANDS == ["doctor", "export", "finetune", "pretrain", "probe", "report", "visualize"]
+    assert COMMANDS == ["doctor", "export", "finetune", "predict", "pretrain", "probe", "report", "visualize"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

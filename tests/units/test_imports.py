@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From top to bottom; a room may import from its own row and from those below. The commands come first: `sparkme.pretrain` and
 # its like, and `sparkme` itself, which gives the public names. What any room may import, and what imports none, comes last.
-COMMANDS = {"", "doctor", "export", "finetune", "pretrain", "probe", "report", "visualize"}
+COMMANDS = {"", "doctor", "export", "finetune", "predict", "pretrain", "probe", "report", "visualize"}
 SUPPORT = {"errors", "files", "machine", "screen", "seeds", "state_dict", "text", "watchdog"}
 ROWS = (
     COMMANDS,

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,6 +94,37 @@ def read_coco(path: Path, root: Path | None = None, *, like: Annotated | None = 
         category_ids, classes = _classes(file, like)
         _resolve(file, image_ids, category_ids, sizes)
         return assemble(images, (category_ids, classes), image_ids, sizes, file.rows, file.where, counted)
+
+
+class ListedImage(NamedTuple):
+    """An image of a file: its number, and its height and width, (0, 0) where the file does not say."""
+
+    id: int
+    size: tuple[int, int]
+
+
+def read_images(path: Path) -> dict[str, ListedImage]:
+    """The images of a file by their names, such as of `image_info_test2017.json`; its annotations are not looked at.
+
+    Raises:
+        UserError: it cannot be read, has no images, or has two with one name or number.
+    """
+    with memory_named(path):
+        counted = Counted()
+        file = _File(path, counted)
+        for key, index, entry in _entries(path, counted):
+            if key == "images":
+                what = f"{path}: images[{index}]"
+                if not isinstance(entry, dict):
+                    raise UserError(f"{what} is {_kind(entry)}, and must be an object such as {{...}}")
+                _image(file, what, entry)
+        if not file.image_ids:
+            raise UserError(f"{path} has no images; it needs the list images, as COCO's instances")
+        sizes = np.frombuffer(file.sizes, np.int64).reshape(-1, 2).tolist()
+        found = {name: ListedImage(id_, (h, w)) for name, id_, (h, w) in zip(file.names, file.image_ids, sizes, strict=True)}
+        if len(found) < len(sizes) or len(set(file.image_ids)) < len(sizes):
+            raise UserError(f"{path} has two images with one file_name or id; number them anew")
+        return found
 
 
 def _read(path: Path, counted: Counted) -> _File:

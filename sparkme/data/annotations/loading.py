@@ -6,7 +6,8 @@ As in `sparkme.data.dataset`, a training image is a pure function of (seed, epoc
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,8 +21,9 @@ from sparkme.data.annotations.base import Annotated, Objects, draw_polygons, dra
 from sparkme.data.annotations.masks_folder import IGNORED, Segmented
 from sparkme.data.dataset import Batch, Box, EpochSampler, cut
 from sparkme.data.handover import Loader
-from sparkme.data.images import open_image
+from sparkme.data.images import OpenImage, open_image
 from sparkme.data.planes import Pixels
+from sparkme.data.sources import ImageSource
 from sparkme.seeds import derived_seed
 
 TRIES = 16  # images that are tried in place of unreadable ones
@@ -54,10 +56,15 @@ class Decoding(NamedTuple):
         pixels = self.pixels._replace(upright=part.upright(number))
         with open_image(part.images.read(number), self.channels, self.background, pixels) as image:
             part.check_size(number, image.size)
-            crop = cut(image, view.box, view.size, reduced=True)
-        tensor = crop if isinstance(crop, Tensor) else v2.functional.pil_to_tensor(crop)
-        tensor = tensor if tensor.dtype == torch.uint8 else tensor.clamp(0, 1)
-        return (tensor.flip(-1) if view.mirrored else tensor), image.outside
+            tensor = _cut(image, view)
+        return tensor, image.outside
+
+
+def _cut(image: OpenImage, view: View) -> Tensor:
+    crop = cut(image, view.box, view.size, reduced=True)
+    tensor = crop if isinstance(crop, Tensor) else v2.functional.pil_to_tensor(crop)
+    tensor = tensor if tensor.dtype == torch.uint8 else tensor.clamp(0, 1)
+    return tensor.flip(-1) if view.mirrored else tensor
 
 
 def resized(size: tuple[int, int], short_side: int, long_side: int | None = None) -> tuple[int, int]:
@@ -339,19 +346,22 @@ def create_training_loader(
 
 
 class WholeImage(NamedTuple):
-    """An image (C, H, W), or None with the error, and its number."""
+    """An image (C, H, W), or None with the error; its number; its height and width before it was resized."""
 
     image: Tensor | None
     number: int
     unreadable: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 class WholeImages(NamedTuple):
-    """Images of any sizes, or None if none can be read; their numbers, and errors of the others."""
+    """Images of any sizes, or None if none can be read; their numbers, errors of the others, and heights and widths before they
+    were resized."""
 
     images: list[Tensor] | None
     numbers: list[int]
     unreadable: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 class WholeDataset(Dataset[WholeImage]):
@@ -377,15 +387,74 @@ class WholeDataset(Dataset[WholeImage]):
             image, _ = self.decoding.view(self.part, number, View(Box(0, 0, height, width), size))
         except OSError as error:
             return WholeImage(None, number, str(error))
-        return WholeImage(image, number)
+        return WholeImage(image, number, "", (height, width))
 
 
-def create_whole_loader(dataset: WholeDataset, *, batch_size: int, workers: int, share: Sequence[int]) -> Loader:
+class UnannotatedDataset(Dataset[WholeImage]):
+    """Whole images of a source, resized as in `WholeDataset`.
+
+    Args:
+        images: the source.
+        decoding: how they are decoded.
+        short_side, long_side: see `WholeDataset`.
+        sizes: height and width of each image; (0, 0) where they are not known. An image of known size is turned as its EXIF
+            says only if it then has that size, as in `Annotated`.
+    """
+
+    def __init__(
+        self,
+        images: ImageSource,
+        decoding: Decoding,
+        short_side: int,
+        long_side: int | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.images, self.decoding, self.short_side, self.long_side, self.sizes = images, decoding, short_side, long_side, sizes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> WholeImage:
+        try:
+            with self.opened(number) as image:
+                height, width = image.size
+                size = resized(image.size, self.short_side, self.long_side)
+                return WholeImage(_cut(image, View(Box(0, 0, height, width), size)), number, "", image.size)
+        except OSError as error:
+            return WholeImage(None, number, str(error))
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[OpenImage]:
+        """An image, held as its known size says.
+
+        Raises:
+            OSError: it cannot be read, or has another size.
+        """
+        stored, (channels, background, pixels) = self.images.read(number), self.decoding
+        known = self.sizes[number] if self.sizes is not None else (0, 0)
+        if not any(known):
+            with open_image(stored, channels, background, pixels) as image:
+                yield image
+            return
+        for upright in (False, True):
+            with open_image(stored, channels, background, pixels._replace(upright=upright)) as image:
+                if image.size == known:
+                    yield image
+                    return
+                height, width = image.size
+        raise OSError(f"{stored.name} is {width} x {height}, and its annotations are for {known[1]} x {known[0]}")
+
+
+def create_whole_loader(
+    dataset: WholeDataset | UnannotatedDataset, *, batch_size: int, workers: int, share: Sequence[int]
+) -> Loader:
     """Batches of the images `share`, in that order, as `WholeImages`."""
     return Loader(dataset, workers=workers, batch_size=batch_size, sampler=share, collate_fn=_collate_whole)
 
 
 def _collate_whole(samples: list[WholeImage]) -> WholeImages:
-    readable = [(sample.image, sample.number) for sample in samples if sample.image is not None]
+    images = [sample.image for sample in samples if sample.image is not None]
+    readable = [sample for sample in samples if sample.image is not None]
     problems = tuple(sample.unreadable for sample in samples if sample.image is None)
-    return WholeImages([image for image, _ in readable] or None, [number for _, number in readable], problems)
+    numbers, sizes = [sample.number for sample in readable], tuple(sample.size for sample in readable)
+    return WholeImages(images or None, numbers, problems, sizes)
