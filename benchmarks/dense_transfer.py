@@ -53,8 +53,14 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, metavar="COCO", help="annotated images (default: scenes with emoji, by `npm pack`)")
     group.add_argument("--unlabelled", type=Path, metavar="DIR", help="images to pretrain on; with --data")
-    group.add_argument("--scenes", type=int, nargs=4, default=[400, 60, 200, 2000], help="scenes (default: %(default)s)",
-                       metavar=("TRAIN", "VAL", "TEST", "UNLABELLED"))  # fmt: skip
+    group.add_argument(
+        "--scenes",
+        type=int,
+        nargs=4,
+        default=[400, 60, 200, 2000],
+        help="scenes (default: %(default)s)",
+        metavar=("TRAIN", "VAL", "TEST", "UNLABELLED"),
+    )
     group.add_argument("--emoji", type=Path, metavar="DIR", help="folder of the emoji (default: WORK/emoji)")
     group = parser.add_argument_group("what is compared")
     group.add_argument("--model", default="benchmarks.transfer:half_resnet18", help="network (default: %(default)s)")
@@ -62,20 +68,37 @@ def create_parser() -> argparse.ArgumentParser:
         "--input-size", type=int, default=128, metavar="PIXELS", help="side of the images (default: %(default)s)"
     )
     group.add_argument("--pretrained", type=Path, metavar="FILE", help="use this checkpoint instead of pretraining")
-    group.add_argument("--pretrain-flags", default="--epochs 30 --decoder-width 128", metavar="'FLAGS'",
-                       help="flags of sparkme.pretrain (default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--pretrain-flags",
+        default="--epochs 30 --decoder-width 128",
+        metavar="'FLAGS'",
+        help="flags of sparkme.pretrain (default: %(default)s)",
+    )
     group.add_argument("--finetune-flags", metavar="'FLAGS'", help="flags of sparkme.finetune, on both sides")
-    group.add_argument("--images", type=int, nargs="+", default=[50, 0], metavar="N",
-                       help="labelled training images; 0: all (default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[50, 0],
+        metavar="N",
+        help="labelled training images; 0: all (default: %(default)s)",
+    )
     group.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per comparison (default: %(default)s)")
     group.add_argument("--base-lr", type=float, help="learning rate (default: that of --recipe small)")
-    group.add_argument("--rates", type=float, nargs="+", default=[0.5, 2.0], metavar="F",
-                       help="factors of --base-lr to try (default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.5, 2.0],
+        metavar="F",
+        help="factors of --base-lr to try (default: %(default)s)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--work", type=Path, metavar="DIR", help="folder of the runs (default: runs/transfer-TASK)")
     group.add_argument("--json", type=Path, metavar="FILE", help="results file (default: WORK/transfer.json)")
-    group.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N",
-                       help="fine-tuning runs at a time (default: cores)")  # fmt: skip
+    group.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="fine-tuning runs at a time (default: cores)"
+    )
     return parser
 
 
@@ -225,11 +248,28 @@ def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace
         folder = args.work / f"{side}-{count or 'all'}-rate{factor:g}-seed{seed}-{measured}"
         if not (folder / "done").exists():
             run(
-                "sparkme.finetune", checkpoint, "--task", args.task, *parts.flags(count, seed, measured),
-                "--base-lr", args.base_lr * factor, "--seed", seed, "--eval-epochs", 10**6, "--output", folder,
-                "--workers", 0, "--checkpoint-minutes", 10**6, *(["--from-scratch"] if side == "scratch" else []),
-                *args.finetune_flags.split(), quiet=True, threads=1,
-            )  # fmt: skip
+                "sparkme.finetune",
+                checkpoint,
+                "--task",
+                args.task,
+                *parts.flags(count, seed, measured),
+                "--base-lr",
+                args.base_lr * factor,
+                "--seed",
+                seed,
+                "--eval-epochs",
+                10**6,
+                "--output",
+                folder,
+                "--workers",
+                0,
+                "--checkpoint-minutes",
+                10**6,
+                *(["--from-scratch"] if side == "scratch" else []),
+                *args.finetune_flags.split(),
+                quiet=True,
+                threads=1,
+            )
             shutil.rmtree(folder / "checkpoints")  # to save space: each is as large as the network
             (folder / "best.safetensors").unlink()
             (folder / "done").touch()
