@@ -2,6 +2,7 @@
 
     python -m benchmarks.transfer --json benchmarks/results/transfer.json            # emoji by npm, about 50 minutes on 2 cores
     python -m benchmarks.transfer --data labelled/ --model resnet50 --json mine.json # any labelled folder
+    python -m benchmarks.transfer --task detection                                   # see benchmarks.dense_transfer
     python -m benchmarks.transfer --write                                            # the JSON's picture and docs/finetuning.md
 
 The steps, with this project's own commands:
@@ -43,6 +44,8 @@ from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
 from sparkme.settings.classification import SMALL
+from sparkme.settings.finetune import TASKS
+from sparkme.settings.tasks import task_of
 from sparkme.weights.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
@@ -57,6 +60,9 @@ SETTINGS = ("model", "input_size", "pretrained", "pretrain_flags", "finetune_fla
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.transfer", description="Compare fine-tuning after pretraining with training from scratch."
+    )
+    parser.add_argument(
+        "--task", default="classification", choices=TASKS, help="what is compared; --task TASK --help (default: %(default)s)"
     )
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, metavar="LABELLED", help="one folder per class (default: emoji, by `npm pack`)")
@@ -103,7 +109,12 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = create_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if task_of(given) not in (None, "classification"):
+        from benchmarks import dense_transfer  # noqa: PLC0415  (it takes the steps from here)
+
+        return run_command(lambda: dense_transfer.main(given))
+    args = create_parser().parse_args(given)
     return run_command(lambda: write(args) if args.write else transfer(args))
 
 

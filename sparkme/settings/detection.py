@@ -123,7 +123,9 @@ class DetectionSettings(FinetuneSettings, AnnotatedSettings):
             side = min(LARGEST_SMALL_SIDE, 32 * max(2, round((self.typical_side or 0) / 32)))
             defaults |= {"short_side": tuple(round(side * share / 32) * 32 for share in SMALL_SIDES), "val_side": side}
         if self.short_side:
-            defaults["val_side"] = self.short_side[len(self.short_side) // 2]
+            defaults["val_side"] = sorted(self.short_side)[len(self.short_side) // 2]
+        if self.epochs and "epochs" in defaults:  # the rate falls after the same shares of a longer or shorter run
+            defaults["decay_epochs"] = tuple(self.epochs / defaults["epochs"] * epoch for epoch in defaults["decay_epochs"])
         if self.from_scratch:
             defaults["batch_norm"] = "trained"
         return FinetuneRecipe(recipe.name, recipe.source, defaults)

@@ -110,6 +110,10 @@ class SegmentationSettings(FinetuneSettings, SegmentedSettings):
         defaults = dict(recipe.defaults)
         if "short_side" not in defaults:
             defaults["short_side"] = min(LARGEST_SMALL_SIDE, 32 * max(2, round((self.typical_side or 0) / 32)))
+        if (self.head or defaults["head"]) == "deeplabv3":
+            defaults["head_channels"] = 256  # it has no others
+        if self.channels != 3:
+            defaults["colour_jitter"] = 0.0
         side = self.short_side or defaults["short_side"]
         defaults["input_size"] = (side, side)
         if self.from_scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,7 @@ def settings_of_task(task: Any) -> type[FinetuneSettings]:
 
 def task_of(words: Sequence[str]) -> str | None:
     """The value of `--task` on a command line, whatever else is on it; None if it is not given."""
-    for word, following in zip(words, [*words[1:], None]):
-        if word == "--task":
-            return following
-        if word.startswith("--task="):
-            return word.partition("=")[2]
-    return None
+    parser = argparse.ArgumentParser(add_help=False)  # which reads abbreviated and repeated flags as the command's own does
+    parser.add_argument("--task", nargs="?")
+    task: str | None = parser.parse_known_args([*words])[0].task
+    return task

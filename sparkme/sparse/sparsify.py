@@ -37,10 +37,9 @@ def sparsify(
 ) -> SparseEncoder:
     """Makes a sparse encoder with the weights of a dense convolutional network.
 
-    The dense model does not change. Layers after the deepest feature map (pooling, classifier) are dropped; so is a block of
-    attention behind the last convolution, which `SparseEncoder.untrained` names. A trial first
-    compares copies of both networks on a small image: on every engine, with and without hidden patches. So the encoder runs,
-    and computes what the model computes.
+    The dense model does not change. Layers after the deepest feature map (pooling, classifier) are dropped. So is a block of
+    attention behind the last convolution; `SparseEncoder.untrained` names it. A trial first compares copies of both networks on
+    a small image: on every engine, with and without hidden patches. So the encoder runs, and computes what the model computes.
 
     Args:
         model: any convolutional network; called as `model(images)`.

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from sparkme.data.annotations.loading import Decoding, WholeDataset, create_whole_loader
 from sparkme.data.dataset import normalise
+from sparkme.errors import UserError
 from sparkme.files import replaced_when_whole
 from sparkme.networks.pyramid import Pyramid
 from sparkme.reporting.predictions import choose, contact_sheet
-from sparkme.training.finetuning import Finetuning, averaging_batch_norms
+from sparkme.training.finetuning import Finetuning, averaging_batch_norms, norm_of
 from sparkme.training.optimizer import pyramid_layers
 from sparkme.training.target import Measure
 
@@ -47,8 +48,21 @@ class DenseTask(Finetuning):
     def decoding(self) -> Decoding:
         return Decoding(self.settings.channels, self.settings.background, self.pixels)
 
+    def check_network(self) -> None:
+        settings, stride = self.settings, self.pyramid.strides[-1]
+        together, (height, width), whole = settings.batch_size // settings.accumulate, *self.smallest_sizes()
+        text = f"leaves batch norms a single value of each channel in the map at stride {stride}"
+        if norm_of(self.network) == "bn" and together * -(-height // stride) * -(-width // stride) < 2:
+            raise UserError(f"a single image of {width} x {height} pixels {text}; take larger ones, or two in each pass")
+        if norm_of(self._body()) == "bn" and settings.batch_norm == "frozen" and whole <= stride:
+            raise UserError(f"--batch-norm frozen estimates statistics on whole images; a side of {whole} pixels {text}")
+
+    @abstractmethod
+    def smallest_sizes(self) -> tuple[tuple[int, int], int]:
+        """Height and width of the smallest image in training, and the shorter side of whole images."""
+
     def prepare_weights(self) -> None:
-        if self.settings.batch_norm == "frozen":
+        if self.settings.batch_norm == "frozen" and norm_of(self._body()) == "bn":
             with averaging_batch_norms(self.pyramid.network):
                 self._run_whole_images()
 

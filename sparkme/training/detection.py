@@ -64,6 +64,10 @@ class Detection(DenseTask):
         made: nn.Module = detector
         return made
 
+    def smallest_sizes(self) -> tuple[tuple[int, int], int]:
+        side = min(self.settings.short_side)
+        return (side, side), self.settings.val_side
+
     def whole_dataset(self, part: Annotated) -> WholeDataset:
         return WholeDataset(part, self.decoding, self.settings.val_side, self.settings.long_side)
 

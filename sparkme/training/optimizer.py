@@ -59,28 +59,38 @@ def layer_numbers(network: nn.Module, head: str) -> dict[str, int]:
 
 
 def pyramid_layers(network: nn.Module, pyramid: Pyramid) -> dict[str, int]:
-    """As `layer_numbers`, for a network that contains a pyramid; all its other weights are the last layer.
+    """The layer of every parameter of a network that contains a pyramid; all its other weights are the last layer.
 
-    In networks with other names than torchvision's and timm's ResNets and ConvNeXts each map of the pyramid ends a layer.
+    As in the official code for detection (downstream_d2/lr_decay.py) the stem and each stage is a layer, but the third stage
+    has one for every three blocks. In networks with other names than torchvision's and timm's ResNets and ConvNeXts each map
+    of the pyramid ends a layer.
     """
-    numbers = _layers_by_stages([name for name, _ in pyramid.network.named_parameters()]) or pyramid.scales_of_weights()
+    names = [name for name, _ in pyramid.network.named_parameters()]
+    numbers = _layers_by_stages(names, (2,)) or pyramid.scales_of_weights()
     of_weight = {id(weight): numbers[name] for name, weight in pyramid.network.named_parameters() if name in numbers}
     last = max(of_weight.values(), default=-1) + 1
     return {name: of_weight.get(id(weight), last) for name, weight in network.named_parameters()}
 
 
-def _layers_by_stages(names: list[str]) -> dict[str, int] | None:
-    """The layers of stem and blocks; None if names do not match `_STAGES`, or their order differs."""
+def _layers_by_stages(names: list[str], divided: Sequence[int] = range(9)) -> dict[str, int] | None:
+    """The layers of stem and blocks; None if names do not match `_STAGES`, or their order differs.
+
+    Args:
+        names: of the weights.
+        divided: the stages, counted from 0, that have a layer for every three blocks; others are one layer.
+    """
     blocks = {name: block for name in names if (block := _block(name))}
     stages = sorted({stage for stage, _ in blocks.values()})
     if len(stages) < 4:
         return None
+    together = {stage: 3 if place in divided else len(names) for place, stage in enumerate(stages)}  # blocks of a layer
     layers, number = {}, 1
     for stage in stages:
         layers[stage] = number
-        number += max(block for s, block in blocks.values() if s == stage) // 3 + 1
+        number += max(block for s, block in blocks.values() if s == stage) // together[stage] + 1
     start = names.index(next(iter(blocks)))
-    numbers = dict.fromkeys(names[:start], 0) | {name: layers[stage] + block // 3 for name, (stage, block) in blocks.items()}
+    of_blocks = {name: layers[stage] + block // together[stage] for name, (stage, block) in blocks.items()}
+    numbers = dict.fromkeys(names[:start], 0) | of_blocks
     in_order = [numbers[name] for name in names if name in numbers]
     has_others = [*blocks] != names[start : start + len(blocks)]
     return None if has_others or in_order != sorted(in_order) else numbers

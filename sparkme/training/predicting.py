@@ -92,9 +92,8 @@ class Task(Generic[R]):
     def __init__(
         self, tuned: Finetuned, inputs: Inputs, decoding: Decoding, asked: PredictSettings, device: torch.device, folder: Path
     ) -> None:
-        self.tuned, self.inputs, self.decoding, self.asked, self.device, self.folder = (
-            tuned, inputs, decoding, asked, device, folder,
-        )  # fmt: skip
+        self.tuned, self.inputs, self.decoding = tuned, inputs, decoding
+        self.asked, self.device, self.folder = asked, device, folder
         on_gpu = device.type == "cuda"
         self.num_together = asked.batch_size or self.batch_size
         workers = default_workers(on_gpu=on_gpu) if asked.workers is None else asked.workers

@@ -383,7 +383,9 @@ class Pretraining(Training):
             lines["probe"] = f"kNN every {settings.probe_epochs} epochs on {settings.probe_data}: {self.probe_split.note}; "
             lines["probe"] += self.probe_seen
         if encoder.untrained:
-            lines["untrained"] = f"{encoder.untrained} and what follows it stay dense: attention has no sparse form"
+            lines["attention"] = (
+                f"{encoder.untrained} and what follows it stay dense and untrained: attention has no sparse form"
+            )
         for name, text in lines.items():
             print(f"{name:9s} {text}")
         for remark in self.dataset.source.remarks:

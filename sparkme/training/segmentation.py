@@ -15,6 +15,7 @@ from sparkme.data.annotations import IGNORED, Segmented, SegmentedSplit, find_se
 from sparkme.data.annotations.loading import PixelDataset, WholeDataset, WholeImages, create_training_loader
 from sparkme.data.dataset import Batch, normalise
 from sparkme.data.labelled import digest_of
+from sparkme.errors import UserError
 from sparkme.networks.segmenters import create_segmenter, predict_labels
 from sparkme.reporting.predictions import legend_of, mean_iou, pictures_of_segmentation
 from sparkme.settings.segmentation import SegmentationSettings
@@ -51,6 +52,15 @@ class Segmentation(DenseTask):
         settings = self.settings
         torch.manual_seed(settings.seed)  # the same head for pretrained and random weights
         return create_segmenter(self.pyramid, settings.head, len(self.classes), channels=settings.head_channels)
+
+    def check_network(self) -> None:
+        super().check_network()
+        settings = self.settings
+        if settings.head == "deeplabv3" and settings.batch_size // settings.accumulate < 2:  # it normalises means over images
+            raise UserError("--head deeplabv3 needs two images in each pass; raise --batch-size or lower --accumulate")
+
+    def smallest_sizes(self) -> tuple[tuple[int, int], int]:
+        return self.settings.size, self.settings.short_side
 
     def whole_dataset(self, part: Segmented) -> WholeDataset:
         return WholeDataset(part, self.decoding, self.settings.short_side)

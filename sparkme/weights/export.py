@@ -52,9 +52,13 @@ def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path],
     encoder: SparseEncoder = network.encoder
     dense = dense_network(encoder, args, settings)
     own = encoder.dense_state_dict()
-    with user_errors():
-        weights = translate(own, origin_of(library_of(model), own), target)
-    theirs, missing = library_network(form, target, weights, dense, model, encoder.in_channels)
+    if (whole := form.whole(dense, settings)) is None:
+        with user_errors():
+            weights = translate(own, origin_of(library_of(model), own), target)
+        theirs, missing = library_network(form, target, weights, dense, model, encoder.in_channels)
+        content = form.content(form.state(weights, state_dict_of(network)))
+    else:
+        weights, theirs, missing, content = own, whole.part, [], whole.content
     if args.verify and not is_verified(theirs, encoder, settings.size):
         return None
 
@@ -63,13 +67,15 @@ def export(args: ExportSettings, *, network_of: Callable[[dict[str, Any], Path],
     if args.hub_folder:
         write_hub_folder(args.hub_folder, settings, weights, metadata, args.push_to_hub)
         return args.hub_folder
-    write_state_dict(output, form.content(form.state(weights, state_dict_of(network))), metadata)
+    write_state_dict(output, content, metadata)
     if output.suffix != ".safetensors":  # other files have no metadata
         beside.write_text(json.dumps(metadata, indent=2) + "\n")
     verified = "verified" if args.verify else "NOT verified"
     left = f"; without the classifier: {', '.join(missing)}" if missing else ""
     if encoder.untrained:
-        print(f"not pretrained: {encoder.untrained} and what follows it, since attention has no sparse form")
+        print(f"note: {encoder.untrained} and what follows it are not pretrained: attention has no sparse form")
+    for note in whole.notes if whole else ():
+        print(f"note: {note}")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB, {verified}){left}")
     print(f"load it:\n\n{form.loading(output, model, encoder.in_channels)}")
     return output
@@ -93,7 +99,7 @@ def check_output(args: ExportSettings, settings: PretrainSettings, form: Format)
     name = settings.model.replace(":", "-")
     output = args.output or run_folder(args.checkpoint) / f"{name}{form.suffixes[0]}"
     if output.suffix not in form.suffixes:
-        allowed = " or ".join(suffix for suffix in form.suffixes if suffix != ".pt")
+        allowed = " or ".join(suffix for suffix in form.suffixes if suffix != ".pt" or len(form.suffixes) == 1)
         raise UserError(f"--output {output}: the suffix must be {allowed}")
     beside = output.with_name(output.name + ".json")
     files = [output] if output.suffix == ".safetensors" else [output, beside]

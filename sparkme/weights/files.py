@@ -168,15 +168,15 @@ def write_state_dict(path: Path, state: dict[str, Any], metadata: dict[str, str]
     """Writes a state dict in the format of the file's suffix. Raises UserError.
 
     Args:
-        path: a `.safetensors` file has the metadata in its header; `.pth` and `.pkl` files hold the state dict only.
-        state: tensors by name; for `.pkl` anything that can be pickled.
+        path: a `.safetensors` file has the metadata in its header; other files hold `state` only.
+        state: tensors by name; for a library's own files anything that can be pickled.
         metadata: origin of the weights.
     """
     with replaced_when_whole(path) as temporary:
         if path.suffix == ".pkl":
             temporary.write_bytes(pickle.dumps(state))
             return
-        tensors = {name: value.contiguous().clone() for name, value in state.items()}
+        tensors = {n: value.contiguous().clone() if isinstance(value, Tensor) else value for n, value in state.items()}
         if path.suffix == ".safetensors":
             save_file(tensors, temporary, metadata)
         else:

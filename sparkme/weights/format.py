@@ -11,9 +11,24 @@ from sparkme.settings.pretrain import PretrainSettings
 from sparkme.weights.names import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 STATE_DICTS = (".safetensors", ".pth", ".pt")  # files of a bare state dict
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The content of a file that holds a library's whole network, with the trained one in it.
+
+    Attributes:
+        content: what the file holds; can be pickled.
+        part: the trained network in it, as the library loads it.
+        notes: what a user should know about it, one line each.
+    """
+
+    content: dict[str, Any]
+    part: nn.Module
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,14 @@ class Format:
     def content(self, state: dict[str, Tensor]) -> Any:
         """The content of the file."""
         return state
+
+    def whole(self, dense: nn.Module, settings: PretrainSettings) -> Whole | None:
+        """The file's content for the trained network `dense`, if it is a whole network; None if it is weights alone.
+
+        Raises:
+            UserError: the library's network cannot be built.
+        """
+        return None
 
     def notes(self, settings: PretrainSettings) -> dict[str, str]:
         """Settings that the library needs, for the file's metadata."""

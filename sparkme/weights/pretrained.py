@@ -177,6 +177,8 @@ def pyramid(
 ) -> Pyramid:
     """The dense network that returns its feature maps by stride, for detection and segmentation.
 
+    That of a file ends with its encoder, before attention at the network's end, which is untrained.
+
     Args:
         model: a checkpoint or weights, as for `load_encoder`; or the name of a network, which gets random weights; or your own
             network, which is copied.

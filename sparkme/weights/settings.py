@@ -11,7 +11,7 @@ from sparkme.weights.format import STATE_DICTS
 from sparkme.weights.formats import FORMATS
 
 # Suffixes of the formats whose files are no state dicts.
-SPECIAL = {name: form.suffixes[0] for name, form in FORMATS.items() if not {*STATE_DICTS}.intersection(form.suffixes)}
+SPECIAL = {name: form.suffixes[0] for name, form in FORMATS.items() if STATE_DICTS[0] not in form.suffixes}
 ONNX = "onnx"  # which takes fine-tuned networks, and no others
 SPECIAL[ONNX] = ".onnx"
 

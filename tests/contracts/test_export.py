@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from commands import SMALL
+from commands import QUICKEST, SMALL
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -140,6 +140,7 @@ def test_mistakes_get_one_line(checkpoint: tuple[str, Path], tmp_path: Path, cap
 
     path = checkpoint[1]
     assert "no checkpoint at" in fails(tmp_path / "none.pt")
+    assert "--output w.pth: the suffix must be .pt" in fails(path, "--to", "ultralytics", "--output", "w.pth")
     assert "the suffix must be .safetensors or .pth" in fails(path, "--output", tmp_path / "weights.bin")
     (tmp_path / "taken.pth").write_bytes(b"mine")
     assert "exists; choose another --output, or pass --overwrite" in fails(path, "--output", tmp_path / "taken.pth")
@@ -148,3 +149,13 @@ def test_mistakes_get_one_line(checkpoint: tuple[str, Path], tmp_path: Path, cap
     assert "free.pth.json exists" in fails(path, "--output", tmp_path / "free.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     assert "is not a checkpoint of sparkme.pretrain" in fails(tmp_path / "other.pt")
+
+
+def test_a_backbone_that_names_no_detector_is_told_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*QUICKEST, "--drop-path", "0", "--epochs", "1", "--panel-epochs", "0", "--output", str(tmp_path)]
+    assert sparkme.pretrain.main(words) == 0
+    last = tmp_path / "checkpoints" / "last.pt"
+    assert sparkme.export.main([str(last), "--to", "ultralytics"]) == 2
+    error = capsys.readouterr().err
+    assert "small_resnet:resnet does not say which detector" in error and "backbone.yaml = detector.yaml" in error
+    assert [*tmp_path.glob("*.pt")] == []

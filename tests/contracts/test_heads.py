@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from closing_attention import Attention, network, trunk
+from commands import QUICKEST
 from networks import ENGINES
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 
 import sparkme
+from sparkme import export, pretrain
 from sparkme.sparse.hierarchy import find_hierarchy
 
 
@@ -156,26 +161,6 @@ def test_a_stride_along_one_axis_is_named() -> None:
 # --- attention at the end ---------------------------------------------------------------------------------------------
 
 
-def trunk() -> list[nn.Module]:
-    """Four convolutions: 32 channels at stride 16."""
-    return [nn.Conv2d(a, b, 3, 2, 1) for a, b in [(3, 8), (8, 16), (16, 24), (24, 32)]]
-
-
-class Attention(nn.Module):
-    """As at the end of a detector's backbone: half of the channels attend to all pixels, with convolutions around."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-        self.near = nn.Conv2d(width // 2, width // 2, 3, padding=1, groups=width // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept, x = self.first(x).chunk(2, 1)
-        pixels = x.flatten(2)
-        mixed = pixels @ (pixels.transpose(1, 2) @ pixels).softmax(-1)
-        return self.last(torch.cat([kept, x + mixed.view_as(x) + self.near(x)], 1))
-
-
 class Tokens(nn.Module):
     """A block of a transformer, with linear layers, beside a shortcut."""
 
@@ -287,3 +272,26 @@ def test_what_has_no_sparse_form_for_another_reason_is_refused_at_the_end_too() 
 
     with pytest.raises(sparkme.UnsupportedLayerError, match=r"layer '4' \(Last\) .*mode='bilinear'"):
         sparkme.sparsify(nn.Sequential(*trunk(), Last()))
+
+
+def test_a_run_says_what_it_leaves_untrained_and_its_weights_are_those_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICKEST, "--model", "closing_attention:network", "--drop-path", "0", "--epochs", "1", "--panel-epochs", "0"]
+    assert pretrain.main([*words, "--output", str(tmp_path / "run")]) == 0
+    assert "attention 4 and what follows it stay dense and untrained: attention has no sparse form\n" in capsys.readouterr().out
+    last, output = tmp_path / "run" / "checkpoints" / "last.pt", tmp_path / "weights.safetensors"
+    assert export.main([str(last), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "note: 4 and what follows it are not pretrained: attention has no sparse form\n" in printed
+    assert printed.count("dense and sparse features differ by") == 4
+    state, twin = load_file(output), network()
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert not unexpected and missing and all(name.startswith("4.") for name in missing)
+    x = torch.randn(2, 3, 64, 64)
+    encoder, pyramid = sparkme.load_encoder(output).eval(), sparkme.pyramid(last)
+    with torch.no_grad():
+        (*_, deepest), expected = pyramid.maps(x), encoder(x, torch.ones(2, 1, 4, 4, dtype=torch.bool))[-1].dense()
+        torch.testing.assert_close(twin.eval()[:4](x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(deepest, expected, rtol=1e-4, atol=1e-5)
+    assert [name for name in pyramid.state_dict() if "network.4." in name] == []

@@ -78,7 +78,7 @@ def config_of_finetuning(*flags: str) -> dict[str, Any]:
         input_size=given.input_size or (224,),
         several_labels=bool(given.label_separator),
     )
-    return to_config(finetune.resolve(given, finetune.choose_recipe(given, "bn"), CPU))
+    return to_config(finetune.resolve(given, given.choose_recipe("bn"), CPU))
 
 
 def metrics(seed: int = 0, *, until: int = STEPS * EPOCHS) -> list[dict[str, Any]]:
@@ -458,7 +458,7 @@ def save_detection(run: Path) -> dict[str, Any]:
         "last": {},
         "best": {"mask_ap": 0.4, "epoch": 2},
         "num_val": 1234,
-        "box": figures | {"ap_large": None},
+        "box": figures | {"ap75": -1, "ap_large": None},  # -1 is no share
         "mask": figures | {"ap": 0.4, "ap_large": None},
         "box_ap_of_each_class": {"cat": 0.5, "<dog>": 0.25, "unseen": None},
         "mask_ap_of_each_class": {"cat": 0.3, "<dog>": 0.75, "unseen": None},
@@ -493,6 +493,7 @@ def test_results_of_detection(tmp_path: Path) -> None:
     page = page_of(tmp_path / "run")
     assert "Best: mask AP 40.0 %, after epoch 2, on 1,234 images." in page.text
     assert page.row("after epoch 2") == ["boxes", "masks"] and page.row("AP") == ["0.0 %", "40.0 %"]
+    assert page.row("AP75") == ["—", "2.0 %"]
     assert page.row("AP, small objects") == ["3.0 %", "3.0 %"] and page.row("AR, large objects") == ["11.0 %", "11.0 %"]
     assert not [row for row in page.rows if row and row[0] == "AP, large objects"]
     assert page.row("class") == ["", "mask AP", "box AP"] and page.row("cat") == ["", "30.0 %", "50.0 %"]
