@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -83,6 +84,9 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="labelled training images; 0: all (default: %(default)s)",
     )
+    group.add_argument(
+        "--steps", type=int, default=250, metavar="N", help="steps of sparkme.finetune, in whole epochs (default: %(default)s)"
+    )
     group.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per comparison (default: %(default)s)")
     group.add_argument("--base-lr", type=float, help="learning rate (default: that of --recipe small)")
     group.add_argument(
@@ -133,7 +137,7 @@ def check(args: argparse.Namespace) -> None:
     args.work = args.work or Path("runs", f"transfer-{args.task}")
     args.base_lr = args.base_lr or small["base_lr"]
     if args.finetune_flags is None:
-        args.finetune_flags = "--fpn-channels 64" if args.task == "detection" else "--head-channels 64"
+        args.finetune_flags = "--fpn-channels 64 --regions 64" if args.task == "detection" else "--head-channels 64"
     if args.seeds < 1 or args.processes < 1:
         raise UserError("--seeds and --processes must be at least 1")
     if min(args.images) < 0:
@@ -239,7 +243,8 @@ def write_labels(part: Annotated, number: int, path: Path) -> None:
 
 def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tunes both sides with so many labelled images: finds the best rate of each, then runs every seed."""
-    figures = FIGURES[args.task]
+    figures, num_images = FIGURES[args.task], count or len(parts.of["train"])
+    epochs = math.ceil(args.steps / max(1, num_images // settings_of_task(args.task).small["batch_size"]))
     for seed in range(args.seeds):
         parts.flags(count, seed, "test")  # written before several processes read them
     parts.flags(count, 0, "choose")
@@ -266,6 +271,8 @@ def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace
                 "--checkpoint-minutes",
                 10**6,
                 *(["--from-scratch"] if side == "scratch" else []),
+                "--epochs",
+                epochs,
                 *args.finetune_flags.split(),
                 quiet=True,
                 threads=1,
@@ -278,7 +285,7 @@ def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace
 
     jobs = [(side, rate, 0, "choose") for side in SIDES for rate in args.rates]
     scores = dict(zip(jobs, in_parallel(measure, jobs, args.processes), strict=True))
-    result: dict[str, Any] = {"images": count or len(parts.of["train"])}
+    result: dict[str, Any] = {"images": num_images, "epochs": epochs}
     chosen = {}
     for side in SIDES:
         of_rates = {rate: scores[side, rate, 0, "choose"][figures[0]] for rate in args.rates}
