@@ -51,15 +51,15 @@ class Health:
             return
         values = images.float() / (255 if images.dtype == torch.uint8 else 1)
         self.first = values[0] if self.first is None else self.first
-        self.differ = self.differ or float((values - self.first).abs().max()) > 1 / 255
+        self.differ = self.differ or values.shape[1:] != self.first.shape or float((values - self.first).abs().max()) > 1 / 255
         self.seen += len(images)
         self.enlarged += batch.enlarged
         self.plain += int((values.flatten(1).std(1) < 1 / 255).sum())
         if self.seen >= min(FIRST_IMAGES, max(LEAST_IMAGES, self.training.settings.batch_size)):
             if not self.differ:
                 yield from self._once("alike", f"the first {self.seen} images are all the same: check --data")
-            size = self.training.settings.input_size
             if 2 * self.enlarged > self.seen:
+                size = self.training.settings.input_size
                 yield from self._once(
                     "enlarged",
                     f"{100 * self.enlarged // self.seen} % of the crops are enlarged, since the images are smaller than "
