@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import torchvision
 from annotated import change_coco, create, make_coco, make_masks, run_steps, save_weights
-from commands import losses, records
+from commands import QUICKEST, losses, records
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,6 +21,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import sparkme
+from sparkme import pretrain
 from sparkme.data.dataset import EpochSampler
 from sparkme.finetune import finetune, main
 from sparkme.networks.detectors import create_detector
@@ -30,6 +31,7 @@ from sparkme.training import metrics
 from sparkme.training.loop import Loop
 from sparkme.training.optimizer import pyramid_layers
 from sparkme.weights.finetuned import read_finetuned
+from sparkme.weights.pretrained import read_pretrained
 
 BASE = ["--task", "detection", "--device", "cpu", "--workers", "0", "--log-steps", "1", "--batch-size", "4"]
 SMALLEST = [*BASE, "--fpn-channels", "16", "--regions", "16", "--short-side", "64", "--epochs", "2", "--eval-epochs", "1"]
@@ -245,6 +247,26 @@ def test_recipes(weights: Path, data: Path, tmp_path: Path) -> None:
     assert create(*words, "--short-side", "96", "64", "80", "--output", tmp_path / "a").settings.val_side == 80
     scratch = settings_of("small_resnet:resnet", data, tmp_path, "--head", "retinanet")
     assert scratch.layer_decay == 1 and scratch.batch_norm == "trained" and scratch.base_lr == SMALL["base_lr"]
+
+
+def test_it_starts_from_a_pretraining_run_or_random_weights_with_the_same_head(data: Path, tmp_path: Path) -> None:
+    assert pretrain.main([*QUICKEST, "--epochs", "1", "--output", str(tmp_path / "pre")]) == 0
+    checkpoint = tmp_path / "pre" / "checkpoints" / "last.pt"
+    words = [checkpoint, "--data", data, *TINY, "--batch-norm", "trained", "--output", tmp_path / "run"]
+    training = create(*words)
+    kept = read_pretrained(checkpoint).state
+    assert (
+        kept is not None
+        and training.settings.mean == (0.485, 0.456, 0.406)
+        and training.settings.model == "small_resnet:resnet"
+    )
+    own, random = training.network.state_dict(), create(*words, "--from-scratch").network.state_dict()
+    for name, value in own.items():
+        if "body" in name:
+            assert torch.equal(value, kept[name.removeprefix("backbone.body.")])
+        else:
+            assert torch.equal(value, random[name])
+    assert not torch.equal(own["backbone.body.conv1.weight"], random["backbone.body.conv1.weight"])
 
 
 @pytest.mark.parametrize(
