@@ -455,6 +455,10 @@ def test_crops_of_pixels_are_scaled_padded_and_lie_everywhere(tmp_path: Path) ->
         assert view.size[1] == min(64, round(150 * across)) or view.size[1] == 64
         assert view.box.top + view.box.height <= 100 and view.box.left + view.box.width <= 150
     assert {view.box.top for view in views} >= {0, 3, 9} and max(view.box.left for view in views) > 80
+    small = seen(pixels_of(part, size=(96, 64)), View(Box(0, 0, 100, 150), (40, 60)))
+    expected = torch.zeros(96, 64, dtype=torch.bool)
+    expected[40:], expected[:, 60:] = True, True
+    assert torch.equal(small.target == IGNORED, expected) and not small.image[:, expected].any()
     for epoch in range(12):
         drawn = dataset[epoch, 0]
         assert drawn.image.shape == (3, 96, 64) and drawn.target.shape == (96, 64)
