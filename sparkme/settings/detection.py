@@ -100,8 +100,8 @@ class DetectionSettings(FinetuneSettings, AnnotatedSettings):
         "with statistics estimated once on the training images", choices=("trained", "frozen"), fixed=True)
 
     decay_epochs: tuple[float, ...] = in_optimisation(
-        "epochs after which the learning rate falls by --decay-factor", otherwise="the paper's; a cosine with --recipe small",
-        metavar="E", nargs="+", above=0)
+        "epochs after which the learning rate falls by --decay-factor",
+        otherwise="the paper's, as shares of --epochs; a cosine with --recipe small", metavar="E", nargs="+", above=0)
     decay_factor: float = in_optimisation("see --decay-epochs", metavar="F", above=0, at_most=1)
     has_masks: bool = found()
     typical_side: int = found()

@@ -248,6 +248,20 @@ def check_squares(image: Tensor, boxes: Tensor, margin: float = 1.5) -> None:
     assert found[inside(margin)].all() and not found[~inside(-margin)].any() and len(boxes)
 
 
+def check_centres(image: Tensor, boxes: Tensor, tolerance: float) -> None:
+    """The centres of mass of the bright regions that the edge does not cut are those of their boxes, to a part of a pixel."""
+    values, (height, width), num_checked = (image.float().amax(0) - 80).clamp_min(0), image.shape[1:], 0
+    for left, top, right, bottom in boxes.tolist():
+        if min(left, top, width - right, height - bottom) >= 3:
+            rows, columns = slice(int(top) - 3, int(bottom) + 4), slice(int(left) - 3, int(right) + 4)
+            part = values[rows, columns] / values[rows, columns].sum()
+            y = (part.sum(1) * (torch.arange(len(part)) + 0.5)).sum() + rows.start
+            x = (part.sum(0) * (torch.arange(part.shape[1]) + 0.5)).sum() + columns.start
+            assert abs(float(x) - (left + right) / 2) < tolerance and abs(float(y) - (top + bottom) / 2) < tolerance
+            num_checked += 1
+    assert num_checked
+
+
 @pytest.mark.parametrize("orientation", [2, 3, 5, 6, 8])
 @pytest.mark.parametrize("recorded", ["stored", "turned"])
 def test_boxes_fit_images_that_their_exif_turns(orientation: int, recorded: str, tmp_path: Path) -> None:
@@ -306,6 +320,7 @@ def test_jpeg_files_that_are_decoded_smaller_keep_their_geometry(tmp_path: Path,
         drawn = seen(objects_of(part), view)
         assert drawn.image.shape[1:] == view.size
         check_squares(drawn.image, drawn.target.boxes, 0.75)
+        check_centres(drawn.image, drawn.target.boxes, 0.2)
         image = crop(tv_tensors.Image(v2.functional.pil_to_tensor(part.load(0))), view)
         assert float((drawn.image.float() - image.float()).abs().mean()) < 3
     assert len(drafts) == 3
@@ -455,6 +470,10 @@ def test_crops_of_pixels_are_scaled_padded_and_lie_everywhere(tmp_path: Path) ->
         assert view.size[1] == min(64, round(150 * across)) or view.size[1] == 64
         assert view.box.top + view.box.height <= 100 and view.box.left + view.box.width <= 150
     assert {view.box.top for view in views} >= {0, 3, 9} and max(view.box.left for view in views) > 80
+    small = seen(pixels_of(part, size=(96, 64)), View(Box(0, 0, 100, 150), (40, 60)))
+    expected = torch.zeros(96, 64, dtype=torch.bool)
+    expected[40:], expected[:, 60:] = True, True
+    assert torch.equal(small.target == IGNORED, expected) and not small.image[:, expected].any()
     for epoch in range(12):
         drawn = dataset[epoch, 0]
         assert drawn.image.shape == (3, 96, 64) and drawn.target.shape == (96, 64)

@@ -279,16 +279,17 @@ def test_weights_of_classes_are_the_inverse_root_of_their_pixels() -> None:
     assert float((weights * shares).sum()) == pytest.approx(1)
 
 
-def test_large_images_are_predicted_in_windows_and_scores_are_enlarged(learnt: Path) -> None:
-    network = read_finetuned(learnt).network
-    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        scores = network(image)
-        enlarged = nn.functional.interpolate(scores, (130, 100), mode="bilinear", align_corners=False)
-    assert torch.equal(predict_labels(network, image, 64, (64, 64)), scores[0].argmax(0).byte())
-    assert torch.equal(predict_labels(network, image, 64, (130, 100)), enlarged[0].argmax(0).byte())
-    large = torch.cat([image, image], 3)
-    assert predict_labels(network, large, 64, (64, 128)).shape == (64, 128)
+def test_large_images_are_predicted_in_windows_and_scores_are_enlarged() -> None:
+    """By a network whose scores are the image itself."""
+    image = torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    network: Any = nn.Identity().eval()
+    assert torch.equal(predict_labels(network, image, 64, (64, 48)), image[0].argmax(0).byte())
+    assert torch.equal(predict_labels(network, image, 20, (64, 48)), image[0].argmax(0).byte())
+    enlarged = nn.functional.interpolate(image, (130, 100), mode="bilinear", align_corners=False)
+    assert torch.equal(predict_labels(network, image, 20, (130, 100)), enlarged[0].argmax(0).byte())
+    seen: list[torch.Size] = []
+    network.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert predict_labels(network, image, 32, (64, 48)).dtype == torch.uint8 and {*seen} == {torch.Size([1, 3, 32, 32])}
 
 
 def change_masks(folder: Path, split: str, change: Any) -> None:
