@@ -31,7 +31,7 @@ _PAPER_CONVNEXT = _PAPER | {
     "short_side": (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), "val_side": 800,
 }  # fmt: skip
 
-# Found by benchmarks.transfer --task detection.
+# A guess: classification's recipe for small sets where it has the setting, and what two cores can train.
 SMALL: dict[str, Any] = {
     "optimizer": "adamw", "base_lr": 0.016, "batch_size": 8, "weight_decay": 0.05, "layer_decay": 0.7, "clip_grad": 1.0,
     "ema_decay": 0.0, "ema_warmup": True, "batch_norm": "frozen", "decay_epochs": (), "decay_factor": 0.1, "drop_path": 0.0,

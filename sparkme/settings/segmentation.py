@@ -22,7 +22,7 @@ PAPER: dict[str, Any] = {
     "loss": "ce", "class_weights": "none", "eval_epochs": 1,
 }  # fmt: skip
 
-# Found by benchmarks.transfer --task segmentation.
+# A guess: classification's recipe for small sets where it has the setting, and what two cores can train.
 SMALL: dict[str, Any] = {
     "optimizer": "adamw", "base_lr": 0.016, "batch_size": 16, "weight_decay": 0.05, "layer_decay": 0.7, "clip_grad": 1.0,
     "drop_path": 0.0, "ema_decay": 0.0, "ema_warmup": True, "batch_norm": "frozen", "scale_range": (0.75, 1.5),
