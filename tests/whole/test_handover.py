@@ -27,6 +27,7 @@ from sparkme.data.handover import Loader, hand_over
 from sparkme.errors import run_command
 from sparkme.machine import LOADER, problem_of
 from sparkme.pretrain import main
+from sparkme.training import tasks
 from sparkme.watchdog import BUSY_S, Watchdog
 
 TINY = [*SMALL, "--model", "timm:test_resnet", "--drop-path", "0", "--panel-epochs", "0"]
@@ -333,8 +334,8 @@ def test_the_start_of_a_training_is_watched(
         do_nothing()
         raise ValueError("the end")
 
-    work = "pretraining.Pretraining" if name == "pretrain" else "classification.Classification"
-    monkeypatch.setattr(f"sparkme.training.{work}", hang)
+    monkeypatch.setattr("sparkme.training.pretraining.Pretraining", hang)
+    monkeypatch.setitem(tasks.TASKS, "classification", hang)
     words = ["--device", "cpu", *([] if name == "pretrain" else ["--from-scratch", "--data", str(tmp_path)])]
     assert module.main([*words, "--hang-seconds", "0.1"]) == 2 and ended == ["starting"]
     assert module.main([*words, "--hang-seconds", "0"]) == 2 and ended == ["starting"]
