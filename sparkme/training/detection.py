@@ -73,6 +73,7 @@ class Detection(DenseTask):
 
     def prepare_steps(self) -> None:
         settings = self.settings
+        torch.backends.cudnn.benchmark = False  # each size of a batch would be a new search
         self.dataset = ObjectDataset(
             self.train_set,
             self.decoding,
