@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from PIL import Image
 
 from benchmarks import scenes
 from benchmarks.flops import provenance
-from benchmarks.transfer import SIDES, in_parallel, keep_settings, mean, pretrain, pretraining_of, run, standard_error
+from benchmarks.transfer import SIDES, fine_tune, in_parallel, keep_settings, mean, pretrain, pretraining_of, standard_error
 from sparkme.data.annotations import IGNORED, Annotated, find_annotated
 from sparkme.data.sources.files import Files
 from sparkme.errors import UserError
@@ -251,36 +250,8 @@ def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace
 
     def measure(side: str, factor: float, seed: int, measured: str) -> dict[str, float]:
         folder = args.work / f"{side}-{count or 'all'}-rate{factor:g}-seed{seed}-{measured}"
-        if not (folder / "done").exists():
-            run(
-                "sparkme.finetune",
-                checkpoint,
-                "--task",
-                args.task,
-                *parts.flags(count, seed, measured),
-                "--base-lr",
-                args.base_lr * factor,
-                "--seed",
-                seed,
-                "--eval-epochs",
-                10**6,
-                "--output",
-                folder,
-                "--workers",
-                0,
-                "--checkpoint-minutes",
-                10**6,
-                *(["--from-scratch"] if side == "scratch" else []),
-                "--epochs",
-                epochs,
-                *args.finetune_flags.split(),
-                quiet=True,
-                threads=1,
-            )
-            shutil.rmtree(folder / "checkpoints")  # to save space: each is as large as the network
-            (folder / "best.safetensors").unlink()
-            (folder / "done").touch()
-        last: dict[str, float] = json.loads((folder / "results.json").read_text())["last"]
+        words = ["--task", args.task, *parts.flags(count, seed, measured), "--epochs", epochs, *args.finetune_flags.split()]
+        last = fine_tune(checkpoint, side, args.base_lr * factor, seed, folder, words)
         return {name: last[f"val_{name}"] for name in figures}
 
     jobs = [(side, rate, 0, "choose") for side in SIDES for rate in args.rates]

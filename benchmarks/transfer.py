@@ -30,7 +30,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -284,39 +284,9 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
 
     def accuracy(side: str, factor: float, seed: int, table: str) -> float:
         folder = args.work / f"{side}-{shots}shots-rate{factor:g}-seed{seed}-{table}"
-        if not (folder / "done").exists():
-            run(
-                "sparkme.finetune",
-                checkpoint,
-                "--data",
-                data,
-                "--labels",
-                tables[table],
-                "--input-size",
-                args.input_size,
-                "--base-lr",
-                own * factor,
-                "--seed",
-                seed,
-                "--eval-epochs",
-                10**6,
-                "--output",
-                folder,
-                "--workers",
-                0,
-                "--checkpoint-minutes",
-                10**6,
-                *(["--from-scratch"] if side == "scratch" else []),
-                *(["--shots", shots] if shots else []),
-                *args.finetune_flags.split(),
-                quiet=True,
-                threads=1,
-            )
-            shutil.rmtree(folder / "checkpoints")  # to save space: each is as large as the network
-            (folder / "best.safetensors").unlink()
-            (folder / "done").touch()
-        found: float = json.loads((folder / "results.json").read_text())["last"]["val_top1"]
-        return found
+        words = ["--data", data, "--labels", tables[table], "--input-size", args.input_size, *args.finetune_flags.split()]
+        words += ["--shots", shots] if shots else []
+        return fine_tune(checkpoint, side, own * factor, seed, folder, words)["val_top1"]
 
     jobs = [(side, rate, 0, "choose") for side in SIDES for rate in args.rates]
     scores = dict(zip(jobs, in_parallel(accuracy, jobs, args.processes), strict=True))
@@ -338,6 +308,22 @@ def compare(shots: int, checkpoint: Path, data: Path, tables: dict[str, Path], a
         flush=True,
     )
     return result
+
+
+def fine_tune(
+    checkpoint: Path, side: str, base_lr: float, seed: int, folder: Path, words: Sequence[object]
+) -> dict[str, float]:
+    """Fine-tunes one side on one core, unless that was done before. Returns what the last epoch's weights were measured to."""
+    if not (folder / "done").exists():
+        rate = ["--base-lr", base_lr, "--seed", seed, *(["--from-scratch"] if side == "scratch" else [])]
+        rare = ["--eval-epochs", 10**6, "--checkpoint-minutes", 10**6]
+        output = ["--output", folder, "--workers", 0]
+        run("sparkme.finetune", checkpoint, *words, *rate, *rare, *output, quiet=True, threads=1)
+        shutil.rmtree(folder / "checkpoints")  # to save space: each is as large as the network
+        (folder / "best.safetensors").unlink()
+        (folder / "done").touch()
+    last: dict[str, float] = json.loads((folder / "results.json").read_text())["last"]
+    return last
 
 
 def in_parallel(function: Callable[..., Any], arguments: list[Any], processes: int) -> list[Any]:

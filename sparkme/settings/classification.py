@@ -50,7 +50,6 @@ SEVERAL_LABELS = {"loss": "bce", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
 class ClassificationSettings(FinetuneSettings, CropSettings, LabelledSettings):
     """The settings of fine-tuning for classification."""
 
-    small_set: ClassVar[int] = 10_000
     small = SMALL
     gpu_batch: ClassVar[int] = 128
     cpu_batch: ClassVar[int] = 32
@@ -58,7 +57,7 @@ class ClassificationSettings(FinetuneSettings, CropSettings, LabelledSettings):
     # fmt: off
     recipe: str = varied(
         FinetuneSettings, "recipe", help="the paper's fine-tuning settings for this network, or settings for small sets",
-        otherwise=f"auto, which is small below {small_set:,} images, else paper")
+        otherwise=f"auto, which is small below {FinetuneSettings.small_set:,} images, else paper")
     input_size: tuple[int, ...] = varied(CropSettings, "input_size", otherwise="the pretraining run's, or 224")
     flip: bool = varied(FinetuneSettings, "flip", help="mirror half of the crops left to right")
     auto_augment: str = in_images(

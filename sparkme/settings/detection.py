@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sparkme.errors import UserError
-from sparkme.settings.declare import Settings, found, in_data, in_images, in_network, in_optimisation, varied
+from sparkme.settings.declare import found, in_data, in_images, in_network, in_optimisation, varied
+from sparkme.settings.dense import DenseSettings, SplitSettings
 from sparkme.settings.finetune import FinetuneRecipe, FinetuneSettings
-from sparkme.settings.shared import MAX_SIDE, PixelSettings
+from sparkme.settings.shared import MAX_SIDE
 
 HEADS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
 MASK_HEADS = ("mask-rcnn",)
@@ -42,7 +43,7 @@ LARGEST_SMALL_SIDE = 640
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotatedSettings(Settings):
+class AnnotatedSettings(SplitSettings):
     """Where images with boxes are."""
 
     # fmt: off
@@ -53,29 +54,19 @@ class AnnotatedSettings(Settings):
     val: Path | None = in_data(
         "COCO's .json of the validation images", otherwise="a part of --train", metavar="FILE")
     root: Path | None = in_data("folder of the images", otherwise="found beside the annotations", metavar="DIR")
-    val_share: float = in_data(
-        "share of the images to validate on, if the data has no split", 0.2, metavar="S", above=0, below=1)
-    max_pixels: int | None = in_data(
-        "treat an image with more pixels as unreadable", otherwise="178956970, Pillow's limit", metavar="N")
     # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionSettings(FinetuneSettings, AnnotatedSettings):
+class DetectionSettings(DenseSettings, AnnotatedSettings):
     """The settings of fine-tuning for detection."""
 
-    small_set: ClassVar[int] = 10_000
-    small_steps: ClassVar[int] = 600
     small: ClassVar[Mapping[str, Any]] = SMALL
     gpu_batch: ClassVar[int] = 4
     cpu_batch: ClassVar[int] = 8
 
     # fmt: off
     task: str = varied(FinetuneSettings, "task", default="detection")
-    upright: bool = varied(PixelSettings, "upright", is_found=True)
-
-    recipe: str = varied(
-        FinetuneSettings, "recipe", otherwise=f"auto, which is small below {small_set:,} images, else paper")
     short_side: tuple[int, ...] = in_images(
         "shorter side that training images are resized to, one of these at random",
         otherwise="the paper's; with --recipe small about the images' own, at most 640", metavar="PIXELS", nargs="+",
@@ -95,16 +86,12 @@ class DetectionSettings(FinetuneSettings, AnnotatedSettings):
     head_norm: bool = in_network("batch norms in the pyramid and the heads", fixed=True)
     regions: int = in_network(
         "regions per image that the box head of an R-CNN is trained on", metavar="N", at_least=1, at_most=4096)
-    batch_norm: str = in_network(
-        "batch norms of the pretrained network: trained with the statistics of each batch, over all processes; or frozen, "
-        "with statistics estimated once on the training images", choices=("trained", "frozen"), fixed=True)
 
     decay_epochs: tuple[float, ...] = in_optimisation(
         "epochs after which the learning rate falls by --decay-factor",
         otherwise="the paper's, as shares of --epochs; a cosine with --recipe small", metavar="E", nargs="+", above=0)
     decay_factor: float = in_optimisation("see --decay-epochs", metavar="F", above=0, at_most=1)
     has_masks: bool = found()
-    typical_side: int = found()
     # fmt: on
 
     @property
@@ -120,7 +107,7 @@ class DetectionSettings(FinetuneSettings, AnnotatedSettings):
     def adapted(self, recipe: FinetuneRecipe) -> FinetuneRecipe:
         defaults = {**recipe.defaults, "head": "mask-rcnn" if self.has_masks else "faster-rcnn"}
         if "short_side" not in defaults:
-            side = min(LARGEST_SMALL_SIDE, 32 * max(2, round((self.typical_side or 0) / 32)))
+            side = self.usual_side(LARGEST_SMALL_SIDE)
             defaults |= {"short_side": tuple(round(side * share / 32) * 32 for share in SMALL_SIDES), "val_side": side}
         if self.short_side:
             defaults["val_side"] = sorted(self.short_side)[len(self.short_side) // 2]

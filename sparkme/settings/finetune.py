@@ -57,7 +57,7 @@ class FinetuneSettings(WeightSettings, TrainingSettings, PixelSettings):
         gpu_batch, cpu_batch: most images of a batch per process, unless --batch-size is given.
     """
 
-    small_set: ClassVar[int]
+    small_set: ClassVar[int] = 10_000
     small_epochs: ClassVar[int] = 20
     small_steps: ClassVar[int] = 200
     small: ClassVar[Mapping[str, Any]]

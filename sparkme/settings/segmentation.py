@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from sparkme.errors import UserError
-from sparkme.settings.declare import Settings, found, in_data, in_images, in_network, in_optimisation, varied
+from sparkme.settings.declare import in_data, in_images, in_network, in_optimisation, varied
+from sparkme.settings.dense import DenseSettings, SplitSettings
 from sparkme.settings.finetune import FinetuneRecipe, FinetuneSettings
-from sparkme.settings.shared import MAX_SIDE, PixelSettings, fixed_size
+from sparkme.settings.shared import MAX_SIDE, fixed_size
 
 HEADS = ("unet", "fcn", "deeplabv3")
 
@@ -32,7 +33,7 @@ LARGEST_SMALL_SIDE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentedSettings(Settings):
+class SegmentedSettings(SplitSettings):
     """Where images with masks are."""
 
     # fmt: off
@@ -44,29 +45,19 @@ class SegmentedSettings(Settings):
         otherwise="classes.txt or class_dict.csv in --data, else each number or colour in the masks", metavar="FILE")
     ignore_index: int | None = in_data(
         "number in the masks that is not learnt and not counted", otherwise="255", metavar="N", at_least=0)
-    val_share: float = in_data(
-        "share of the images to validate on, if the data has no split", 0.2, metavar="S", above=0, below=1)
-    max_pixels: int | None = in_data(
-        "treat an image with more pixels as unreadable", otherwise="178956970, Pillow's limit", metavar="N")
     # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationSettings(FinetuneSettings, SegmentedSettings):
+class SegmentationSettings(DenseSettings, SegmentedSettings):
     """The settings of fine-tuning for semantic segmentation."""
 
-    small_set: ClassVar[int] = 10_000
-    small_steps: ClassVar[int] = 600
     small: ClassVar[Mapping[str, Any]] = SMALL
     gpu_batch: ClassVar[int] = 16
     cpu_batch: ClassVar[int] = 16
 
     # fmt: off
     task: str = varied(FinetuneSettings, "task", default="segmentation")
-    upright: bool = varied(PixelSettings, "upright", is_found=True)
-
-    recipe: str = varied(
-        FinetuneSettings, "recipe", otherwise=f"auto, which is small below {small_set:,} images, else paper")
     input_size: tuple[int, ...] = in_images(
         "side of the crops, or their height and width; larger images are predicted in windows of this size",
         otherwise="--short-side", metavar="PIXELS", nargs="+", fixed=True, at_least=32, at_most=MAX_SIDE)
@@ -83,9 +74,6 @@ class SegmentationSettings(FinetuneSettings, SegmentedSettings):
     head: str = in_network(
         "a UNet decoder, or torchvision's FCN or DeepLabV3 head", choices=HEADS, fixed=True)
     head_channels: int = in_network("channels of the head", metavar="C", at_least=8, at_most=4096, fixed=True)
-    batch_norm: str = in_network(
-        "batch norms of the pretrained network: trained with the statistics of each batch, over all processes; or frozen, "
-        "with statistics estimated once on the training images", choices=("trained", "frozen"), fixed=True)
 
     loss: str = in_optimisation(
         "ce: cross entropy of each pixel; ce+dice: also the Dice loss of each class, which helps rare classes",
@@ -93,7 +81,6 @@ class SegmentationSettings(FinetuneSettings, SegmentedSettings):
     class_weights: str = in_optimisation(
         "weights of the classes in the cross entropy: none, or balanced, which is the inverse root of each class's pixels",
         choices=("none", "balanced"))
-    typical_side: int = found()
     # fmt: on
 
     @property
@@ -109,7 +96,7 @@ class SegmentationSettings(FinetuneSettings, SegmentedSettings):
     def adapted(self, recipe: FinetuneRecipe) -> FinetuneRecipe:
         defaults = dict(recipe.defaults)
         if "short_side" not in defaults:
-            defaults["short_side"] = min(LARGEST_SMALL_SIDE, 32 * max(2, round((self.typical_side or 0) / 32)))
+            defaults["short_side"] = self.usual_side(LARGEST_SMALL_SIDE)
         if (self.head or defaults["head"]) == "deeplabv3":
             defaults["head_channels"] = 256  # it has no others
         if self.channels != 3:

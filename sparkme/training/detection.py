@@ -136,10 +136,10 @@ class Detection(DenseTask):
 
     def in_words(self) -> dict[str, str]:
         settings, counts = self.settings, self.train_set.class_counts()
-        sides = "x".join(str(side) for side in sorted({min(settings.short_side), max(settings.short_side)}))
+        sides = " to ".join(str(side) for side in sorted({min(settings.short_side), max(settings.short_side)}))
         return {
             "data": f"{int(counts.sum()):,} objects of {len(self.classes)} classes in {len(self.train_set):,} images",
-            "network": f"{settings.head}, {len(self.classes)} classes, shorter side {sides.replace('x', ' to ')} pixels",
+            "network": f"{settings.head}, {len(self.classes)} classes, shorter side {sides} pixels",
         }
 
     def notes(self) -> dict[str, Any]:

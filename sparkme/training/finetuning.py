@@ -275,15 +275,17 @@ class Finetuning(Training):
             values |= {f"val_{name}_average": value for name, value in found.items()}
             text += f"; running average {100 * found[measure.best]:.1f} %"
         log.measured(self.step, epoch, values, text)
-        if not self.best or found[measure.best] > self.best[measure.best]:
+        is_best = not self.best or found[measure.best] > self.best[measure.best]
+        if is_best:
             before, self.best = self.best, {measure.best: found[measure.best], "epoch": epoch}
             try:
                 self._write_weights(kept)
             except CannotWrite:  # a full disk: the file still has the earlier weights
                 self.best = before
                 raise
-            self.draw(kept, measure)
         self._write_results(values, epoch, measure)
+        if is_best:
+            self.draw(kept, measure)
 
     @torch.no_grad()
     def _measure(self, network: nn.Module) -> Measure:

@@ -20,7 +20,7 @@ from sparkme.networks.detectors import detect
 from sparkme.settings.declare import as_text, check
 from sparkme.settings.shared import MAX_SIDE, fixed_size
 from sparkme.weights.finetuned import BEST, Finetuned, read_finetuned
-from sparkme.weights.onnx import onnx_of_classifier, onnx_of_detector, onnx_of_segmenter
+from sparkme.weights.onnx import onnx_of_detector, onnx_of_scores
 from sparkme.weights.settings import ExportSettings
 
 MOST_COMPARED = 16  # images of the user
@@ -74,9 +74,8 @@ def export_finetuned(args: ExportSettings, *, made_by: str) -> Path:
         difference = onnx_of_detector(tuned.network, size, output, metadata=metadata_of(tuned, size, made_by), images=images)
         text = f"{100 * difference:.2g} % of the objects differ {on}; {count} objects are found in the given ones"
     else:
-        write = onnx_of_classifier if tuned.task == "classification" else onnx_of_segmenter
         words: dict[str, Any] = {"metadata": metadata_of(tuned, size, made_by), "images": images}
-        difference = write(tuned.network, *tuned.statistics, size, output, **words)
+        difference = onnx_of_scores(tuned.network, *tuned.statistics, size, output, **words)
         text = f"outputs differ by {difference:.1e} of the largest {on}"
     print(f"compared with onnxruntime: {text}")
     if tuned.task == "detection" and not count:

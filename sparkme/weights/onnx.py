@@ -73,7 +73,7 @@ class OneImage(nn.Module):
         return (*results, found["masks"][objects, 0]) if "masks" in found else results
 
 
-def onnx_of_classifier(
+def onnx_of_scores(
     network: nn.Module,
     mean: Sequence[float],
     std: Sequence[float],
@@ -83,7 +83,8 @@ def onnx_of_classifier(
     metadata: Mapping[str, str] | None = None,
     images: Sequence[Tensor] = (),
 ) -> float:
-    """Writes a classifier: `images` (batch, C, H, W) float32 from 0 to 1 to `logits` (batch, classes).
+    """Writes a classifier or a segmenter: `images` (batch, C, H, W) float32 from 0 to 1 to `logits` (batch, classes), or
+    (batch, classes, H, W).
 
     Args:
         network: takes normalised images; on the CPU, in float32 and eval mode.
@@ -105,23 +106,6 @@ def onnx_of_classifier(
     return export_onnx(whole, pictures, path, names=("logits",), dynamic=True, metadata=metadata)
 
 
-def onnx_of_segmenter(
-    segmenter: nn.Module,
-    mean: Sequence[float],
-    std: Sequence[float],
-    size: tuple[int, int],
-    path: Path,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    images: Sequence[Tensor] = (),
-) -> float:
-    """Writes a segmenter: `images` (batch, C, H, W) float32 from 0 to 1 to `logits` (batch, classes, H, W).
-
-    See `onnx_of_classifier`.
-    """
-    return onnx_of_classifier(segmenter, mean, std, size, path, metadata=metadata, images=images)
-
-
 def onnx_of_detector(
     detector: nn.Module,
     size: tuple[int, int],
@@ -139,14 +123,14 @@ def onnx_of_detector(
         detector: of `sparkme.networks.detectors`, on the CPU, in float32 and eval mode.
         size: height and width of images.
         path: the file.
-        metadata: see `onnx_of_classifier`.
+        metadata: see `onnx_of_scores`.
         images: likewise; pass some with objects, as random ones may show none.
 
     Returns:
         The share of objects that the file finds and the detector does not, or the reverse.
 
     Raises:
-        UserError: as `onnx_of_classifier`.
+        UserError: as `onnx_of_scores`.
     """
     names = ("boxes", "scores", "labels", "masks") if isinstance(detector, MaskRCNN) else ("boxes", "scores", "labels")
     pictures = _pictures(len(detector.transform.image_mean), size, images)  # type: ignore[union-attr, arg-type]
@@ -188,7 +172,7 @@ def export_onnx(
         The difference.
 
     Raises:
-        UserError: as `onnx_of_classifier`.
+        UserError: as `onnx_of_scores`.
         CannotWrite: the file cannot be written.
     """
     if network.training:

@@ -23,9 +23,8 @@ from sparkme.networks.segmenters import create_segmenter
 from sparkme.weights.onnx import (
     OneImage,
     export_onnx,
-    onnx_of_classifier,
     onnx_of_detector,
-    onnx_of_segmenter,
+    onnx_of_scores,
     relative_difference,
     share_of_unmatched,
 )
@@ -63,7 +62,7 @@ def test_a_classifier_takes_pixels_and_any_number_of_images(name: str, drop_path
     torch.manual_seed(0)
     network = trained(create_dense(name, drop_path=drop_path, num_classes=7))
     path = tmp_path / "classifier.onnx"
-    difference = onnx_of_classifier(network, MEAN, STD, (64, 96), path, metadata={"classes": "a, b"})
+    difference = onnx_of_scores(network, MEAN, STD, (64, 96), path, metadata={"classes": "a, b"})
     assert 0 < difference < 1e-4
     for batch in (1, 5):
         with torch.no_grad():
@@ -82,7 +81,7 @@ def test_a_segmenter_takes_images_of_odd_sides(head: str, tmp_path: Path) -> Non
     torch.manual_seed(0)
     segmenter = trained(create_segmenter(sparkme.pyramid(resnet()), head, 4, channels=256 if head == "deeplabv3" else 32))
     path = tmp_path / "segmenter.onnx"
-    onnx_of_segmenter(segmenter, MEAN, STD, (50, 75), path)
+    onnx_of_scores(segmenter, MEAN, STD, (50, 75), path)
     for batch in (1, 3):
         x = images(batch, 50, 75)
         with torch.no_grad():
@@ -179,9 +178,9 @@ def test_a_file_that_computes_something_else_does_not_replace_the_one_that_stand
     path = tmp_path / "network.onnx"
     path.write_bytes(b"before")
     with pytest.raises(UserError, match=r"network.onnx is not written: .* than the network, by 0.01"):
-        onnx_of_classifier(OtherwiseInAFile().eval(), MEAN, STD, (32, 32), path)
+        onnx_of_scores(OtherwiseInAFile().eval(), MEAN, STD, (32, 32), path)
     with pytest.raises(UserError, match=r"torch cannot export this network \(Branches\) to ONNX: "):
-        onnx_of_classifier(Branches().eval(), MEAN, STD, (32, 32), path)
+        onnx_of_scores(Branches().eval(), MEAN, STD, (32, 32), path)
     with pytest.raises(ValueError, match="training mode"):
         export_onnx(nn.Flatten().train(), [*images(3)], path, names=("out",))
     assert path.read_bytes() == b"before" and len([*tmp_path.iterdir()]) == 1
@@ -190,4 +189,4 @@ def test_a_file_that_computes_something_else_does_not_replace_the_one_that_stand
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"need the package onnxscript: pip install 'sparkme\[onnx\]'"):
-        onnx_of_classifier(nn.Flatten().eval(), MEAN, STD, (32, 32), tmp_path / "network.onnx")
+        onnx_of_scores(nn.Flatten().eval(), MEAN, STD, (32, 32), tmp_path / "network.onnx")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from annotated import make_coco
 from pictures import make_labelled
 
 from benchmarks import ablations, small_data, transfer
@@ -244,3 +245,41 @@ def test_ablations_differ_from_spark_in_pairs_of_seeds() -> None:
     assert rows["random"]["ten_labels_a_class_knn"]["difference"] == {"mean": pytest.approx(-0.2), "standard_error": None}
     table = ablations.table({"rows": list(rows.values())})
     assert "| SparK, hidden pixels at zero | 50.0 ± 20.2 (-10.0 ± 5.0) | 50.0 ± 0.0 (+0.0 ± 0.0) |" in table
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_both_sides_of_a_dense_task_are_treated_alike(
+    task: str, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, work = make_coco(tmp_path / "coco", train=14), tmp_path / "work"
+    few = {"detection": "--fpn-channels 16 --regions 16", "segmentation": "--head-channels 16"}[task]
+    words = [
+        "--task",
+        task,
+        "--data",
+        data,
+        "--unlabelled",
+        data / "train",
+        "--work",
+        work,
+        "--images",
+        "4",
+        "--input-size",
+        "64",
+    ]
+    words += ["--model", "small_resnet:resnet", "--steps", "1", "--seeds", "2", "--rates", "0.5", "1", "--processes", "1"]
+    words += ["--finetune-flags", f"{few} --batch-size 4", "--pretrain-flags", "--epochs 1 --batch-size 4 --workers 0"]
+    assert transfer.main([*map(str, words)]) == 0
+    record = json.loads((work / "transfer.json").read_text())
+    assert record["images"] == {"train": 12, "choose": 2, "test": 4}
+    (result,) = record["finetuning"]
+    for name in ("mask_ap", "box_ap") if task == "detection" else ("mean_iou", "pixel_accuracy"):
+        pretrained, scratch = (result[side][name]["values"] for side in ("pretrained", "scratch"))
+        assert result["gain"][name]["values"] == [a - b for a, b in zip(pretrained, scratch, strict=True)]
+
+    finetuned = [command for command in commands if command[0] == "sparkme.finetune"]
+    assert len(finetuned) == 2 * (2 + 2)
+    source = "--train" if task == "detection" else "--data"
+    of_sides = [[c for c in finetuned if ("--from-scratch" in c) == side] for side in (True, False)]
+    seen = [sorted((value_of(c, source), value_of(c, "--seed")) for c in side) for side in of_sides]
+    assert seen[0] == seen[1] and len({*seen[0]}) == 3  # seed 0 with the images to choose by, and two seeds with the test's
