@@ -2,7 +2,8 @@
 
     python -m benchmarks.transfer --task detection                            # scenes with emoji by npm
     python -m benchmarks.transfer --task segmentation --work runs/transfer-scenes
-    python -m benchmarks.transfer --task detection --data coco/ --model resnet50
+    python -m benchmarks.transfer --task detection --data coco/ --unlabelled photos/ --model resnet50
+    python -m benchmarks.transfer --task detection --write   # the table in docs/detection.md, from benchmarks/results
 
 The steps, with this project's own commands:
 
@@ -14,9 +15,11 @@ The steps, with this project's own commands:
    sides), at every rate of a list. Each side keeps its best rate on the validation images.
 4. With that rate, `--seeds` runs with other labelled images and other random numbers are measured on the test images, after the
    last epoch. Both sides get the same images, steps and augmentation.
+5. `benchmarks.pixel_probe` measures what frozen maps of both tell about the pixels of the test images.
 
-The JSON file has `settings`, `pretraining`, and `finetuning`: for each number of images and side the figure of every rate, the
-chosen rate, the figures of each seed, mean and standard error, and the difference of the sides over the seeds.
+The JSON file has `settings`, `pretraining`, `frozen` (the last step), and `finetuning`: for each number of images and side
+the figure of every rate, the chosen rate, the figures of each seed, mean and standard error, and the difference of the sides
+over the seeds.
 """
 
 from __future__ import annotations
@@ -31,18 +34,26 @@ from typing import Any
 import torch
 from PIL import Image
 
+import sparkme
 from benchmarks import scenes
 from benchmarks.flops import provenance
+from benchmarks.pixel_probe import labels_of, probe_pixels, read_pixels
+from benchmarks.plot import read_page
+from benchmarks.plot import write as write_page
 from benchmarks.transfer import SIDES, fine_tune, in_parallel, keep_settings, mean, pretrain, pretraining_of, standard_error
-from sparkme.data.annotations import IGNORED, Annotated, find_annotated
+from sparkme.data.annotations import Annotated, find_annotated
 from sparkme.data.sources.files import Files
 from sparkme.errors import UserError
+from sparkme.networks.create import create_dense
 from sparkme.seeds import derived_seed
 from sparkme.settings.tasks import settings_of_task
 
+MOST_PROBED = 300  # images of a part for the probe
 # What is measured, by task; rates are chosen by the first.
 FIGURES = {"detection": ("mask_ap", "box_ap"), "segmentation": ("mean_iou", "pixel_accuracy")}
-SETTINGS = ("task", "model", "input_size", "pretrained", "pretrain_flags", "finetune_flags", "data", "base_lr")
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "detection.md"
+SETTINGS = ("task", "model", "input_size", "pretrained", "pretrain_flags", "finetune_flags", "data", "scenes", "base_lr")
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -57,7 +68,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--scenes",
         type=int,
         nargs=4,
-        default=[400, 60, 200, 2000],
+        default=[1000, 100, 200, 4000],
         help="scenes (default: %(default)s)",
         metavar=("TRAIN", "VAL", "TEST", "UNLABELLED"),
     )
@@ -70,7 +81,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrained", type=Path, metavar="FILE", help="use this checkpoint instead of pretraining")
     group.add_argument(
         "--pretrain-flags",
-        default="--epochs 30 --decoder-width 128",
+        default="--epochs 20 --decoder-width 128",
         metavar="'FLAGS'",
         help="flags of sparkme.pretrain (default: %(default)s)",
     )
@@ -84,7 +95,12 @@ def create_parser() -> argparse.ArgumentParser:
         help="labelled training images; 0: all (default: %(default)s)",
     )
     group.add_argument(
-        "--steps", type=int, default=250, metavar="N", help="steps of sparkme.finetune, in whole epochs (default: %(default)s)"
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[250, 600],
+        metavar="N",
+        help="steps of sparkme.finetune for each of --images, in whole epochs (default: %(default)s)",
     )
     group.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per comparison (default: %(default)s)")
     group.add_argument("--base-lr", type=float, help="learning rate (default: that of --recipe small)")
@@ -92,7 +108,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--rates",
         type=float,
         nargs="+",
-        default=[0.5, 2.0],
+        default=[0.25, 1.0],
         metavar="F",
         help="factors of --base-lr to try (default: %(default)s)",
     )
@@ -102,25 +118,29 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="fine-tuning runs at a time (default: cores)"
     )
+    group.add_argument("--write", action="store_true", help="only write the table of docs/detection.md, from --json")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Runs all missing steps, and writes the numbers. Returns the exit code."""
     args = create_parser().parse_args(argv)
+    if args.write:
+        return write(args)
     check(args)
     args.work.mkdir(parents=True, exist_ok=True)
     keep_settings(args.work, {name: getattr(args, name) for name in SETTINGS})
     found = find_images(args)
     checkpoint = args.pretrained or pretrain(found["unlabelled"], args)
     parts = Parts(args, found)
-    finetuning = [compare(count, checkpoint, parts, args) for count in args.images]
+    finetuning = [compare(count, steps, checkpoint, parts, args) for count, steps in zip(args.images, args.steps, strict=True)]
     record = {
         **provenance(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "images": {name: len(part) for name, part in parts.of.items()},
         "classes": parts.of["test"].classes,
         "pretraining": pretraining_of(checkpoint),
+        "frozen": probe(checkpoint, parts, args),
         "finetuning": finetuning,
     }
     path = args.json or args.work / "transfer.json"
@@ -132,15 +152,20 @@ def main(argv: list[str]) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Fills in what is left out. Raises UserError for invalid arguments, before anything runs."""
-    small = settings_of_task(args.task).small
     args.work = args.work or Path("runs", f"transfer-{args.task}")
-    args.base_lr = args.base_lr or small["base_lr"]
+    if args.base_lr is None:
+        args.base_lr = settings_of_task(args.task).small["base_lr"]
     if args.finetune_flags is None:
-        args.finetune_flags = "--fpn-channels 64 --regions 64" if args.task == "detection" else "--head-channels 64"
+        small = {"detection": "--fpn-channels 32 --regions 32 --proposals 256", "segmentation": "--head-channels 64"}
+        args.finetune_flags = small[args.task]
     if args.seeds < 1 or args.processes < 1:
         raise UserError("--seeds and --processes must be at least 1")
     if min(args.images) < 0:
         raise UserError(f"--images {min(args.images)} must be at least 0; 0 stands for all")
+    if len(args.steps) == 1:
+        args.steps = args.steps * len(args.images)
+    if len(args.steps) != len(args.images) or min(args.steps) < 1:
+        raise UserError("--steps needs one number, or one for each of --images, and each at least 1")
     if not all(rate > 0 for rate in (*args.rates, args.base_lr)):
         raise UserError("--rates and --base-lr must be above 0")
     if args.data is not None and args.unlabelled is None and args.pretrained is None:
@@ -156,7 +181,8 @@ def find_images(args: argparse.Namespace) -> dict[str, Path]:
         numbers = zip(("--train", "--val", "--test", "--unlabelled"), args.scenes, strict=True)
         words = [str(word) for pair in numbers for word in pair]
         emoji = str(args.emoji or args.work / "emoji")
-        if scenes.main(["--output", str(made), "--size", str(args.input_size), "--emoji", emoji, *words]):
+        words += ["--size", str(args.input_size), "--objects", "3", "--object-sides", "0.2", "0.7"]  # for small networks to see
+        if scenes.main(["--output", str(made), "--emoji", emoji, *words]):
             raise UserError("the scenes could not be made, see above")
     return {"data": made, "unlabelled": made / "unlabelled"}
 
@@ -221,7 +247,7 @@ class Parts:
                 link = folder / "images" / name / image.name
                 if not link.is_symlink():
                     link.symlink_to(image.resolve())
-                    write_labels(part, number, folder / "masks" / name / f"{image.stem}.png")
+                    Image.fromarray(labels_of(part, number).numpy()).save(folder / "masks" / name / f"{image.stem}.png")
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
         return ["--data", folder]
 
@@ -231,25 +257,36 @@ def _file(part: Annotated, number: int) -> Path:
     return part.images.path(number)
 
 
-def write_labels(part: Annotated, number: int, path: Path) -> None:
-    """Writes the class of each pixel of an image: 0 is the background, crowds are ignored, later objects cover earlier ones."""
-    objects = part.objects(number)
-    labels = torch.zeros(*part.sizes[number].tolist(), dtype=torch.uint8)
-    for mask, label, crowd in zip(objects.masks(*labels.shape), objects.labels.tolist(), objects.crowd.tolist(), strict=True):
-        labels[mask > 0] = IGNORED if crowd else label + 1
-    Image.fromarray(labels.numpy()).save(path)
+def probe(checkpoint: Path, parts: Parts, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What frozen maps of pretrained and random weights tell about pixels, for each number of images."""
+    pretrained = sparkme.pyramid(checkpoint)
+    torch.manual_seed(0)
+    random = sparkme.pyramid(create_dense(args.model))
+    random.mean, random.std = pretrained.mean, pretrained.std
+    choose, test = (
+        read_pixels(part, range(min(len(part), MOST_PROBED)), args.input_size)
+        for part in (parts.of["choose"], parts.of["test"])
+    )
+    found = []
+    for count in args.images:
+        count = min(count or MOST_PROBED, len(parts.of["train"]))
+        train = read_pixels(parts.of["train"], range(count), args.input_size)
+        for weights, pyramid in (("random", random), ("pretrained", pretrained)):
+            figures = probe_pixels(pyramid, train, choose, test, len(parts.of["train"].classes))
+            found.append({"images": count, "weights": weights, **figures})
+    return found
 
 
-def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
+def compare(count: int, steps: int, checkpoint: Path, parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tunes both sides with so many labelled images: finds the best rate of each, then runs every seed."""
     figures, num_images = FIGURES[args.task], count or len(parts.of["train"])
-    epochs = math.ceil(args.steps / max(1, num_images // settings_of_task(args.task).small["batch_size"]))
+    epochs = math.ceil(steps / max(1, num_images // settings_of_task(args.task).small["batch_size"]))
     for seed in range(args.seeds):
         parts.flags(count, seed, "test")  # written before several processes read them
     parts.flags(count, 0, "choose")
 
     def measure(side: str, factor: float, seed: int, measured: str) -> dict[str, float]:
-        folder = args.work / f"{side}-{count or 'all'}-rate{factor:g}-seed{seed}-{measured}"
+        folder = args.work / f"{side}-{count or 'all'}-epochs{epochs}-rate{factor:g}-seed{seed}-{measured}"
         words = ["--task", args.task, *parts.flags(count, seed, measured), "--epochs", epochs, *args.finetune_flags.split()]
         last = fine_tune(checkpoint, side, args.base_lr * factor, seed, folder, words)
         return {name: last[f"val_{name}"] for name in figures}
@@ -276,10 +313,27 @@ def compare(count: int, checkpoint: Path, parts: Parts, args: argparse.Namespace
     return result
 
 
+def write(args: argparse.Namespace) -> int:
+    """Writes the table of a task in docs/detection.md. Returns the exit code."""
+    path = args.json or RESULTS / f"transfer_{args.task}.json"
+    if not path.is_file():
+        raise UserError(f"--json {path} does not exist; run python -m benchmarks.transfer --task {args.task} first")
+    begin, end = (f"<!-- transfer-{args.task}:{edge} -->" for edge in ("begin", "end"))
+    write_page(PAGE, read_page(PAGE, begin, end), f"{begin}\n{table(json.loads(path.read_text()))}\n{end}")
+    return 0
+
+
 def table(record: dict[str, Any]) -> str:
-    """A row for each number of images and figure, in percent."""
+    """A row for each number of images and figure, in percent; and what frozen maps tell."""
     lines = ["| labelled images | figure | from scratch | pretrained | gain |", "|---:|---|---:|---:|---:|"]
-    return "\n".join([*lines, *(row(result, record["settings"]["task"]) for result in record["finetuning"])])
+    lines += [row(result, record["settings"]["task"]) for result in record["finetuning"]]
+    lines += ["", "| images | frozen maps | random | pretrained |", "|---:|---|---:|---:|"]
+    of_frozen = {(each["images"], each["weights"]): each for each in record["frozen"]}
+    for count in dict.fromkeys(images for images, _ in of_frozen):
+        for name, title in (("object_auc", "objects or background, AUC"), ("class_accuracy", "class of an object's pixel")):
+            cells = [f"{100 * of_frozen[count, weights][name]:.1f}" for weights in ("random", "pretrained")]
+            lines.append(f"| {count} | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def row(result: dict[str, Any], task: str) -> str:

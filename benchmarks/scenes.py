@@ -32,6 +32,7 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -59,9 +60,8 @@ PHOTOGRAPHS = {
     "test": ["chelsea.png", "grace_hopper.jpg", "moon.png", "retina.jpg"],
 }
 EMPTY_SHARE = 0.02  # of scenes without an object
-MEAN_OBJECTS, MOST_OBJECTS = 6, 14
-SIDES = (0.08, 0.6)  # of an object, over the scene's; small ones are more frequent, as in COCO
-SMALLEST_SIDE = 14  # pixels
+MOST_OBJECTS = 2  # in a scene, over the average
+SMALLEST_SIDE = 14  # pixels of an object
 TRIES = 8  # places for an object, before it is left out
 LEAST_VISIBLE = 0.35  # share of an object's pixels that neither other objects nor the border hide
 LEAST_AREA = 48  # visible pixels of an object
@@ -124,6 +124,15 @@ def create_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{part}", type=int, default=count, metavar="N", help="annotated scenes (%(default)s)")
     parser.add_argument("--unlabelled", type=int, default=4000, metavar="N", help="scenes to pretrain on (%(default)s)")
     parser.add_argument("--size", type=int, default=192, metavar="PIXELS", help="width and height (%(default)s)")
+    parser.add_argument("--objects", type=float, default=6, metavar="N", help="objects per scene, on average (%(default)s)")
+    parser.add_argument(
+        "--object-sides",
+        type=float,
+        nargs=2,
+        default=[0.08, 0.6],
+        metavar=("LOW", "HIGH"),
+        help="side of an object over the scene's; small ones are more frequent, as in COCO (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(%(default)s)")
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="a folder for each class, of transparent PNGs (emoji, by `npm pack`)"
@@ -153,7 +162,7 @@ def make_scenes(args: argparse.Namespace) -> int:
     counts = {part: write_part(part, classes, sources[part], args) for part in PARTS if getattr(args, part)}
     (args.output / "unlabelled").mkdir()
     for number in progress("unlabelled", args.unlabelled):
-        scene = draw_scene(np.random.default_rng((args.seed, len(PARTS), number)), classes, sources["train"], args.size)
+        scene = draw_scene(np.random.default_rng((args.seed, len(PARTS), number)), classes, sources["train"], args)
         scene.image.save(args.output / "unlabelled" / f"{number:06d}.jpg", quality=92)
     (args.output / "README.txt").write_text(readme(classes, sources, counts, args))
     total = sum(sum(count.values()) for count in counts.values())
@@ -168,6 +177,11 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
     if not 64 <= args.size <= 1024:
         raise UserError(f"--size {args.size} is outside of 64 to 1024")
+    if not 1 <= args.objects <= 20:
+        raise UserError(f"--objects {args.objects:g} is outside of 1 to 20")
+    low, high = args.object_sides
+    if not 0.02 <= low <= high <= 1:
+        raise UserError(f"--object-sides {low:g} {high:g}: two shares from 0.02 to 1, the lower one first")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output {args.output} is not an empty folder; choose another, or remove it")
     if find_spec("pycocotools") is None:
@@ -254,7 +268,7 @@ def write_part(part: str, classes: list[str], sources: Sources, args: argparse.N
         "categories": [{"id": i + 1, "name": name, "supercategory": ""} for i, name in enumerate(classes)],
     }
     for number in progress(part, getattr(args, part)):
-        scene = draw_scene(np.random.default_rng((args.seed, PARTS.index(part), number)), classes, sources, args.size)
+        scene = draw_scene(np.random.default_rng((args.seed, PARTS.index(part), number)), classes, sources, args)
         name = f"{number:06d}.jpg"
         scene.image.save(images / name, quality=92)
         index_mask(scene).save(masks / f"{number:06d}.png")
@@ -294,20 +308,21 @@ def _colour(number: int) -> tuple[int, ...]:
     return tuple(int(127 + 120 * math.cos(2.4 * number + phase)) for phase in (0, 2.1, 4.2))
 
 
-def draw_scene(rng: np.random.Generator, classes: list[str], sources: Sources, size: int) -> Scene:
+def draw_scene(rng: np.random.Generator, classes: list[str], sources: Sources, args: argparse.Namespace) -> Scene:
     """Draws a background and objects on it, each where it leaves enough to see of itself and of those below it."""
+    size: int = args.size
     path = sources.photographs[rng.integers(len(sources.photographs))]
     canvas = background(rng, path, size)
     owner = np.full((size, size), -1, dtype=np.int16)
     layers: list[Layer] = []
     areas: list[int] = []  # of the layers, with what is hidden
-    count = 0 if rng.random() < EMPTY_SHARE else min(1 + rng.poisson(MEAN_OBJECTS - 1), MOST_OBJECTS)
+    count = 0 if rng.random() < EMPTY_SHARE else min(1 + rng.poisson(args.objects - 1), round(MOST_OBJECTS * args.objects))
     for _ in range(count):
         label = int(rng.integers(len(classes)))
         families = sources.families[classes[label]]
         family = families[rng.integers(len(families))]
         picture = family[rng.integers(len(family))]
-        colours, alpha = cut_out(rng, picture, size)
+        colours, alpha = cut_out(rng, picture, size, args.object_sides)
         for _ in range(TRIES):
             x, y = place(rng, alpha.shape, owner, layers)
             if drawn := paste(canvas, owner, areas, colours, alpha, (x, y)):
@@ -367,10 +382,10 @@ def recolour(pixels: Pixels, *, hue: float, saturation: float, light: npt.ArrayL
     return changed
 
 
-def cut_out(rng: np.random.Generator, path: Path, size: int) -> tuple[Pixels, npt.NDArray[np.uint8]]:
+def cut_out(rng: np.random.Generator, path: Path, size: int, sides: Sequence[float]) -> tuple[Pixels, npt.NDArray[np.uint8]]:
     """A picture scaled, turned, sometimes mirrored or blurred, in another light: colours (h, w, 3), transparency (h, w)."""
     picture = load_picture(path)
-    low, high = math.log(SIDES[0]), math.log(SIDES[1])
+    low, high = (math.log(share) for share in sides)
     side = max(SMALLEST_SIDE, size * math.exp(low + (high - low) * rng.random() ** 1.3))
     stretch = math.exp(rng.uniform(-0.15, 0.15))
     scale = side / max(picture.size)
@@ -454,7 +469,8 @@ def develop(rng: np.random.Generator, canvas: Pixels) -> Image.Image:
 def readme(classes: list[str], sources: dict[str, Sources], counts: dict[str, Counter[str]], args: argparse.Namespace) -> str:
     """What is in the folder, and how it was made."""
     pictures = f"those of --pictures {args.pictures.name}" if args.pictures else f"{EMOJI} (Google's Noto Emoji)"
-    numbers = " ".join(f"--{name} {getattr(args, name)}" for name in (*PARTS, "unlabelled", "size", "seed"))
+    numbers = " ".join(f"--{name} {getattr(args, name)}" for name in (*PARTS, "unlabelled", "size", "objects", "seed"))
+    numbers += " --object-sides {:g} {:g}".format(*args.object_sides)
     lines = [
         f"Scenes made by `python -m benchmarks.scenes {numbers}`.",
         f"Pictures: {pictures}. Versions: numpy {np.__version__}, Pillow {Image.__version__}.",

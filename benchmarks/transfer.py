@@ -40,6 +40,8 @@ from torch import nn
 
 from benchmarks.emoji import emoji
 from benchmarks.flops import provenance
+from benchmarks.plot import read_page
+from benchmarks.plot import write as write_page
 from sparkme.data.labelled import Labelled, find_labelled, split, split_digest
 from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
@@ -407,13 +409,10 @@ def write(args: argparse.Namespace) -> int:
     record = json.loads(path.read_text())
     picture = path.with_suffix(".png")
     draw(record, picture)
-    text = PAGE.read_text()
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{PAGE.name} lacks the lines {BEGIN} and {END}, which enclose the table")
+    around = read_page(PAGE, BEGIN, END)
     link = os.path.relpath(picture.resolve(), PAGE.parent)
     block = f"{table(record)}\n\n![Accuracy over the number of labels, pretrained and from scratch]({link})"
-    PAGE.write_text(text.partition(BEGIN)[0] + f"{BEGIN}\n{block}\n{END}" + text.partition(END)[2])
-    print(f"wrote {picture} and the table in {PAGE.name}")
+    write_page(PAGE, around, f"{BEGIN}\n{block}\n{END}")
     return 0
 
 

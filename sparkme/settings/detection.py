@@ -19,7 +19,7 @@ MASK_HEADS = ("mask-rcnn",)
 # From the official code: downstream_d2/configs for ResNets, downstream_mmdet/configs for ConvNeXts, both for COCO.
 _PAPER: dict[str, Any] = {
     "optimizer": "adamw", "batch_size": 16, "clip_grad": 0.0, "ema_decay": 0.0, "ema_warmup": True, "batch_norm": "trained",
-    "long_side": 1333, "fpn_channels": 256, "regions": 512, "eval_epochs": 1,
+    "long_side": 1333, "fpn_channels": 256, "regions": 512, "proposals": 2000, "eval_epochs": 1,
 }  # fmt: skip
 _PAPER_RESNET = _PAPER | {
     "base_lr": 4e-3, "weight_decay": 1e-4, "epochs": 12, "warmup_epochs": 0.136, "decay_epochs": (8.0, 10.67),
@@ -32,11 +32,13 @@ _PAPER_CONVNEXT = _PAPER | {
     "short_side": (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), "val_side": 800,
 }  # fmt: skip
 
-# A guess: classification's recipe for small sets where it has the setting, and what two cores can train.
+# The rate was tried on benchmarks.scenes with a small ResNet. The rest is a guess: classification's recipe for small sets where
+# it has the setting, and what two cores can train.
 SMALL: dict[str, Any] = {
-    "optimizer": "adamw", "base_lr": 0.016, "batch_size": 8, "weight_decay": 0.05, "layer_decay": 0.7, "clip_grad": 1.0,
-    "ema_decay": 0.0, "ema_warmup": True, "batch_norm": "frozen", "decay_epochs": (), "decay_factor": 0.1, "drop_path": 0.0,
+    "optimizer": "adamw", "base_lr": 0.064, "batch_size": 8, "weight_decay": 0.05, "layer_decay": 0.7, "clip_grad": 1.0,
+    "ema_decay": 0.0, "ema_warmup": True, "batch_norm": "trained", "decay_epochs": (), "decay_factor": 0.1, "drop_path": 0.0,
     "head_norm": False, "random_crop": 0.0, "long_side": 1333, "fpn_channels": 128, "regions": 128,
+    "proposals": 500,
 }  # fmt: skip
 SMALL_SIDES = (0.75, 0.875, 1.0, 1.125, 1.25)  # sizes in training with that recipe, as a share of the typical one
 LARGEST_SMALL_SIDE = 640
@@ -86,6 +88,9 @@ class DetectionSettings(DenseSettings, AnnotatedSettings):
     head_norm: bool = in_network("batch norms in the pyramid and the heads", fixed=True)
     regions: int = in_network(
         "regions per image that the box head of an R-CNN is trained on", metavar="N", at_least=1, at_most=4096)
+    proposals: int = in_network(
+        "regions that an R-CNN proposes per image in training; half as many in prediction", metavar="N", at_least=2,
+        at_most=100_000)
 
     decay_epochs: tuple[float, ...] = in_optimisation(
         "epochs after which the learning rate falls by --decay-factor",

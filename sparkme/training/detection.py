@@ -57,7 +57,12 @@ class Detection(DenseTask):
         settings = self.settings
         torch.manual_seed(settings.seed)  # the same head for pretrained and random weights
         detector: Any = create_detector(
-            self.pyramid, settings.head, len(self.classes), channels=settings.fpn_channels, norm=settings.head_norm
+            self.pyramid,
+            settings.head,
+            len(self.classes),
+            channels=settings.fpn_channels,
+            norm=settings.head_norm,
+            proposals=settings.proposals,
         )
         if hasattr(detector, "roi_heads"):
             detector.roi_heads.fg_bg_sampler.batch_size_per_image = settings.regions
@@ -148,6 +153,7 @@ class Detection(DenseTask):
             "head": settings.head,
             "fpn_channels": settings.fpn_channels,
             "head_norm": settings.head_norm,
+            "proposals": settings.proposals,
             "val_side": settings.val_side,
             "long_side": settings.long_side,
             "category_ids": self.train_set.category_ids,

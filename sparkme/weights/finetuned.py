@@ -109,7 +109,8 @@ def _classifier(model: str, channels: int, _: Statistics, num_classes: int, know
 
 def _detector(model: str, channels: int, statistics: Statistics, num_classes: int, known: Mapping[str, Any]) -> nn.Module:
     pyramid = _pyramid(model, channels, statistics)
-    return create_detector(pyramid, known["head"], num_classes, channels=known["fpn_channels"], norm=known["head_norm"])
+    options = {"channels": known["fpn_channels"], "norm": known["head_norm"], "proposals": known.get("proposals", 2000)}
+    return create_detector(pyramid, known["head"], num_classes, **options)
 
 
 def _segmenter(model: str, channels: int, statistics: Statistics, num_classes: int, known: Mapping[str, Any]) -> nn.Module:

@@ -88,7 +88,7 @@ def test_a_run_learns_and_leaves_what_it_promises(learnt: Path) -> None:
     assert set(results["of_each_class"]) == {"red", "blue"} and min(results["of_each_class"].values()) > 0.1
     assert results["box"]["ap_large"] is None and "mask" not in results
     config = config_of(learnt)
-    assert config["task"] == "detection" and config["recipe"] == "small" and config["batch_norm"] == "frozen"
+    assert config["task"] == "detection" and config["recipe"] == "small" and config["batch_norm"] == "trained"
 
 
 def test_the_best_weights_give_the_same_figures_again(learnt: Path, data: Path) -> None:

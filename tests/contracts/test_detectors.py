@@ -278,6 +278,22 @@ def test_a_copy_is_independent_and_a_pickle_is_whole() -> None:
     assert not torch.equal(detect(detector, given, [(64, 64)])[0].scores, expected.scores)
 
 
+def test_proposals() -> None:
+    torch.manual_seed(0)
+    detector: Any = create_detector(sparkme.pyramid(resnet()), "faster-rcnn", CLASSES, channels=CHANNELS, proposals=12)
+    counts: list[int] = []
+    detector.rpn.register_forward_hook(lambda module, args, output: counts.extend(len(boxes) for boxes in output[0]))
+    given = images((128, 128))
+    detector.eval()(given)
+    assert counts == [6]
+    detector.train()(given, [target(128, 128, (5, 5, 30, 30))])
+    assert 6 < counts[-1] <= 12
+    standard: Any = create_detector(sparkme.pyramid(resnet()), "faster-rcnn", CLASSES, channels=CHANNELS)
+    plain: Any = of_torchvision("faster-rcnn", norm=False, score_threshold=0.05)
+    for name in ("_pre_nms_top_n", "_post_nms_top_n"):
+        assert getattr(standard.rpn, name) == getattr(plain.rpn, name)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     pyramid = sparkme.pyramid(resnet())
     with pytest.raises(ValueError, match="choose one of mask-rcnn, faster-rcnn, retinanet, fcos"):

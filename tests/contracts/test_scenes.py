@@ -94,6 +94,15 @@ def test_parts_share_no_picture_and_no_photograph(made: Path, pictures: Path) ->
     assert sum(map(len, used)) == len(set.union(*used))
 
 
+def test_number_and_size_of_objects(tmp_path: Path, pictures: Path) -> None:
+    few = annotations(make(tmp_path / "few", pictures, "--objects", "1", "--object-sides", "0.9", "0.9"), "train")
+    assert 8 <= len(few["annotations"]) <= 24  # one or two in each of 12 scenes, if not left out
+    many = annotations(make(tmp_path / "many", pictures, "--objects", "12", "--object-sides", "0.15", "0.15"), "train")
+    assert len(many["annotations"]) > 60
+    assert max(max(each["bbox"][2:]) for each in many["annotations"]) <= 30  # 14.4 pixels, stretched and turned
+    assert np.median([max(each["bbox"][2:]) for each in few["annotations"]]) > 60
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -108,12 +117,12 @@ def test_variants_of_an_emoji_are_one_picture(one: str, other: str) -> None:
 
 
 def test_masks_boxes_and_areas_are_those_of_what_was_drawn(made: Path, pictures: Path) -> None:
-    args = scenes.create_parser().parse_args(["--output", "x", "--pictures", str(pictures)])
+    args = scenes.create_parser().parse_args(["--output", "x", "--pictures", str(pictures), "--size", "96"])
     classes, sources = scenes.find_sources(args)
     coco = COCO(made / "annotations" / "instances_train.json")
     checked = hidden = 0
     for number in range(12):
-        scene = scenes.draw_scene(np.random.default_rng((0, 0, number)), classes, sources["train"], 96)
+        scene = scenes.draw_scene(np.random.default_rng((0, 0, number)), classes, sources["train"], args)
         shown: dict[tuple[int, int], int] = {}  # by pixel, which layer; those above take it from those below
         drawn = 0
         for place, layer in enumerate(scene.layers):

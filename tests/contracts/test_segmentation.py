@@ -72,7 +72,7 @@ def test_a_run_learns_and_leaves_what_it_promises(learnt: Path) -> None:
     with Image.open(learnt / "predictions-sample.png") as sheet:
         assert min(sheet.size) > 100
     config = config_of(learnt)
-    assert config["task"] == "segmentation" and config["recipe"] == "small" and config["batch_norm"] == "frozen"
+    assert config["task"] == "segmentation" and config["recipe"] == "small" and config["batch_norm"] == "trained"
 
 
 def test_the_best_weights_give_the_same_figures_again(learnt: Path, data: Path) -> None:

@@ -283,3 +283,19 @@ def test_both_sides_of_a_dense_task_are_treated_alike(
     of_sides = [[c for c in finetuned if ("--from-scratch" in c) == side] for side in (True, False)]
     seen = [sorted((value_of(c, source), value_of(c, "--seed")) for c in side) for side in of_sides]
     assert seen[0] == seen[1] and len({*seen[0]}) == 3  # seed 0 with the images to choose by, and two seeds with the test's
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--images", "4", "--steps", "1", "2"], "--steps needs one number, or one for each of --images"),
+        (["--images", "-1"], "--images -1 must be at least 0"),
+        (["--data", "coco"], "--data needs --unlabelled DIR"),
+        (["--base-lr", "0"], "--rates and --base-lr must be above 0"),
+    ],
+)
+def test_a_dense_comparison_that_cannot_run_is_refused_first(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert transfer.main(["--task", "detection", "--work", str(tmp_path / "work"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "work").exists()
