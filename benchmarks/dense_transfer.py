@@ -51,6 +51,7 @@ from sparkme.settings.tasks import settings_of_task
 MOST_PROBED = 300  # images of a part for the probe
 # What is measured, by task; rates are chosen by the first.
 FIGURES = {"detection": ("mask_ap", "box_ap"), "segmentation": ("mean_iou", "pixel_accuracy")}
+TITLES = {"mask_ap": "mask AP", "box_ap": "box AP", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "detection.md"
 SETTINGS = ("task", "model", "input_size", "pretrained", "pretrain_flags", "finetune_flags", "data", "scenes", "base_lr")
@@ -342,7 +343,7 @@ def row(result: dict[str, Any], task: str) -> str:
         return f"{100 * value['mean']:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
     return "\n".join(
-        f"| {result['images']} | {name.replace('_', ' ')} | {of(result['scratch'][name])} | {of(result['pretrained'][name])} | "
+        f"| {result['images']} | {TITLES[name]} | {of(result['scratch'][name])} | {of(result['pretrained'][name])} | "
         f"{of(result['gain'][name], '+')} |"
         for name in FIGURES[task]
     )

@@ -51,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learnt(weights: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("learnt")
     words = [*SMALLEST, "--head", "faster-rcnn", "--epochs", "20", "--eval-epochs", "10", "--base-lr", "0.1"]
-    words += ["--fpn-channels", "32", "--layer-decay", "1"]
+    words += ["--fpn-channels", "32", "--layer-decay", "1", "--batch-norm", "frozen"]
     assert main([str(weights), "--data", str(data), *words, "--output", str(folder)]) == 0
     return folder
 
@@ -88,7 +88,7 @@ def test_a_run_learns_and_leaves_what_it_promises(learnt: Path) -> None:
     assert set(results["of_each_class"]) == {"red", "blue"} and min(results["of_each_class"].values()) > 0.1
     assert results["box"]["ap_large"] is None and "mask" not in results
     config = config_of(learnt)
-    assert config["task"] == "detection" and config["recipe"] == "small" and config["batch_norm"] == "trained"
+    assert config["task"] == "detection" and config["recipe"] == "small" and config["batch_norm"] == "frozen"
 
 
 def test_the_best_weights_give_the_same_figures_again(learnt: Path, data: Path) -> None:
@@ -212,7 +212,7 @@ def test_training_is_a_plain_loop_of_torchvision(head: str, steps: int, weights:
     """The same weights, batches, random numbers and rates: the losses of each step are equal."""
     width = 16 if head == "retinanet" else 256  # of torchvision's R-CNNs
     words = [*SMALLEST, "--head", head, "--no-flip", "--batch-norm", "trained", "--layer-decay", "0.5", "--clip-grad", "0"]
-    words += ["--fpn-channels", str(width)]
+    words += ["--fpn-channels", str(width), "--proposals", "2000"]
     words += ["--epochs", "10", "--warmup-epochs", "1", "--decay-epochs", "4", "8", "--decay-factor", "0.5", "--base-lr", "0.1"]
     training = create(weights, "--data", data, *words, "--weight-decay", "0.1", "--output", tmp_path)
     found = [run_steps(training, step + 1)[0] for step in range(steps)]
@@ -414,7 +414,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(weights: Path, data:
     """Where neither batch norms nor drawn regions depend on the parts; RetinaNet's loss is a mean over images."""
     found = []
     for parts in ("1", "2", "4"):
-        training = create(weights, "--data", data, *TINY, "--accumulate", parts, "--output", tmp_path / parts)
+        words = [*TINY, "--batch-norm", "frozen", "--accumulate", parts]
+        training = create(weights, "--data", data, *words, "--output", tmp_path / parts)
         found.append((run_steps(training, 3), training.network.state_dict()))
     for values, state in found[1:]:
         assert values == pytest.approx(found[0][0], rel=1e-5)
@@ -547,7 +548,7 @@ def test_images_of_many_sizes_over_several_batches(weights: Path, tmp_path: Path
             ["--short-side", "32", "--batch-size", "1", "--batch-norm", "trained"],
             "a single image of 32 x 32 pixels leaves batch",
         ),
-        (["--short-side", "32", "--batch-size", "2"], "--batch-norm frozen estimates statistics on whole images"),
+        (["--short-side", "32", "--batch-norm", "frozen"], "--batch-norm frozen estimates statistics on whole images"),
         (["--layer-decay", "0"], "--layer-decay 0.0 is outside (0, 1]"),
         (["--val", "x.json"], "--val x.json goes with --train FILE.json, not with --data"),
     ],
@@ -591,7 +592,8 @@ def test_a_run_of_another_task_is_not_continued(
     assert "was trained with" in message and "classification" in message
     message = fails(capsys, *classes, "--output", learnt)
     assert "was trained with" in message and "detection" in message
-    words = [weights, "--data", data, *TINY, "--layer-decay", "1", "--fpn-channels", "32", "--output", learnt]
+    same = ["--layer-decay", "1", "--fpn-channels", "32", "--batch-norm", "frozen"]
+    words = [weights, "--data", data, *TINY, *same, "--output", learnt]
     assert "was trained with --head faster-rcnn, now it is retinanet" in fails(capsys, *words)
 
 

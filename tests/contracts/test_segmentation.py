@@ -152,7 +152,7 @@ def test_rates_follow_the_layers_and_a_cosine(weights: Path, data: Path, tmp_pat
     words = [weights, "--data", data, *TINY, "--epochs", "10", "--layer-decay", "0.5", "--warmup-epochs", "2"]
     training = create(*words, "--output", tmp_path)
     assert [training.rates(step)["learning_rate"] for step in range(20)] == [
-        learning_rate(step, peak=0.016 * 4 / 256, warmup_steps=4, total_steps=20) for step in range(20)
+        learning_rate(step, peak=SMALL["base_lr"] * 4 / 256, warmup_steps=4, total_steps=20) for step in range(20)
     ]
     run_steps(training, 1)
     rate_of = {
@@ -175,7 +175,7 @@ def running(network: nn.Module) -> dict[str, Tensor]:
 def test_frozen_batch_norms_keep_statistics_that_were_estimated_on_whole_images(
     weights: Path, data: Path, tmp_path: Path
 ) -> None:
-    training = create(weights, "--data", data, *TINY, "--output", tmp_path)
+    training = create(weights, "--data", data, *TINY, "--batch-norm", "frozen", "--output", tmp_path)
     plain = resnet()
     plain.load_state_dict(training.pretrained.state)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in training.statistics)
