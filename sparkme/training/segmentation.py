@@ -172,9 +172,9 @@ class PixelLoss(nn.Module):
         loss = loss / weight.sum().clamp_min(1e-12)
         if not self.dice:
             return loss
-        truth = F.one_hot(labels.masked_fill(~known, 0), scores.shape[1]).movedim(-1, 1) * known[:, None]
-        found = scores.softmax(1) * known[:, None]
-        overlap, total = (found * truth).sum((0, 2, 3)), (found + truth).sum((0, 2, 3))
-        present = truth.sum((0, 2, 3)) > 0
-        dice = 1 - (2 * overlap + 1) / (total + 1)
+        classes = torch.arange(scores.shape[1], device=labels.device)
+        truth = labels[:, None] == classes[:, None, None]  # false for ignored pixels
+        found, sizes = scores.softmax(1), truth.sum((0, 2, 3))
+        overlap, total = (found * truth).sum((0, 2, 3)), (found * known[:, None]).sum((0, 2, 3)) + sizes
+        dice, present = 1 - (2 * overlap + 1) / (total + 1), sizes > 0
         return loss + (dice * present).sum() / present.sum().clamp_min(1)
