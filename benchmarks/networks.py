@@ -40,6 +40,8 @@ from torch import Tensor, nn
 
 import sparkme
 from benchmarks.flops import count_encoder, provenance, total
+from benchmarks.plot import read_page
+from benchmarks.plot import write as write_page
 from sparkme.errors import UserError, first_line, run_command
 from sparkme.networks.create import create_dense
 from sparkme.sparse.grid import Grid
@@ -334,12 +336,9 @@ def write(path: Path) -> int:
     networks: dict[str, Any] = json.loads(path.read_text())["networks"]
     comments = [line for line in PACKAGED.read_text().splitlines() if line.startswith("#")]
     PACKAGED.write_text("\n".join([*comments, *(name for name, result in networks.items() if result["supported"])]) + "\n")
-    text = PAGE.read_text()
     begin, end = "<!-- networks:begin -->", "<!-- networks:end -->"
-    if begin not in text or end not in text:
-        raise UserError(f"{PAGE.name} lacks the lines {begin} and {end}, which enclose the table")
-    PAGE.write_text(text.partition(begin)[0] + f"{begin}\n{markdown(networks)}\n{end}" + text.partition(end)[2])
-    print(f"wrote {PACKAGED.name} and the table in {PAGE.name}")
+    write_page(PAGE, read_page(PAGE, begin, end), f"{begin}\n{markdown(networks)}\n{end}")
+    print(f"wrote {PACKAGED.name}")
     return 0
 
 
