@@ -14,13 +14,12 @@ from torch import Tensor, nn
 import sparkme
 from sparkme.sparse.fusion import Unwritten
 
-SEEDS, PART = 80, 40  # more of them: tests/whole/test_fuzz.py
+SEEDS = 40  # more of them: tests/whole/test_fuzz.py
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, PART))
-def test_random_networks_have_the_dense_ones_gradients(first: int) -> None:
-    outcomes = Counter(random_networks.compare(seed).partition(":")[0] for seed in range(first, first + PART))
-    assert outcomes["equal"] >= 0.8 * PART and not outcomes["refused"], outcomes
+def test_random_networks_have_the_dense_ones_gradients() -> None:
+    outcomes = Counter(random_networks.compare(seed).partition(":")[0] for seed in range(SEEDS))
+    assert outcomes["equal"] >= 0.8 * SEEDS and not outcomes["refused"], outcomes
 
 
 class Watching(nn.Module):
