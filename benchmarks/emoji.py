@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import tarfile
 from pathlib import Path
 
-from sparkme.errors import UserError
+from benchmarks.packages import npm_package
 
 EMOJI = "emoji-datasource-google@16.0.0"
 
@@ -23,18 +21,7 @@ def emoji(folder: Path, instead: str = "--data LABELLED") -> tuple[Path, dict[st
     Raises:
         UserError: they cannot be downloaded.
     """
-    package = folder / "package"
-    if not package.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        if shutil.which("npm") is None:
-            raise UserError(f"npm, which downloads the emoji, is not installed; pass {instead}, or install npm")
-        done = subprocess.run(["npm", "pack", EMOJI], cwd=folder, capture_output=True, text=True)
-        archives = sorted(folder.glob("*.tgz"))
-        if done.returncode or not archives:
-            raise UserError(f"`npm pack {EMOJI}` failed: {' '.join(done.stderr.split())[-200:]}; pass {instead}")
-        with tarfile.open(archives[-1]) as archive:
-            wanted = [m for m in archive if m.name == "package/emoji.json" or m.name.startswith("package/img/google/64/")]
-            archive.extractall(folder, wanted, filter="data")
+    package = npm_package(EMOJI, folder, instead, _wanted)
     pictures, groups = package / "img" / "google" / "64", folder / "groups"
     extra: dict[str, list[Path]] = {}
     for entry in json.loads((package / "emoji.json").read_text()):
@@ -48,3 +35,7 @@ def emoji(folder: Path, instead: str = "--data LABELLED") -> tuple[Path, dict[st
         variants = [pictures / variant["image"] for variant in entry.get("skin_variations", {}).values()]
         extra[entry["image"]] = [path for path in variants if path.is_file()]
     return groups, extra
+
+
+def _wanted(path: str) -> bool:
+    return path == "package/emoji.json" or path.startswith("package/img/google/64/")
