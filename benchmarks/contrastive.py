@@ -38,6 +38,7 @@ import sparkme
 from sparkme.data.sources.files import find_images
 from sparkme.errors import UserError, run_command
 from sparkme.networks.create import create_dense
+from sparkme.networks.pyramid import Pyramid
 
 METHODS = ("simclr", "densecl")
 BATCH, RATE, MOMENTUM, WEIGHT_DECAY = 128, 0.06, 0.9, 5e-4
@@ -89,7 +90,7 @@ class Crops(Dataset[list[Tensor]]):
 class SimCLR(nn.Module):
     """A network and a head, trained on pairs of crops."""
 
-    def __init__(self, network: sparkme.Pyramid) -> None:
+    def __init__(self, network: Pyramid) -> None:
         from lightly.loss import NTXentLoss  # noqa: PLC0415
         from lightly.models.modules.heads import SimCLRProjectionHead  # noqa: PLC0415
 
@@ -106,22 +107,22 @@ class SimCLR(nn.Module):
 class DenseCL(nn.Module):
     """A network and two heads, and their slow copies."""
 
-    def __init__(self, network: sparkme.Pyramid) -> None:
+    def __init__(self, network: Pyramid) -> None:
         from lightly.loss import NTXentLoss  # noqa: PLC0415
         from lightly.models.modules.heads import DenseCLProjectionHead  # noqa: PLC0415
 
         super().__init__()
         width = network.channels[-1]
-        heads = (DenseCLProjectionHead(width, width, EMBEDDING) for _ in range(2))
-        self.fast = nn.ModuleDict(dict(zip(("network", "of_images", "of_places"), (network, *heads))))
+        self.fast = nn.ModuleList([network, *(DenseCLProjectionHead(width, width, EMBEDDING) for _ in range(2))])
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
         queue = {"temperature": 0.1, "memory_bank_size": (QUEUE, EMBEDDING)}
         self.of_images, self.of_places = NTXentLoss(**queue), NTXentLoss(**queue)
 
-    def embedded(self, branch: nn.ModuleDict, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def embedded(self, branch: nn.ModuleList, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of images (B, 128), of places (B, N, 128), and the places' features (B, N, C), normalised."""
-        features = branch["network"].maps(images)[-1].flatten(2).transpose(1, 2)
-        return branch["of_images"](features.mean(1)), branch["of_places"](features), F.normalize(features, dim=2)
+        network, of_images, of_places = branch
+        features: Tensor = [*network(images).values()][-1].flatten(2).transpose(1, 2)
+        return of_images(features.mean(1)), of_places(features), F.normalize(features, dim=2)
 
     def loss(self, first: Tensor, second: Tensor) -> Tensor:
         with torch.no_grad():
@@ -171,7 +172,7 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def save(pyramid: sparkme.Pyramid, record: dict[str, Any], path: Path) -> None:
+def save(pyramid: Pyramid, record: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(pyramid.network.state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps(record) + "\n")
