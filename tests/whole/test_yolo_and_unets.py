@@ -7,13 +7,11 @@ import json
 import os
 import re
 import subprocess
-import sys
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from commands import SMALL
+from environments import python_with
 from pictures import make_images
 
 ROOT = Path(__file__).parents[2]
@@ -83,20 +81,8 @@ print(json.dumps({"strides": encoder.strides}))
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter that has the packages."""
-    if find_spec("ultralytics") and find_spec("segmentation_models_pytorch"):
-        return Path(sys.executable)
-    folder = tmp_path_factory.mktemp("packages")
-    made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no virtual environment can be made here: {made.stdout.strip().splitlines()[-1:]}")
-    interpreter, site = folder / "bin" / "python", next((folder / "lib").glob("python*")) / "site-packages"
-    (site / "below.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for words in (REQUIREMENTS, ["--no-deps", *PACKAGES]):
-        done = subprocess.run([*pip, *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"pip cannot install {', '.join(words)}: {done.stderr.strip().splitlines()[-1:]}")
-    return interpreter
+    modules = ("ultralytics", "segmentation_models_pytorch")
+    return python_with(tmp_path_factory.mktemp("packages"), modules, REQUIREMENTS, ["--no-deps", *PACKAGES])
 
 
 @pytest.fixture
