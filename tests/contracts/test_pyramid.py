@@ -110,22 +110,13 @@ def test_maps_that_change_in_place_are_kept_and_channels_come_first() -> None:
     assert model.fc.weight.requires_grad  # the network that was given is left as it was
 
 
-def test_it_is_copied_pickled_compiled_and_exported() -> None:
+def test_it_is_copied_pickled_and_called_by_several_threads() -> None:
     pyramid = sparkme.pyramid(randomised(torchvision.models.resnet18()))
     x = images(64, 64)
     with torch.no_grad():
         expected = pyramid.maps(x)
         assert equal(copy.deepcopy(pyramid).maps(x), expected)
         assert equal(pickle.loads(pickle.dumps(pyramid)).maps(x), expected)
-        torch._dynamo.reset()
-        compiled = torch.compile(pyramid, backend="aot_eager", fullgraph=True)
-        for value, reference in zip(compiled(x).values(), expected):
-            torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
-        for strict in (False, True):
-            exported = torch.export.export(pyramid, (x,), strict=strict)
-            for value, reference in zip(exported.module()(x).values(), expected):
-                torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
-            assert not any("linear" in str(node.target) for node in exported.graph.nodes)
         with ThreadPoolExecutor(4) as pool:  # each thread has maps of its own
             sizes = [(32 * n, 64) for n in range(1, 9)]
             for found, size in zip(pool.map(lambda size: pyramid.maps(images(*size)), sizes), sizes):

@@ -1,4 +1,4 @@
-"""Encoders under torch.compile, and in processes with several threads."""
+"""Encoders and pyramids under torch.compile, and encoders in processes with several threads."""
 
 import os
 import subprocess
@@ -7,9 +7,11 @@ import sys
 import oracle
 import pytest
 import torch
+import torchvision
 from networks import ENGINES
 from random_models import features_and_gradients, images_and_mask
 
+import sparkme
 from sparkme.networks.create import create_encoder
 
 REPEAT = """
@@ -52,3 +54,19 @@ def test_stages_compile_without_graph_breaks(name: str, engine: str) -> None:
         assert stage in ("layer1", "layer2", "layer3", "layer4", *(f"features.{i}" for i in range(8)))
     for x, y in zip(features_and_gradients(encoder, images, active), expected, strict=True):
         assert oracle.relative_error(x, y) < 1e-5
+
+
+def test_a_pyramid_is_compiled_and_exported() -> None:
+    pyramid = sparkme.pyramid(torchvision.models.resnet18().double().eval())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pyramid.maps(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(pyramid, backend="aot_eager", fullgraph=True)
+        for value, reference in zip(compiled(x).values(), expected, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
+        for strict in (False, True):
+            exported = torch.export.export(pyramid, (x,), strict=strict)
+            for value, reference in zip(exported.module()(x).values(), expected, strict=True):
+                torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
+            assert not any("linear" in str(node.target) for node in exported.graph.nodes)
