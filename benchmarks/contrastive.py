@@ -2,8 +2,7 @@
 
     python -m benchmarks.contrastive --method simclr --data photos/ --model resnet18 --epochs 100 --output simclr.pth
 
-lightly (MIT) is no dependency. `benchmarks.worth` calls this file with the Python of an environment that has it on top of this
-project's own.
+lightly (MIT) is no dependency. Run this with the Python of an environment that has it on top of this project's own.
 
 Both methods have lightly's settings for small sets (its CIFAR-10 benchmark): batches of 128, SGD with a learning rate of 0.06,
 momentum 0.9 and weight decay 5e-4, a cosine to zero, no blur.

@@ -16,12 +16,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def cifar10_package(downloads: Path) -> None:
-    """Thirty images of each class in a file, each of one colour, which tells its class and whether it is of the test."""
+    """Thirty images of each class in a file. Their colours tell the class, the number, and whether it is of the test."""
     package = downloads / "cifar10" / "package"
     package.mkdir(parents=True)
     labels = np.arange(300) % 10
-    for name, is_test in (*((f"data_batch_{i}.png", 0) for i in range(1, 6)), ("test_batch.png", 1)):
-        rows = np.broadcast_to(np.stack([10 * labels, 0 * labels, 99 * is_test + 0 * labels], 1)[:, None], (300, 1024, 3))
+    for i, name in ((-1, "test_batch.png"), *((i, f"data_batch_{i}.png") for i in range(1, 6))):
+        colours = np.stack([10 * labels + max(i, 0), np.arange(300) // 10, np.full(300, 99 * (i < 0))], 1)
+        rows = np.broadcast_to(colours[:, None], (300, 1024, 3))
         Image.fromarray(rows.astype(np.uint8)).save(package / name, compress_level=1)
     (package / "train_lables.json").write_text(json.dumps(np.tile(labels, 5).tolist()))
     (package / "test_lables.json").write_text(json.dumps(labels.tolist()))
@@ -37,7 +38,9 @@ def test_cifar10s_images_have_their_classes_and_its_test_images_are_val(
     for path in (tmp_path / "cifar10").rglob("*.png"):
         image = Image.open(path)
         part, label = path.parts[-3], sets.CIFAR10_CLASSES.index(path.parts[-2])
-        assert image.size == (32, 32) and image.getextrema() == tuple((v, v) for v in (10 * label, 0, 99 * (part == "val")))
+        (red, _), _, (blue, _) = extrema = image.getextrema()
+        assert image.size == (32, 32) and all(low == high for low, high in extrema)
+        assert red // 10 == label and blue == 99 * (part == "val")
         found[part, label] += 1
     assert found == {(part, label): count for part, count in (("train", 100), ("val", 20)) for label in range(10)}
 
@@ -68,6 +71,14 @@ def test_parts_of_a_class_share_nothing() -> None:
     assert Counter(part for part, _ in taken) == {"train": 20, "val": 10} and len({i for _, i in taken}) == 30
     assert taken == list(sets.drawn(50, 3, (20, 10))) != list(sets.drawn(50, 4, (20, 10)))
     assert len(list(sets.drawn(9, 3))) == 9  # all of a small class
+
+
+def test_a_picture_is_in_a_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    entries = [("val", "a", red), ("train", "a", blue), ("train", "b", red), ("val", "b", blue.resize((5, 5)))]
+    monkeypatch.setitem(sets.SETS, "small", sets.Source("", False, lambda downloads: iter(entries)))
+    made = files(sets.make_set("small", tmp_path))
+    assert [*made] == ["train/a/000001.png", "val/a/000000.png", "val/b/000003.png"]
 
 
 def test_a_set_that_was_not_finished_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
