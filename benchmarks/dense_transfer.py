@@ -17,9 +17,9 @@ The steps, with this project's own commands:
    last epoch. Both sides get the same images, steps and augmentation.
 5. `benchmarks.pixel_probe` measures what frozen maps of both tell about the pixels of the test images.
 
-The JSON file has `settings`, `pretraining`, `frozen` (the last step), and `finetuning`: for each number of images and side
-the figure of every rate, the chosen rate, the figures of each seed, mean and standard error, and the difference of the sides
-over the seeds.
+The JSON file has `settings`, `pretraining`, `minutes_of_finetuning` (all runs), `frozen` (the last step), and `finetuning`: for
+each number of images and side the figure of every rate, the chosen rate, the figures of each seed, mean and standard error, and
+the difference of the sides over the seeds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,17 @@ from benchmarks.flops import provenance
 from benchmarks.pixel_probe import labels_of, probe_pixels, read_pixels
 from benchmarks.plot import read_page
 from benchmarks.plot import write as write_page
-from benchmarks.transfer import SIDES, fine_tune, in_parallel, keep_settings, mean, pretrain, pretraining_of, standard_error
+from benchmarks.transfer import (
+    SIDES,
+    fine_tune,
+    in_parallel,
+    keep_settings,
+    mean,
+    minutes_of_runs,
+    pretrain,
+    pretraining_of,
+    standard_error,
+)
 from sparkme.data.annotations import Annotated, find_annotated
 from sparkme.data.sources.files import Files
 from sparkme.errors import UserError
@@ -82,7 +92,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrained", type=Path, metavar="FILE", help="use this checkpoint instead of pretraining")
     group.add_argument(
         "--pretrain-flags",
-        default="--epochs 20 --decoder-width 128",
+        default="--epochs 36 --decoder-width 64",
         metavar="'FLAGS'",
         help="flags of sparkme.pretrain (default: %(default)s)",
     )
@@ -99,7 +109,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         nargs="+",
-        default=[250, 600],
+        default=[200, 400],
         metavar="N",
         help="steps of sparkme.finetune for each of --images, in whole epochs (default: %(default)s)",
     )
@@ -141,6 +151,7 @@ def main(argv: list[str]) -> int:
         "images": {name: len(part) for name, part in parts.of.items()},
         "classes": parts.of["test"].classes,
         "pretraining": pretraining_of(checkpoint),
+        "minutes_of_finetuning": minutes_of_runs(args.work, args.processes),
         "frozen": probe(checkpoint, parts, args),
         "finetuning": finetuning,
     }

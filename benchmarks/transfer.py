@@ -30,6 +30,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -317,15 +318,22 @@ def fine_tune(
 ) -> dict[str, float]:
     """Fine-tunes one side on one core, unless that was done before. Returns what the last epoch's weights were measured to."""
     if not (folder / "done").exists():
+        start = time.perf_counter()
         rate = ["--base-lr", base_lr, "--seed", seed, *(["--from-scratch"] if side == "scratch" else [])]
         rare = ["--eval-epochs", 10**6, "--checkpoint-minutes", 10**6]
         output = ["--output", folder, "--workers", 0]
         run("sparkme.finetune", checkpoint, *words, *rate, *rare, *output, quiet=True, threads=1)
         shutil.rmtree(folder / "checkpoints")  # to save space: each is as large as the network
         (folder / "best.safetensors").unlink()
-        (folder / "done").touch()
+        (folder / "done").write_text(f"{time.perf_counter() - start:.0f} s\n")
     last: dict[str, float] = json.loads((folder / "results.json").read_text())["last"]
     return last
+
+
+def minutes_of_runs(work: Path, processes: int) -> float:
+    """Minutes that the fine-tuning runs of a folder took, so many at a time."""
+    seconds = [float(file.read_text().split()[0]) for file in work.glob("*/done") if file.stat().st_size]
+    return round(sum(seconds) / processes / 60, 1)
 
 
 def in_parallel(function: Callable[..., Any], arguments: list[Any], processes: int) -> list[Any]:
