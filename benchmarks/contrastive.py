@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ from sparkme.networks.create import create_dense
 from sparkme.networks.pyramid import Pyramid
 
 METHODS = ("simclr", "densecl")
+TIMED_STEPS = 20  # that say how many steps the minutes have
 BATCH, RATE, MOMENTUM, WEIGHT_DECAY = 128, 0.06, 0.9, 5e-4
 QUEUE, SLOWNESS, EMBEDDING = 4096, 0.99, 128
 
@@ -52,7 +54,9 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images")
     parser.add_argument("--model", required=True, help="network, as for sparkme.pretrain")
     parser.add_argument("--input-size", type=int, default=96, metavar="PIXELS", help="side of the crops (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, required=True, metavar="N")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--epochs", type=int, metavar="N")
+    length.add_argument("--minutes", type=float, metavar="M", help="by the speed of the first steps")
     parser.add_argument("--batch-size", type=int, default=BATCH, metavar="N", help="images, of two crops each")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: none)")
     parser.add_argument("--seed", type=int, default=0)
@@ -153,20 +157,27 @@ def train(args: argparse.Namespace) -> int:
     loader = DataLoader(crops, batch, shuffle=True, drop_last=True, num_workers=args.workers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, RATE * batch / BATCH, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    begun, record = time.perf_counter(), {}
-    for epoch in range(args.epochs):
-        total = 0.0
+    begun, total = time.perf_counter(), (args.epochs or 1) * len(loader)
+    steps, losses = 0, list[float]()
+    while steps < total:
         for first, second in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * batch / BATCH * (1 + math.cos(math.pi * steps / total)) / 2
             loss = model.loss(first, second)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            scheduler.step()
-            total += float(loss.detach())
-        seconds, crops_seen = time.perf_counter() - begun, 2 * batch * len(loader) * (epoch + 1)
-        record = {"loss": total / len(loader), "epochs": epoch + 1, "crops": crops_seen, "seconds": round(seconds, 1)}
-        print(f"epoch {epoch + 1}/{args.epochs} | loss {record['loss']:.4f} | {crops_seen / seconds:.1f} crops/s", flush=True)
+            losses.append(float(loss.detach()))
+            steps += 1
+            seconds = time.perf_counter() - begun
+            if args.minutes is not None and steps <= TIMED_STEPS:
+                total = max(steps, round(args.minutes * 60 / seconds * steps))
+            if steps == total:
+                break
+        crops_seen = 2 * batch * steps
+        record = {"loss": sum(losses) / len(losses), "crops": crops_seen, "seconds": round(seconds, 1)}
+        losses.clear()
+        print(f"step {steps}/{total} | loss {record['loss']:.4f} | {crops_seen / seconds:.1f} crops/s", flush=True)
     save(pyramid, record, args.output)
     return 0
 

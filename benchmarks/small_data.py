@@ -113,13 +113,18 @@ def trial(flags: str, data: Path, table: Path, images: Path, args: argparse.Name
     return transfer.pretraining_of(checkpoint) | scores
 
 
-def probe_last(checkpoint: Path, data: Path, table: Path, draws: int, *words: object) -> list[dict[str, dict[str, float]]]:
-    """The scores of the last map from all labels and from ten a class: of a checkpoint, and of what `words` compare it with."""
+def probe_last(
+    weights: Path, data: Path, table: Path, draws: int, *words: object, folder: Path | None = None
+) -> list[dict[str, dict[str, float]]]:
+    """The scores of the last map from all labels and from ten a class: of weights, and of what `words` compare them with.
+
+    The probe's files go to a folder, by default that of the checkpoint's run.
+    """
     found = {}
     for name, few in (("all_labels", []), ("ten_labels_a_class", ["--shots", 10, "--draws", draws])):
-        output = checkpoint.parents[1] / f"{name}.json"
+        output = (folder or weights.parents[1]) / f"{name}.json"
         where = ["--data", data, "--labels", table, "--stage", "last", "--output", output, "--overwrite"]
-        transfer.run("sparkme.probe", checkpoint, *where, *few, *words, quiet=True, threads=1)
+        transfer.run("sparkme.probe", weights, *where, *few, *words, quiet=True, threads=1)
         found[name] = [
             {key: round(score[key], 4) for key in ("knn", "knn_error", "linear", "linear_error")}
             for score in json.loads(output.read_text())["scores"]

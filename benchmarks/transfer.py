@@ -199,11 +199,16 @@ def make_tables(
     parts = {"train": rest.train, "choose": rest.val, "test": labelled.val}
     tables = {"choose": args.work / "choose.csv", "final": args.work / "final.csv"}
     for name, measured in (("choose", "choose"), ("final", "test")):
-        with tables[name].open("w", newline="") as file:
-            for part, role in (("train", "train"), (measured, "val")):
-                for path, label in zip(parts[part].paths, parts[part].labels.tolist(), strict=True):
-                    csv.writer(file).writerow([os.path.relpath(path, data), parts[part].classes[label], role])
+        write_table(tables[name], data, parts["train"], parts[measured])
     return data, tables, parts
+
+
+def write_table(path: Path, data: Path, train: Labelled, val: Labelled) -> None:
+    """Writes path, label and part of images, with paths from a folder."""
+    with path.open("w", newline="") as file:
+        for part, role in ((train, "train"), (val, "val")):
+            for image, label in zip(part.paths, part.labels.tolist(), strict=True):
+                csv.writer(file).writerow([os.path.relpath(image, data), part.classes[label], role])
 
 
 def keep_settings(work: Path, settings: dict[str, Any]) -> None:
@@ -227,15 +232,20 @@ def keep_settings(work: Path, settings: dict[str, Any]) -> None:
 def link_images(train: Labelled, extra: dict[str, list[Path]], args: argparse.Namespace) -> Path:
     """Makes a folder of links to the images to pretrain on, and returns it."""
     images: Path = args.work / "unlabelled"
-    images.mkdir(exist_ok=True)
-    for link in images.iterdir():  # links of an earlier run with another split
-        link.unlink()
     sources = [path for image in train.paths for path in (image, *extra.get(image.name, []))]
     if getattr(args, "unlabelled", None):
         sources += find_images(args.unlabelled, flag="--unlabelled")
-    for number, source in enumerate(sources):
-        (images / f"{number:06d}{source.suffix}").symlink_to(source.resolve())
+    link(sources, images)
     return images
+
+
+def link(sources: Sequence[Path], folder: Path) -> None:
+    """Fills a folder with links to these files alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():  # of an earlier run with another split
+        old.unlink()
+    for number, source in enumerate(sources):
+        (folder / f"{number:06d}{source.suffix}").symlink_to(source.resolve())
 
 
 def pretrain(images: Path, args: argparse.Namespace) -> Path:

@@ -284,12 +284,14 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self._of_all() if self.blocks is None or few else self._of_blocks(self.blocks)
 
     def _of_all(self) -> Iterator[list[tuple[int, int]]]:
-        """All processes share one order, and divide each batch."""
+        """All processes share one order, and divide each batch; crops of an image stay together if the batch allows it."""
+        together = self.repeats if self.batch_size % (self.repeats * self.world) == 0 else 1
         current, order = (-1, -1), torch.empty(0)
         for step in self.steps:
             epoch, position = divmod(step, self.steps_per_epoch)
             batch = []
-            for place in range(position * self.batch_size + self.rank, (position + 1) * self.batch_size, self.world):
+            groups = torch.arange(position * self.batch_size, (position + 1) * self.batch_size).view(-1, together)
+            for place in groups[self.rank :: self.world].flatten().tolist():
                 place, repeat = divmod(place, self.repeats)
                 copy, place_in_copy = divmod(place, self.num_images)
                 if current != (epoch, copy):

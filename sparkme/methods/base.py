@@ -6,7 +6,7 @@ A method with another target or loss overrides `forward`. One that predicts no p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,15 @@ class MaskedAutoencoder(nn.Module):
 
     Raises:
         ValueError: sizes or ratio do not fit together.
+
+    Attributes:
+        poor_loss: the loss of a network that predicts the mean of each normalised patch; None if it is unknown.
+        loss_name: for the loss curve.
     """
 
     decoder: nn.Module
+    poor_loss: ClassVar[float | None] = 1.0
+    loss_name: ClassVar[str] = "loss on hidden patches"
 
     def __init__(
         self,

@@ -81,15 +81,18 @@ class SparK(MaskedAutoencoder):
         return num_visible(num_patches, mask_ratio)
 
     def predict(self, images: Tensor, grid: Grid) -> Tensor:
-        maps = self.encode(images, grid)
-        dense = self.densify(maps)
-        use_operators(self.decoder, maps[0].engine.fuses_norms(dense[0].dtype, images.device))
-        prediction: Tensor = self.decoder(dense)
-        return prediction
+        return self.decode(self.encode(images, grid))
 
     def encode(self, images: Tensor, grid: Grid) -> list[SparseMap]:
         """The encoder's maps of the visible pixels, shallow to deep."""
         return self.encoder.encode(images, grid)
+
+    def decode(self, maps: list[SparseMap]) -> Tensor:
+        """The prediction (B, C, H, W) from the encoder's maps, shallow to deep."""
+        dense = self.densify(maps)
+        use_operators(self.decoder, maps[0].engine.fuses_norms(dense[0].dtype, dense[0].device))
+        prediction: Tensor = self.decoder(dense)
+        return prediction
 
     def densify(self, maps: list[SparseMap]) -> dict[int, Tensor]:
         """Normalises visible pixels, sets hidden ones to a mask token, and projects to the decoder's widths.

@@ -144,7 +144,7 @@ class FinetuneSettings(WeightSettings, TrainingSettings, PixelSettings):
         recipe = of_small if is_small else self.paper_recipe(self.model, norm)
         if self.recipe == "auto":
             least = f"{'fewer than' if is_small else 'at least'} {self.small_set:,}"
-            recipe = replace(recipe, source=f"{recipe.source}, chosen since there are {images:,} images, {least}")
+            recipe = replace(recipe, source=f"{recipe.source}, chosen for {images:,} image{'s' * (images != 1)}, {least}")
         if self.from_scratch:
             recipe = replace(recipe, defaults={**recipe.defaults, "layer_decay": 1.0})
         return self.adapted(recipe)

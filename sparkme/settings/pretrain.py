@@ -63,6 +63,7 @@ class Recipe:
         crop_scale: default for a data set; the few photographs of the demo have their own.
         rate_ends: learning rate at the start of the warm-up and at the end, as shares of the peak.
         largest_batch: the default batch size grows with the number of processes up to this.
+        crops: how many crops of an image follow each other in a batch.
         folder: prefix of the names of run folders.
         without: settings that the method lacks: the value that they must keep, and the error for another value, `{}`.
     """
@@ -74,6 +75,7 @@ class Recipe:
     crop_scale: float
     rate_ends: tuple[float, float]
     largest_batch: int = PAPER_BATCH
+    crops: int = 1
     folder: str = ""
     without: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
@@ -104,6 +106,18 @@ RECIPES = {
         crop_scale=0.67,
         rate_ends=(0.005, 0.001),
         largest_batch=256,
+        without=_NOT_SPARK,
+    ),
+    "contrastive": Recipe(
+        "SparK with a contrastive term",
+        "SparK (Tian et al., ICLR 2023) and SimCLR (Chen et al., ICML 2020)",
+        "sparkme.methods.contrastive:ContrastiveSparK",
+        _SPARK | {"epochs": None, "decoder_width": 64, "base_lr": 0.04},
+        crop_scale=0.5,
+        rate_ends=(0.005, 0.001),
+        largest_batch=256,
+        crops=2,
+        folder="contrastive-",
         without=_NOT_SPARK,
     ),
     "fcmae": Recipe(
@@ -155,7 +169,8 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, CropSet
 
     # fmt: off
     recipe: str = setting(
-        "spark: the paper's settings; small: SparK with settings for small sets; fcmae: ConvNeXt V2's method; "
+        "spark: the paper's settings; small: SparK with settings for small sets; contrastive: small with "
+        "a contrastive term; fcmae: ConvNeXt V2's method; "
         "spark-*: small without one part of SparK, for comparisons", "auto",
         otherwise=f"auto, which is small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True,
         older="spark")
@@ -250,8 +265,9 @@ def choose_recipe(asked: str, num_images: int, saved: PretrainSettings | None) -
     if saved is not None:
         return saved.recipe, ", as before"
     if num_images < SMALL_SET:
-        return "small", f", since there are {num_images:,} images, fewer than {SMALL_SET:,}; --recipe spark is the paper's"
-    return "spark", f", since there are {num_images:,} images, at least {SMALL_SET:,}"
+        images = f"{num_images:,} image{'s' * (num_images != 1)}"
+        return "small", f", chosen for {images}, fewer than {SMALL_SET:,}; --recipe spark is the paper's"
+    return "spark", f", chosen for {num_images:,} images, at least {SMALL_SET:,}"
 
 
 def resolve(
@@ -348,11 +364,11 @@ def _with_batch(settings: PretrainSettings, machine: Machine, saved: PretrainSet
     """Fills in the batch size: that of the run to continue, or what the machine and the number of samples allow."""
     if saved is not None:
         settings = filled(settings, {"batch_size": saved.batch_size})
-    largest = RECIPES[settings.recipe].largest_batch
-    wanted = min(largest, (128 if machine.on_gpu else 32) * machine.processes, settings.samples_per_epoch)
-    share = machine.processes * settings.accumulate  # the batch is a multiple of it
+    recipe = RECIPES[settings.recipe]
+    wanted = min(recipe.largest_batch, (128 if machine.on_gpu else 32) * machine.processes, settings.samples_per_epoch)
+    share = machine.processes * settings.accumulate * recipe.crops  # the batch is a multiple of it
     settings = filled(settings, {"batch_size": max(wanted // share, 1) * share})
-    check_batch(settings)
+    check_batch(settings, recipe.crops)
     if settings.batch_size > settings.samples_per_epoch:
         raise UserError(
             f"--batch-size {settings.batch_size} is more than the {settings.samples_per_epoch} crops per epoch; lower it, or "

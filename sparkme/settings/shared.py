@@ -292,13 +292,14 @@ def with_precision(settings: T, machine: Machine) -> T:
     return replace(settings, precision="bf16" if machine.has_bf16 else "float32")
 
 
-def check_batch(settings: TrainingSettings) -> None:
-    """Raises UserError for a batch that cannot be shared out evenly."""
-    batch, share = settings.batch_size, settings.processes * settings.accumulate
+def check_batch(settings: TrainingSettings, crops: int = 1) -> None:
+    """Raises UserError for a batch that cannot be shared out evenly, with so many crops of an image together."""
+    batch, share = settings.batch_size, settings.processes * settings.accumulate * crops
     if batch % share:
+        together = f" x {crops} crops of an image" if crops > 1 else ""
         raise UserError(
-            f"--batch-size {batch} is not a multiple of {settings.processes} processes x --accumulate {settings.accumulate}; "
-            f"use {max(1, round(batch / share)) * share}"
+            f"--batch-size {batch} is not a multiple of {settings.processes} processes x --accumulate {settings.accumulate}"
+            f"{together}; use {max(1, round(batch / share)) * share}"
         )
 
 

@@ -233,6 +233,12 @@ def share_batch_norms(network: nn.Module) -> list[str]:
     return own_code
 
 
+def add_up(value: Tensor) -> Tensor:
+    """The sum of a tensor over processes, with gradients."""
+    total: Tensor = _AddUp.apply(value)
+    return total
+
+
 class _AddUp(torch.autograd.Function):
     """A sum over processes that each have their own loss."""
 

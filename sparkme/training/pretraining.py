@@ -73,7 +73,6 @@ class Pretraining(Training):
 
     settings: PretrainSettings
     network: MaskedAutoencoder
-    loss_name = "loss on hidden patches"
 
     def __init__(self, asked: PretrainSettings, process: Process) -> None:
         prepare_device(process.device, tf32=asked.tf32)
@@ -148,7 +147,7 @@ class Pretraining(Training):
         self.clip_norm = settings.clip_grad if settings.optimizer == "adamw" else None  # LAMB clips by itself
         self.steps_per_epoch = settings.samples_per_epoch // settings.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.poor_loss = 1.0 if settings.norm_pix_loss else None  # of a network that predicts each patch's mean
+        self.loss_name, self.poor_loss = self.network.loss_name, self.network.poor_loss if settings.norm_pix_loss else None
         if not any(p.requires_grad for p in self.network.encoder.parameters()):
             raise UserError(f"--model {settings.model}: all its parameters are frozen (requires_grad is False)")
 
@@ -162,6 +161,7 @@ class Pretraining(Training):
             steps,
             process.rank,
             process.world,
+            repeats=RECIPES[settings.recipe].crops,
             blocks=self.dataset.source.blocks,
             window=self.dataset.source.window,
         )

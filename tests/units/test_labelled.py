@@ -251,6 +251,10 @@ def test_repeated_augmentation_crops_an_image_several_times_in_a_row() -> None:
         images = [draw % 8 for _, draw in batch]
         assert images[0] == images[1] == images[2] != images[3] == images[4] == images[5]
         assert len({draw for _, draw in batch}) == 6
+    of_ranks = [next(iter(EpochSampler(8, 8, 8, 0, range(1), rank, world=2, repeats=2))) for rank in range(2)]
+    assert all(batch[i][1] % 8 == batch[i + 1][1] % 8 for batch in of_ranks for i in (0, 2))  # in the same process
+    (whole,) = EpochSampler(8, 8, 8, 0, range(1), repeats=2)
+    assert sorted(pair for batch in of_ranks for pair in batch) == sorted(whole)
     plain = EpochSampler(8, 8, 6, seed=0, steps=range(2))
     assert all(sorted({draw for _, draw in batch}) == sorted(draw for _, draw in batch) for batch in plain)
 

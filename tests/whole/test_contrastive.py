@@ -39,7 +39,7 @@ def test_weights_are_trained_and_probed(method: str, python: Path, tmp_path: Pat
     moved = [name for name in first if name.endswith("weight") and not torch.equal(first[name], before[name])]
     assert len(moved) == sum(name.endswith("weight") for name in first)
     record = json.loads(outputs[0].with_suffix(".json").read_text())
-    assert record["crops"] == 64 and record["epochs"] == 2 and 0 < record["loss"] < 20
+    assert record["crops"] == 64 and 0 < record["loss"] < 20
     scored = [outputs[0], "--model", MODEL, "--data", images, "--input-size", "64", "--workers", "0", "--no-linear"]
     assert probe.main([*map(str, scored), "--output", str(tmp_path / "scores.json")]) == 0
 
