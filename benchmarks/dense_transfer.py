@@ -109,7 +109,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         nargs="+",
-        default=[200, 400],
+        default=[400, 400],
         metavar="N",
         help="steps of sparkme.finetune for each of --images, in whole epochs (default: %(default)s)",
     )

@@ -195,8 +195,9 @@ class CropDataset(Dataset[Sample]):
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         epoch, draw = index
         unreadable: list[str] = []
-        for attempt in range(self.TRIES):
-            number = draw if attempt == 0 else derived_seed(self.seed, "replacement", epoch, draw, attempt)
+        image_number = draw % len(self.source)
+        for attempt in range(self.TRIES):  # all crops of an image in an epoch are replaced by crops of the same other one
+            number = derived_seed(self.seed, "replacement", epoch, image_number, attempt) if attempt else image_number
             number %= len(self.source)
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derived_seed(self.seed, "crop", epoch, draw))

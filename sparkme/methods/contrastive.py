@@ -1,9 +1,9 @@
 """SparK with a contrastive term, for small sets: crops of the same image shall have similar features.
 
-A batch has two crops of each image, with their own masks. Besides SparK's loss there is SimCLR's (Chen et al., ICML 2020, eq. 1),
-of the mean of the visible pixels of the last map behind a small head. Masked and contrastive learning were joined before (CMAE,
-Huang et al., 2023). Here the encoder computes on the visible pixels of both crops alone, so a pair costs less than one whole
-image.
+A batch has two crops of each image, each with its own mask. Besides SparK's loss there is SimCLR's (Chen et al., ICML 2020,
+equation 1), of the mean of the visible pixels of the last map behind a small head. Masked and contrastive learning were joined
+before (CMAE, Huang et al., 2023). Here the encoder computes on the visible pixels of both crops alone, so a pair costs less
+than one whole image.
 
 Colours stay as they are, where SimCLR changes them at random: for drawn images they tell much.
 """
@@ -70,7 +70,7 @@ class ContrastiveSparK(SparK):
 def contrastive_loss(embedded: Tensor, temperature: float) -> Tensor:
     """SimCLR's loss of embeddings (2 N, C), in which 2 i and 2 i + 1 belong together.
 
-    It is the cross entropy of finding each one's partner among the 2 N - 1 others, by cosine / temperature, in float32 at least.
+    It is the cross entropy of finding each one's partner among the 2 N - 1 others by cosine / temperature; float32 at least.
     """
     directions = F.normalize(embedded.to(torch.promote_types(embedded.dtype, torch.float32)), dim=1)
     similarity = directions @ directions.t() / temperature

@@ -243,6 +243,9 @@ def test_labels_go_with_their_images_also_where_another_replaces_one(tmp_path: P
         assert sample.image is not None
         red, _, blue = sample.image.float().mean((1, 2))
         assert train.classes[sample.label] == ("red" if red > blue else "blue")
+    crops = [[dataset[epoch, 3 + copy * len(train)].label for copy in range(2)] for epoch in range(12)]
+    assert all(first == second for first, second in crops)  # crops of an image stay crops of one image
+    assert len({first for first, _ in crops}) == 2
 
 
 def test_repeated_augmentation_crops_an_image_several_times_in_a_row() -> None:
