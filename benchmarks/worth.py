@@ -320,7 +320,8 @@ def table(record: dict[str, Any]) -> str:
     head = ["set", "pretrained by", "crops", "kNN", "linear", "linear, ten labels a class"]
     head += [f"fine-tuned, {number} labels a class" for number in shots]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
-    for name, way in dict.fromkeys((run["set"], run["way"]) for run in record["runs"]):
+    there = {(run["set"], run["way"]) for run in record["runs"]}
+    for name, way in [(name, way) for name in record["sets"] for way in WAYS if (name, way) in there]:
         run = max((r for r in record["runs"] if (r["set"], r["way"]) == (name, way)), key=lambda r: r["budget"])
         scores = [run["all_labels"]["knn"], run["all_labels"]["linear"], run["ten_labels_a_class"]["linear"]]
         cells = [name, WAYS[way].title, f"{run.get('crops', 0):,}", *(f"{100 * score:.1f}" for score in scores)]
@@ -343,14 +344,16 @@ def with_error(values: list[float]) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace) -> int:
-    """Writes table and curves from the numbers. Returns the exit code."""
+    """Writes the table from the numbers, and curves if there are several budgets. Returns the exit code."""
     path = args.json or RESULTS
     if not path.is_file():
         raise UserError(f"--json {path} does not exist; run python -m benchmarks.worth first")
     record, picture = plot.read(path), path.with_suffix(".png")
-    draw(record, picture)
-    link = os.path.relpath(picture.resolve(), PAGE.parent)
-    block = f"{table(record)}\n\n![Accuracy of frozen features over minutes of pretraining]({link})"
+    block = table(record)
+    if len({run["budget"] for run in record["runs"] if run["way"] != RANDOM}) > 1:
+        draw(record, picture)
+        link = os.path.relpath(picture.resolve(), PAGE.parent)
+        block += f"\n\n![Accuracy of frozen features over minutes of pretraining]({link})"
     plot.write(PAGE, plot.read_page(PAGE, BEGIN, END), f"{BEGIN}\n{block}\n{END}")
     return 0
 

@@ -150,7 +150,7 @@ ABLATIONS = {
         ("spark-loss-on-all", "SparK, loss on all patches", "LossOnAllSparK"),
     )
 }
-IN_HELP = dict(RECIPES)  # the ablations have the values of `small`
+IN_HELP = {name: RECIPES[name] for name in ("spark", "small", "fcmae")}  # the others have the values of `small`, or name theirs
 RECIPES |= ABLATIONS
 
 
@@ -169,9 +169,9 @@ class PretrainSettings(WeightSettings, EngineSettings, TrainingSettings, CropSet
 
     # fmt: off
     recipe: str = setting(
-        "spark: the paper's settings; small: SparK with settings for small sets; contrastive: small with "
-        "a contrastive term; fcmae: ConvNeXt V2's method; "
-        "spark-*: small without one part of SparK, for comparisons", "auto",
+        "spark: the paper's settings; small: SparK with settings for small sets; contrastive: small with a contrastive term, "
+        "--decoder-width 64 and --crop-scale 0.5; fcmae: ConvNeXt V2's method; spark-*: small without one part of SparK, for "
+        "comparisons", "auto",
         otherwise=f"auto, which is small below {SMALL_SET:,} images, else spark", choices=("auto", *RECIPES), fixed=True,
         older="spark")
     data: str | tuple[str, ...] | None = in_data(

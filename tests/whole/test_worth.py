@@ -82,10 +82,10 @@ def test_the_table_has_gains_over_scratch_seed_by_seed() -> None:
         scores = {"knn": score, "linear": score}
         return {"set": "a", "way": way, "budget": budget, "crops": 1000, "all_labels": scores, "ten_labels_a_class": scores}
 
-    runs = [run("random", 0, 0.2), run("spark", 30, 0.5), run("spark", 60, 0.4)]
+    runs = [run("spark", 30, 0.5), run("spark", 60, 0.4), run("random", 0, 0.2)]  # in the order in which they ended
     tuned = [("random", [0.3, 0.4]), ("spark", [0.35, 0.5])]
     finetuned = [{"set": "a", "way": way, "budget": 60, "shots": 10, "accuracies": values} for way, values in tuned]
-    rows = worth.table({"runs": runs, "finetuned": finetuned}).splitlines()
+    rows = worth.table({"sets": {"a": {}}, "runs": runs, "finetuned": finetuned}).splitlines()
     assert rows[2] == "| a | random weights | 1,000 | 20.0 | 20.0 | 20.0 | 35.0 ± 5.0 |"
     assert rows[3] == "| a | SparK | 1,000 | 40.0 | 40.0 | 40.0 | 42.5 ± 7.5 (+7.5 ± 2.5) |"
 
