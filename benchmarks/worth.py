@@ -52,6 +52,7 @@ BEGIN, END = "<!-- worth:begin -->", "<!-- worth:end -->"
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the minutes
 CHOOSE_SHARE = 1 / 7  # of the training images, to choose learning rates on
 EPOCHS = 10  # of pretraining: parts of a run, whatever the number of images
+LEAST_CROPS = 128  # of such a part: a batch
 TRIED_CROPS = 640  # to measure a way's speed
 RANDOM = "random"
 
@@ -266,9 +267,10 @@ def pretrain_here(
     run(tried, 1, TRIED_CROPS)
     lines = [json.loads(text) for text in (tried / "metrics.jsonl").read_text().splitlines()]
     rate = statistics.median(line["images_per_s"] for line in lines if "images_per_s" in line)
-    run(folder, EPOCHS, max(128, round(rate * minutes * 60 / EPOCHS)))
+    crops = max(LEAST_CROPS, round(rate * minutes * 60 / EPOCHS))
+    run(folder, EPOCHS, crops)
     found = transfer.pretraining_of(folder / "checkpoints" / "last.pt")
-    return {"crops": EPOCHS * max(128, round(rate * minutes * 60 / EPOCHS)), "minutes": found["minutes"], "loss": found["loss"]}
+    return {"crops": EPOCHS * crops, "minutes": found["minutes"], "loss": found["loss"]}
 
 
 def pretrain_with_lightly(

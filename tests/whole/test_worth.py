@@ -35,8 +35,9 @@ def test_ways_are_compared_at_equal_cost(
     data = make_labelled(tmp_path / "data", {"red": 30, "blue": 30, "green": 30})
     output = tmp_path / "numbers.json"
     monkeypatch.setattr(worth, "TRIED_CROPS", 64)
+    monkeypatch.setattr(worth, "LEAST_CROPS", 32)
     words = ["--work", tmp_path / "work", "--json", output, "--model", "timm:test_resnet", "--input-size", "64"]
-    words += ["--minutes", "0.05", "--shares", "0.5", "1", "--shots", "3", "--seeds", "2", "--draws", "2", "--processes", "1"]
+    words += ["--minutes", "0.1", "--shares", "0.5", "1", "--shots", "3", "--seeds", "2", "--draws", "2", "--processes", "1"]
     words += ["--finetune-flags", "--epochs 1 --batch-size 4"]
     main = [f"three={data}", *map(str, words), "--ways", "random", "spark"]
     assert worth.main(main) == 0
@@ -44,9 +45,9 @@ def test_ways_are_compared_at_equal_cost(
     assert record["sets"]["three"]["classes"] == 3 and record["sets"]["three"]["recipes_were_chosen_on_it"] is None
     images = record["sets"]["three"]["images"]
     assert images["train"] + images["choose"] + images["test"] == 90
-    assert [(run["way"], run["budget"]) for run in record["runs"]] == [("random", 0.0), ("spark", 0.025), ("spark", 0.05)]
+    assert [(run["way"], run["budget"]) for run in record["runs"]] == [("random", 0.0), ("spark", 0.05), ("spark", 0.1)]
     half, whole = record["runs"][1:]
-    assert half["crops"] < whole["crops"] and half["all_labels"] != whole["all_labels"]
+    assert half["crops"] < whole["crops"] and half["loss"] != whole["loss"]
     pretrained = [command for command in commands if command[0] == "sparkme.pretrain"]
     assert len(pretrained) == 4 and {value_of(command, "--data") for command in pretrained} == {
         str(tmp_path / "work" / "three" / "unlabelled")
