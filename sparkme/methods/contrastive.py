@@ -2,8 +2,8 @@
 
 A batch has two crops of each image, each with its own mask. Besides SparK's loss there is SimCLR's (Chen et al., ICML 2020,
 equation 1), of the mean of the visible pixels of the last map behind a small head. Masked and contrastive learning were joined
-before (CMAE, Huang et al., 2023). Here the encoder computes on the visible pixels of both crops alone, so a pair costs less
-than one whole image.
+before (CMAE, Huang et al., 2023). Here the encoder computes on the visible pixels of both crops alone: with a mask ratio of 0.6
+that is four fifths of one whole image.
 
 Colours stay as they are, where SimCLR changes them at random: for drawn images they tell much.
 """
@@ -22,9 +22,8 @@ from sparkme.methods.spark import SparK
 from sparkme.sparse.batch_norm import add_up
 from sparkme.sparse.encoder import SparseEncoder
 
-# Found by measurement, see benchmarks/results/contrastive.json.
-WEIGHT = 0.2  # of the contrastive term
-TEMPERATURE = 0.2
+WEIGHT = 0.2  # of the contrastive term; 0.5 and 1 were tried, see benchmarks/results/contrastive.json
+TEMPERATURE = 0.2  # others were not tried
 EMBEDDING = 128  # channels of the head's output, as SimCLR's
 
 

@@ -108,18 +108,6 @@ RECIPES = {
         largest_batch=256,
         without=_NOT_SPARK,
     ),
-    "contrastive": Recipe(
-        "SparK with a contrastive term",
-        "SparK (Tian et al., ICLR 2023) and SimCLR (Chen et al., ICML 2020)",
-        "sparkme.methods.contrastive:ContrastiveSparK",
-        _SPARK | {"epochs": None, "decoder_width": 64, "base_lr": 0.04},
-        crop_scale=0.5,
-        rate_ends=(0.005, 0.001),
-        largest_batch=256,
-        crops=2,
-        folder="contrastive-",
-        without=_NOT_SPARK,
-    ),
     "fcmae": Recipe(
         "FCMAE",
         "FCMAE (Woo et al., ConvNeXt V2, CVPR 2023), arXiv:2301.00808",
@@ -135,6 +123,16 @@ RECIPES = {
         without={"densify_norm": ("auto", "--densify-norm {} is for SparK (--recipe spark or small); FCMAE has no norm there")},
     ),
 }  # fmt: skip
+RECIPES["contrastive"] = replace(
+    RECIPES["small"],
+    name="SparK with a contrastive term",
+    reference="SparK (Tian et al., ICLR 2023) and SimCLR (Chen et al., ICML 2020)",
+    method="sparkme.methods.contrastive:ContrastiveSparK",
+    defaults=RECIPES["small"].defaults | {"decoder_width": 64},
+    crop_scale=0.5,
+    crops=2,
+    folder="contrastive-",
+)
 # The paper's ablations: `small` with one thing of SparK changed, see `sparkme.methods.ablations`.
 ABLATIONS = {
     name: replace(
