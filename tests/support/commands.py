@@ -86,3 +86,8 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records(folder) if "loss" in record]
+
+
+def value_of(command: list[str], flag: str) -> str:
+    """What a flag of a command line is given."""
+    return command[command.index(flag) + 1]

@@ -2,12 +2,12 @@
 
 import csv
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from annotated import make_coco
+from commands import value_of
 from pictures import make_labelled
 
 from benchmarks import ablations, small_data, transfer
@@ -32,23 +32,6 @@ TINY = [
     "--pretrain-flags",
     "--epochs 1 --batch-size 4 --workers 0 --decoder-width 32 --mask-ratio 0.5",
 ]
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that are run: in this process, since each would load torch anew."""
-    seen: list[list[str]] = []
-
-    def run(module: str, *words: object, quiet: bool = False, threads: int | None = None) -> None:
-        seen.append([module, *map(str, words)])
-        assert import_module(module).main(seen[-1][1:]) == 0
-
-    monkeypatch.setattr(transfer, "run", run)
-    return seen
-
-
-def value_of(command: list[str], flag: str) -> str:
-    return command[command.index(flag) + 1]
 
 
 def test_both_sides_are_treated_alike(tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:

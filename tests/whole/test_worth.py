@@ -2,31 +2,14 @@
 
 import json
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import value_of
 from pictures import make_labelled
 
 from benchmarks import transfer, worth
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that are run: in this process, since each would load torch anew."""
-    seen: list[list[str]] = []
-
-    def run(module: str, *words: object, quiet: bool = False, threads: int | None = None) -> None:
-        seen.append([module, *map(str, words)])
-        assert import_module(module).main(seen[-1][1:]) == 0
-
-    monkeypatch.setattr(transfer, "run", run)
-    return seen
-
-
-def value_of(command: list[str], flag: str) -> str:
-    return command[command.index(flag) + 1]
 
 
 def test_ways_are_compared_at_equal_cost(
